@@ -1,0 +1,1 @@
+"""What the offline and the online half share: the guarded model, its bundle, the screening rule."""

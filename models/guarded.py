@@ -1,0 +1,93 @@
+"""The module that is served: a victim with its PSIM adapter, one set of weights for both.
+
+The adapter is a LoRA beside the victim's weights (Zhao et al., NAACL Findings 2024, section 4.1):
+switched on, the module is PSIM; switched off, it is the victim, bit for bit.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from models.errors import VictimError
+
+Inputs = Mapping[str, torch.Tensor]
+
+# Names of the query and value projections across families; PEFT matches the suffix of a module's
+# name. Decoders with a fused projection have neither and are refused.
+QUERY_VALUE = ("query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q_proj", "v_proj")
+
+
+class Guarded(nn.Module):
+    """Victim and PSIM in one module.
+
+    Args:
+        victim: an `AutoModelForSequenceClassification`, or a PEFT model that wraps one (a victim
+            tuned by prompt- or prefix-tuning, which cannot be merged).
+        psim: the PEFT model that injected the PSIM LoRA into the victim's transformer, in place.
+    """
+
+    def __init__(self, victim: nn.Module, psim: PeftModel) -> None:
+        super().__init__()
+        self.victim = victim
+        self.psim = psim
+
+    def psim_logits(self, inputs: Inputs) -> torch.Tensor:
+        """Return logits with the adapter on, shape (rows, C)."""
+        logits: torch.Tensor = self.victim(**inputs).logits
+        return logits
+
+    def screen(self, inputs: Inputs) -> torch.Tensor:
+        """Return PSIM probabilities in float32, shape (rows, C)."""
+        return self.psim_logits(inputs).float().softmax(-1)
+
+    def classify(self, inputs: Inputs) -> torch.Tensor:
+        """Return the victim's probabilities in float32, shape (rows, C)."""
+        with self.psim.disable_adapter():
+            logits: torch.Tensor = self.victim(**inputs).logits
+        return logits.float().softmax(-1)
+
+
+def guard(victim: nn.Module, config: LoraConfig) -> Guarded:
+    """Inject a fresh PSIM adapter into `victim`, in place; only the adapter stays trainable.
+
+    A victim that is a prompt-learning PEFT model keeps its prompts: the adapter goes into the
+    transformer under them.
+    """
+    victim.requires_grad_(False)
+    if isinstance(victim, PeftModel):
+        return Guarded(victim, get_peft_model(victim.base_model, config))
+    # PEFT wraps in place, so calling the bare victim runs the injected layers too.
+    return Guarded(victim, get_peft_model(victim, config))
+
+
+def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
+    """Configure LoRA on query and value of the victim's last `layers` transformer layers.
+
+    Scaling alpha is 2 * rank (Zhao et al., section 5.1). The classifier head is not among the
+    modules: trained along, it falls on poisoned texts too, and the separation is lost.
+
+    Raises:
+        VictimError: the victim has no such projections, or fewer layers.
+    """
+    names = [
+        name
+        for name, module in victim.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in QUERY_VALUE
+    ]
+    depths = sorted({_depth(name) for name in names})
+    if not names:
+        raise VictimError(
+            f"{type(victim).__name__} has no query/value projections that PSIM can adapt; "
+            "supported are BERT, RoBERTa, DistilBERT, DeBERTa and LLaMA-type models"
+        )
+    if not 1 <= layers <= len(depths):
+        raise VictimError(f"cannot adapt the last {layers} layers: the victim has {len(depths)}")
+    chosen = [name for name in names if _depth(name) in depths[-layers:]]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=chosen)
+
+
+def _depth(name: str) -> int:
+    """Return the layer number in a module path such as `bert.encoder.layer.5.attention.query`."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
