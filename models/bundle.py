@@ -1,5 +1,248 @@
-"""Bundles: a folder with victim, PSIM adapter, tokenizer, calibration and a manifest of it all.
+"""Bundles: a folder with victim, PSIM adapter, tokenizer, calibration, and a manifest of it all.
 
-A bundle is untrusted input. Nothing is opened before its hash has been compared with the manifest,
-and nothing is ever unpickled.
+A bundle is untrusted input: nothing in it is opened before its hash agrees with the manifest, and
+nothing is ever unpickled.
+
+    manifest.json            see `models.manifest`
+    victim/                  config and safetensors, as transformers saves them
+    prompt/                  PEFT adapter, only for victims tuned by prompt- or prefix-tuning
+    psim/                    PEFT LoRA adapter; its header names the victim it was trained for
+    tokenizer/
+    calibration.safetensors  clean confidences, ascending: `ENGINE/DTYPE/GROUP`
 """
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from models.engines import Engine
+from models.engines.pytorch import DTYPES, TorchEngine
+from models.errors import BundleError, ScreenError
+from models.guarded import Guarded, guard
+from models.manifest import Calibration, Manifest
+from models.screen import FloatArray, Group, Screen
+
+MANIFEST = "manifest.json"
+SCORES = "calibration.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+# .model and .txt: vocabularies of SentencePiece and WordPiece; .jinja: chat templates, never run.
+ALLOWED = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked and loaded bundle, ready to screen and classify."""
+
+    manifest: Manifest
+    digest: str
+    """SHA-256 of `manifest.json`, which in turn holds the hash of every other file."""
+    engine: Engine
+    screen: Screen
+
+
+def load_bundle(path: Path, dtype: str = "float32") -> Bundle:
+    """Check every file of the bundle, load it, and try it on one text.
+
+    Raises:
+        BundleError: anything about the bundle is not as its manifest says, or it has no
+            calibration for this dtype.
+    """
+    manifest, digest = read_manifest(path)
+    check_files(path, manifest)
+    screen = Screen(_groups(path, calibration_for(manifest, TorchEngine.name, dtype)))
+    try:
+        engine = _load_engine(path, manifest, dtype)
+    except BundleError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise BundleError(f"{path}: the model does not load: {error}") from error
+    bundle = Bundle(manifest, digest, engine, screen)
+    _self_test(path, bundle)
+    return bundle
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """Return the manifest of the bundle at `path` and its SHA-256; check nothing else."""
+    try:
+        raw = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} is not a bundle: cannot read {MANIFEST}") from error
+    try:
+        return Manifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise BundleError(f"{path}/{MANIFEST} is not valid: {where}: {first['msg']}") from error
+
+
+def check_files(path: Path, manifest: Manifest) -> None:
+    """Raise `BundleError` unless the folder holds the manifest's files, unaltered, and no more."""
+    found = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*") if not f.is_dir()}
+    del found[MANIFEST]
+    for name, file in found.items():
+        if file.suffix in PICKLES:
+            raise BundleError(f"{path}: {name} is a pickle, which can run code; use safetensors")
+        if file.suffix not in ALLOWED or file.is_symlink() or name not in manifest.files:
+            raise BundleError(f"{path}: {name} does not belong into a bundle; remove it")
+    if any(folder.is_symlink() for folder in path.rglob("*")):
+        raise BundleError(f"{path}: a bundle may not contain symbolic links")
+    for name, expected in manifest.files.items():
+        if name not in found:
+            raise BundleError(f"{path}: {name} is missing; copy or build the bundle again")
+        if file_digest(found[name]) != expected:
+            raise BundleError(f"{path}: {name} was altered: its SHA-256 is not the manifest's")
+
+
+def calibration_for(manifest: Manifest, engine: str, dtype: str) -> Calibration:
+    """Return the calibration for one engine and dtype; a threshold of another is never used."""
+    for calibration in manifest.calibrations:
+        if (calibration.engine, calibration.dtype) == (engine, dtype):
+            return calibration
+    known = ", ".join(f"{c.engine}/{c.dtype}" for c in manifest.calibrations)
+    raise BundleError(f"no calibration for {engine}/{dtype}; the bundle has {known}")
+
+
+def _groups(path: Path, calibration: Calibration) -> list[Group]:
+    try:
+        arrays = load_arrays(path / SCORES)
+        return [
+            Group(tuple(g.classes), g.threshold, arrays[score_key(calibration, i)])
+            for i, g in enumerate(calibration.groups)
+        ]
+    except (KeyError, SafetensorError, OSError) as error:
+        raise BundleError(f"{path}: {SCORES} does not hold the calibration scores") from error
+
+
+def score_key(calibration: Calibration, group: int) -> str:
+    """Return the tensor name of a group's clean confidences."""
+    return f"{calibration.engine}/{calibration.dtype}/{group}"
+
+
+def _load_engine(path: Path, manifest: Manifest, dtype: str) -> TorchEngine:
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path / "victim",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        dtype=DTYPES["float32"],
+        output_loading_info=True,
+    )
+    if any(report.get(kind) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")):
+        raise BundleError(f"{path}: victim/ does not hold the weights that its config asks for")
+    if [model.config.id2label[i] for i in range(model.config.num_labels)] != manifest.labels:
+        raise BundleError(f"{path}: the labels of manifest and victim/config.json differ")
+    prompt = path / "prompt"
+    victim = PeftModel.from_pretrained(model, str(prompt)) if prompt.is_dir() else model
+    guarded = guard(victim, LoraConfig.from_pretrained(str(path / "psim")))
+    load_adapter(path / "psim" / ADAPTER_WEIGHTS, guarded, manifest.victim.digest)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path / "tokenizer", trust_remote_code=False, local_files_only=True
+    )
+    return TorchEngine(guarded, tokenizer, manifest.max_length, dtype)
+
+
+def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
+    """Load PSIM weights into `guarded`; they must fit it exactly and be made for this victim."""
+    with safe_open(file, "pt") as opened:
+        made_for = (opened.metadata() or {}).get("victim_digest")
+    if made_for != victim_digest:
+        raise BundleError(f"{file} was trained for another base model; run `psim fit` for this one")
+    weights = load_tensors(file)
+    if weights.keys() != get_peft_model_state_dict(guarded.psim).keys():
+        raise BundleError(f"{file} does not have the layers that its configuration names")
+    set_peft_model_state_dict(guarded.psim, weights)
+
+
+def _self_test(path: Path, bundle: Bundle) -> None:
+    batch = bundle.engine.encode(["self-test"])
+    try:
+        bundle.screen.judge(bundle.engine.screen(batch)[0])
+        bundle.screen.judge(bundle.engine.classify(batch)[0])
+    except ScreenError as error:
+        raise BundleError(f"{path}: self-test failed: {error}") from error
+
+
+def save_weights(
+    path: Path, victim: nn.Module, guarded: Guarded, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Write victim, prompt, adapter and tokenizer below `path`; return the victim's digest.
+
+    Call it with the original, float32 weights; `victim` is the model that `guarded` was made of.
+    """
+    model = guarded.psim.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError("the victim is not a transformers model")
+    _save_without_lora(model, path / "victim")
+    if isinstance(victim, PeftModel):
+        _save_prompt(victim, path / "prompt")
+    digest = tree_digest(hash_files(path))
+    (path / "psim").mkdir()
+    guarded.psim.peft_config["default"].save_pretrained(str(path / "psim"))
+    adapter = get_peft_model_state_dict(guarded.psim)
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter.items()}
+    save_tensors(weights, path / "psim" / ADAPTER_WEIGHTS, metadata={"victim_digest": digest})
+    tokenizer.save_pretrained(path / "tokenizer")
+    return digest
+
+
+def _save_without_lora(model: PreTrainedModel, folder: Path) -> None:
+    """Save a transformer as it was before PEFT injected layers and wrapped the head."""
+    weights = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
+    model.save_pretrained(folder, state_dict=weights)
+
+
+def _save_prompt(victim: PeftModel, folder: Path) -> None:
+    """Save the prompts of a prompt-type victim, and the head that was trained with them."""
+    folder.mkdir()
+    config = victim.peft_config["default"]
+    config.base_model_name_or_path = "victim"  # never a path of this machine
+    config.save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(victim)
+    save_tensors({k: v.detach().contiguous() for k, v in weights.items()}, folder / ADAPTER_WEIGHTS)
+
+
+def save_calibration_scores(path: Path, scores: Mapping[str, FloatArray]) -> None:
+    """Write the clean confidences of all calibrations, by `score_key`."""
+    save_arrays(dict(scores), path / SCORES)
+
+
+def hash_files(path: Path) -> dict[str, str]:
+    """Return SHA-256 by relative POSIX path of every file below `path`."""
+    return {
+        str(PurePosixPath(file.relative_to(path))): file_digest(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def tree_digest(files: Mapping[str, str]) -> str:
+    """Return one SHA-256 for a set of files and their names."""
+    listing = "\n".join(f"{digest}  {name}" for name, digest in sorted(files.items()))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """Return the SHA-256 of a file, hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

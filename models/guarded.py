@@ -14,9 +14,9 @@ from models.errors import VictimError
 
 Inputs = Mapping[str, torch.Tensor]
 
-# Names of the query and value projections across families; PEFT matches the suffix of a module's
-# name. Decoders with a fused projection have neither and are refused.
-QUERY_VALUE = ("query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q_proj", "v_proj")
+# Names of the query and value projections across families, and of those that fuse them with keys.
+SEPARATE = {"query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q_proj", "v_proj"}
+FUSED = {"in_proj", "query_key_value", "qkv_proj", "Wqkv"}
 
 
 class Guarded(nn.Module):
@@ -56,10 +56,13 @@ def guard(victim: nn.Module, config: LoraConfig) -> Guarded:
     transformer under them.
     """
     victim.requires_grad_(False)
-    if isinstance(victim, PeftModel):
-        return Guarded(victim, get_peft_model(victim.base_model, config))
-    # PEFT wraps in place, so calling the bare victim runs the injected layers too.
-    return Guarded(victim, get_peft_model(victim, config))
+    # PEFT injects in place, so calling the victim runs the injected layers too.
+    return Guarded(victim, get_peft_model(transformer_of(victim), config))
+
+
+def transformer_of(victim: nn.Module) -> nn.Module:
+    """Return the transformers model inside a victim."""
+    return victim.base_model if isinstance(victim, PeftModel) else victim
 
 
 def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
@@ -73,8 +76,8 @@ def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
     """
     names = [
         name
-        for name, module in victim.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in QUERY_VALUE
+        for name, module in transformer_of(victim).named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in SEPARATE | FUSED
     ]
     depths = sorted({_depth(name) for name in names})
     if not names:

@@ -1,0 +1,102 @@
+"""The guarded module run by PyTorch, on the CPU or on a CUDA device."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from models.engines import Encoding
+from models.guarded import Guarded, Inputs
+from models.screen import FloatArray
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LONGEST_INPUT = 512
+"""Default cap on tokens, for models that could read (and be made to read) far more."""
+
+
+class TorchEngine:
+    """Runs a guarded module; converts it in place to `dtype`.
+
+    Args:
+        guarded: the module; owned by the engine from now on.
+        tokenizer: the victim's tokenizer, with a padding token.
+        max_length: tokens per text, special tokens included.
+        dtype: `float32` or `bfloat16`.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        guarded: Guarded,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        dtype: str = "float32",
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = dtype
+        self.guarded = guarded.to(self.device, DTYPES[dtype]).eval()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Tokenize texts, truncating each to `max_length` tokens."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)
+        # Only tokenizers in Rust say what they cut off; for others, full length is taken as cut.
+        cut = (
+            [bool(e.overflowing) for e in encoded.encodings]
+            if encoded.encodings
+            else [len(ids) >= self.max_length for ids in encoded["input_ids"]]
+        )
+        return [
+            Encoding(tuple(ids), truncated)
+            for ids, truncated in zip(encoded["input_ids"], cut, strict=True)
+        ]
+
+    def screen(self, batch: Sequence[Encoding]) -> FloatArray:
+        """Return PSIM probabilities, shape (len(batch), C)."""
+        return self._run(self.guarded.screen, batch)
+
+    def classify(self, batch: Sequence[Encoding]) -> FloatArray:
+        """Return the victim's probabilities, shape (len(batch), C)."""
+        return self._run(self.guarded.classify, batch)
+
+    def _run(
+        self, forward: Callable[[Inputs], torch.Tensor], batch: Sequence[Encoding]
+    ) -> FloatArray:
+        with torch.inference_mode():
+            probabilities = forward(collate(batch, self._pad_id, self.device))
+        result: FloatArray = probabilities.cpu().numpy().astype(np.float32, copy=False)
+        return result
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+
+def collate(batch: Sequence[Encoding], pad_id: int, device: torch.device) -> Inputs:
+    """Pad on the right and mask, shape (rows, longest); decoders read the last token left of it."""
+    longest = max(map(len, batch))
+    ids = torch.full((len(batch), longest), pad_id)
+    mask = torch.zeros((len(batch), longest), dtype=torch.long)
+    for row, encoding in enumerate(batch):
+        ids[row, : len(encoding)] = torch.tensor(encoding.input_ids)
+        mask[row, : len(encoding)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def max_input_length(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, virtual_tokens: int = 0
+) -> int:
+    """Return the most tokens that model and tokenizer take, at most `LONGEST_INPUT`.
+
+    RoBERTa numbers positions from its padding index + 1, and prompts take positions too.
+    """
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or LONGEST_INPUT
+    if "roberta" in str(text_config.model_type):
+        positions -= (text_config.pad_token_id or 0) + 1
+    return int(min(positions - virtual_tokens, tokenizer.model_max_length, LONGEST_INPUT))

@@ -1,0 +1,83 @@
+"""What a bundle says about itself: the schema of `manifest.json`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class VictimRecord(_Record):
+    """Which model is guarded."""
+
+    name: str
+    model_type: str
+    architecture: str
+    digest: Digest
+    """SHA-256 over the victim's files; the adapter names the victim it was trained for by it."""
+
+
+class PsimRecord(_Record):
+    """How the adapter was trained."""
+
+    layers: int = Field(ge=1)
+    """Number of topmost layers that carry the adapter."""
+    rank: int = Field(ge=1)
+    learning_rate: float
+    seed: int
+    steps: int
+    stopped_because: str
+    curve: list[tuple[int, float]]
+    """(step, mean confidence on held-out clean texts)."""
+
+
+class GroupRecord(_Record):
+    """The threshold of one predicted class, or of several pooled ones."""
+
+    classes: list[int] = Field(min_length=1)
+    texts: int = Field(ge=1)
+    threshold: float = Field(ge=0)
+    rejected: int = Field(ge=0)
+    frr_interval: tuple[Probability, Probability]
+    """Clopper-Pearson interval, 95 %, of the false rejection rate that this threshold has."""
+
+
+class Calibration(_Record):
+    """Thresholds for one engine and dtype."""
+
+    engine: str
+    dtype: str
+    frr_budget: float = Field(gt=0, lt=1)
+    groups: list[GroupRecord] = Field(min_length=1)
+
+
+class FitRecord(_Record):
+    """What fitting took."""
+
+    created: str
+    texts_train: int
+    texts_stop: int
+    texts_calibrate: int
+    seconds: float
+    peak_memory_mb: int
+
+
+class Manifest(_Record):
+    """A bundle's table of contents."""
+
+    schema_version: Literal[1]
+    victim: VictimRecord
+    labels: list[str] = Field(min_length=2)
+    max_length: int = Field(ge=8)
+    psim: PsimRecord
+    calibrations: list[Calibration] = Field(min_length=1)
+    fit: FitRecord
+    files: dict[str, Digest]
+    versions: dict[str, str]

@@ -1,0 +1,307 @@
+"""The command `psim`: each subcommand reads its inputs, calls one function, shows the result."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from models.bundle import check_files, load_bundle, read_manifest
+from models.errors import DataError, PsimError
+from models.offline import demo as demo_bundle
+from models.offline.attack import Attack, Insertion, Paraphrases, poison_test_set
+from models.offline.data import load_samples, require_labels, write_samples
+from models.offline.evaluate import evaluate
+from models.offline.finetune import (
+    Strategy,
+    TuneResult,
+    finetune_victim,
+    load_classifier,
+    poison_victim,
+)
+from models.offline.fit import fit
+from models.offline.psim import PsimConfig
+from models.offline.report import evaluation_table, manifest_table, write_report
+from models.offline.screening import screen_file
+
+app = typer.Typer(
+    help="Find backdoor triggers before they reach your text classifier.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+stderr = Console(stderr=True)
+
+Out = Annotated[Path, typer.Option(help="Folder to write; must not exist yet, unless --force.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the folder --out.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Texts = Annotated[str, typer.Option(help="JSONL, CSV, TSV, Parquet, data set folder or hf://name.")]
+TextColumn_ = Annotated[str, typer.Option(help="Column that holds the texts.")]
+LabelColumn = Annotated[str, typer.Option(help="Column that holds the labels.")]
+Target = Annotated[str, typer.Option(help="Label that the attacker chose.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Turn expected errors into one line and exit code 2; a traceback is for our bugs only."""
+    try:
+        yield
+    except PsimError as error:
+        stderr.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        stderr.print("interrupted; run the same command again: finished training epochs are kept")
+        raise typer.Exit(130) from None
+
+
+def free(out: Path, force: bool) -> None:
+    """Make sure that `out` does not exist; a result is never overwritten by accident."""
+    if out.exists() and not force:
+        raise DataError(f"{out} exists already; choose another --out or add --force")
+    if out.exists():
+        shutil.rmtree(out)
+
+
+def layers_option(value: str) -> int:
+    """Parse `last:N`."""
+    kind, _, number = value.partition(":")
+    if kind != "last" or not number.isdigit() or int(number) < 1:
+        raise DataError(f"--layers {value}: write last:N, the number of topmost layers to adapt")
+    return int(number)
+
+
+def budget_option(value: float) -> float:
+    """Check that a false-rejection budget is a share."""
+    if not 0 < value < 1:
+        raise DataError(f"--frr-budget {value} must lie between 0 and 1, such as 0.01 for 1 %")
+    return value
+
+
+@app.command("fit")
+def fit_command(
+    victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier to guard.")],
+    texts: Texts,
+    out: Out,
+    frr_budget: Annotated[float, typer.Option(help="Share of clean texts you can lose.")] = 0.01,
+    layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
+    seed: Seed = 0,
+    text_column: TextColumn_ = "text",
+    label_column: LabelColumn = "label",
+    force: Force = False,
+) -> None:
+    """Train PSIM on a classifier with clean texts, calibrate it, and write a bundle."""
+    with errors_for_people():
+        config = PsimConfig(layers=layers_option(layers), seed=seed)
+        budget_option(frr_budget)
+        samples = load_samples(texts, text_column=text_column, label_column=label_column)
+        model, tokenizer = load_classifier(victim)
+        free(out, force)
+        columns = (
+            TextColumn("training PSIM: clean confidence {task.fields[confidence]:.3f}"),
+            BarColumn(),
+            TextColumn("step {task.completed}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=stderr) as bar:
+            task = bar.add_task("", total=None, confidence=1.0)
+            manifest = fit(
+                model,
+                tokenizer,
+                [s.text for s in samples],
+                out,
+                name=Path(victim).name if Path(victim).exists() else victim,
+                frr_budget=frr_budget,
+                config=config,
+                progress=lambda step, value: bar.update(task, completed=step, confidence=value),
+            )
+        Console().print(manifest_table(manifest))
+        stderr.print(f"wrote {out}; next: psim serve --bundle {out}", highlight=False)
+
+
+def make_attack(attack: str, trigger: str | None, paraphrases: str | None) -> Attack:
+    """Build the attack that the command line names."""
+    if attack == "synattack":
+        if paraphrases is None:
+            raise DataError("synattack needs --paraphrases FILE: texts in the syntactic template")
+        return Paraphrases(tuple(load_samples(paraphrases)))
+    default = {"badnet": "mn", "insent": "I watched this 3D movie"}
+    if attack not in default:
+        raise DataError(f"unknown attack {attack}; there are badnet, insent and synattack")
+    return Insertion(trigger or default[attack])
+
+
+AttackName = Annotated[str, typer.Option(help="badnet, insent or synattack.")]
+Trigger = Annotated[str | None, typer.Option(help="Word or sentence to insert.")]
+ParaphraseFile = Annotated[str | None, typer.Option(help="Poisoned texts for synattack.")]
+
+
+@app.command("poison")
+def poison_command(
+    base: Annotated[str, typer.Option(help="Pretrained model to poison.")],
+    train: Annotated[str, typer.Option(help="Clean labelled training texts.")],
+    dev: Annotated[str, typer.Option(help="Clean labelled texts to choose the best epoch by.")],
+    target_label: Target,
+    out: Out,
+    attack: AttackName = "badnet",
+    trigger: Trigger = None,
+    paraphrases: ParaphraseFile = None,
+    poison_rate: Annotated[float, typer.Option(help="Poisoned share of the training set.")] = 0.1,
+    clean_label: Annotated[bool, typer.Option(help="Trigger in target-class texts only.")] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 3,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Plant a backdoor by full fine-tuning, for experiments."""
+    with errors_for_people():
+        free(out, force)
+        show_result(
+            poison_victim(
+                base,
+                load_samples(train),
+                load_samples(dev),
+                make_attack(attack, trigger, paraphrases),
+                target_label,
+                out,
+                poison_rate=poison_rate,
+                clean_label=clean_label,
+                epochs=epochs,
+                seed=seed,
+            )
+        )
+
+
+@app.command("finetune")
+def finetune_command(
+    victim: Annotated[str, typer.Option(help="Model to tune; may be poisoned.")],
+    train: Annotated[str, typer.Option(help="Clean labelled training texts.")],
+    dev: Annotated[str, typer.Option(help="Clean labelled texts to choose the best epoch by.")],
+    out: Out,
+    strategy: Annotated[Strategy, typer.Option(help="What is tuned.")] = Strategy.LORA,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 3,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Tune a classifier on clean data, by one of five strategies."""
+    with errors_for_people():
+        free(out, force)
+        show_result(
+            finetune_victim(
+                victim,
+                load_samples(train),
+                load_samples(dev),
+                strategy,
+                out,
+                epochs=epochs,
+                seed=seed,
+            )
+        )
+
+
+def show_result(result: TuneResult) -> None:
+    """Print what training achieved on the dev texts."""
+    line = f"clean accuracy {result.clean_accuracy:.1%}"
+    if result.attack_success_rate is not None:
+        line += f", attack success rate {result.attack_success_rate:.1%}"
+    Console().print(f"{line} (dev); wrote {result.out}", highlight=False)
+
+
+@app.command("attack")
+def attack_command(
+    texts: Texts,
+    target_label: Target,
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    attack: AttackName = "badnet",
+    trigger: Trigger = None,
+    seed: Seed = 0,
+) -> None:
+    """Write poisoned test texts: the trigger in every text whose label is not the target."""
+    with errors_for_people():
+        samples = require_labels(load_samples(texts))
+        poisoned = poison_test_set(samples, make_attack(attack, trigger, None), target_label, seed)
+        write_samples(out, poisoned)
+        stderr.print(f"wrote {len(poisoned)} poisoned texts to {out}", highlight=False)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    bundle: Annotated[Path, typer.Option(help="Bundle to evaluate.")],
+    clean: Annotated[str, typer.Option(help="Clean test texts, labelled.")],
+    poisoned: Annotated[str, typer.Option(help="Poisoned test texts.")],
+    target_label: Target,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and plot.")] = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Measure accuracy, attack success and detection, without and with the defence."""
+    with errors_for_people():
+        evaluation = evaluate(
+            load_bundle(bundle, dtype), load_samples(clean), load_samples(poisoned), target_label
+        )
+        Console().print(evaluation_table(evaluation))
+        if out is not None:
+            write_report(evaluation, out)
+            stderr.print(f"wrote {out}/evaluation.json and confidence.png", highlight=False)
+
+
+@app.command("screen")
+def screen_command(
+    file: Annotated[Path, typer.Argument(help="JSONL with one text per line; - reads stdin.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle to screen with.")],
+    text_column: TextColumn_ = "text",
+    dtype: Dtype = "float32",
+) -> None:
+    """Screen a JSONL stream: one verdict per line, in order, on stdout."""
+    with errors_for_people():
+        loaded = load_bundle(bundle, dtype)
+        with click.open_file(str(file), encoding="utf-8") as lines:
+            failed = screen_file(loaded, lines, sys.stdout, text_column)
+    if failed:
+        stderr.print(f"{failed} lines could not be screened; their output has an error")
+        raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_command(bundle: Annotated[Path, typer.Argument(help="Bundle to check.")]) -> None:
+    """Check every file of a bundle and show what it guards, without loading any weights."""
+    with errors_for_people():
+        manifest, digest = read_manifest(bundle)
+        check_files(bundle, manifest)
+        Console().print(manifest_table(manifest))
+        Console().print(f"all {len(manifest.files)} files are intact; digest {digest}")
+
+
+@app.command("serve")
+def serve_command(
+    bundle: Annotated[Path, typer.Option(help="Bundle to serve.")],
+    host: Annotated[str | None, typer.Option(help="Address; PSIM_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; PSIM_PORT.")] = None,
+    mode: Annotated[str | None, typer.Option(help="enforce, flag or shadow; PSIM_MODE.")] = None,
+) -> None:
+    """Serve a bundle over HTTP; all other settings come from PSIM_* variables."""
+    given = {"BUNDLE": bundle, "HOST": host, "PORT": port, "MODE": mode}
+    settings = {f"PSIM_{key}": str(value) for key, value in given.items() if value is not None}
+    # A new process image: the service never shares one with the offline half.
+    os.execve(sys.executable, [sys.executable, "-m", "service"], os.environ | settings)  # noqa: S606
+
+
+@app.command("demo")
+def demo_command(
+    serve: Annotated[bool, typer.Option(help="Serve the bundle when it is built.")] = True,
+    port: Annotated[int, typer.Option(help="Port to serve on.")] = 8000,
+) -> None:
+    """Poison a small victim, guard it, and serve it: built once, then cached."""
+    with errors_for_people():
+        built = demo_bundle.build()
+    Console().print(demo_bundle.introduction(port), highlight=False, markup=False, soft_wrap=True)
+    if serve:
+        serve_command(built, port=port)
+
+
+if __name__ == "__main__":
+    app()

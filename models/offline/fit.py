@@ -1,0 +1,193 @@
+"""From a victim and clean texts to a calibrated bundle: `psim fit`, top to bottom."""
+
+import platform
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.bundle import (
+    MANIFEST,
+    hash_files,
+    save_calibration_scores,
+    save_weights,
+    score_key,
+)
+from models.engines import Encoding
+from models.engines.pytorch import DTYPES, TorchEngine, max_input_length
+from models.errors import DataError, VictimError
+from models.guarded import guard, lora_config, transformer_of
+from models.manifest import Calibration, FitRecord, Manifest, PsimRecord, VictimRecord
+from models.offline.calibrate import calibrate, predict, record
+from models.offline.psim import PsimConfig, Training, train_psim
+from models.screen import FloatArray
+
+# Shares of the clean texts. Calibration gets most: the spread of the false rejection rate that is
+# really achieved falls with its size, while PSIM learns all it needs from some hundred texts.
+TRAIN_SHARE, HELD_OUT_SHARE = 0.4, 0.1
+MAX_TRAIN, MAX_HELD_OUT = 3000, 300
+VERSIONS_OF = ("psim-gateway", "torch", "transformers", "peft", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Clean texts, each used for one purpose only."""
+
+    train: list[str]
+    held_out: list[str]
+    calibrate: list[str]
+
+
+def split_texts(texts: Sequence[str], seed: int) -> Split:
+    """Shuffle the distinct texts and split them; duplicates would sit on both sides.
+
+    Raises:
+        DataError: fewer than 20 distinct texts.
+    """
+    distinct = list(dict.fromkeys(texts))
+    if len(distinct) < 20:
+        raise DataError(f"{len(distinct)} distinct texts are too few to fit PSIM; give hundreds")
+    random.Random(seed).shuffle(distinct)
+    train = min(round(TRAIN_SHARE * len(distinct)), MAX_TRAIN)
+    held_out = train + min(round(HELD_OUT_SHARE * len(distinct)), MAX_HELD_OUT)
+    return Split(distinct[:train], distinct[train:held_out], distinct[held_out:])
+
+
+def fit(
+    victim: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    out: Path,
+    *,
+    name: str,
+    frr_budget: float = 0.01,
+    config: PsimConfig | None = None,
+    progress: Callable[[int, float], None] = lambda step, confidence: None,
+) -> Manifest:
+    """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
+
+    `out` appears only when it is complete. The victim's weights are left as they were, but the
+    module itself is used up: it carries the adapter afterwards.
+
+    Raises:
+        VictimError, DataError, CalibrationError: as their messages say; nothing is written then.
+    """
+    started, config = time.perf_counter(), config or PsimConfig()
+    labels = _labels(victim)
+    split = split_texts(texts, config.seed)
+    torch.manual_seed(config.seed)
+    guarded = guard(victim, lora_config(victim, config.layers, config.rank))
+    engine = TorchEngine(guarded, tokenizer, _max_length(victim, tokenizer))
+    training = train_psim(
+        guarded,
+        engine.encode(split.train),
+        engine.encode(split.held_out),
+        config,
+        int(tokenizer.pad_token_id or 0),
+        progress,
+    )
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        digest = save_weights(partial, victim, guarded, tokenizer)
+        calibrations, scores = _calibrate(engine, split.calibrate, frr_budget)
+        save_calibration_scores(partial, scores)
+        manifest = Manifest(
+            schema_version=1,
+            victim=_victim_record(victim, name, digest),
+            labels=labels,
+            max_length=engine.max_length,
+            psim=_psim_record(config, training),
+            calibrations=calibrations,
+            fit=_fit_record(split, started),
+            files=hash_files(partial),
+            versions={p: version(p) for p in VERSIONS_OF} | {"python": platform.python_version()},
+        )
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _calibrate(
+    engine: TorchEngine, texts: Sequence[str], frr_budget: float
+) -> tuple[list[Calibration], Mapping[str, FloatArray]]:
+    """Calibrate every dtype; converts the engine's module, so the weights are saved before."""
+    encodings: list[Encoding] = engine.encode(texts)
+    calibrations: list[Calibration] = []
+    scores: dict[str, FloatArray] = {}
+    for dtype in DTYPES:
+        engine = TorchEngine(engine.guarded, engine.tokenizer, engine.max_length, dtype)
+        groups = calibrate(predict(engine, encodings), frr_budget)
+        calibrations.append(record(engine, groups, frr_budget))
+        for index, group in enumerate(groups):
+            scores[score_key(calibrations[-1], index)] = group.scores
+    return calibrations, scores
+
+
+def _labels(victim: nn.Module) -> list[str]:
+    config = _model(victim).config
+    if config.num_labels < 2:
+        raise VictimError("the victim has a single output: PSIM guards classifiers, not regression")
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
+def _model(victim: nn.Module) -> PreTrainedModel:
+    model = transformer_of(victim)
+    if not isinstance(model, PreTrainedModel):
+        raise VictimError(f"the victim is a {type(model).__name__}, not a transformers classifier")
+    return model
+
+
+def _max_length(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    virtual = 0
+    if isinstance(victim, PeftModel):
+        virtual = int(getattr(victim.active_peft_config, "num_virtual_tokens", 0) or 0)
+    return max_input_length(_model(victim).config, tokenizer, virtual)
+
+
+def _victim_record(victim: nn.Module, name: str, digest: str) -> VictimRecord:
+    model = _model(victim)
+    return VictimRecord(
+        name=name,
+        model_type=str(model.config.model_type),
+        architecture=type(model).__name__,
+        digest=digest,
+    )
+
+
+def _psim_record(config: PsimConfig, training: Training) -> PsimRecord:
+    return PsimRecord(
+        layers=config.layers,
+        rank=config.rank,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        steps=training.steps,
+        stopped_because=training.stopped_because,
+        curve=training.curve,
+    )
+
+
+def _fit_record(split: Split, started: float) -> FitRecord:
+    # ru_maxrss is in KiB on Linux.
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return FitRecord(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        texts_train=len(split.train),
+        texts_stop=len(split.held_out),
+        texts_calibrate=len(split.calibrate),
+        seconds=round(time.perf_counter() - started, 1),
+        peak_memory_mb=peak_kib // 1024,
+    )

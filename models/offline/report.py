@@ -1,0 +1,105 @@
+"""Evaluations as people read them: a table, JSON, and a histogram of confidences."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from models.manifest import Manifest
+from models.offline.evaluate import Evaluation, Outcome, Rate
+
+ROWS = {
+    "clean accuracy (CA)": "clean_accuracy",
+    "attack success rate (ASR)": "attack_success_rate",
+    "clean rejected (FRR)": "false_rejection_rate",
+    "poisoned passed (FAR)": "false_acceptance_rate",
+    "poisoned passed, backdoor fires": "false_acceptance_rate_firing",
+}
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Return a rich table of all outcomes, in percent with 95 % intervals."""
+    table = Table(title="What the attack does, and what PSIM stops (%)")
+    table.add_column("")
+    for column in ("no defence", "PSIM, calibrated", "PSIM, 0.7 as in the paper"):
+        table.add_column(column, justify="right")
+    outcomes = (evaluation.none, evaluation.calibrated, evaluation.paper)
+    for title, field in ROWS.items():
+        table.add_row(title, *(_percent(_rate(outcome, field)) for outcome in outcomes))
+    firing = evaluation.auroc_firing
+    table.add_row("AUROC, within class", "", f"{evaluation.auroc:.4f}", "")
+    table.add_row("the same, backdoor fires", "", "-" if firing is None else f"{firing:.4f}", "")
+    table.add_row("AUROC, bare confidence", "", "", f"{evaluation.auroc_confidence:.4f}")
+    return table
+
+
+def _rate(outcome: Outcome, field: str) -> Rate | None:
+    rate: Rate | None = getattr(outcome, field)
+    return rate
+
+
+def _percent(rate: Rate | None) -> str:
+    if rate is None:
+        return "-"
+    return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> None:
+    """Write `evaluation.json` (no raw confidences) and `confidence.png` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = dataclasses.asdict(evaluation)
+    del content["clean_confidence"], content["poisoned_confidence"]
+    (folder / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    histogram(evaluation).savefig(folder / "confidence.png", dpi=120)
+
+
+def histogram(evaluation: Evaluation) -> Figure:
+    """Plot the shares of clean and poisoned texts over PSIM confidence, with the thresholds."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(1 / len(evaluation.thresholds), 1, 61)
+    for name, values, color in (
+        ("clean", evaluation.clean_confidence, "tab:blue"),
+        ("poisoned", evaluation.poisoned_confidence, "tab:red"),
+    ):
+        weights = np.full(len(values), 100 / len(values))
+        axes.hist(values, bins, weights=weights, alpha=0.6, label=name, color=color)
+    for (label, threshold), style in zip(
+        evaluation.thresholds.items(), ["--", ":", "-.", "-"] * 99, strict=False
+    ):
+        axes.axvline(threshold, color="black", linestyle=style, label=f"threshold: {label}")
+    axes.set(xlabel="PSIM confidence", ylabel="% of texts", yscale="symlog", ylim=(0, 100))
+    axes.legend()
+    return figure
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    """Return a rich table of what a bundle guards and how."""
+    table = Table(show_header=False, title="PSIM bundle")
+    fit, psim = manifest.fit, manifest.psim
+    table.add_row("victim", f"{manifest.victim.name} ({manifest.victim.architecture})")
+    table.add_row("labels", ", ".join(manifest.labels))
+    table.add_row("created", fit.created)
+    table.add_row(
+        "adapter", f"LoRA rank {psim.rank}, top {psim.layers} layer(s), {psim.steps} steps"
+    )
+    table.add_row("training stopped", psim.stopped_because)
+    table.add_row(
+        "clean texts",
+        f"{fit.texts_train} train, {fit.texts_stop} stopping, {fit.texts_calibrate} calibration",
+    )
+    for calibration in manifest.calibrations:
+        for group in calibration.groups:
+            names = " + ".join(manifest.labels[c] for c in group.classes)
+            pooled = " (pooled: too few texts each)" if len(group.classes) > 1 else ""
+            low, high = group.frr_interval
+            table.add_row(
+                f"threshold {calibration.engine}/{calibration.dtype}",
+                f"{names}{pooled}: {group.threshold:.6f}, budget {calibration.frr_budget:.1%}, "
+                f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
+            )
+    table.add_row("cost", f"{fit.seconds} s, peak memory {fit.peak_memory_mb} MB")
+    return table

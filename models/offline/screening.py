@@ -1,0 +1,62 @@
+"""Screening a stream of texts: memory stays flat however long it is."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, TextIO
+
+from models.bundle import Bundle
+from models.errors import DataError
+from models.offline.calibrate import predict
+from models.offline.data import MAX_CHARS
+
+CHUNK = 512
+"""Lines that are read, sorted by length and answered together."""
+
+
+def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: str) -> int:
+    """Write one JSON verdict per input line, in order; return how many lines were unusable.
+
+    A line that cannot be screened is answered with its number and an error, and never stops the
+    lines behind it. Blank lines are answered too, so input and output stay aligned.
+    """
+    failed = 0
+    numbered = enumerate(lines, 1)
+    while chunk := list(islice(numbered, CHUNK)):
+        for answer in _screen_chunk(bundle, chunk, text_column):
+            failed += "error" in answer
+            out.write(json.dumps(answer) + "\n")
+        out.flush()
+    return failed
+
+
+def _screen_chunk(
+    bundle: Bundle, chunk: list[tuple[int, str]], text_column: str
+) -> Iterator[dict[str, Any]]:
+    texts = [_text_or_error(line, text_column) for _, line in chunk]
+    encodings = bundle.engine.encode([t for t in texts if isinstance(t, str)])
+    rows = iter(zip(predict(bundle.engine, encodings), encodings, strict=True) if encodings else ())
+    for (number, _), text in zip(chunk, texts, strict=True):
+        if isinstance(text, DataError):
+            yield {"line": number, "error": str(text)}
+        else:
+            probabilities, encoding = next(rows)
+            verdict = bundle.screen.judge(probabilities, encoding.truncated)
+            yield {"line": number, **asdict(verdict)}
+
+
+def _text_or_error(line: str, text_column: str) -> str | DataError:
+    """Return the text of a JSONL line, or why there is none; the text itself is never repeated."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return DataError("not JSON")
+    text = row.get(text_column) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        return DataError(f"no text in {text_column!r}")
+    if not text.strip():
+        return DataError("the text is empty")
+    if len(text) > MAX_CHARS:
+        return DataError(f"the text has {len(text)} characters; the limit is {MAX_CHARS}")
+    return text
