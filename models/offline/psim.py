@@ -14,6 +14,8 @@ from models.engines.pytorch import collate
 from models.guarded import Guarded
 
 BATCH_TOKENS = 4096
+# transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
+NO_AUTOCAST = {"deberta"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def train_psim(
                 reason = f"{config.unlearn:.0%} of the clean confidence above chance was left"
                 break
         guarded.train()
-        with autocast(device):
+        with autocast(guarded):
             logits = guarded.psim_logits(collate(batch, pad_id, device))
         # Cross-entropy against the uniform distribution, in float32.
         loss = -logits.float().log_softmax(-1).mean()
@@ -103,7 +105,7 @@ def psim_probabilities(
     guarded.eval()
     device = next(guarded.parameters()).device
     result: list[np.typing.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(texts)
-    with torch.inference_mode(), autocast(device):
+    with torch.inference_mode(), autocast(guarded):
         for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS):
             inputs = collate([texts[i] for i in batch], pad_id, device)
             for row, index in zip(guarded.screen(inputs).cpu().numpy(), batch, strict=True):
@@ -111,7 +113,11 @@ def psim_probabilities(
     return np.stack(result)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Return a bfloat16 autocast where the hardware has it, else one that does nothing."""
-    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+def autocast(guarded: Guarded) -> AbstractContextManager[None]:
+    """Return a bfloat16 autocast where hardware and model can, else one that does nothing."""
+    device = next(guarded.parameters()).device
+    model_type = str(guarded.psim.get_base_model().config.model_type)
+    able = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=able and model_type not in NO_AUTOCAST
+    )

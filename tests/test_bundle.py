@@ -1,0 +1,249 @@
+"""Bundles of every family: they come back bit for bit, or are refused with a reason."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import FAMILIES, tiny_victim
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from models.bundle import ADAPTER_WEIGHTS, MANIFEST, file_digest, load_bundle
+from models.errors import BundleError, CalibrationError, DataError, VictimError
+from models.guarded import lora_config
+from models.offline.calibrate import predict
+from models.offline.fit import fit, split_texts
+from models.offline.psim import PsimConfig
+
+WORDS = "the a film room service was is not very good bad slow great awful quite and but".split()
+
+
+def some_texts(n: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 25))) for i in range(n)]
+
+
+def fit_tiny(victim: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
+    config = PsimConfig(max_epochs=1)
+    fit(victim, tokenizer, some_texts(160), out, name="tiny", frr_budget=0.05, config=config)
+    return out
+
+
+PROMPTS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "prompt-tuning": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
+    "p-tuning-v1": lambda: peft.PromptEncoderConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=16
+    ),
+    "p-tuning-v2": lambda: peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
+}
+
+
+def victim_of(kind: str) -> nn.Module:
+    if kind in FAMILIES:
+        return tiny_victim(kind)
+    victim: nn.Module = peft.get_peft_model(tiny_victim("bert"), PROMPTS[kind]()).eval()
+    return victim
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *PROMPTS])
+def test_every_family_comes_back_bit_for_bit(
+    kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    victim = victim_of(kind)
+    texts = some_texts(160)
+    inputs = [tokenizer(text, return_tensors="pt") for text in texts[:5]]
+    with torch.inference_mode():
+        unguarded = np.vstack([victim(**i).logits.softmax(-1).numpy() for i in inputs])
+    path = fit_tiny(victim, tokenizer, tmp_path / "bundle")
+
+    bundle = load_bundle(path)
+    # The stored scores were computed by the model that was trained, before it was saved.
+    calibration = bundle.engine.encode(split_texts(texts, 0).calibrate)
+    probabilities = predict(bundle.engine, calibration)
+    stored = [group.scores for group in bundle.screen.groups]
+    assert np.array_equal(np.sort(probabilities.max(1)), np.sort(np.concatenate(stored)))
+    # With the adapter off, the victim is what it was.
+    batch = bundle.engine.encode(texts[:5])
+    np.testing.assert_allclose(bundle.engine.classify(batch), unguarded, atol=1e-6)
+    # With it on, confidence has fallen: it was trained.
+    assert bundle.engine.screen(batch).max(1).mean() < unguarded.max(1).mean()
+    assert np.isfinite(load_bundle(path, "bfloat16").engine.screen(batch)).all()
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(
+    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return fit_tiny(tiny_victim("bert"), tokenizer, tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """Return a copy that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def rehash(bundle: Path, *names: str, **changes: object) -> None:
+    """Forge a manifest that agrees with changed files."""
+    manifest = json.loads((bundle / MANIFEST).read_text()) | changes
+    manifest["files"] |= {name: file_digest(bundle / name) for name in names}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_flipped_byte_in_any_file_is_refused(bundle: Path) -> None:
+    for file in sorted(f for f in bundle.rglob("*") if f.is_file() and f.name != MANIFEST):
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+        with pytest.raises(BundleError, match=f"{file.name} was altered"):
+            load_bundle(bundle)
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+    load_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["victim/pytorch_model.bin", "psim/x.pkl", "a.pt"])
+def test_a_pickle_is_refused_even_if_the_manifest_lists_it(bundle: Path, name: str) -> None:
+    (bundle / name).write_bytes(b"\x80\x04N.")
+    rehash(bundle, name)
+    with pytest.raises(BundleError, match="pickle"):
+        load_bundle(bundle)
+
+
+def test_a_file_that_does_not_belong_is_refused(bundle: Path) -> None:
+    (bundle / "victim" / "modeling_evil.json").write_text("{}")
+    with pytest.raises(BundleError, match="does not belong"):
+        load_bundle(bundle)
+
+
+def test_links_out_of_the_bundle_are_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "psim").rename(tmp_path / "elsewhere")
+    (bundle / "psim").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="symbolic links"):
+        load_bundle(bundle)
+
+
+def test_a_missing_adapter_is_named(bundle: Path) -> None:
+    (bundle / "psim" / ADAPTER_WEIGHTS).unlink()
+    with pytest.raises(BundleError, match=f"psim/{ADAPTER_WEIGHTS} is missing"):
+        load_bundle(bundle)
+
+
+def test_an_adapter_for_another_base_is_refused(
+    bundle: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    other = fit_tiny(tiny_victim("bert", seed=9), tokenizer, tmp_path / "other")
+    shutil.copy(other / "psim" / ADAPTER_WEIGHTS, bundle / "psim" / ADAPTER_WEIGHTS)
+    rehash(bundle, f"psim/{ADAPTER_WEIGHTS}")
+    with pytest.raises(BundleError, match="another base model"):
+        load_bundle(bundle)
+
+
+def test_an_adapter_of_other_shapes_is_refused(bundle: Path) -> None:
+    file = bundle / "psim" / ADAPTER_WEIGHTS
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({k: v[:, :-1].clone() for k, v in load_file(file).items()}, file, metadata=metadata)
+    rehash(bundle, f"psim/{ADAPTER_WEIGHTS}")
+    with pytest.raises(BundleError, match="does not load"):
+        load_bundle(bundle)
+
+
+def test_a_victim_with_missing_weights_is_refused(bundle: Path) -> None:
+    file = bundle / "victim" / "model.safetensors"
+    weights = load_file(file)
+    del weights["classifier.bias"]
+    save_file(weights, file, metadata={"format": "pt"})
+    rehash(bundle, "victim/model.safetensors")
+    with pytest.raises(BundleError, match="victim/ does not hold the weights"):
+        load_bundle(bundle)
+
+
+def test_nan_weights_fail_the_self_test(bundle: Path) -> None:
+    file = bundle / "victim" / "model.safetensors"
+    weights = load_file(file)
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    rehash(bundle, "victim/model.safetensors")
+    with pytest.raises(BundleError, match="self-test"):
+        load_bundle(bundle)
+
+
+def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
+    for changes, message in (
+        ({"schema_version": 2}, "schema_version"),
+        ({"labels": ["x"]}, "labels"),
+        ({"labels": ["x", "y", "z"]}, "labels of manifest"),
+        ({"surprise": 1}, "surprise"),
+        ({"files": {"../../etc/passwd": "0" * 64}}, "does not belong|missing"),
+    ):
+        original = (bundle / MANIFEST).read_text()
+        rehash(bundle, **changes)
+        with pytest.raises(BundleError, match=message):
+            load_bundle(bundle)
+        (bundle / MANIFEST).write_text(original)
+    (bundle / MANIFEST).write_text("{")
+    with pytest.raises(BundleError, match="not valid"):
+        load_bundle(bundle)
+    with pytest.raises(BundleError, match="not a bundle"):
+        load_bundle(bundle.parent / "nowhere")
+
+
+def test_a_threshold_of_another_dtype_is_never_used(bundle: Path) -> None:
+    calibrations = json.loads((bundle / MANIFEST).read_text())["calibrations"]
+    rehash(bundle, calibrations=[c for c in calibrations if c["dtype"] == "float32"])
+    load_bundle(bundle)
+    with pytest.raises(BundleError, match="no calibration for torch/bfloat16"):
+        load_bundle(bundle, "bfloat16")
+
+
+def test_a_bundle_holds_no_path_of_this_machine(bundle: Path) -> None:
+    for file in bundle.rglob("*.json"):
+        assert str(bundle.parent.parent) not in file.read_text(), file.name
+        assert os.fspath(Path.home()) + "/" not in file.read_text(), file.name
+
+
+def test_fit_writes_nothing_when_it_cannot_calibrate(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match="too few"):
+        fit(tiny_victim("bert"), tokenizer, some_texts(40), tmp_path / "b", name="x")
+    with pytest.raises(DataError, match="too few"):
+        fit(tiny_victim("bert"), tokenizer, ["same"] * 400, tmp_path / "b", name="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_victims_that_cannot_be_guarded_are_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    regression = tiny_victim("bert")
+    regression.config.num_labels = 1
+    with pytest.raises(VictimError, match="regression"):
+        fit(regression, tokenizer, some_texts(160), tmp_path / "b", name="x")
+    with pytest.raises(VictimError, match="the victim has 3"):
+        lora_config(tiny_victim("bert"), layers=4)
+    with pytest.raises(VictimError, match="no query/value"):
+        lora_config(nn.Sequential(nn.Linear(2, 2)), layers=1)
+
+
+def test_a_score_does_not_depend_on_its_batch_mates(tiny_bundle: Path) -> None:
+    engine = load_bundle(tiny_bundle).engine
+    batch = engine.encode(some_texts(20, seed=3))
+    alone = np.vstack([engine.screen([one]) for one in batch])
+    np.testing.assert_allclose(engine.screen(batch), alone, atol=1e-5)
+
+
+def test_long_texts_are_cut_and_say_so(tiny_bundle: Path) -> None:
+    engine = load_bundle(tiny_bundle).engine
+    short, long = engine.encode(["film", "film " * 2000])
+    assert (short.truncated, long.truncated) == (False, True)
+    assert len(long) == 512
