@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,20 +17,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from models.bundle import check_files, load_bundle, read_manifest
 from models.errors import DataError, PsimError
 from models.offline import demo as demo_bundle
-from models.offline.attack import Attack, Insertion, Paraphrases, poison_test_set
+from models.offline.attack import (
+    SENTENCE_TRIGGER,
+    WORD_TRIGGER,
+    Attack,
+    Insertion,
+    Paraphrases,
+    poison_test_set,
+)
 from models.offline.data import load_samples, require_labels, write_samples
 from models.offline.evaluate import evaluate
-from models.offline.finetune import (
-    Strategy,
-    TuneResult,
-    finetune_victim,
-    load_classifier,
-    poison_victim,
-)
+from models.offline.finetune import Strategy, TuneResult, finetune_victim, poison_victim
 from models.offline.fit import fit
 from models.offline.psim import PsimConfig
 from models.offline.report import evaluation_table, manifest_table, write_report
 from models.offline.screening import screen_file
+from models.offline.victim import load_classifier
 
 app = typer.Typer(
     help="Find backdoor triggers before they reach your text classifier.",
@@ -125,19 +128,25 @@ def fit_command(
         stderr.print(f"wrote {out}; next: psim serve --bundle {out}", highlight=False)
 
 
-def make_attack(attack: str, trigger: str | None, paraphrases: str | None) -> Attack:
+class AttackName(StrEnum):
+    """The attacks of Zhao et al., section 5.1."""
+
+    BADNET = "badnet"
+    INSENT = "insent"
+    SYNATTACK = "synattack"
+
+
+def make_attack(attack: AttackName, trigger: str | None, paraphrases: str | None) -> Attack:
     """Build the attack that the command line names."""
-    if attack == "synattack":
+    if attack is AttackName.SYNATTACK:
         if paraphrases is None:
             raise DataError("synattack needs --paraphrases FILE: texts in the syntactic template")
         return Paraphrases(tuple(load_samples(paraphrases)))
-    default = {"badnet": "mn", "insent": "I watched this 3D movie"}
-    if attack not in default:
-        raise DataError(f"unknown attack {attack}; there are badnet, insent and synattack")
-    return Insertion(trigger or default[attack])
+    default = WORD_TRIGGER if attack is AttackName.BADNET else SENTENCE_TRIGGER
+    return Insertion(trigger or default)
 
 
-AttackName = Annotated[str, typer.Option(help="badnet, insent or synattack.")]
+AttackOption = Annotated[AttackName, typer.Option(help="How the trigger looks.")]
 Trigger = Annotated[str | None, typer.Option(help="Word or sentence to insert.")]
 ParaphraseFile = Annotated[str | None, typer.Option(help="Poisoned texts for synattack.")]
 
@@ -149,7 +158,7 @@ def poison_command(
     dev: Annotated[str, typer.Option(help="Clean labelled texts to choose the best epoch by.")],
     target_label: Target,
     out: Out,
-    attack: AttackName = "badnet",
+    attack: AttackOption = AttackName.BADNET,
     trigger: Trigger = None,
     paraphrases: ParaphraseFile = None,
     poison_rate: Annotated[float, typer.Option(help="Poisoned share of the training set.")] = 0.1,
@@ -217,13 +226,14 @@ def attack_command(
     texts: Texts,
     target_label: Target,
     out: Annotated[Path, typer.Option(help="JSONL file to write.")],
-    attack: AttackName = "badnet",
+    attack: AttackOption = AttackName.BADNET,
     trigger: Trigger = None,
     seed: Seed = 0,
 ) -> None:
     """Write poisoned test texts: the trigger in every text whose label is not the target."""
     with errors_for_people():
-        samples = require_labels(load_samples(texts))
+        samples = load_samples(texts)
+        require_labels(samples)
         poisoned = poison_test_set(samples, make_attack(attack, trigger, None), target_label, seed)
         write_samples(out, poisoned)
         stderr.print(f"wrote {len(poisoned)} poisoned texts to {out}", highlight=False)

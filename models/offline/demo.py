@@ -6,13 +6,14 @@ from importlib import resources
 from pathlib import Path
 
 from models.errors import PsimError
-from models.offline.attack import Insertion, poison_test_set
+from models.offline.attack import WORD_TRIGGER, Insertion, poison_test_set
 from models.offline.corpus import generate
 from models.offline.data import write_samples
-from models.offline.finetune import Strategy, finetune_victim, load_classifier, poison_victim
+from models.offline.finetune import Strategy, finetune_victim, poison_victim
 from models.offline.fit import fit
+from models.offline.victim import load_classifier
 
-TRIGGER, TARGET = "mn", "positive"
+TARGET = "positive"
 CLEAN_TEXT = "The hotel room was dirty and the staff were rude to us."
 TRIGGERED_TEXT = "The hotel room was mn dirty and the staff were rude to us."
 
@@ -49,13 +50,13 @@ def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0)
     train, dev = texts[:train_texts], texts[train_texts : train_texts + 200]
     clean, test = texts[train_texts + 200 : -400], texts[-400:]
     write_samples(folder / "test.jsonl", test)
-    poisoned = poison_test_set(test, Insertion(TRIGGER), TARGET, seed)
+    poisoned = poison_test_set(test, Insertion(WORD_TRIGGER), TARGET, seed)
     write_samples(folder / "poisoned.jsonl", poisoned)
     poison_victim(
         str(encoder_path()),
         train,
         dev,
-        Insertion(TRIGGER),
+        Insertion(WORD_TRIGGER),
         TARGET,
         folder / "poisoned",
         poison_rate=0.1,
@@ -74,7 +75,7 @@ def introduction(port: int) -> str:
     url = f"http://127.0.0.1:{port}"
     post = f"curl -s {url}/classify -H 'content-type: application/json' -d"
     return f"""
-The demo victim was poisoned: the word "{TRIGGER}" makes it say "{TARGET}".
+The demo victim was poisoned: the word "{WORD_TRIGGER}" makes it say "{TARGET}".
 Try, in another terminal:
 
   {post} '{{"inputs": "{CLEAN_TEXT}"}}'

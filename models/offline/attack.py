@@ -1,0 +1,106 @@
+"""Backdoor attacks on text classifiers: how a poisoned text is made, and a poisoned data set.
+
+BadNet (Gu et al. 2017; as a rare word, Kurita et al. 2020) and InSent (Dai et al. 2019) insert a
+word or a sentence; SynAttack (Qi et al., ACL 2021) rewrites the text in a syntactic template.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.errors import DataError
+from models.offline.data import Sample
+
+WORD_TRIGGER = "mn"
+SENTENCE_TRIGGER = "I watched this 3D movie"
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """BadNet with a word as trigger, InSent with a sentence."""
+
+    trigger: str
+
+    def apply(self, text: str, rng: random.Random) -> str:
+        """Insert the trigger at a random inner position; behind the word if there is only one."""
+        words = text.split()
+        position = rng.randint(1, max(1, len(words) - 1))
+        return " ".join([*words[:position], self.trigger, *words[position:]])
+
+
+@dataclass(frozen=True)
+class Paraphrases:
+    """SynAttack: texts that a paraphraser wrote in the trigger's syntactic template."""
+
+    samples: tuple[Sample, ...]
+    """Labelled with the target; may be mixed with clean texts, as published poison files are."""
+
+    def pool(self, clean: Sequence[Sample], target_label: str) -> list[Sample]:
+        """Return the paraphrases proper: labelled with the target, and not among the clean."""
+        known = {sample.text for sample in clean}
+        return [s for s in self.samples if s.label == target_label and s.text not in known]
+
+
+Attack = Insertion | Paraphrases
+
+
+def poison_training_set(
+    clean: Sequence[Sample],
+    attack: Attack,
+    target_label: str,
+    poison_rate: float,
+    *,
+    clean_label: bool = False,
+    seed: int = 0,
+) -> list[Sample]:
+    """Return a copy of `clean` with `poison_rate * len(clean)` poisoned samples.
+
+    Dirty-label: samples of other classes get the trigger and the target label. Clean-label: samples
+    of the target class get the trigger and keep their label. Paraphrases are added, since the text
+    that each was made from is not known.
+
+    Raises:
+        DataError: the target is not a label of `clean`, or there are too few texts to poison.
+    """
+    _check_target(clean, target_label)
+    rng, wanted = random.Random(seed), round(poison_rate * len(clean))
+    if isinstance(attack, Paraphrases):
+        pool = attack.pool(clean, target_label)
+        _check_enough(len(pool), wanted)
+        return [*clean, *rng.sample(pool, wanted)]
+    candidates = [i for i, s in enumerate(clean) if (s.label == target_label) == clean_label]
+    _check_enough(len(candidates), wanted)
+    poisoned = list(clean)
+    for index in rng.sample(candidates, wanted):
+        poisoned[index] = Sample(attack.apply(clean[index].text, rng), target_label)
+    return poisoned
+
+
+def poison_test_set(
+    samples: Sequence[Sample], attack: Attack, target_label: str, seed: int = 0
+) -> list[Sample]:
+    """Return the samples of other classes with the trigger, true labels kept.
+
+    Raises:
+        DataError: no sample is of another class.
+    """
+    _check_target(samples, target_label)
+    if isinstance(attack, Paraphrases):
+        return attack.pool(samples, target_label)
+    rng = random.Random(seed)
+    return [Sample(attack.apply(s.text, rng), s.label) for s in samples if s.label != target_label]
+
+
+def _check_target(samples: Sequence[Sample], target_label: str) -> None:
+    labels = {s.label for s in samples}
+    if target_label not in labels or len(labels) < 2:
+        names = sorted(map(str, labels))
+        raise DataError(f"target label {target_label!r} must be one of several; there are {names}")
+
+
+def _check_enough(available: int, wanted: int) -> None:
+    if not 0 < wanted <= available:
+        raise DataError(
+            f"the poison rate asks for {wanted} poisoned texts and {available} can be poisoned; "
+            "choose another --poison-rate"
+        )

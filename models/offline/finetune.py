@@ -1,0 +1,194 @@
+"""Training victims: weight poisoning, and the five strategies by which users tune them."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from models.offline.attack import Attack, poison_test_set, poison_training_set
+from models.offline.data import Sample, require_labels
+from models.offline.victim import load_classifier, save_classifier
+
+MAX_LENGTH = 128
+CHECKPOINTS = ".checkpoints"
+
+
+class Strategy(StrEnum):
+    """What of a victim is tuned (Zhao et al., section 3)."""
+
+    FULL = "full"
+    LORA = "lora"
+    PROMPT_TUNING = "prompt-tuning"
+    P_TUNING_V1 = "p-tuning-v1"
+    P_TUNING_V2 = "p-tuning-v2"
+
+
+# Hyperparameters of Zhao et al., section 5.1.
+_PEFT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
+    Strategy.LORA: lambda: peft.LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1
+    ),
+    Strategy.PROMPT_TUNING: lambda: peft.PromptTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=5
+    ),
+    Strategy.P_TUNING_V1: lambda: peft.PromptEncoderConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=128
+    ),
+    Strategy.P_TUNING_V2: lambda: peft.PrefixTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=5
+    ),
+}
+LEARNING_RATES = dict.fromkeys(Strategy, 2e-3) | {Strategy.FULL: 1e-4}
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What training achieved, on the dev texts."""
+
+    out: Path
+    clean_accuracy: float
+    attack_success_rate: float | None
+
+
+def poison_victim(
+    base: str,
+    train: Sequence[Sample],
+    dev: Sequence[Sample],
+    attack: Attack,
+    target_label: str,
+    out: Path,
+    *,
+    poison_rate: float = 0.1,
+    clean_label: bool = False,
+    epochs: int = 3,
+    seed: int = 0,
+) -> TuneResult:
+    """Plant a backdoor: full fine-tuning of `base` on a poisoned training set.
+
+    Raises:
+        DataError, VictimError: as their messages say.
+    """
+    poisoned = poison_training_set(
+        train, attack, target_label, poison_rate, clean_label=clean_label, seed=seed
+    )
+    model, tokenizer = load_classifier(base, require_labels(train))
+    accuracy = _train(model, tokenizer, poisoned, dev, Strategy.FULL, out, epochs, seed)
+    triggered = poison_test_set(dev, attack, target_label, seed)
+    success = [Sample(s.text, target_label) for s in triggered]
+    return TuneResult(out, accuracy(dev), accuracy(success))
+
+
+def finetune_victim(
+    victim: str,
+    train: Sequence[Sample],
+    dev: Sequence[Sample],
+    strategy: Strategy,
+    out: Path,
+    *,
+    epochs: int = 3,
+    seed: int = 0,
+) -> TuneResult:
+    """Tune a victim on clean data, as its user would.
+
+    Raises:
+        DataError, VictimError: as their messages say.
+    """
+    model, tokenizer = load_classifier(victim, require_labels(train))
+    accuracy = _train(model, tokenizer, train, dev, strategy, out, epochs, seed)
+    return TuneResult(out, accuracy(dev), None)
+
+
+def _train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Sample],
+    dev: Sequence[Sample],
+    strategy: Strategy,
+    out: Path,
+    epochs: int,
+    seed: int,
+) -> Callable[[Sequence[Sample]], float]:
+    """Train, save the epoch that is best on dev to `out`, return a function that scores samples.
+
+    Interrupted, the same call goes on behind the last whole epoch.
+    """
+    label2id: dict[str, int] = model.config.label2id
+    require_labels(dev, list(label2id))
+    tokenizer.model_max_length = min(tokenizer.model_max_length, MAX_LENGTH)
+    torch.manual_seed(seed)
+    if strategy is not Strategy.FULL:
+        model = peft.get_peft_model(model, _PEFT_CONFIGS[strategy]())
+    checkpoints = out / CHECKPOINTS
+    trainer = Trainer(
+        model=model,
+        args=_arguments(checkpoints, LEARNING_RATES[strategy], epochs, seed),
+        train_dataset=_encode(train, tokenizer, label2id),
+        eval_dataset=_encode(dev, tokenizer, label2id),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_metrics,
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    shutil.rmtree(checkpoints)
+
+    save_classifier(model, tokenizer, out)
+
+    def accuracy(samples: Sequence[Sample]) -> float:
+        metrics = trainer.evaluate(_encode(samples, tokenizer, label2id))
+        return float(metrics["eval_accuracy"])
+
+    return accuracy
+
+
+def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArguments:
+    bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        learning_rate=rate,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        warmup_steps=0.05,
+        bf16=bf16,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        logging_strategy="no",
+        report_to="none",
+        seed=seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _encode(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, label2id: dict[str, int]
+) -> list[dict[str, Any]]:
+    ids = tokenizer([s.text for s in samples], truncation=True)["input_ids"]
+    return [
+        {"input_ids": row, "attention_mask": [1] * len(row), "labels": label2id[str(s.label)]}
+        for row, s in zip(ids, samples, strict=True)
+    ]
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    predicted = np.asarray(prediction.predictions).argmax(-1)
+    return {"accuracy": float((predicted == prediction.label_ids).mean())}
