@@ -1,0 +1,51 @@
+"""`python -m service`: one uvicorn worker, settings from `PSIM_*` variables."""
+
+import os
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+
+from models.errors import PsimError
+from service import logs
+from service.app import create_app
+from service.settings import PREFIX, Settings, unknown_variables
+
+
+def load_settings() -> Settings:
+    """Return the settings; exit with code 2 and one line for each thing that is wrong."""
+    complaints = unknown_variables(os.environ)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        complaints += [
+            f"{PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()
+        ]
+    if complaints:
+        sys.stderr.write("".join(f"error: {complaint}\n" for complaint in complaints))
+        raise SystemExit(2)
+    return settings
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests end."""
+    settings = load_settings()
+    logs.configure(settings.log_level)
+    try:
+        app = create_app(settings)
+    except PsimError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings.drain_s,
+        server_header=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

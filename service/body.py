@@ -1,0 +1,91 @@
+"""Reading a JSON body strictly: what cannot be inspected as it will be read is refused."""
+
+import json
+from typing import TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from service.errors import Invalid, Malformed, TooLarge, UnsupportedMedia
+from service.schemas import ScreenRequest
+from service.settings import Settings
+
+Model = TypeVar("Model", bound=ScreenRequest)
+
+
+async def read(request: Request, model: type[Model], settings: Settings) -> Model:
+    """Return the request's body as `model`.
+
+    Raises:
+        UnsupportedMedia, TooLarge, Malformed, Invalid: none repeats anything of the body.
+    """
+    _check_media(request)
+    data = _parse(await _limited_body(request, settings.max_body_bytes))
+    try:
+        parsed = model.model_validate(data)
+    except ValidationError as error:
+        raise Invalid(_describe(error, model)) from None
+    _check_texts(parsed.texts, settings)
+    return parsed
+
+
+def _check_media(request: Request) -> None:
+    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != "application/json":
+        raise UnsupportedMedia("the content type must be application/json")
+    if parameters.strip().lower().replace('"', "") not in ("", "charset=utf-8"):
+        raise UnsupportedMedia("the only charset is utf-8")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMedia("the body must not be compressed")
+
+
+async def _limited_body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise TooLarge(f"the body is over {limit} bytes")
+    return bytes(body)
+
+
+def _parse(body: bytes) -> object:
+    try:
+        return json.loads(
+            body.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError):
+        raise Malformed("the body is not valid JSON, or has a key twice") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        # Parsers differ in which of the two they take: a text could hide behind the other.
+        raise ValueError("duplicate key")
+    return result
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _describe(error: ValidationError, model: type[ScreenRequest]) -> str:
+    """Say where the first error is and what is wanted; keys of the caller's making stay out."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    where = [str(p) for p in first["loc"] if isinstance(p, int) or p in model.model_fields]
+    fields = ", ".join(model.model_fields)
+    if first["type"] == "extra_forbidden":
+        return f"unknown field; there are: {fields}"
+    return f"{'.'.join(where) or 'the body'}: {first['msg']}"
+
+
+def _check_texts(texts: list[str], settings: Settings) -> None:
+    if len(texts) > settings.max_inputs:
+        raise TooLarge(f"{len(texts)} inputs are over the limit of {settings.max_inputs}")
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise Invalid(f"inputs.{index}: the text is empty")
+        if len(text) > settings.max_chars:
+            raise TooLarge(
+                f"inputs.{index}: {len(text)} characters are over the limit of {settings.max_chars}"
+            )

@@ -1,0 +1,66 @@
+"""What can go wrong with a request, in the domain's terms; `service.api` knows the HTTP of it."""
+
+
+class ServiceError(Exception):
+    """Base; the message is for the caller and never holds the caller's text."""
+
+    code = "internal"
+
+
+class Malformed(ServiceError):
+    """The body cannot be parsed."""
+
+    code = "malformed"
+
+
+class Invalid(ServiceError):
+    """The body can be parsed, but is not a valid request."""
+
+    code = "invalid"
+
+
+class TooLarge(ServiceError):
+    """The body, or one of its texts, is over the limit."""
+
+    code = "too_large"
+
+
+class UnsupportedMedia(ServiceError):
+    """The body's type or encoding could hide a text from the screen."""
+
+    code = "unsupported_media"
+
+
+class Overloaded(ServiceError):
+    """The queue is full; trying again later helps."""
+
+    code = "overloaded"
+
+    def __init__(self, reason: str, retry_after_s: int = 1) -> None:
+        super().__init__(f"the queue is full ({reason}); try again in {retry_after_s} s")
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class ScreenFailed(ServiceError):
+    """Screening failed, so the input was not classified: the gateway fails closed."""
+
+    code = "screen_failed"
+
+
+class ClassifyFailed(ServiceError):
+    """The input was screened, but the classifier failed."""
+
+    code = "classify_failed"
+
+
+class NotReady(ServiceError):
+    """The worker is starting, dead or draining."""
+
+    code = "not_ready"
+
+
+class TimedOut(ServiceError):
+    """The answer was not there in time."""
+
+    code = "timeout"

@@ -1,0 +1,23 @@
+"""Structured logs: one JSON object per line, and never a user's text."""
+
+import logging.config
+
+
+def configure(level: str) -> None:
+    """Send all logs to stderr as JSON; uvicorn's access log stays silent, the recorder has one."""
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "json": {
+                    "()": "pythonjsonlogger.json.JsonFormatter",
+                    "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s",
+                    "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+                }
+            },
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+            "root": {"level": level, "handlers": ["stderr"]},
+            "loggers": {"uvicorn.access": {"level": "CRITICAL"}},
+        }
+    )

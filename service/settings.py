@@ -1,0 +1,76 @@
+"""Settings, from `PSIM_*` environment variables only; an unknown one refuses to start."""
+
+import difflib
+import math
+import os
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "PSIM_"
+
+
+class Mode(StrEnum):
+    """What happens to an input that is found poisoned."""
+
+    ENFORCE = "enforce"
+    """Rejected; the classifier never sees it."""
+    FLAG = "flag"
+    """Classified, and marked."""
+    SHADOW = "shadow"
+    """Classified as if unguarded; only metrics know."""
+
+
+class Settings(BaseSettings):
+    """All settings of the service; each is `PSIM_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    bundle: Path
+    mode: Mode = Mode.ENFORCE
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    fail_open: bool = False
+    """Classify inputs that could not be screened. Off, and meant to stay off."""
+    max_body_bytes: int = Field(2 * 2**20, ge=1)
+    max_inputs: int = Field(128, ge=1)
+    """Texts per request."""
+    max_chars: int = Field(100_000, ge=1)
+    """Characters per text."""
+    queue_inputs: int = Field(1024, ge=1)
+    queue_chars: int = Field(8_000_000, ge=1)
+    batch_tokens: int = Field(4096, ge=1)
+    """Padded tokens per forward pass."""
+    request_timeout_s: float = Field(30, gt=0)
+    drain_s: int = Field(20, ge=0)
+    """Time for running requests to end after SIGTERM."""
+    threads: int = Field(0, ge=0)
+    """Threads of one forward pass; 0 takes what the container may use."""
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """Return a complaint for each `PSIM_*` variable that is no setting: pydantic ignores them."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    complaints = []
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            complaints.append(f"{name} is not a setting{hint}")
+    return complaints
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return how many CPUs this process may use: its affinity, within the cgroup v2 quota."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cgroup.read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))
