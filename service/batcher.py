@@ -10,9 +10,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from models.batching import length_sorted_batches
 from models.bundle import Bundle
@@ -160,10 +160,15 @@ class Batcher:
         finally:
             with self._wake:
                 self._closing = True
-                left = [*self._taken, *self._to_classify, *self._to_screen]
+                left: list[_Job[Any, Any]] = [
+                    *self._taken,
+                    *self._to_classify,
+                    *self._to_screen,
+                ]
                 self._to_classify.clear()
                 self._to_screen.clear()
-            self._post([(job, NotReady("the inference worker stopped")) for job in left])
+            for job in left:
+                self._post([(job, NotReady("the inference worker stopped"))])
 
     def _step(self) -> bool:
         """Take what waits and answer it; return False when closed and nothing is left."""
@@ -188,7 +193,7 @@ class Batcher:
         def judge(indices: list[int]) -> None:
             batch = [encodings[i] for i in indices]
             chosen = [jobs[i] for i in indices]
-            rows = self._answer(
+            rows: dict[int, FloatArray] = self._answer(
                 chosen, batch, self._engine.screen, "screen", lambda one: Screened(None, one)
             )
             self._post([(chosen[i], self._judge(chosen[i], batch[i], r)) for i, r in rows.items()])
@@ -240,7 +245,7 @@ class Batcher:
         self,
         jobs: "Sequence[_Job[Given, Answer]]",
         inputs: "Sequence[_In]",
-        forward: "Callable[[Sequence[_In]], Sequence[_Out]]",
+        forward: "Callable[[Sequence[_In]], Iterable[_Out]]",
         stage: str,
         fallback: "Callable[[_In], Answer | Exception]",
     ) -> "dict[int, _Out]":
@@ -254,7 +259,7 @@ class Batcher:
         except Exception:
             for index, one in enumerate(inputs):
                 try:
-                    outputs[index] = forward([one])[0]
+                    outputs[index] = next(iter(forward([one])))
                 except Exception as error:
                     # The type only: messages of tokenizers may quote the text.
                     log.error("%s failed for one input: %s", stage, type(error).__name__)

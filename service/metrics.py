@@ -42,7 +42,7 @@ class Metrics:
             "psim_screen_confidence", "PSIM confidence of inputs", buckets=CONFIDENCES, registry=r
         )
         self.request_seconds = Histogram(
-            "psim_request_duration_seconds", "Request time", ["route"], SECONDS, registry=r
+            "psim_request_duration_seconds", "Request time", ["route"], buckets=SECONDS, registry=r
         )
         self.stage_seconds = Histogram(
             "psim_stage_duration_seconds", "Time by stage", ["stage"], buckets=SECONDS, registry=r

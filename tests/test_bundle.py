@@ -6,12 +6,13 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
-from conftest import FAMILIES, tiny_victim
+from families import FAMILIES, tiny_victim
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -47,11 +48,10 @@ PROMPTS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
-def victim_of(kind: str) -> nn.Module:
+def victim_of(kind: str) -> Any:
     if kind in FAMILIES:
         return tiny_victim(kind)
-    victim: nn.Module = peft.get_peft_model(tiny_victim("bert"), PROMPTS[kind]()).eval()
-    return victim
+    return peft.get_peft_model(tiny_victim("bert"), PROMPTS[kind]()).eval()
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *PROMPTS])

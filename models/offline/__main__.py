@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -269,11 +268,18 @@ def screen_command(
     """Screen a JSONL stream: one verdict per line, in order, on stdout."""
     with errors_for_people():
         loaded = load_bundle(bundle, dtype)
-        with click.open_file(str(file), encoding="utf-8") as lines:
+        with sys.stdin if str(file) == "-" else _open(file) as lines:
             failed = screen_file(loaded, lines, sys.stdout, text_column)
     if failed:
         stderr.print(f"{failed} lines could not be screened; their output has an error")
         raise typer.Exit(1)
+
+
+def _open(file: Path) -> TextIO:
+    try:
+        return file.open(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
 @app.command("inspect")

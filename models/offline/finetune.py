@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -114,7 +113,7 @@ def finetune_victim(
 
 
 def _train(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[Sample],
     dev: Sequence[Sample],
@@ -143,14 +142,14 @@ def _train(
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics,
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
     shutil.rmtree(checkpoints)
 
     save_classifier(model, tokenizer, out)
 
     def accuracy(samples: Sequence[Sample]) -> float:
-        metrics = trainer.evaluate(_encode(samples, tokenizer, label2id))
+        metrics = trainer.evaluate(_encode(samples, tokenizer, label2id))  # type: ignore[arg-type]
         return float(metrics["eval_accuracy"])
 
     return accuracy
@@ -165,6 +164,7 @@ def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArg
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
         warmup_steps=0.05,
+        use_cpu=not torch.cuda.is_available(),
         bf16=bf16,
         train_sampling_strategy="group_by_length",
         eval_strategy="epoch",

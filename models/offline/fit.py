@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -138,7 +139,7 @@ def _calibrate(
 
 
 def _labels(victim: nn.Module) -> list[str]:
-    config = _model(victim).config
+    config: Any = _model(victim).config
     if config.num_labels < 2:
         raise VictimError("the victim has a single output: PSIM guards classifiers, not regression")
     return [str(config.id2label[i]) for i in range(config.num_labels)]

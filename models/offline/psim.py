@@ -83,7 +83,7 @@ def train_psim(
         # Cross-entropy against the uniform distribution, in float32.
         loss = -logits.float().log_softmax(-1).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         step += 1
     guarded.eval()
@@ -116,7 +116,7 @@ def psim_probabilities(
 def autocast(guarded: Guarded) -> AbstractContextManager[None]:
     """Return a bfloat16 autocast where hardware and model can, else one that does nothing."""
     device = next(guarded.parameters()).device
-    model_type = str(guarded.psim.get_base_model().config.model_type)
+    model_type = str(getattr(guarded.psim.get_base_model().config, "model_type", ""))
     able = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast(
         device.type, torch.bfloat16, enabled=able and model_type not in NO_AUTOCAST

@@ -60,7 +60,7 @@ def histogram(evaluation: Evaluation) -> Figure:
     """Plot the shares of clean and poisoned texts over PSIM confidence, with the thresholds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    bins = np.linspace(1 / len(evaluation.thresholds), 1, 61)
+    bins = np.linspace(1 / len(evaluation.thresholds), 1, 61).tolist()
     for name, values, color in (
         ("clean", evaluation.clean_confidence, "tab:blue"),
         ("poisoned", evaluation.poisoned_confidence, "tab:red"),

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import peft
 import transformers
@@ -120,7 +121,7 @@ def _labels_of(folder: Path, base: str) -> list[str]:
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
-def save_classifier(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def save_classifier(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write a classifier to `out` so that `load_classifier(out)` gives the same scores.
 
     LoRA is merged first; a prompt-type victim is saved as a PEFT adapter with its base beside it.
@@ -129,7 +130,7 @@ def save_classifier(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: P
     if isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning:
         model.active_peft_config.base_model_name_or_path = BASE
         model.save_pretrained(str(out), safe_serialization=True)
-        base = model.get_base_model()
+        base: Any = model.get_base_model()
         weights = {
             name.replace(".original_module.", "."): tensor
             for name, tensor in base.state_dict().items()
@@ -139,8 +140,7 @@ def save_classifier(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: P
         tokenizer.save_pretrained(out / BASE)
     else:
         # Merging a copy: the model that was given stays usable.
-        merged = (
-            copy.deepcopy(model).merge_and_unload() if isinstance(model, peft.PeftModel) else model
-        )
+        lora = isinstance(model, peft.PeftModel)
+        merged: Any = copy.deepcopy(model).merge_and_unload() if lora else model
         merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
