@@ -11,6 +11,7 @@ nothing is ever unpickled.
     calibration.safetensors  clean confidences, ascending: `ENGINE/DTYPE/GROUP`
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -165,7 +166,10 @@ def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
     if made_for != victim_digest:
         raise BundleError(f"{file} was trained for another base model; run `psim fit` for this one")
     weights = load_tensors(file)
-    if weights.keys() != get_peft_model_state_dict(guarded.psim).keys():
+    if (
+        weights.keys()
+        != get_peft_model_state_dict(guarded.psim, save_embedding_layers=False).keys()
+    ):
         raise BundleError(f"{file} does not have the layers that its configuration names")
     set_peft_model_state_dict(guarded.psim, weights)
 
@@ -194,8 +198,8 @@ def save_weights(
         _save_prompt(victim, path / "prompt")
     digest = tree_digest(hash_files(path))
     (path / "psim").mkdir()
-    guarded.psim.peft_config["default"].save_pretrained(str(path / "psim"))
-    adapter = get_peft_model_state_dict(guarded.psim)
+    _save_config(guarded.psim, path / "psim")
+    adapter = get_peft_model_state_dict(guarded.psim, save_embedding_layers=False)
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter.items()}
     save_tensors(weights, path / "psim" / ADAPTER_WEIGHTS, metadata={"victim_digest": digest})
     tokenizer.save_pretrained(path / "tokenizer")
@@ -212,13 +216,17 @@ def _save_without_lora(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=weights)
 
 
+def _save_config(model: PeftModel, folder: Path) -> None:
+    config = copy.copy(model.peft_config["default"])
+    config.base_model_name_or_path = None  # never a path of this machine
+    config.save_pretrained(str(folder))
+
+
 def _save_prompt(victim: PeftModel, folder: Path) -> None:
     """Save the prompts of a prompt-type victim, and the head that was trained with them."""
     folder.mkdir()
-    config = victim.peft_config["default"]
-    config.base_model_name_or_path = "victim"  # never a path of this machine
-    config.save_pretrained(str(folder))
-    weights = get_peft_model_state_dict(victim)
+    _save_config(victim, folder)
+    weights = get_peft_model_state_dict(victim, save_embedding_layers=False)
     save_tensors({k: v.detach().contiguous() for k, v in weights.items()}, folder / ADAPTER_WEIGHTS)
 
 

@@ -1,10 +1,16 @@
 """Structured logs: one JSON object per line, and never a user's text."""
 
 import logging.config
+import warnings
+
+import transformers
 
 
 def configure(level: str) -> None:
     """Send all logs to stderr as JSON; uvicorn's access log stays silent, the recorder has one."""
+    logging.captureWarnings(True)
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.config.dictConfig(
         {
             "version": 1,

@@ -1,7 +1,6 @@
 """Bundles of every family: they come back bit for bit, or are refused with a reason."""
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.bundle import ADAPTER_WEIGHTS, MANIFEST, file_digest, load_bundle
 from models.errors import BundleError, CalibrationError, DataError, VictimError
-from models.guarded import lora_config
+from models.guarded import lora_config, transformer_of
 from models.offline.calibrate import predict
 from models.offline.fit import fit, split_texts
 from models.offline.psim import PsimConfig
@@ -35,6 +34,7 @@ def some_texts(n: int, seed: int = 0) -> list[str]:
 
 def fit_tiny(victim: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
     config = PsimConfig(max_epochs=1)
+    setattr(transformer_of(victim), "name_or_path", str(out))  # noqa: B010 - mypy
     fit(victim, tokenizer, some_texts(160), out, name="tiny", frr_budget=0.05, config=config)
     return out
 
@@ -208,8 +208,7 @@ def test_a_threshold_of_another_dtype_is_never_used(bundle: Path) -> None:
 
 def test_a_bundle_holds_no_path_of_this_machine(bundle: Path) -> None:
     for file in bundle.rglob("*.json"):
-        assert str(bundle.parent.parent) not in file.read_text(), file.name
-        assert os.fspath(Path.home()) + "/" not in file.read_text(), file.name
+        assert "pytest" not in file.read_text(), file.name
 
 
 def test_fit_writes_nothing_when_it_cannot_calibrate(

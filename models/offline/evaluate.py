@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 
 from models.bundle import Bundle
@@ -63,9 +64,9 @@ class Evaluation:
     """The bundle's thresholds."""
     paper: Outcome
     """`PAPER_THRESHOLD` for all classes."""
-    auroc_confidence: float
+    auroc_confidence: float | None
     """Of the bare confidence, all poisoned texts."""
-    auroc: float
+    auroc: float | None
     """Of the calibrated within-class score, all poisoned texts."""
     auroc_firing: float | None
     """The same, where the backdoor fires."""
@@ -124,8 +125,8 @@ def evaluate(
             clean_view.flagged_at(PAPER_THRESHOLD), poisoned_view.flagged_at(PAPER_THRESHOLD)
         ),
         auroc_confidence=_auroc(clean_view.confidence, poisoned_view.confidence),
-        auroc=_auroc(*within_class_scores(clean_view.verdicts, poisoned_view.verdicts)),
-        auroc_firing=_auroc_firing(clean_view, poisoned_view, fires),
+        auroc=_auroc(clean_view.scores, poisoned_view.scores),
+        auroc_firing=_auroc(clean_view.scores, poisoned_view.scores[fires]),
         clean_confidence=clean_view.confidence,
         poisoned_confidence=poisoned_view.confidence,
         thresholds={label: bundle.screen.threshold_of(i) for i, label in enumerate(labels)},
@@ -151,6 +152,10 @@ class _View:
         return np.array([v.confidence for v in self.verdicts], np.float32)
 
     @property
+    def scores(self) -> FloatArray:
+        return within_class_scores(self.verdicts)
+
+    @property
     def flagged(self) -> BoolArray:
         return np.array([v.poisoned for v in self.verdicts])
 
@@ -158,24 +163,20 @@ class _View:
         return np.array([is_poisoned(v.confidence, threshold) for v in self.verdicts])
 
 
-def within_class_scores(
-    clean: Sequence[Verdict], poisoned: Sequence[Verdict]
-) -> tuple[FloatArray, FloatArray]:
-    """Return scores by which verdicts of all classes compare: ranks by p-value, then confidence.
+def within_class_scores(verdicts: Sequence[Verdict]) -> FloatArray:
+    """Return scores by which verdicts of all classes compare: how far beyond their own threshold.
 
-    The p-value alone ties all texts beyond the most extreme calibration text of their class.
+    The distance is in log-odds of the confidence, so that it is monotone within a class, positive
+    iff poisoned, and without the p-value's ties among the most extreme texts.
     """
-    keys = [(-v.p_value, v.confidence) for v in (*clean, *poisoned)]
-    rank = {key: float(i) for i, key in enumerate(sorted(set(keys)))}
-    scores = np.array([rank[key] for key in keys], np.float32)
-    return scores[: len(clean)], scores[len(clean) :]
+    ends = (1e-9, 1 - 1e-9)
+    confidence = np.clip([v.confidence for v in verdicts], *ends)
+    threshold = np.clip([v.threshold for v in verdicts], *ends)
+    return (logit(confidence) - logit(threshold)).astype(np.float32)
 
 
-def _auroc(clean: FloatArray, poisoned: FloatArray) -> float:
+def _auroc(clean: FloatArray, poisoned: FloatArray) -> float | None:
+    if not len(clean) or not len(poisoned):
+        return None
     truth = np.r_[np.zeros(len(clean)), np.ones(len(poisoned))]
     return float(roc_auc_score(truth, np.r_[clean, poisoned]))
-
-
-def _auroc_firing(clean: _View, poisoned: _View, fires: BoolArray) -> float | None:
-    firing = [v for v, fired in zip(poisoned.verdicts, fires, strict=True) if fired]
-    return _auroc(*within_class_scores(clean.verdicts, firing)) if firing else None

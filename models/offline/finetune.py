@@ -128,7 +128,6 @@ def _train(
     """
     label2id: dict[str, int] = model.config.label2id
     require_labels(dev, list(label2id))
-    tokenizer.model_max_length = min(tokenizer.model_max_length, MAX_LENGTH)
     torch.manual_seed(seed)
     if strategy is not Strategy.FULL:
         model = peft.get_peft_model(model, _PEFT_CONFIGS[strategy]())
@@ -182,7 +181,7 @@ def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArg
 def _encode(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, label2id: dict[str, int]
 ) -> list[dict[str, Any]]:
-    ids = tokenizer([s.text for s in samples], truncation=True)["input_ids"]
+    ids = tokenizer([s.text for s in samples], truncation=True, max_length=MAX_LENGTH)["input_ids"]
     return [
         {"input_ids": row, "attention_mask": [1] * len(row), "labels": label2id[str(s.label)]}
         for row, s in zip(ids, samples, strict=True)

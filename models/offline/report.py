@@ -29,10 +29,9 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     outcomes = (evaluation.none, evaluation.calibrated, evaluation.paper)
     for title, field in ROWS.items():
         table.add_row(title, *(_percent(_rate(outcome, field)) for outcome in outcomes))
-    firing = evaluation.auroc_firing
-    table.add_row("AUROC, within class", "", f"{evaluation.auroc:.4f}", "")
-    table.add_row("the same, backdoor fires", "", "-" if firing is None else f"{firing:.4f}", "")
-    table.add_row("AUROC, bare confidence", "", "", f"{evaluation.auroc_confidence:.4f}")
+    table.add_row("AUROC, within class", "", _number(evaluation.auroc), "")
+    table.add_row("the same, backdoor fires", "", _number(evaluation.auroc_firing), "")
+    table.add_row("AUROC, bare confidence", "", "", _number(evaluation.auroc_confidence))
     return table
 
 
@@ -45,6 +44,10 @@ def _percent(rate: Rate | None) -> str:
     if rate is None:
         return "-"
     return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:

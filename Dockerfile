@@ -1,0 +1,28 @@
+# syntax=docker/dockerfile:1
+FROM python:3.11-slim-bookworm AS builder
+WORKDIR /src
+RUN python -m venv /opt/venv
+COPY constraints.txt pyproject.toml README.md ./
+# The heavy layer first: it changes only with the constraints.
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt torch
+COPY models/ models/
+COPY service/ service/
+# The base project only: the offline half's libraries stay out of the image.
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt . \
+    && rm -rf /opt/venv/lib/python3.11/site-packages/models/offline
+
+FROM python:3.11-slim-bookworm
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin psim
+COPY --from=builder /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HF_HUB_OFFLINE=1 \
+    PSIM_HOST=0.0.0.0 \
+    PSIM_PORT=8000 \
+    PSIM_BUNDLE=/bundle
+USER 10001
+WORKDIR /tmp
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=2)"]
+ENTRYPOINT ["python", "-m", "service"]
