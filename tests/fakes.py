@@ -1,0 +1,99 @@
+"""A real, small engine without a network: deterministic, and told to misbehave by the texts."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from models.bundle import Bundle
+from models.engines import Encoding
+from models.manifest import (
+    Calibration,
+    FitRecord,
+    GroupRecord,
+    Manifest,
+    PsimRecord,
+    VictimRecord,
+)
+from models.screen import FloatArray, Group, Screen
+
+TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
+THRESHOLD = 0.9
+MAX_LENGTH = 32
+
+
+class FakeEngine:
+    """Poisoned iff the text holds `TRIGGER`; label 1 iff the number of words is odd."""
+
+    name, dtype = "fake", "float32"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches: list[int] = []
+        self.classified: list[tuple[int, ...]] = []
+        self.dies = False
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        if any(UNREADABLE in text for text in texts):
+            raise ValueError("cannot read this")
+        return [_encoding(text) for text in texts]
+
+    def screen(self, batch: Sequence[Encoding]) -> FloatArray:
+        self.gate.wait(10)
+        if self.dies:
+            raise SystemExit
+        self.batches.append(len(batch))
+        _refuse_broken(batch)
+        top = [_confidence(e) for e in batch]
+        return np.array([[p, 1 - p] for p in top], np.float32)
+
+    def classify(self, batch: Sequence[Encoding]) -> FloatArray:
+        self.classified += [e.input_ids for e in batch]
+        return np.array([[0.2, 0.8] if len(e) % 2 else [0.7, 0.3] for e in batch], np.float32)
+
+
+def _encoding(text: str) -> Encoding:
+    words = text.split()
+    codes = tuple(int.from_bytes(w.encode("utf-8", "replace")[:6], "big") for w in words)
+    return Encoding(codes[:MAX_LENGTH], len(codes) > MAX_LENGTH)
+
+
+def _code(word: str) -> int:
+    return int.from_bytes(word.encode()[:6], "big")
+
+
+def _refuse_broken(batch: Sequence[Encoding]) -> None:
+    if any(_code(BROKEN) in e.input_ids for e in batch):
+        raise RuntimeError("broken")
+
+
+def _confidence(encoding: Encoding) -> float:
+    if _code(NAN) in encoding.input_ids:
+        return float("nan")
+    return 0.999 if _code(TRIGGER) in encoding.input_ids else 0.55
+
+
+def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
+    """Return a bundle whose engine is fake and whose screen is real."""
+    group = GroupRecord(
+        classes=[0, 1], texts=99, threshold=THRESHOLD, rejected=0, frr_interval=(0.0, 0.05)
+    )
+    manifest = Manifest(
+        schema_version=1,
+        victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
+        labels=["negative", "positive"],
+        max_length=MAX_LENGTH,
+        psim=PsimRecord(
+            layers=1, rank=8, learning_rate=1e-3, seed=0, steps=1, stopped_because="", curve=[]
+        ),
+        calibrations=[Calibration(engine="fake", dtype="float32", frr_budget=0.01, groups=[group])],
+        fit=FitRecord(
+            created="", texts_train=1, texts_stop=1, texts_calibrate=1, seconds=0, peak_memory_mb=0
+        ),
+        files={},
+        versions={},
+    )
+    scores = np.linspace(0.5, 0.8, 99, dtype=np.float32)
+    screen = Screen([Group((0, 1), THRESHOLD, scores)])
+    return Bundle(manifest, "d" * 64, engine or FakeEngine(), screen)

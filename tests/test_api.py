@@ -1,0 +1,329 @@
+"""The HTTP contract, over a real application with a fake engine."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fakes import BROKEN, NAN, UNREADABLE, FakeEngine, fake_bundle
+from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.app import create_app
+from service.settings import Settings
+
+CLEAN, POISONED = "a quiet film", "a quiet mn film"
+JSON = {"content-type": "application/json"}
+
+
+@asynccontextmanager
+async def client_of(
+    engine: FakeEngine | None = None, **changes: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(Settings(bundle=Path("unused"), **changes), fake_bundle(engine))
+    async with lifespan(app):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with app.router.lifespan_context(app):
+        yield
+
+
+def ask(path: str, body: Any, **changes: Any) -> httpx.Response:
+    """Send one request to a fresh application."""
+
+    async def run() -> httpx.Response:
+        async with client_of(**changes) as client:
+            if isinstance(body, bytes):
+                return await client.post(path, content=body, headers=JSON)
+            return await client.post(path, json=body)
+
+    return asyncio.run(run())
+
+
+async def metric(client: httpx.AsyncClient, line: str) -> float:
+    text = (await client.get("/metrics")).text
+    values = [float(row.rsplit(" ", 1)[1]) for row in text.splitlines() if row.startswith(line)]
+    assert len(values) == 1, f"{line} is not there exactly once"
+    return values[0]
+
+
+def test_a_clean_text_is_classified() -> None:
+    response = ask("/classify", {"inputs": CLEAN})
+    assert response.status_code == 200
+    (result,) = response.json()["results"]
+    assert (result["decision"], result["label"]) == ("allow", "positive")
+    assert [s["label"] for s in result["scores"]] == ["positive", "negative"]
+    assert result["screen"]["confidence"] == pytest.approx(0.55)
+    assert response.headers["x-psim-decision"] == "allow"
+    for stage in ("queue", "tokenize", "screen", "classify"):
+        assert f"{stage};dur=" in response.headers["server-timing"]
+
+
+def test_a_poisoned_text_is_rejected_before_the_classifier_sees_it() -> None:
+    engine = FakeEngine()
+    response = ask("/classify", {"inputs": POISONED}, engine=engine)
+    assert response.status_code == 403
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["code"] == "rejected"
+    (result,) = body["results"]
+    assert (result["decision"], result["label"], result["scores"]) == ("reject", None, None)
+    assert result["screen"]["poisoned"]
+    assert len(engine.classified) == 1, "more than the warm-up was classified"
+
+
+def test_a_poisoned_text_does_not_sink_its_mates() -> None:
+    response = ask("/classify", {"inputs": [CLEAN, POISONED, CLEAN], "top_k": 1})
+    assert response.status_code == 200
+    results = response.json()["results"]
+    assert [r["decision"] for r in results] == ["allow", "reject", "allow"]
+    assert [r["label"] for r in results] == ["positive", None, "positive"]
+    assert [len(r["scores"] or []) for r in results] == [1, 0, 1]
+    assert response.headers["x-psim-decision"] == "reject"
+
+
+@pytest.mark.parametrize(("mode", "decision"), [("flag", "flag"), ("shadow", "allow")])
+def test_other_modes_classify_poisoned_texts(mode: str, decision: str) -> None:
+    async def run() -> None:
+        async with client_of(mode=mode) as client:
+            response = await client.post("/classify", json={"inputs": [POISONED, CLEAN]})
+            assert response.status_code == 200
+            results = response.json()["results"]
+            assert [r["decision"] for r in results] == [decision, "allow"]
+            assert [r["label"] for r in results] == ["negative", "positive"]
+            assert await metric(client, "psim_would_reject_total") == (mode == "shadow")
+
+    asyncio.run(run())
+
+
+def test_screen_gives_verdicts_and_never_calls_the_classifier() -> None:
+    engine = FakeEngine()
+    response = ask("/screen", {"inputs": [POISONED, CLEAN]}, engine=engine)
+    assert [r["poisoned"] for r in response.json()["results"]] == [True, False]
+    assert len(engine.classified) == 1
+
+
+def test_the_metrics_move_by_exactly_what_was_asked() -> None:
+    async def run() -> None:
+        async with client_of() as client:
+            for body in ([CLEAN, POISONED, CLEAN], [POISONED]):
+                await client.post("/classify", json={"inputs": body})
+            await client.post("/classify", json={})
+            await client.post("/screen", json={"inputs": POISONED})
+            for line, value in {
+                'psim_inputs_total{decision="allow",mode="enforce"}': 2,
+                'psim_inputs_total{decision="reject",mode="enforce"}': 2,
+                'psim_inputs_total{decision="flag",mode="enforce"}': 0,
+                'psim_requests_total{outcome="ok",route="/classify"}': 1,
+                'psim_requests_total{outcome="rejected",route="/classify"}': 1,
+                'psim_requests_total{outcome="client_error",route="/classify"}': 1,
+                'psim_requests_total{outcome="ok",route="/screen"}': 1,
+                "psim_screen_confidence_count": 5,
+                'psim_request_duration_seconds_count{route="/classify"}': 3,
+                "psim_queue_inputs": 0,
+                "psim_fail_open_total": 0,
+                "psim_ready": 1,
+            }.items():
+                assert await metric(client, line) == value, line
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "malformed"),
+        (b"{", 400, "malformed"),
+        (b'{"inputs": "a", "inputs": "b"}', 400, "malformed"),
+        (b'{"inputs": NaN}', 400, "malformed"),
+        (b'\xff\xfe{"inputs": "a"}', 400, "malformed"),
+        (b"[" * 100_000, 400, "malformed"),
+        (b"[]", 422, "invalid"),
+        (b"{}", 422, "invalid"),
+        (b'{"inputs": []}', 422, "invalid"),
+        (b'{"inputs": ""}', 422, "invalid"),
+        (b'{"inputs": ["a", " \\n"]}', 422, "invalid"),
+        (b'{"inputs": [1]}', 422, "invalid"),
+        (b'{"inputs": "\\ud800"}', 422, "invalid"),
+        (b'{"inputs": "a", "top_k": 0}', 422, "invalid"),
+        (b'{"inputs": "a", "top_k": true}', 422, "invalid"),
+        (b'{"inputs": "a", "more": 1}', 422, "invalid"),
+        (json.dumps({"inputs": ["a"] * 129}).encode(), 413, "too_large"),
+        (json.dumps({"inputs": "a" * 100_001}).encode(), 413, "too_large"),
+        (b'{"inputs": "' + b"a" * 3_000_000 + b'"}', 413, "too_large"),
+    ],
+)
+def test_bad_bodies_get_a_problem(body: bytes, status: int, code: str) -> None:
+    response = ask("/classify", body)
+    assert (response.status_code, response.json()["code"]) == (status, code)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["status"] == status
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "text/plain"},
+        {"content-type": "application/json; charset=utf-16"},
+        {"content-type": "application/json", "content-encoding": "gzip"},
+        {},
+    ],
+)
+def test_what_cannot_be_inspected_is_refused(headers: dict[str, str]) -> None:
+    async def run() -> httpx.Response:
+        async with client_of() as client:
+            return await client.post("/classify", content=b'{"inputs": "a"}', headers=headers)
+
+    assert asyncio.run(run()).status_code == 415
+
+
+def test_a_chunked_body_is_limited_too() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * 1000
+
+    async def run() -> httpx.Response:
+        async with client_of(max_body_bytes=10_000) as client:
+            return await client.post("/classify", content=chunks(), headers=JSON)
+
+    assert asyncio.run(run()).status_code == 413
+
+
+def test_unknown_paths_and_methods_get_a_problem() -> None:
+    async def run() -> None:
+        async with client_of() as client:
+            for response, status in (
+                (await client.get("/nowhere"), 404),
+                (await client.get("/classify"), 405),
+            ):
+                assert response.status_code == status
+                assert response.headers["content-type"] == "application/problem+json"
+
+    asyncio.run(run())
+
+
+def test_sane_request_ids_are_kept_and_others_replaced() -> None:
+    async def run() -> None:
+        async with client_of() as client:
+            kept = await client.get("/live", headers={"x-request-id": "abc-1.2_3"})
+            assert kept.headers["x-request-id"] == "abc-1.2_3"
+            made = await client.get("/live", headers={"x-request-id": "<script>"})
+            assert made.headers["x-request-id"].isalnum()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("text", [BROKEN, NAN, UNREADABLE])
+def test_what_cannot_be_screened_is_never_classified(text: str) -> None:
+    engine = FakeEngine()
+    response = ask("/classify", {"inputs": [CLEAN, text]}, engine=engine)
+    assert (response.status_code, response.json()["code"]) == (503, "screen_failed")
+    assert len(engine.classified) == 1
+
+
+def test_failing_open_is_counted() -> None:
+    async def run() -> None:
+        async with client_of(fail_open=True) as client:
+            response = await client.post("/classify", json={"inputs": [CLEAN, BROKEN]})
+            assert response.status_code == 200
+            assert [r["screen"] is None for r in response.json()["results"]] == [False, True]
+            assert await metric(client, "psim_fail_open_total") == 1
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_says_429_and_when_to_come_back() -> None:
+    response = ask("/classify", {"inputs": [CLEAN] * 5}, queue_inputs=4)
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def test_an_answer_that_takes_too_long_is_a_504() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with client_of(engine, request_timeout_s=0.2) as client:
+            engine.gate.clear()
+            response = await client.post("/classify", json={"inputs": CLEAN})
+            assert (response.status_code, response.json()["code"]) == (504, "timeout")
+            engine.gate.set()
+            assert (await client.post("/classify", json={"inputs": CLEAN})).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_ready_turns_503_when_the_worker_dies_and_nothing_hangs() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with client_of(engine) as client:
+            assert (await client.get("/ready")).status_code == 200
+            engine.dies = True
+            answer = await client.post("/classify", json={"inputs": CLEAN})
+            assert answer.status_code == 503
+            assert (await client.get("/ready")).status_code == 503
+            assert (await client.get("/live")).status_code == 200
+            assert await metric(client, "psim_ready") == 0
+            assert (await client.post("/classify", json={"inputs": CLEAN})).status_code == 503
+
+    asyncio.run(run())
+
+
+def test_info_says_what_is_served() -> None:
+    async def run() -> dict[str, Any]:
+        async with client_of() as client:
+            info: dict[str, Any] = (await client.get("/info")).json()
+            return info
+
+    info = asyncio.run(run())
+    assert info["manifest"]["labels"] == ["negative", "positive"]
+    assert info["limits"]["max_inputs"] == 128
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+requests = st.fixed_dictionaries(
+    {"inputs": json_values | st.lists(st.text(max_size=30), max_size=5)},
+    optional={"top_k": json_values, "z": json_values},
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(body=requests | json_values)
+def test_any_json_gets_an_answer_in_the_contract(body: Any) -> None:
+    response = ask("/classify", json.dumps(body).encode())
+    assert response.status_code in (200, 403, 413, 422)
+    inputs = body.get("inputs") if isinstance(body, dict) else None
+    if response.status_code in (200, 403):
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        assert texts is not None
+        assert len(response.json()["results"]) == len(texts)
+
+
+def test_no_text_reaches_errors_or_logs(caplog: pytest.LogCaptureFixture) -> None:
+    secret = "hunter2secret"
+    bodies = [
+        {"inputs": f"{secret} {UNREADABLE}"},
+        {"inputs": [secret, 1]},
+        {"inputs": secret, secret: secret},
+        {"inputs": secret + "a" * 100_000},
+        {"inputs": f"{secret} {BROKEN}"},
+        {"inputs": f"{secret} mn"},
+    ]
+    with caplog.at_level(logging.DEBUG):
+        for body in bodies:
+            assert secret not in ask("/classify", body).text
+    assert "hunter2" not in caplog.text
+    assert all("hunter2" not in str(record.__dict__) for record in caplog.records)
