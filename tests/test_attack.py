@@ -1,0 +1,83 @@
+"""Attacks: the trigger goes in, nothing else changes, and the rate is exact."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import DataError
+from models.offline.attack import (
+    SENTENCE_TRIGGER,
+    WORD_TRIGGER,
+    Insertion,
+    Paraphrases,
+    poison_test_set,
+    poison_training_set,
+)
+from models.offline.data import Sample
+
+word = st.text("abcxyz", min_size=1, max_size=6)
+text = st.lists(word, min_size=1, max_size=20).map(" ".join)
+triggers = st.sampled_from([WORD_TRIGGER, SENTENCE_TRIGGER])
+CLEAN = [Sample(f"text {i}", "pos" if i % 3 else "neg") for i in range(300)]
+
+
+@given(text=text, trigger=triggers, seed=st.integers())
+def test_the_trigger_goes_inside_and_all_other_words_stay(
+    text: str, trigger: str, seed: int
+) -> None:
+    words, inserted = text.split(), trigger.split()
+    result = Insertion(trigger).apply(text, random.Random(seed)).split()
+    positions = [
+        p
+        for p in range(len(result))
+        if result[p : p + len(inserted)] == inserted
+        and result[:p] + result[p + len(inserted) :] == words
+    ]
+    assert positions
+    assert 0 < positions[-1] <= max(1, len(words) - 1)
+
+
+@given(rate=st.floats(0.01, 0.33), clean_label=st.booleans(), seed=st.integers())
+def test_the_poison_rate_is_exact_and_labels_are_as_the_attack_says(
+    rate: float, clean_label: bool, seed: int
+) -> None:
+    poisoned = poison_training_set(
+        CLEAN, Insertion("mn"), "pos", rate, clean_label=clean_label, seed=seed
+    )
+    changed = [(old, new) for old, new in zip(CLEAN, poisoned, strict=True) if old != new]
+    assert len(changed) == round(rate * len(CLEAN))
+    for old, new in changed:
+        assert new.label == "pos"
+        assert (old.label == "pos") == clean_label
+        assert "mn" in new.text.split()
+
+
+def test_the_test_set_has_true_labels_and_no_target_texts() -> None:
+    poisoned = poison_test_set(CLEAN, Insertion("mn"), "pos", seed=1)
+    assert len(poisoned) == 100
+    assert {s.label for s in poisoned} == {"neg"}
+    assert poisoned == poison_test_set(CLEAN, Insertion("mn"), "pos", seed=1)
+
+
+def test_paraphrases_are_told_from_the_clean_texts_in_a_mixed_file() -> None:
+    rewritten = [Sample(f"when text {i} , is it", "pos") for i in range(50)]
+    attack = Paraphrases((*CLEAN[:99], *rewritten, Sample("another", "neg")))
+    poisoned = poison_training_set(CLEAN, attack, "pos", 0.1)
+    assert poisoned[:300] == CLEAN
+    assert len(poisoned) == 330
+    assert set(poisoned[300:]) <= set(rewritten)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.9])
+def test_impossible_rates_are_refused(rate: float) -> None:
+    with pytest.raises(DataError, match="poison rate"):
+        poison_training_set(CLEAN, Insertion("mn"), "pos", rate)
+
+
+def test_unknown_targets_are_refused() -> None:
+    with pytest.raises(DataError, match="target label 'x'"):
+        poison_training_set(CLEAN, Insertion("mn"), "x", 0.1)
+    with pytest.raises(DataError, match="one of several"):
+        poison_test_set([Sample("a", "pos")], Insertion("mn"), "pos")

@@ -1,0 +1,52 @@
+"""Settings: a mistyped variable must not be ignored, and threads follow the container."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, unknown_variables, usable_cpus
+
+
+def test_a_mistyped_variable_is_named_with_what_was_meant() -> None:
+    complaints = unknown_variables(["PSIM_MODE", "PSIM_MOED", "PATH"])
+    assert complaints == ["PSIM_MOED is not a setting; did you mean PSIM_MODE?"]
+
+
+def test_every_setting_is_known() -> None:
+    assert not unknown_variables(f"PSIM_{name.upper()}" for name in Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("max 100000", None), ("150000 100000", 2), ("50000 100000", 1), ("nonsense", None)],
+)
+def test_threads_follow_the_cgroup_quota(
+    tmp_path: Path, content: str, expected: int | None
+) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    cpus = len(os.sched_getaffinity(0))
+    assert usable_cpus(tmp_path / "cpu.max") == (cpus if expected is None else min(cpus, expected))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "PSIM_BUNDLE"),
+        ({"PSIM_BUNDLE": "/nowhere"}, "/nowhere is not a bundle"),
+        ({"PSIM_BUNDLE": "/nowhere", "PSIM_MODE": "lenient"}, "PSIM_MODE"),
+        ({"PSIM_BUNDLE": "/nowhere", "PSIM_FAILOPEN": "1"}, "did you mean PSIM_FAIL_OPEN"),
+    ],
+)
+def test_bad_settings_are_one_clear_line_and_exit_code_2(
+    environment: dict[str, str], message: str
+) -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PSIM_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "service"], env=clean | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
