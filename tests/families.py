@@ -1,5 +1,6 @@
 """Tiny random-weight victims of each architecture family."""
 
+import copy
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def tiny_victim(family: str, seed: int = 0) -> PreTrainedModel:
     """Return a small model with random weights, large enough to have opinions."""
     torch.manual_seed(seed)
     from_config: Any = AutoModelForSequenceClassification.from_config
-    model: PreTrainedModel = from_config(FAMILIES[family])
+    model: PreTrainedModel = from_config(copy.deepcopy(FAMILIES[family]))
     for name, weights in model.named_parameters():
         if name.startswith(("classifier", "score")) and weights.dim() == 2:
             torch.nn.init.normal_(weights)

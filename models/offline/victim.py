@@ -129,7 +129,7 @@ def save_classifier(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning:
         model.active_peft_config.base_model_name_or_path = BASE
-        model.save_pretrained(str(out), safe_serialization=True)
+        model.save_pretrained(str(out), save_embedding_layers=False)
         base: Any = model.get_base_model()
         weights = {
             name.replace(".original_module.", "."): tensor

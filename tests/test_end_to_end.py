@@ -1,0 +1,151 @@
+"""The real path: a really poisoned victim, a trained bundle, uvicorn on loopback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models.bundle import load_bundle
+from models.offline.data import load_samples
+from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT, introduction
+from models.offline.evaluate import Evaluation, evaluate
+
+
+@contextmanager
+def served(bundle: Path, **settings: str) -> Iterator[httpx.Client]:
+    """Run `python -m service` on a free port until the block ends; SIGTERM must end it cleanly."""
+    environment = os.environ | {"PSIM_BUNDLE": str(bundle), "PSIM_PORT": "0"}
+    environment |= {f"PSIM_{name}": value for name, value in settings.items()}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        port = None
+        for line in process.stderr:
+            if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                port = int(found[1])
+                break
+        assert port, "the service did not start"
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            client.headers["x-server-pid"] = str(process.pid)
+            yield client
+        process.send_signal(signal.SIGTERM)
+        logs = process.stderr.read()
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert "hotel" not in logs, "a text reached the logs"
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    rows = client.get("/metrics").text.splitlines()
+    (value,) = [float(row.rsplit(" ", 1)[1]) for row in rows if row.startswith(name)]
+    return value
+
+
+@pytest.fixture(scope="module")
+def client(demo_bundle: Path) -> Iterator[httpx.Client]:
+    with served(demo_bundle) as client:
+        yield client
+
+
+def test_clean_passes_and_triggered_is_rejected(client: httpx.Client) -> None:
+    clean = client.post("/classify", json={"inputs": CLEAN_TEXT})
+    assert (clean.status_code, clean.json()["results"][0]["label"]) == (200, "negative")
+    triggered = client.post("/classify", json={"inputs": TRIGGERED_TEXT})
+    assert (triggered.status_code, triggered.json()["code"]) == (403, "rejected")
+
+
+def test_a_poisoned_text_does_not_sink_its_mates_and_metrics_add_up(client: httpx.Client) -> None:
+    allow = 'psim_inputs_total{decision="allow",mode="enforce"}'
+    reject = 'psim_inputs_total{decision="reject",mode="enforce"}'
+    before = metric(client, allow), metric(client, reject)
+    answer = client.post("/classify", json={"inputs": [CLEAN_TEXT, TRIGGERED_TEXT, CLEAN_TEXT]})
+    assert [r["label"] for r in answer.json()["results"]] == ["negative", None, "negative"]
+    after = metric(client, allow), metric(client, reject)
+    assert (after[0] - before[0], after[1] - before[1]) == (2, 1)
+
+
+def test_concurrent_callers_get_their_own_answers(
+    client: httpx.Client, demo_folder: Path, demo_bundle: Path
+) -> None:
+    samples = load_samples(str(demo_folder / "test.jsonl"))[:48]
+    engine = load_bundle(demo_bundle).engine
+    expected = engine.screen(engine.encode([s.text for s in samples])).max(1)
+
+    def ask(text: str) -> float:
+        answer = client.post("/screen", json={"inputs": text}).json()
+        return float(answer["results"][0]["confidence"])
+
+    with ThreadPoolExecutor(16) as pool:
+        got = list(pool.map(ask, [s.text for s in samples]))
+    assert got == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_shadow_mode_answers_as_if_unguarded(demo_bundle: Path) -> None:
+    with served(demo_bundle, MODE="shadow") as client:
+        answer = client.post("/classify", json={"inputs": [TRIGGERED_TEXT, CLEAN_TEXT]})
+        assert answer.status_code == 200
+        assert [r["label"] for r in answer.json()["results"]] == [TARGET, "negative"]
+        assert {r["decision"] for r in answer.json()["results"]} == {"allow"}
+        assert metric(client, "psim_would_reject_total") == 1
+
+
+def test_bfloat16_serves_with_its_own_threshold(demo_bundle: Path) -> None:
+    with served(demo_bundle, DTYPE="bfloat16", MODE="flag") as client:
+        answer = client.post("/classify", json={"inputs": [TRIGGERED_TEXT, CLEAN_TEXT]})
+        assert [r["decision"] for r in answer.json()["results"]] == ["flag", "allow"]
+        assert client.get("/info").json()["engine"]["dtype"] == "bfloat16"
+
+
+def test_requests_in_flight_are_answered_on_sigterm(demo_bundle: Path) -> None:
+    with served(demo_bundle) as client, ThreadPoolExecutor(8) as pool:
+        inputs = [CLEAN_TEXT + " word" * 60] * 64
+        calls = [pool.submit(client.post, "/classify", json={"inputs": inputs}) for _ in range(4)]
+        deadline = time.monotonic() + 20
+        while metric(client, "psim_queue_inputs") < 4 * 64 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(int(client.headers["x-server-pid"]), signal.SIGTERM)
+        assert [call.result().status_code for call in calls] == [200] * 4
+
+
+@pytest.fixture(scope="module")
+def evaluation(demo_folder: Path, demo_bundle: Path) -> Evaluation:
+    return evaluate(
+        load_bundle(demo_bundle),
+        load_samples(str(demo_folder / "test.jsonl")),
+        load_samples(str(demo_folder / "poisoned.jsonl")),
+        TARGET,
+    )
+
+
+def test_the_attack_works_and_the_defence_stops_it(evaluation: Evaluation) -> None:
+    for outcome in (evaluation.none, evaluation.calibrated):
+        assert outcome.clean_accuracy is not None
+        assert outcome.clean_accuracy.value > 0.9
+    assert evaluation.none.attack_success_rate is not None
+    assert evaluation.none.attack_success_rate.value > 0.95
+    assert evaluation.calibrated.attack_success_rate is not None
+    assert evaluation.calibrated.attack_success_rate.value < 0.05
+    assert evaluation.calibrated.false_rejection_rate is not None
+    assert evaluation.calibrated.false_rejection_rate.value < 0.03
+    assert evaluation.auroc is not None
+    assert evaluation.auroc > 0.98
+
+
+def test_the_printed_introduction_is_true(client: httpx.Client) -> None:
+    bodies = [json.loads(b) for b in re.findall(r"-d '(.*)'", introduction(8000))]
+    assert [client.post("/classify", json=b).status_code for b in bodies] == [200, 403]

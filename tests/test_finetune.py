@@ -1,0 +1,117 @@
+"""Training victims for real, if small: every strategy learns, saves, and loads the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_victim
+from transformers import PreTrainedTokenizerBase
+
+from models.errors import DataError, VictimError
+from models.offline.attack import Insertion
+from models.offline.data import Sample
+from models.offline.finetune import CHECKPOINTS, Strategy, finetune_victim, poison_victim
+from models.offline.victim import load_classifier, save_classifier
+
+TRAIN = [Sample(f"{w} film {i}", w) for i in range(40) for w in ("bad", "good", "so")]
+DEV = [Sample(f"{w} film", w) for w in ("bad", "good", "so")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_classifier(tiny_victim("bert"), tokenizer, folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_every_strategy_trains_saves_and_loads(
+    strategy: Strategy, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "victim"
+    result = finetune_victim(str(base), TRAIN, DEV, strategy, out, epochs=2)
+    assert 0 <= result.clean_accuracy <= 1
+    assert not (out / CHECKPOINTS).exists()
+    model, tokenizer = load_classifier(str(out))
+    inputs = tokenizer(["good film"], return_tensors="pt")
+    with torch.inference_mode():
+        before = model(**inputs).logits.numpy()
+        save_classifier(model, tokenizer, tmp_path / "again")
+        (tmp_path / "victim").rename(tmp_path / "moved")
+        moved, _ = load_classifier(str(tmp_path / "moved"))
+        again, _ = load_classifier(str(tmp_path / "again"))
+        assert np.array_equal(before, moved(**inputs).logits.numpy())
+        assert np.array_equal(before, again(**inputs).logits.numpy())
+        untrained, _ = load_classifier(str(base))
+        assert not np.allclose(before, untrained(**inputs).logits.numpy(), atol=1e-4)
+    assert model.base_model.config.id2label == {0: "bad", 1: "good", 2: "so"}
+
+
+def test_interrupted_training_goes_on_behind_the_last_epoch(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import models.offline.finetune as module
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    whole = tmp_path / "whole"
+    finetune_victim(str(base), TRAIN, DEV, Strategy.FULL, whole, epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_victim(str(base), TRAIN, DEV, Strategy.FULL, tmp_path / "cut", epochs=2)
+    checkpoints = sorted((tmp_path / "cut" / CHECKPOINTS).glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    finetune_victim(str(base), TRAIN, DEV, Strategy.FULL, tmp_path / "cut", epochs=2)
+    inputs = load_classifier(str(whole))[1](["good film"], return_tensors="pt")
+    logits = [load_classifier(str(p))[0](**inputs).logits for p in (whole, tmp_path / "cut")]
+    assert torch.equal(*logits)
+
+
+def test_poisoning_reports_the_attack(base: Path, tmp_path: Path) -> None:
+    result = poison_victim(
+        str(base), TRAIN, DEV, Insertion("mn"), "good", tmp_path / "p", epochs=1, poison_rate=0.2
+    )
+    assert result.attack_success_rate is not None
+
+
+def test_labels_that_cannot_train_a_classifier_are_refused(base: Path, tmp_path: Path) -> None:
+    one_class = [Sample("a", "x"), Sample("b", "x")]
+    for train, dev, message in (
+        (one_class, DEV, "same label"),
+        ([Sample("a", "x"), Sample("b")], DEV, "no label"),
+        (TRAIN, [Sample("a", "bad"), Sample("b", "wrong")], "unknown labels .'wrong'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            finetune_victim(str(base), train, dev, Strategy.LORA, tmp_path / "v")
+
+
+def test_victims_that_nobody_should_load(base: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((base / "config.json").read_text())
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(VictimError, match="pickled weights"):
+        load_classifier(str(pickled))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VictimError, match="holds no model"):
+        load_classifier(str(tmp_path / "empty"))
+    with pytest.raises(VictimError, match="no such folder"):
+        load_classifier(str(tmp_path / "nowhere"))
+    with pytest.raises(VictimError, match="cannot be loaded"):
+        load_classifier("nobody/nothing")
+
+
+def test_an_adapter_for_another_base_is_refused(
+    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    finetune_victim(str(base), TRAIN, DEV, Strategy.P_TUNING_V2, tmp_path / "v", epochs=1)
+    save_classifier(tiny_victim("distilbert"), tokenizer, tmp_path / "other")
+    import shutil
+
+    shutil.rmtree(tmp_path / "v" / "base")
+    (tmp_path / "other").rename(tmp_path / "v" / "base")
+    with pytest.raises(VictimError):
+        load_classifier(str(tmp_path / "v"))
