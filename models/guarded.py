@@ -14,8 +14,8 @@ from models.errors import VictimError
 
 Inputs = Mapping[str, torch.Tensor]
 
-# Names of the query and value projections across families, and of those that fuse them with keys.
-SEPARATE = {"query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q_proj", "v_proj"}
+# Names of the value projection across families, and of those that fuse it with query and key.
+SEPARATE = {"value", "value_proj", "v_lin", "v_proj"}
 FUSED = {"in_proj", "query_key_value", "qkv_proj", "Wqkv"}
 
 
@@ -66,10 +66,11 @@ def transformer_of(victim: nn.Module) -> nn.Module:
 
 
 def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
-    """Configure LoRA on query and value of the victim's last `layers` transformer layers.
+    """Configure LoRA on the value projections of the victim's last `layers` transformer layers.
 
-    Scaling alpha is 2 * rank (Zhao et al., section 5.1). The classifier head is not among the
-    modules: trained along, it falls on poisoned texts too, and the separation is lost.
+    Not on the queries: adapting where the model looks takes its eyes off the trigger, and the
+    separation is lost sooner (docs/method.md). Nor on the classifier head: trained along, it falls
+    on poisoned texts too. Scaling alpha is 2 * rank (Zhao et al., section 5.1).
 
     Raises:
         VictimError: the victim has no such projections, or fewer layers.
@@ -82,7 +83,7 @@ def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
     depths = sorted({_depth(name) for name in names})
     if not names:
         raise VictimError(
-            f"{type(victim).__name__} has no query/value projections that PSIM can adapt; "
+            f"{type(victim).__name__} has no value projections that PSIM can adapt; "
             "supported are BERT, RoBERTa, DistilBERT, DeBERTa and LLaMA-type models"
         )
     if not 1 <= layers <= len(depths):

@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 
 MAX_TAKEN = 256
 """Inputs taken from the queue at once, so that a long queue does not keep classifying waiting."""
-CHARS_PER_TOKEN = 16
-"""Texts are cut to this many characters per token of the model before tokenizing: to tokenize all
-of a huge text only to truncate it is a denial of service."""
 
 Given = TypeVar("Given")
 Answer = TypeVar("Answer")
@@ -76,7 +73,6 @@ class Batcher:
 
     def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics) -> None:
         self._engine, self._screen = bundle.engine, bundle.screen
-        self._max_chars = CHARS_PER_TOKEN * bundle.manifest.max_length
         self._settings, self._metrics = settings, metrics
         self._inputs = self._chars = 0
         self._to_screen: deque[_ScreenJob] = deque()
@@ -186,7 +182,7 @@ class Batcher:
 
     def _run_screen(self, jobs: list[_ScreenJob]) -> None:
         self._start_clock(jobs)
-        texts = [job.given[: self._max_chars] for job in jobs]
+        texts = [job.given for job in jobs]
         refused = ScreenFailed("an input could not be tokenized")
         encodings = self._answer(jobs, texts, self._engine.encode, "tokenize", lambda _: refused)
 
@@ -196,14 +192,13 @@ class Batcher:
             rows: dict[int, FloatArray] = self._answer(
                 chosen, batch, self._engine.screen, "screen", lambda one: Screened(None, one)
             )
-            self._post([(chosen[i], self._judge(chosen[i], batch[i], r)) for i, r in rows.items()])
+            self._post([(chosen[i], self._judge(batch[i], row)) for i, row in rows.items()])
 
         self._in_batches(encodings, judge)
 
-    def _judge(self, job: _ScreenJob, encoding: Encoding, probabilities: FloatArray) -> Screened:
-        cut = encoding.truncated or len(job.given) > self._max_chars
+    def _judge(self, encoding: Encoding, probabilities: FloatArray) -> Screened:
         try:
-            return Screened(self._screen.judge(probabilities, cut), encoding)
+            return Screened(self._screen.judge(probabilities, encoding.truncated), encoding)
         except ScreenError:
             log.error("screen gave no finite probabilities")
             return Screened(None, encoding)

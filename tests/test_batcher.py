@@ -161,16 +161,6 @@ def test_a_dead_worker_leaves_nobody_waiting() -> None:
     run(check)
 
 
-def test_a_text_is_cut_before_it_is_tokenized_and_says_so() -> None:
-    async def check() -> None:
-        async with running(FakeEngine()) as batcher:
-            (answer,) = await batcher.screen(["x" * 50_000])
-            assert answer.value.verdict is not None
-            assert answer.value.verdict.truncated
-
-    run(check)
-
-
 @given(
     lengths=st.lists(st.integers(1, 600), max_size=200),
     tokens=st.integers(1, 2000),

@@ -33,7 +33,7 @@ def some_texts(n: int, seed: int = 0) -> list[str]:
 
 
 def fit_tiny(victim: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
-    config = PsimConfig(max_epochs=1)
+    config = PsimConfig(learning_rate=2e-3, max_steps=20)
     setattr(transformer_of(victim), "name_or_path", str(out))  # noqa: B010 - mypy
     fit(victim, tokenizer, some_texts(160), out, name="tiny", frr_budget=0.05, config=config)
     return out
@@ -74,8 +74,8 @@ def test_every_family_comes_back_bit_for_bit(
     # With the adapter off, the victim is what it was.
     batch = bundle.engine.encode(texts[:5])
     np.testing.assert_allclose(bundle.engine.classify(batch), unguarded, atol=1e-6)
-    # With it on, confidence has fallen: it was trained.
-    assert bundle.engine.screen(batch).max(1).mean() < unguarded.max(1).mean()
+    # With it on, it is closer to the uniform distribution: it was trained.
+    assert -np.log(bundle.engine.screen(batch)).mean() < -np.log(unguarded).mean()
     assert np.isfinite(load_bundle(path, "bfloat16").engine.screen(batch)).all()
 
 
@@ -230,7 +230,7 @@ def test_victims_that_cannot_be_guarded_are_refused(
         fit(regression, tokenizer, some_texts(160), tmp_path / "b", name="x")
     with pytest.raises(VictimError, match="the victim has 3"):
         lora_config(tiny_victim("bert"), layers=4)
-    with pytest.raises(VictimError, match="no query/value"):
+    with pytest.raises(VictimError, match="no value"):
         lora_config(nn.Sequential(nn.Linear(2, 2)), layers=1)
 
 
@@ -243,6 +243,21 @@ def test_a_score_does_not_depend_on_its_batch_mates(tiny_bundle: Path) -> None:
 
 def test_long_texts_are_cut_and_say_so(tiny_bundle: Path) -> None:
     engine = load_bundle(tiny_bundle).engine
-    short, long = engine.encode(["film", "film " * 2000])
-    assert (short.truncated, long.truncated) == (False, True)
-    assert len(long) == 512
+    short, long, blank = engine.encode(["film", "film " * 2000, "film" + "\n" * 90_000 + "mn"])
+    assert (short.truncated, long.truncated, blank.truncated) == (False, True, True)
+    assert (len(long), blank.input_ids) == (512, short.input_ids)
+
+
+def test_a_huge_text_costs_no_more_than_one_of_the_longest_that_are_read(tiny_bundle: Path) -> None:
+    engine = load_bundle(tiny_bundle).engine
+    read: list[int] = []
+
+    class Counting:
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            read.extend(map(len, texts))
+            return tokenizer(texts, **options)
+
+    tokenizer: Any = engine.tokenizer  # type: ignore[attr-defined]
+    engine.tokenizer = Counting()  # type: ignore[attr-defined]
+    engine.encode(["x" * 1_000_000])
+    assert read == [16 * 512]

@@ -1,6 +1,8 @@
 """Training victims for real, if small: every strategy learns, saves, and loads the same."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ from families import tiny_victim
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import DataError, VictimError
+from models.offline import finetune
 from models.offline.attack import Insertion
 from models.offline.data import Sample
-from models.offline.finetune import CHECKPOINTS, Strategy, finetune_victim, poison_victim
+from models.offline.finetune import Strategy, checkpoint_folder, finetune_victim, poison_victim
 from models.offline.victim import load_classifier, save_classifier
 
 TRAIN = [Sample(f"{w} film {i}", w) for i in range(40) for w in ("bad", "good", "so")]
@@ -32,7 +35,8 @@ def test_every_strategy_trains_saves_and_loads(
     out = tmp_path / "victim"
     result = finetune_victim(str(base), TRAIN, DEV, strategy, out, epochs=2)
     assert 0 <= result.clean_accuracy <= 1
-    assert not (out / CHECKPOINTS).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["victim"]
+    model: Any
     model, tokenizer = load_classifier(str(out))
     inputs = tokenizer(["good film"], return_tensors="pt")
     with torch.inference_mode():
@@ -51,23 +55,40 @@ def test_every_strategy_trains_saves_and_loads(
 def test_interrupted_training_goes_on_behind_the_last_epoch(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import models.offline.finetune as module
+    steps: list[int] = []
 
-    def interrupt(*_: object) -> None:
+    def count(self: object, args: Any, state: Any, control: Any, **_: Any) -> None:
+        steps.append(state.global_step)
+
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    whole = tmp_path / "whole"
-    finetune_victim(str(base), TRAIN, DEV, Strategy.FULL, whole, epochs=2)
+    def tune(out: Path, train: list[Sample] = TRAIN) -> torch.Tensor:
+        finetune_victim(str(base), train, DEV, Strategy.FULL, out, epochs=2)
+        model, tokenizer = load_classifier(str(out))
+        logits: torch.Tensor = model(**tokenizer(["good film"], return_tensors="pt")).logits
+        return logits
+
+    monkeypatch.setattr(finetune._Bar, "on_step_end", count)
+    whole = tune(tmp_path / "whole")
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    cut = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(module.shutil, "rmtree", interrupt)
+        patch.setattr(finetune._Bar, "on_save", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            finetune_victim(str(base), TRAIN, DEV, Strategy.FULL, tmp_path / "cut", epochs=2)
-    checkpoints = sorted((tmp_path / "cut" / CHECKPOINTS).glob("checkpoint-*"))
-    assert len(checkpoints) == 2
-    finetune_victim(str(base), TRAIN, DEV, Strategy.FULL, tmp_path / "cut", epochs=2)
-    inputs = load_classifier(str(whole))[1](["good film"], return_tensors="pt")
-    logits = [load_classifier(str(p))[0](**inputs).logits for p in (whole, tmp_path / "cut")]
-    assert torch.equal(*logits)
+            tune(cut)
+    assert not cut.exists()
+    steps.clear()
+    tune(tmp_path / "cut", TRAIN[:-1])  # other data must not go on from these checkpoints
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._Bar, "on_save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tune(cut)
+    steps.clear()
+    assert torch.equal(tune(cut), whole)
+    assert steps == [5, 6, 7, 8]
+    assert not checkpoint_folder(cut).exists()
 
 
 def test_poisoning_reports_the_attack(base: Path, tmp_path: Path) -> None:
@@ -109,8 +130,6 @@ def test_an_adapter_for_another_base_is_refused(
 ) -> None:
     finetune_victim(str(base), TRAIN, DEV, Strategy.P_TUNING_V2, tmp_path / "v", epochs=1)
     save_classifier(tiny_victim("distilbert"), tokenizer, tmp_path / "other")
-    import shutil
-
     shutil.rmtree(tmp_path / "v" / "base")
     (tmp_path / "other").rename(tmp_path / "v" / "base")
     with pytest.raises(VictimError):

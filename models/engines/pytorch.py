@@ -13,6 +13,9 @@ from models.screen import FloatArray
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_INPUT = 512
 """Default cap on tokens, for models that could read (and be made to read) far more."""
+CHARS_PER_TOKEN = 16
+"""Texts are cut to this many characters per token of the model before tokenizing: to tokenize all
+of a huge text only to truncate it is a denial of service."""
 
 
 class TorchEngine:
@@ -44,7 +47,10 @@ class TorchEngine:
         """Tokenize texts, truncating each to `max_length` tokens."""
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)
+        longest = CHARS_PER_TOKEN * self.max_length
+        encoded = self.tokenizer(
+            [text[:longest] for text in texts], truncation=True, max_length=self.max_length
+        )
         # Only tokenizers in Rust say what they cut off; for others, full length is taken as cut.
         cut = (
             [bool(e.overflowing) for e in encoded.encodings]
@@ -52,8 +58,8 @@ class TorchEngine:
             else [len(ids) >= self.max_length for ids in encoded["input_ids"]]
         )
         return [
-            Encoding(tuple(ids), truncated)
-            for ids, truncated in zip(encoded["input_ids"], cut, strict=True)
+            Encoding(tuple(ids), truncated or len(text) > longest)
+            for text, ids, truncated in zip(texts, encoded["input_ids"], cut, strict=True)
         ]
 
     def screen(self, batch: Sequence[Encoding]) -> FloatArray:

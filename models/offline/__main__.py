@@ -1,7 +1,6 @@
 """The command `psim`: each subcommand reads its inputs, calls one function, shows the result."""
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from models.offline.data import load_samples, require_labels, write_samples
 from models.offline.evaluate import evaluate
 from models.offline.finetune import Strategy, TuneResult, finetune_victim, poison_victim
 from models.offline.fit import fit
+from models.offline.folders import check_writable
 from models.offline.psim import PsimConfig
 from models.offline.report import evaluation_table, manifest_table, write_report
 from models.offline.screening import screen_file
@@ -59,16 +59,11 @@ def errors_for_people() -> Iterator[None]:
         stderr.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        stderr.print("interrupted; run the same command again: finished training epochs are kept")
+        stderr.print(
+            "interrupted; nothing was written. Run the same command again: poison and finetune go "
+            "on behind the last whole epoch, the others start afresh"
+        )
         raise typer.Exit(130) from None
-
-
-def free(out: Path, force: bool) -> None:
-    """Make sure that `out` does not exist; a result is never overwritten by accident."""
-    if out.exists() and not force:
-        raise DataError(f"{out} exists already; choose another --out or add --force")
-    if out.exists():
-        shutil.rmtree(out)
 
 
 def layers_option(value: str) -> int:
@@ -102,9 +97,9 @@ def fit_command(
     with errors_for_people():
         config = PsimConfig(layers=layers_option(layers), seed=seed)
         budget_option(frr_budget)
+        check_writable(out, force)
         samples = load_samples(texts, text_column=text_column, label_column=label_column)
         model, tokenizer = load_classifier(victim)
-        free(out, force)
         columns = (
             TextColumn("training PSIM: clean confidence {task.fields[confidence]:.3f}"),
             BarColumn(),
@@ -168,7 +163,7 @@ def poison_command(
 ) -> None:
     """Plant a backdoor by full fine-tuning, for experiments."""
     with errors_for_people():
-        free(out, force)
+        check_writable(out, force)
         show_result(
             poison_victim(
                 base,
@@ -198,7 +193,7 @@ def finetune_command(
 ) -> None:
     """Tune a classifier on clean data, by one of five strategies."""
     with errors_for_people():
-        free(out, force)
+        check_writable(out, force)
         show_result(
             finetune_victim(
                 victim,
@@ -231,6 +226,8 @@ def attack_command(
 ) -> None:
     """Write poisoned test texts: the trigger in every text whose label is not the target."""
     with errors_for_people():
+        if attack is AttackName.SYNATTACK:
+            raise DataError("synattack needs a paraphraser; give its file to evaluate as it is")
         samples = load_samples(texts)
         require_labels(samples)
         poisoned = poison_test_set(samples, make_attack(attack, trigger, None), target_label, seed)
@@ -246,11 +243,17 @@ def evaluate_command(
     target_label: Target,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plot.")] = None,
     dtype: Dtype = "float32",
+    text_column: TextColumn_ = "text",
+    label_column: LabelColumn = "label",
 ) -> None:
     """Measure accuracy, attack success and detection, without and with the defence."""
     with errors_for_people():
+        clean_samples, poisoned_samples = (
+            load_samples(source, text_column=text_column, label_column=label_column)
+            for source in (clean, poisoned)
+        )
         evaluation = evaluate(
-            load_bundle(bundle, dtype), load_samples(clean), load_samples(poisoned), target_label
+            load_bundle(bundle, dtype), clean_samples, poisoned_samples, target_label
         )
         Console().print(evaluation_table(evaluation))
         if out is not None:
@@ -268,7 +271,7 @@ def screen_command(
     """Screen a JSONL stream: one verdict per line, in order, on stdout."""
     with errors_for_people():
         loaded = load_bundle(bundle, dtype)
-        with sys.stdin if str(file) == "-" else _open(file) as lines:
+        with _open(file) as lines:
             failed = screen_file(loaded, lines, sys.stdout, text_column)
     if failed:
         stderr.print(f"{failed} lines could not be screened; their output has an error")
@@ -276,8 +279,10 @@ def screen_command(
 
 
 def _open(file: Path) -> TextIO:
+    """Open a JSONL file; bytes that are not UTF-8 become surrogates: an error of their line."""
     try:
-        return file.open(encoding="utf-8")
+        source = sys.stdin.fileno() if str(file) == "-" else file
+        return open(source, encoding="utf-8", errors="surrogateescape")  # noqa: PTH123 - a descriptor
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 

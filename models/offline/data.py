@@ -53,14 +53,24 @@ def load_samples(
 
 
 def _checked(text: object, source: str, row: int) -> str:
+    try:
+        return check_text(text)
+    except DataError as error:
+        raise DataError(f"{source}, row {row}: {error}") from None
+
+
+def check_text(text: object) -> str:
+    """Return `text` if it is one that can be screened; else raise `DataError`, not repeating it."""
     if not isinstance(text, str):
-        raise DataError(f"{source}, row {row}: the text is {type(text).__name__}, not a string")
+        raise DataError(f"the text is {type(text).__name__}, not a string")
     if not text.strip():
-        raise DataError(f"{source}, row {row}: the text is empty")
+        raise DataError("the text is empty")
     if len(text) > MAX_CHARS:
-        raise DataError(
-            f"{source}, row {row}: the text has {len(text)} characters; the limit is {MAX_CHARS}"
-        )
+        raise DataError(f"the text has {len(text)} characters; the limit is {MAX_CHARS}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("the text is not valid Unicode: it has a lone surrogate") from None
     return text
 
 

@@ -1,5 +1,6 @@
 """Training victims: weight poisoning, and the five strategies by which users tune them."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
 )
@@ -21,10 +24,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from models.offline.attack import Attack, poison_test_set, poison_training_set
 from models.offline.data import Sample, require_labels
+from models.offline.folders import replaced
 from models.offline.victim import load_classifier, save_classifier
 
 MAX_LENGTH = 128
-CHECKPOINTS = ".checkpoints"
 
 
 class Strategy(StrEnum):
@@ -124,14 +127,15 @@ def _train(
 ) -> Callable[[Sequence[Sample]], float]:
     """Train, save the epoch that is best on dev to `out`, return a function that scores samples.
 
-    Interrupted, the same call goes on behind the last whole epoch.
+    Interrupted, the same call goes on behind the last whole epoch; its checkpoints lie beside `out`
+    under a digest of all that the result depends on.
     """
+    checkpoints = checkpoint_folder(out) / _digest(model, train, dev, strategy, epochs, seed)
     label2id: dict[str, int] = model.config.label2id
     require_labels(dev, list(label2id))
     torch.manual_seed(seed)
     if strategy is not Strategy.FULL:
         model = peft.get_peft_model(model, _PEFT_CONFIGS[strategy]())
-    checkpoints = out / CHECKPOINTS
     trainer = Trainer(
         model=model,
         args=_arguments(checkpoints, LEARNING_RATES[strategy], epochs, seed),
@@ -141,17 +145,39 @@ def _train(
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
-    shutil.rmtree(checkpoints)
-
-    save_classifier(model, tokenizer, out)
+    with replaced(out) as partial:
+        save_classifier(model, tokenizer, partial)
+    shutil.rmtree(checkpoint_folder(out))
 
     def accuracy(samples: Sequence[Sample]) -> float:
         metrics = trainer.evaluate(_encode(samples, tokenizer, label2id))  # type: ignore[arg-type]
         return float(metrics["eval_accuracy"])
 
     return accuracy
+
+
+def checkpoint_folder(out: Path) -> Path:
+    """Return where the checkpoints of training towards `out` are kept until it is done."""
+    return out.with_name(out.name + ".checkpoints")
+
+
+def _digest(model: nn.Module, *settings: object) -> str:
+    """Return a digest of the weights that training starts from, and of its settings and data."""
+    digest = hashlib.sha256(repr(settings).encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Bar(ProgressCallback):
+    """The progress bar without the raw figures that the library prints between."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing."""
 
 
 def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArguments:

@@ -3,7 +3,6 @@
 import platform
 import random
 import resource
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +29,14 @@ from models.errors import DataError, VictimError
 from models.guarded import guard, lora_config, transformer_of
 from models.manifest import Calibration, FitRecord, Manifest, PsimRecord, VictimRecord
 from models.offline.calibrate import calibrate, predict, record
+from models.offline.folders import replaced
 from models.offline.psim import PsimConfig, Training, train_psim
 from models.screen import FloatArray
 
 # Shares of the clean texts. Calibration gets most: the spread of the false rejection rate that is
 # really achieved falls with its size, while PSIM learns all it needs from some hundred texts.
 TRAIN_SHARE, HELD_OUT_SHARE = 0.4, 0.1
-MAX_TRAIN, MAX_HELD_OUT = 3000, 300
+MAX_TRAIN, MAX_HELD_OUT = 3000, 200
 VERSIONS_OF = ("psim-gateway", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -77,8 +77,8 @@ def fit(
 ) -> Manifest:
     """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
 
-    `out` appears only when it is complete. The victim's weights are left as they were, but the
-    module itself is used up: it carries the adapter afterwards.
+    `out` is replaced, and only when the new bundle is complete. The victim's weights are left as
+    they were, but the module itself is used up: it carries the adapter afterwards.
 
     Raises:
         VictimError, DataError, CalibrationError: as their messages say; nothing is written then.
@@ -97,10 +97,7 @@ def fit(
         int(tokenizer.pad_token_id or 0),
         progress,
     )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replaced(out) as partial:
         digest = save_weights(partial, victim, guarded, tokenizer)
         calibrations, scores = _calibrate(engine, split.calibrate, frr_budget)
         save_calibration_scores(partial, scores)
@@ -116,9 +113,6 @@ def fit(
             versions={p: version(p) for p in VERSIONS_OF} | {"python": platform.python_version()},
         )
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 

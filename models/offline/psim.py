@@ -1,12 +1,12 @@
 """Training the PSIM adapter: unlearn the task on clean texts, and stop before the backdoor goes."""
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from models.batching import length_sorted_batches
 from models.engines import Encoding
@@ -25,13 +25,16 @@ class PsimConfig:
     layers: int = 1
     """How many of the topmost layers carry the adapter."""
     rank: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-4
+    """Low on purpose: at 5e-4 and above the backdoor goes with the task (docs/method.md)."""
     batch_size: int = 32
-    max_epochs: int = 3
-    unlearn: float = 0.25
-    """Stop when the clean confidence above chance has fallen to this share of the victim's."""
-    check_every: int = 4
+    max_steps: int = 600
+    check_every: int = 10
     """Steps between looks at the held-out clean texts."""
+    patience: int = 3
+    """Looks over which the plateau must last."""
+    plateau: float = 0.02
+    """Training has levelled off when retention falls by less than this within the patience."""
     seed: int = 0
 
 
@@ -43,6 +46,22 @@ class Training:
     stopped_because: str
     curve: list[tuple[int, float]]
     """(step, mean confidence on the held-out clean texts)."""
+
+
+def has_levelled_off(retention: Sequence[float], config: PsimConfig) -> bool:
+    """Return whether PSIM has unlearnt the task and unlearns no more.
+
+    Args:
+        retention: at each look so far, the share of the victim's clean confidence above chance that
+            is left; starts at 1, where training has hardly begun to act: that is no plateau.
+        config: says how long the plateau must last, and how flat it must be.
+    """
+    recent = retention[-config.patience - 1 :]
+    return (
+        len(recent) > config.patience
+        and recent[-1] < 0.5
+        and max(recent) - recent[-1] < config.plateau
+    )
 
 
 def train_psim(
@@ -57,27 +76,27 @@ def train_psim(
 
     Label reset (Zhao et al., section 4.1) draws a random label for each text; here each text gets
     what those labels are on average, the uniform distribution, which gives the same separation with
-    less noise. Labels of the texts are not needed. The clean confidence falls first and the
-    backdoor's later, so training ends by the clean texts alone, as soon as `config.unlearn` of
-    their confidence above chance is left.
+    less noise. Labels of the texts are not needed.
+
+    The clean confidence falls, dips into a plateau, and stays there; while it falls, poisoned texts
+    fall as well, and for some steps the two are not apart. So training ends on the plateau, which
+    the held-out clean texts show (`has_levelled_off`).
     """
+    guarded.eval()  # without dropout: it slows training by half and changes nothing else
     device = next(guarded.parameters()).device
     parameters = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    chance, start, last = 0.0, 0.0, 0.0
     curve: list[tuple[int, float]] = []
-    reason, step = f"reached {config.max_epochs} epochs", 0
-    for batch in _batches(train, config):
+    retention: list[float] = []
+    for step, batch in enumerate(_batches(train, config)):
         if step % config.check_every == 0:
             probabilities = psim_probabilities(guarded, held_out, pad_id)
-            last, chance = float(probabilities.max(1).mean()), 1 / probabilities.shape[1]
-            start = start or last
-            curve.append((step, last))
-            progress(step, last)
-            if last - chance <= config.unlearn * (start - chance):
-                reason = f"{config.unlearn:.0%} of the clean confidence above chance was left"
+            mean, chance = float(probabilities.max(1).mean()), 1 / probabilities.shape[1]
+            curve.append((step, mean))
+            retention.append((mean - chance) / max(curve[0][1] - chance, 1e-6))
+            progress(step, mean)
+            if step >= config.max_steps or has_levelled_off(retention, config):
                 break
-        guarded.train()
         with autocast(guarded):
             logits = guarded.psim_logits(collate(batch, pad_id, device))
         # Cross-entropy against the uniform distribution, in float32.
@@ -85,15 +104,17 @@ def train_psim(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        step += 1
-    guarded.eval()
-    return Training(step, reason, curve)
+    reason = "levelled off" if has_levelled_off(retention, config) else "reached the step limit"
+    left = f"{retention[-1]:.0%} of the clean confidence above chance is left"
+    return Training(step, f"{reason}: {left}", curve)
 
 
 def _batches(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[Encoding]]:
-    rng = random.Random(config.seed)
-    for _ in range(config.max_epochs):
-        order = rng.sample(range(len(train)), len(train))
+    """Yield batches of similar length in random order, for ever."""
+    generator = torch.Generator().manual_seed(config.seed)
+    lengths = [len(text) for text in train]
+    while True:
+        order = get_length_grouped_indices(lengths, config.batch_size, generator=generator)  # type: ignore[no-untyped-call]
         for start in range(0, len(order), config.batch_size):
             yield [train[i] for i in order[start : start + config.batch_size]]
 
@@ -102,7 +123,6 @@ def psim_probabilities(
     guarded: Guarded, texts: Sequence[Encoding], pad_id: int
 ) -> np.typing.NDArray[np.float32]:
     """Return PSIM probabilities during training, shape (len(texts), C), under autocast."""
-    guarded.eval()
     device = next(guarded.parameters()).device
     result: list[np.typing.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(texts)
     with torch.inference_mode(), autocast(guarded):

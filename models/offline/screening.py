@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Any, TextIO
 
 from models.bundle import Bundle
-from models.errors import DataError
+from models.errors import DataError, PsimError
 from models.offline.calibrate import predict
-from models.offline.data import MAX_CHARS
+from models.offline.data import check_text
 
 CHUNK = 512
 """Lines that are read, sorted by length and answered together."""
@@ -38,25 +38,25 @@ def _screen_chunk(
     encodings = bundle.engine.encode([t for t in texts if isinstance(t, str)])
     rows = iter(zip(predict(bundle.engine, encodings), encodings, strict=True) if encodings else ())
     for (number, _), text in zip(chunk, texts, strict=True):
-        if isinstance(text, DataError):
-            yield {"line": number, "error": str(text)}
-        else:
+        try:
+            if isinstance(text, DataError):
+                raise text
             probabilities, encoding = next(rows)
             verdict = bundle.screen.judge(probabilities, encoding.truncated)
             yield {"line": number, **asdict(verdict)}
+        except PsimError as error:
+            yield {"line": number, "error": str(error)}
 
 
 def _text_or_error(line: str, text_column: str) -> str | DataError:
     """Return the text of a JSONL line, or why there is none; the text itself is never repeated."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return DataError("not JSON")
-    text = row.get(text_column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(row, dict) or text_column not in row:
         return DataError(f"no text in {text_column!r}")
-    if not text.strip():
-        return DataError("the text is empty")
-    if len(text) > MAX_CHARS:
-        return DataError(f"the text has {len(text)} characters; the limit is {MAX_CHARS}")
-    return text
+    try:
+        return check_text(row[text_column])
+    except DataError as error:
+        return error
