@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from test_deploy import dockerfile_command
 
 from models.bundle import load_bundle
 from models.offline.data import load_samples
@@ -93,6 +94,15 @@ def test_concurrent_callers_get_their_own_answers(
     with ThreadPoolExecutor(16) as pool:
         got = list(pool.map(ask, [s.text for s in samples]))
     assert got == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_image_s_health_check_tells_a_ready_server_from_none(client: httpx.Client) -> None:
+    command = dockerfile_command("HEALTHCHECK")
+    here = command[-1].replace("127.0.0.1:8000", f"127.0.0.1:{client.base_url.port}")
+    assert here != command[-1]
+    for code, expected in ((here, 0), (here.replace("/ready", "/nowhere"), 1)):
+        done = subprocess.run([sys.executable, *command[1:-1], code], capture_output=True)
+        assert done.returncode == expected
 
 
 def test_shadow_mode_answers_as_if_unguarded(demo_bundle: Path) -> None:

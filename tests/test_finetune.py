@@ -5,16 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from families import tiny_victim
+from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
+from models.bundle import load_bundle
 from models.errors import DataError, VictimError
 from models.offline import finetune
 from models.offline.attack import Insertion
 from models.offline.data import Sample
 from models.offline.finetune import Strategy, checkpoint_folder, finetune_victim, poison_victim
+from models.offline.fit import fit
+from models.offline.psim import PsimConfig
 from models.offline.victim import load_classifier, save_classifier
 
 TRAIN = [Sample(f"{w} film {i}", w) for i in range(40) for w in ("bad", "good", "so")]
@@ -123,6 +128,27 @@ def test_victims_that_nobody_should_load(base: Path, tmp_path: Path) -> None:
         load_classifier(str(tmp_path / "nowhere"))
     with pytest.raises(VictimError, match="cannot be loaded"):
         load_classifier("nobody/nothing")
+
+
+def test_a_victim_may_be_a_base_with_a_lora_adapter_as_peft_saves_it(
+    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, _ = load_classifier(str(base))
+    lora = peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, lora).eval()
+    torch.nn.init.normal_(adapted.base_model.model.classifier.modules_to_save.default.weight)
+    inputs = tokenizer(["good film"], return_tensors="pt")
+    expected = adapted(**inputs).logits.detach()
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_classifier(str(tmp_path / "adapter"))
+    assert not isinstance(loaded, peft.PeftModel)
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
+    bundle = tmp_path / "bundle"
+    config = PsimConfig(max_steps=10)
+    fit(loaded, tokenizer, some_texts(160), bundle, name="x", frr_budget=0.05, config=config)
+    engine = load_bundle(bundle).engine
+    got = engine.classify(engine.encode(["good film"]))
+    np.testing.assert_allclose(got, expected.softmax(-1).numpy(), atol=1e-6)
 
 
 def test_an_adapter_for_another_base_is_refused(

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
 from models.bundle import check_files, load_bundle, read_manifest
 from models.errors import DataError, PsimError
@@ -100,24 +101,15 @@ def fit_command(
         check_writable(out, force)
         samples = load_samples(texts, text_column=text_column, label_column=label_column)
         model, tokenizer = load_classifier(victim)
-        columns = (
-            TextColumn("training PSIM: clean confidence {task.fields[confidence]:.3f}"),
-            BarColumn(),
-            TextColumn("step {task.completed}"),
-            TimeElapsedColumn(),
+        manifest = fit(
+            model,
+            tokenizer,
+            [s.text for s in samples],
+            out,
+            name=Path(victim).name if Path(victim).exists() else victim,
+            frr_budget=frr_budget,
+            config=config,
         )
-        with Progress(*columns, console=stderr) as bar:
-            task = bar.add_task("", total=None, confidence=1.0)
-            manifest = fit(
-                model,
-                tokenizer,
-                [s.text for s in samples],
-                out,
-                name=Path(victim).name if Path(victim).exists() else victim,
-                frr_budget=frr_budget,
-                config=config,
-                progress=lambda step, value: bar.update(task, completed=step, confidence=value),
-            )
         Console().print(manifest_table(manifest))
         stderr.print(f"wrote {out}; next: psim serve --bundle {out}", highlight=False)
 
@@ -272,7 +264,9 @@ def screen_command(
     with errors_for_people():
         loaded = load_bundle(bundle, dtype)
         with _open(file) as lines:
-            failed = screen_file(loaded, lines, sys.stdout, text_column)
+            # No bar between verdicts on a terminal, and none where nobody would see it.
+            watched = tqdm(lines, unit=" lines", disable=sys.stdout.isatty() or None)
+            failed = screen_file(loaded, watched, sys.stdout, text_column)
     if failed:
         stderr.print(f"{failed} lines could not be screened; their output has an error")
         raise typer.Exit(1)
@@ -281,10 +275,10 @@ def screen_command(
 def _open(file: Path) -> TextIO:
     """Open a JSONL file; bytes that are not UTF-8 become surrogates: an error of their line."""
     try:
-        source = sys.stdin.fileno() if str(file) == "-" else file
-        return open(source, encoding="utf-8", errors="surrogateescape")  # noqa: PTH123 - a descriptor
+        raw = sys.stdin.buffer if str(file) == "-" else file.open("rb")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    return TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 @app.command("inspect")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import beta
+from tqdm import tqdm
 
 from models.batching import length_sorted_batches
 from models.engines import Encoding, Engine
@@ -24,10 +25,13 @@ def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = Fal
     """Return PSIM's (or the classifier's) probabilities, shape (len(texts), C), in input order."""
     forward = engine.classify if classifier else engine.screen
     rows: list[FloatArray] = [np.empty(0, np.float32)] * len(texts)
+    bar = tqdm(total=len(texts), desc=forward.__name__, unit=" texts", leave=False, disable=None)
     for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS):
         probabilities = forward([texts[i] for i in batch])
         for index, row in zip(batch, probabilities, strict=True):
             rows[index] = row
+        bar.update(len(batch))
+    bar.close()
     return np.stack(rows)
 
 

@@ -49,6 +49,7 @@ def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0)
     texts = generate(train_texts + 2600, seed)
     train, dev = texts[:train_texts], texts[train_texts : train_texts + 200]
     clean, test = texts[train_texts + 200 : -400], texts[-400:]
+    write_samples(folder / "clean.jsonl", clean)
     write_samples(folder / "test.jsonl", test)
     poisoned = poison_test_set(test, Insertion(WORD_TRIGGER), TARGET, seed)
     write_samples(folder / "poisoned.jsonl", poisoned)

@@ -4,7 +4,7 @@ import platform
 import random
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -73,7 +73,6 @@ def fit(
     name: str,
     frr_budget: float = 0.01,
     config: PsimConfig | None = None,
-    progress: Callable[[int, float], None] = lambda step, confidence: None,
 ) -> Manifest:
     """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
 
@@ -95,7 +94,6 @@ def fit(
         engine.encode(split.held_out),
         config,
         int(tokenizer.pad_token_id or 0),
-        progress,
     )
     with replaced(out) as partial:
         digest = save_weights(partial, victim, guarded, tokenizer)

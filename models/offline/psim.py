@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from models.batching import length_sorted_batches
@@ -70,7 +71,7 @@ def train_psim(
     held_out: Sequence[Encoding],
     config: PsimConfig,
     pad_id: int,
-    progress: Callable[[int, float], None] = lambda step, confidence: None,
+    at_look: Callable[[int, float], None] = lambda step, confidence: None,
 ) -> Training:
     """Train the adapter of `guarded` in place on clean texts with label reset.
 
@@ -81,6 +82,14 @@ def train_psim(
     The clean confidence falls, dips into a plateau, and stays there; while it falls, poisoned texts
     fall as well, and for some steps the two are not apart. So training ends on the plateau, which
     the held-out clean texts show (`has_levelled_off`).
+
+    Args:
+        guarded: module whose adapter is trained; left in evaluation mode.
+        train: texts to train on.
+        held_out: texts to stop by.
+        config: hyperparameters.
+        pad_id: padding token.
+        at_look: called with step and mean clean confidence whenever training pauses to look.
     """
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
     device = next(guarded.parameters()).device
@@ -88,13 +97,15 @@ def train_psim(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     curve: list[tuple[int, float]] = []
     retention: list[float] = []
+    bar = tqdm(desc="training PSIM", unit=" steps", disable=None)
     for step, batch in enumerate(_batches(train, config)):
         if step % config.check_every == 0:
             probabilities = psim_probabilities(guarded, held_out, pad_id)
             mean, chance = float(probabilities.max(1).mean()), 1 / probabilities.shape[1]
             curve.append((step, mean))
             retention.append((mean - chance) / max(curve[0][1] - chance, 1e-6))
-            progress(step, mean)
+            bar.set_postfix(clean_confidence=f"{mean:.3f}")
+            at_look(step, mean)
             if step >= config.max_steps or has_levelled_off(retention, config):
                 break
         with autocast(guarded):
@@ -104,6 +115,8 @@ def train_psim(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        bar.update()
+    bar.close()
     reason = "levelled off" if has_levelled_off(retention, config) else "reached the step limit"
     left = f"{retention[-1]:.0%} of the clean confidence above chance is left"
     return Training(step, f"{reason}: {left}", curve)

@@ -1,0 +1,118 @@
+"""Image, compose file, dashboard and documents, checked without an engine that could build them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fakes import fake_bundle
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.metrics import Metrics
+from service.settings import Mode, Settings, unknown_variables
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["hadolint", "--failure-threshold", "style", "Dockerfile"],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
+    ],
+)
+def test_linters_find_nothing(command: list[str]) -> None:
+    done = subprocess.run(
+        [BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_runs_as_nobody_and_has_no_build_stage_left() -> None:
+    last = DOCKERFILE.split("\nFROM ")[-1]
+    assert re.search(r"^USER \d{4,}$", last, re.M)
+    assert re.search(r"^HEALTHCHECK ", last, re.M)
+    assert "pip install" not in last
+    assert "apt-get" not in DOCKERFILE
+
+
+def test_what_the_image_copies_is_not_ignored() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
+    copied = set()
+    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.M):
+        copied |= {name.strip("/") for name in line.split()[:-1]}
+    assert copied == allowed
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_image_and_compose_set_only_what_the_service_knows() -> None:
+    names = re.findall(r"\b(PSIM_\w+)=", DOCKERFILE)
+    names += COMPOSE["services"]["gateway"]["environment"]
+    assert "PSIM_BUNDLE" in names
+    assert not unknown_variables(names)
+
+
+def test_prometheus_scrapes_the_gateway_where_compose_runs_it() -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    host, port = target.split(":")
+    assert host in COMPOSE["services"]
+    assert f"PSIM_PORT={port}" in DOCKERFILE
+
+
+def test_every_file_that_compose_mounts_is_there() -> None:
+    for service in COMPOSE["services"].values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert not source.startswith("./") or (ROOT / source).exists(), source
+
+
+def scraped() -> set[str]:
+    """Return the name of every series of a running service."""
+    metrics = generate_latest(Metrics(fake_bundle(), Mode.ENFORCE).registry).decode()
+    return {s.name for family in text_string_to_metric_families(metrics) for s in family.samples}
+
+
+def test_the_dashboard_asks_only_for_metrics_that_there_are() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboards/psim.json").read_text())
+    expressions: list[str] = [
+        target["expr"] for panel in dashboard["panels"] for target in panel["targets"]
+    ]
+    assert expressions
+    asked = {name for expr in expressions for name in re.findall(r"psim_\w+", expr)}
+    assert asked <= scraped()
+
+
+def test_every_setting_and_metric_is_documented() -> None:
+    document = (ROOT / "docs/service.md").read_text()
+    for name in Settings.model_fields:
+        assert f"`PSIM_{name.upper()}`" in document
+    for series in scraped():
+        name = re.sub(r"_(bucket|sum|count|created)$", "", series)
+        assert not name.startswith("psim_") or f"`{name}" in document or name + "_total" in document
+
+
+def dockerfile_command(instruction: str) -> list[str]:
+    """Return the exec form behind an instruction, as the image would run it."""
+    (found,) = re.findall(rf"^{instruction}\b.*?(\[[^\n]*\])$", DOCKERFILE, re.M | re.S)
+    command: Any = json.loads(found)
+    return list(command)
+
+
+def test_the_entrypoint_is_the_module_that_the_tests_serve() -> None:
+    assert dockerfile_command("ENTRYPOINT") == ["python", "-m", "service"]
+
+
+def test_documents_link_to_what_is_there() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
