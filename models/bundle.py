@@ -6,7 +6,7 @@ nothing is ever unpickled.
     manifest.json            see `models.manifest`
     victim/                  config and safetensors, as transformers saves them
     prompt/                  PEFT adapter, only for victims tuned by prompt- or prefix-tuning
-    psim/                    PEFT LoRA adapter; its header names the victim it was trained for
+    psim/                    LoRA weights; their header names the victim they were trained for
     tokenizer/
     calibration.safetensors  clean confidences, ascending: `ENGINE/DTYPE/GROUP`
 """
@@ -15,9 +15,11 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+import numpy as np
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
@@ -34,17 +36,30 @@ from transformers import (
 
 from models.engines import Engine
 from models.engines.pytorch import DTYPES, TorchEngine
-from models.errors import BundleError, ScreenError
-from models.guarded import Guarded, guard
+from models.errors import BundleError, PsimError, ScreenError
+from models.guarded import Guarded, guard, lora_config
 from models.manifest import Calibration, Manifest
-from models.screen import FloatArray, Group, Screen
+from models.screen import FloatArray, Group, Screen, conformal_threshold
 
 MANIFEST = "manifest.json"
 SCORES = "calibration.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
-# .model and .txt: vocabularies of SentencePiece and WordPiece; .jinja: chat templates, never run.
-ALLOWED = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+# All that a bundle may hold, and so all that a library could be led to by something in it: an
+# adapter_config.json beside a victim, say, sends transformers to weights elsewhere.
+ALLOWED = (
+    SCORES,
+    "victim/config.json",
+    "victim/generation_config.json",
+    "victim/model*.safetensors",
+    "victim/model.safetensors.index.json",
+    f"prompt/{ADAPTER_CONFIG}",
+    f"prompt/{ADAPTER_WEIGHTS}",
+    f"psim/{ADAPTER_WEIGHTS}",
+    # Vocabularies and settings; .jinja are chat templates, which are never run.
+    *(f"tokenizer/*{kind}" for kind in (".json", ".txt", ".model", ".codes", ".jinja")),
+)
+REQUIRED = (SCORES, "victim/config.json", f"psim/{ADAPTER_WEIGHTS}")
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,14 @@ def load_bundle(path: Path, dtype: str = "float32") -> Bundle:
     """
     manifest, digest = read_manifest(path)
     check_files(path, manifest)
-    screen = Screen(_groups(path, calibration_for(manifest, TorchEngine.name, dtype)))
+    screen = _load_screen(path, manifest, dtype)
     try:
-        engine = _load_engine(path, manifest, dtype)
-    except BundleError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        bundle = Bundle(manifest, digest, _load_engine(path, manifest, dtype), screen)
+        _self_test(bundle)
+    except PsimError as error:
+        raise BundleError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a library makes of a file that somebody forged
         raise BundleError(f"{path}: the model does not load: {error}") from error
-    bundle = Bundle(manifest, digest, engine, screen)
-    _self_test(path, bundle)
     return bundle
 
 
@@ -95,19 +109,25 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
 
 def check_files(path: Path, manifest: Manifest) -> None:
     """Raise `BundleError` unless the folder holds the manifest's files, unaltered, and no more."""
-    found = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*") if not f.is_dir()}
-    del found[MANIFEST]
-    for name, file in found.items():
-        if file.suffix in PICKLES:
-            raise BundleError(f"{path}: {name} is a pickle, which can run code; use safetensors")
-        if file.suffix not in ALLOWED or file.is_symlink() or name not in manifest.files:
-            raise BundleError(f"{path}: {name} does not belong into a bundle; remove it")
-    if any(folder.is_symlink() for folder in path.rglob("*")):
+    inside = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*")}
+    if any(file.is_symlink() for file in inside.values()):
         raise BundleError(f"{path}: a bundle may not contain symbolic links")
-    for name, expected in manifest.files.items():
+    found = {name for name, file in inside.items() if not file.is_dir()} - {MANIFEST}
+    for name in sorted(found):
+        if inside[name].suffix in PICKLES:
+            raise BundleError(f"{path}: {name} is a pickle, which can run code; use safetensors")
+        allowed = any(fnmatchcase(name, pattern) for pattern in ALLOWED) and name.count("/") < 2
+        if not allowed or not inside[name].is_file() or name not in manifest.files:
+            raise BundleError(f"{path}: {name} does not belong into a bundle; remove it")
+    for name in (*REQUIRED, *manifest.files):
         if name not in found:
             raise BundleError(f"{path}: {name} is missing; copy or build the bundle again")
-        if file_digest(found[name]) != expected:
+    for name, expected in manifest.files.items():
+        try:
+            actual = file_digest(inside[name])
+        except OSError as error:
+            raise BundleError(f"{path}: {name} cannot be read: {error.strerror}") from error
+        if actual != expected:
             raise BundleError(f"{path}: {name} was altered: its SHA-256 is not the manifest's")
 
 
@@ -120,15 +140,27 @@ def calibration_for(manifest: Manifest, engine: str, dtype: str) -> Calibration:
     raise BundleError(f"no calibration for {engine}/{dtype}; the bundle has {known}")
 
 
-def _groups(path: Path, calibration: Calibration) -> list[Group]:
+def _load_screen(path: Path, manifest: Manifest, dtype: str) -> Screen:
+    """Return the screen; thresholds must be what the stored scores and the budget make them.
+
+    A threshold that was altered, or that is beyond what any confidence can reach, would let
+    everything pass.
+    """
+    calibration = calibration_for(manifest, TorchEngine.name, dtype)
+    groups = []
     try:
         arrays = load_arrays(path / SCORES)
-        return [
-            Group(tuple(g.classes), g.threshold, arrays[score_key(calibration, i)])
-            for i, g in enumerate(calibration.groups)
-        ]
-    except (KeyError, SafetensorError, OSError) as error:
+        for index, recorded in enumerate(calibration.groups):
+            scores = arrays[score_key(calibration, index)]
+            if conformal_threshold(scores, calibration.frr_budget) != recorded.threshold:
+                raise BundleError(f"{path}: a threshold is not what its calibration scores give")
+            groups.append(Group(tuple(recorded.classes), recorded.threshold, np.sort(scores)))
+        screen = Screen(groups)
+    except (KeyError, ValueError, SafetensorError, OSError) as error:
         raise BundleError(f"{path}: {SCORES} does not hold the calibration scores") from error
+    if screen.num_classes != len(manifest.labels):
+        raise BundleError(f"{path}: the calibration is not for the {len(manifest.labels)} labels")
+    return screen
 
 
 def score_key(calibration: Calibration, group: int) -> str:
@@ -146,12 +178,12 @@ def _load_engine(path: Path, manifest: Manifest, dtype: str) -> TorchEngine:
         output_loading_info=True,
     )
     if any(report.get(kind) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")):
-        raise BundleError(f"{path}: victim/ does not hold the weights that its config asks for")
+        raise BundleError("victim/ does not hold the weights that its config asks for")
     if [model.config.id2label[i] for i in range(model.config.num_labels)] != manifest.labels:
-        raise BundleError(f"{path}: the labels of manifest and victim/config.json differ")
+        raise BundleError("the labels of manifest and victim/config.json differ")
     prompt = path / "prompt"
     victim = PeftModel.from_pretrained(model, str(prompt)) if prompt.is_dir() else model
-    guarded = guard(victim, LoraConfig.from_pretrained(str(path / "psim")))
+    guarded = guard(victim, lora_config(victim, manifest.psim.layers, manifest.psim.rank))
     load_adapter(path / "psim" / ADAPTER_WEIGHTS, guarded, manifest.victim.digest)
     tokenizer = AutoTokenizer.from_pretrained(
         path / "tokenizer", trust_remote_code=False, local_files_only=True
@@ -164,23 +196,23 @@ def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
     with safe_open(file, "pt") as opened:
         made_for = (opened.metadata() or {}).get("victim_digest")
     if made_for != victim_digest:
-        raise BundleError(f"{file} was trained for another base model; run `psim fit` for this one")
+        raise BundleError("psim/ was trained for another base model; run `psim fit` for this one")
     weights = load_tensors(file)
     if (
         weights.keys()
         != get_peft_model_state_dict(guarded.psim, save_embedding_layers=False).keys()
     ):
-        raise BundleError(f"{file} does not have the layers that its configuration names")
+        raise BundleError("psim/ does not have the layers that the manifest names")
     set_peft_model_state_dict(guarded.psim, weights)
 
 
-def _self_test(path: Path, bundle: Bundle) -> None:
+def _self_test(bundle: Bundle) -> None:
     batch = bundle.engine.encode(["self-test"])
     try:
         bundle.screen.judge(bundle.engine.screen(batch)[0])
         bundle.screen.judge(bundle.engine.classify(batch)[0])
     except ScreenError as error:
-        raise BundleError(f"{path}: self-test failed: {error}") from error
+        raise BundleError(f"self-test failed: {error}") from error
 
 
 def save_weights(
@@ -198,7 +230,6 @@ def save_weights(
         _save_prompt(victim, path / "prompt")
     digest = tree_digest(hash_files(path))
     (path / "psim").mkdir()
-    _save_config(guarded.psim, path / "psim")
     adapter = get_peft_model_state_dict(guarded.psim, save_embedding_layers=False)
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter.items()}
     save_tensors(weights, path / "psim" / ADAPTER_WEIGHTS, metadata={"victim_digest": digest})
@@ -216,16 +247,12 @@ def _save_without_lora(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=weights)
 
 
-def _save_config(model: PeftModel, folder: Path) -> None:
-    config = copy.copy(model.peft_config["default"])
-    config.base_model_name_or_path = None  # never a path of this machine
-    config.save_pretrained(str(folder))
-
-
 def _save_prompt(victim: PeftModel, folder: Path) -> None:
     """Save the prompts of a prompt-type victim, and the head that was trained with them."""
     folder.mkdir()
-    _save_config(victim, folder)
+    config = copy.copy(victim.active_peft_config)
+    config.base_model_name_or_path = None  # never a path of this machine
+    config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(victim, save_embedding_layers=False)
     save_tensors({k: v.detach().contiguous() for k, v in weights.items()}, folder / ADAPTER_WEIGHTS)
 

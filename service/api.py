@@ -1,13 +1,15 @@
 """Native routes: unpack, call the gateway, pack. And the one table of errors."""
 
 import asyncio
+from collections.abc import Coroutine
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service.body import read
 from service.errors import (
@@ -35,6 +37,8 @@ from service.schemas import (
 )
 from service.settings import Settings
 
+Answer = TypeVar("Answer")
+
 STATUS: dict[type[ServiceError], int] = {
     Malformed: 400,
     TooLarge: 413,
@@ -59,8 +63,13 @@ def problem(
     return Response(body.model_dump_json(), status, headers, PROBLEM_JSON)
 
 
+def internal_error() -> Response:
+    """Return the answer to a request on which the service has a bug."""
+    return problem(500, "internal", "an internal error; the log has it under the request id")
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error, unknown paths included, as a problem."""
+    """Answer every expected error, unknown paths included, as a problem."""
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for it
@@ -73,12 +82,8 @@ def install_error_handlers(app: FastAPI) -> None:
         headers = dict(error.headers) if error.headers else None
         return problem(error.status_code, code, str(error.detail), headers)
 
-    async def on_bug(request: Request, error: Exception) -> Response:
-        return problem(500, "internal", "an internal error; the log has it under the request id")
-
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_bug)
 
 
 def _documented(request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
@@ -110,7 +115,9 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
         with recorder.record("/classify", request.state.request_id) as entry:
             async with _deadline(settings):
                 body = await read(request, ClassifyRequest, settings)
-                results = await gateway.handle(entry, body.texts, body.top_k)
+                results = await _while_connected(
+                    request, gateway.handle(entry, body.texts, body.top_k)
+                )
         answer = ClassifyResponse(bundle=gateway.bundle.digest, results=results)
         worst = max(entry.decisions, key=SEVERITY.__getitem__)
         headers = {"x-psim-decision": worst, "server-timing": _server_timing(entry)}
@@ -125,7 +132,7 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
         with recorder.record("/screen", request.state.request_id) as entry:
             async with _deadline(settings):
                 body = await read(request, ScreenRequest, settings)
-                results = await gateway.screen(entry, body.texts)
+                results = await _while_connected(request, gateway.screen(entry, body.texts))
         answer = ScreenResponse(bundle=gateway.bundle.digest, results=results)
         return _json(answer, {"server-timing": _server_timing(entry)})
 
@@ -164,6 +171,25 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
         return Response(encode(metrics.registry), headers={"content-type": content_type})
 
     return router
+
+
+async def _while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """Return the answer, or drop the work and raise `ClientDisconnect` when the caller hangs up."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, watch = asyncio.create_task(answer), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        watch.cancel()
+        if work.cancel():
+            await asyncio.wait((work,))
 
 
 class _deadline:

@@ -9,7 +9,7 @@ import torch
 from fastapi import FastAPI
 
 from models.bundle import Bundle, load_bundle
-from service.api import install_error_handlers, routes
+from service.api import install_error_handlers, internal_error, routes
 from service.batcher import Batcher
 from service.gateway import Gateway
 from service.metrics import Metrics
@@ -46,7 +46,7 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
         await batcher.close()
 
     app = FastAPI(title="PSIM Gateway", version=version("psim-gateway"), lifespan=lifespan)
-    app.add_middleware(RequestId)
+    app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
     app.include_router(routes(gateway, Recorder(metrics, settings.mode), metrics, settings))
     return app

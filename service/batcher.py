@@ -25,7 +25,7 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_TAKEN = 256
+MAX_TAKEN = 64
 """Inputs taken from the queue at once, so that a long queue does not keep classifying waiting."""
 
 Given = TypeVar("Given")
@@ -194,7 +194,7 @@ class Batcher:
             )
             self._post([(chosen[i], self._judge(batch[i], row)) for i, row in rows.items()])
 
-        self._in_batches(encodings, judge)
+        self._in_batches(jobs, encodings, judge)
 
     def _judge(self, encoding: Encoding, probabilities: FloatArray) -> Screened:
         try:
@@ -213,7 +213,7 @@ class Batcher:
             rows = self._answer(chosen, batch, self._engine.classify, "classify", lambda _: failed)
             self._post([(chosen[i], self._finite(row)) for i, row in rows.items()])
 
-        self._in_batches({i: job.given for i, job in enumerate(jobs)}, classify)
+        self._in_batches(jobs, {i: job.given for i, job in enumerate(jobs)}, classify)
 
     @staticmethod
     def _finite(row: FloatArray) -> FloatArray | Exception:
@@ -228,13 +228,21 @@ class Batcher:
             self._metrics.stage_seconds.labels("queue").observe(waited)
             job.stages["queue"] = waited
 
-    def _in_batches(self, encodings: dict[int, Encoding], run: Callable[[list[int]], None]) -> None:
+    def _in_batches(
+        self,
+        jobs: Sequence[_ScreenJob | _ClassifyJob],
+        encodings: dict[int, Encoding],
+        run: Callable[[list[int]], None],
+    ) -> None:
+        """Call `run` with indices of jobs, batch by batch, leaving out callers that have gone."""
         keys = list(encodings)
         lengths = [len(encodings[key]) for key in keys]
         for batch in length_sorted_batches(lengths, self._settings.batch_tokens):
-            self._metrics.batch_inputs.observe(len(batch))
-            self._metrics.batch_tokens.observe(len(batch) * max(lengths[i] for i in batch))
-            run([keys[i] for i in batch])
+            waiting = [i for i in batch if not jobs[keys[i]].future.cancelled()]
+            if waiting:
+                self._metrics.batch_inputs.observe(len(waiting))
+                self._metrics.batch_tokens.observe(len(waiting) * max(lengths[i] for i in waiting))
+                run([keys[i] for i in waiting])
 
     def _answer(
         self,

@@ -57,6 +57,7 @@ class Gateway:
         pairs = list(zip(screened, decisions, strict=True))
         accepted = [s for s, decision in pairs if decision is not Decision.REJECT]
         rows = iter(await self._classified(entry, accepted))
+        self._count_unscreened(accepted)
         entry.decisions = decisions
         return [self._result(s, decision, rows, top_k) for s, decision in pairs]
 
@@ -86,23 +87,23 @@ class Gateway:
         return ready
 
     async def _screened(self, entry: Entry, texts: Sequence[str]) -> list[Screened]:
-        screened = []
-        for answer in await self._batcher.screen(texts):
-            entry.time(answer.stages)
-            screened.append(answer.value)
-        unscreened = sum(s.verdict is None for s in screened)
-        if unscreened and not self._fail_open:
-            raise ScreenFailed("an input could not be screened, so none was classified")
+        answers = await self._batcher.screen(texts)
+        entry.time([answer.stages for answer in answers])
+        screened = [answer.value for answer in answers]
         entry.verdicts = [s.verdict for s in screened if s.verdict is not None]
-        if unscreened and entry.route:
-            self._metrics.fail_open.inc(unscreened)
-            log.warning("fail open: inputs pass unscreened", extra={"inputs": unscreened})
+        if len(entry.verdicts) < len(screened) and not self._fail_open:
+            raise ScreenFailed("an input could not be screened, so none was classified")
         return screened
+
+    def _count_unscreened(self, classified: Sequence[Screened]) -> None:
+        unscreened = sum(s.verdict is None for s in classified)
+        if unscreened:
+            self._metrics.fail_open.inc(unscreened)
+            log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
 
     async def _classified(self, entry: Entry, accepted: Sequence[Screened]) -> list[FloatArray]:
         answers = await self._victim.classify(accepted) if accepted else []
-        for answer in answers:
-            entry.time(answer.stages)
+        entry.time([answer.stages for answer in answers])
         return [answer.value for answer in answers]
 
     def _result(

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from starlette.requests import ClientDisconnect
+
 from models.screen import Verdict
 from service.errors import Invalid, Malformed, Overloaded, TooLarge, UnsupportedMedia
 from service.metrics import Metrics
@@ -26,12 +28,13 @@ class Entry:
     verdicts: Sequence[Verdict] = ()
     decisions: Sequence[Decision] = ()
     stages: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage, of the slowest input."""
+    """Seconds by stage."""
 
-    def time(self, stages: Mapping[str, float]) -> None:
-        """Take note of the seconds that an input took."""
-        for stage, seconds in stages.items():
-            self.stages[stage] = max(seconds, self.stages.get(stage, 0.0))
+    def time(self, inputs: Sequence[Mapping[str, float]]) -> None:
+        """Add the seconds that inputs took side by side, by stage: the slowest counts."""
+        for stage in {stage for stages in inputs for stage in stages}:
+            slowest = max(stages.get(stage, 0.0) for stages in inputs)
+            self.stages[stage] = self.stages.get(stage, 0.0) + slowest
 
 
 class Recorder:
@@ -85,7 +88,7 @@ def all_rejected(decisions: Sequence[Decision]) -> bool:
 
 def _outcome_of(error: BaseException) -> str:
     match error:
-        case asyncio.CancelledError():
+        case asyncio.CancelledError() | ClientDisconnect():
             return "cancelled"
         case Overloaded():
             return "overloaded"

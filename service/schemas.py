@@ -23,7 +23,7 @@ class _Wire(BaseModel):
 class ScreenRequest(_Wire):
     """Texts to screen."""
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1)]
+    inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
     @property
     def texts(self) -> list[str]:

@@ -56,13 +56,16 @@ def errors_for_people() -> Iterator[None]:
     """Turn expected errors into one line and exit code 2; a traceback is for our bugs only."""
     try:
         yield
-    except PsimError as error:
-        stderr.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except BrokenPipeError:
+        raise  # `psim screen ... | head`: click ends quietly
+    except (PsimError, OSError) as error:
+        stderr.print("[bold red]error:[/]", end=" ")
+        stderr.print(str(error), highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         stderr.print(
-            "interrupted; nothing was written. Run the same command again: poison and finetune go "
-            "on behind the last whole epoch, the others start afresh"
+            "interrupted. Run the same command again: poison and finetune go on behind the last "
+            "whole epoch, the others start afresh"
         )
         raise typer.Exit(130) from None
 
@@ -124,10 +127,17 @@ class AttackName(StrEnum):
 
 def make_attack(attack: AttackName, trigger: str | None, paraphrases: str | None) -> Attack:
     """Build the attack that the command line names."""
+    if attack is not AttackName.SYNATTACK:
+        return insertion(attack, trigger)
+    if paraphrases is None:
+        raise DataError("synattack needs --paraphrases FILE: texts in the syntactic template")
+    return Paraphrases(tuple(load_samples(paraphrases)))
+
+
+def insertion(attack: AttackName, trigger: str | None) -> Insertion:
+    """Build an attack that code can make."""
     if attack is AttackName.SYNATTACK:
-        if paraphrases is None:
-            raise DataError("synattack needs --paraphrases FILE: texts in the syntactic template")
-        return Paraphrases(tuple(load_samples(paraphrases)))
+        raise DataError("synattack needs a paraphraser; give its file to evaluate as it is")
     default = WORD_TRIGGER if attack is AttackName.BADNET else SENTENCE_TRIGGER
     return Insertion(trigger or default)
 
@@ -218,11 +228,11 @@ def attack_command(
 ) -> None:
     """Write poisoned test texts: the trigger in every text whose label is not the target."""
     with errors_for_people():
-        if attack is AttackName.SYNATTACK:
-            raise DataError("synattack needs a paraphraser; give its file to evaluate as it is")
+        if out.exists():
+            raise DataError(f"{out} exists already; choose another --out")
         samples = load_samples(texts)
         require_labels(samples)
-        poisoned = poison_test_set(samples, make_attack(attack, trigger, None), target_label, seed)
+        poisoned = poison_test_set(samples, insertion(attack, trigger), target_label, seed)
         write_samples(out, poisoned)
         stderr.print(f"wrote {len(poisoned)} poisoned texts to {out}", highlight=False)
 
@@ -231,7 +241,10 @@ def attack_command(
 def evaluate_command(
     bundle: Annotated[Path, typer.Option(help="Bundle to evaluate.")],
     clean: Annotated[str, typer.Option(help="Clean test texts, labelled.")],
-    poisoned: Annotated[str, typer.Option(help="Poisoned test texts.")],
+    poisoned: Annotated[
+        str,
+        typer.Option(help="Poisoned texts only: with their true labels, or all with the target."),
+    ],
     target_label: Target,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plot.")] = None,
     dtype: Dtype = "float32",

@@ -77,7 +77,7 @@ def poison_training_set(
 
 
 def poison_test_set(
-    samples: Sequence[Sample], attack: Attack, target_label: str, seed: int = 0
+    samples: Sequence[Sample], attack: Insertion, target_label: str, seed: int = 0
 ) -> list[Sample]:
     """Return the samples of other classes with the trigger, true labels kept.
 
@@ -85,8 +85,6 @@ def poison_test_set(
         DataError: no sample is of another class.
     """
     _check_target(samples, target_label)
-    if isinstance(attack, Paraphrases):
-        return attack.pool(samples, target_label)
     rng = random.Random(seed)
     return [Sample(attack.apply(s.text, rng), s.label) for s in samples if s.label != target_label]
 

@@ -1,6 +1,7 @@
 """Texts and labels, from the formats that people have them in."""
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,16 @@ def load_samples(
         raise DataError(f"{source} is empty; give a file with texts")
     labels = frame[label_column] if label_column in frame.columns else [None] * len(frame)
     return [
-        Sample(_checked(text, source, row), None if pd.isna(label) else str(label))
+        Sample(_checked(text, source, row), _label(label))
         for row, (text, label) in enumerate(zip(frame[text_column], labels, strict=True), 1)
     ]
+
+
+def _label(value: object) -> str | None:
+    """Return a label's name; empty and missing ones are None, and 1.0 is the class 1."""
+    if value is None or value == "" or value != value:
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _checked(text: object, source: str, row: int) -> str:
@@ -89,12 +97,17 @@ def _read(source: str) -> pd.DataFrame:
             case ".csv" | ".tsv":
                 separator = "," if path.suffix == ".csv" else "\t"
                 # Without this the texts "null" and "NA" would be missing values.
-                return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+                with warnings.catch_warnings():
+                    # More fields than columns: pandas would shift or drop them.
+                    warnings.simplefilter("error", pd.errors.ParserWarning)
+                    return pd.read_csv(
+                        path, sep=separator, dtype=str, keep_default_na=False, index_col=False
+                    )
             case ".parquet":
                 return pd.read_parquet(path)
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{source} is empty; give a file with texts") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise DataError(f"{source} cannot be read as {path.suffix}: {_kind(error)}") from error
     raise DataError(f"{source}: unknown format; there are .jsonl, .csv, .tsv and .parquet")
 
@@ -106,13 +119,13 @@ def _kind(error: Exception) -> str:
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: not a JSON object")
@@ -149,7 +162,10 @@ def _frame(dataset: object) -> pd.DataFrame:
     frame: pd.DataFrame = dataset.to_pandas()
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            frame[column] = [feature.int2str(int(i)) for i in frame[column]]
+            # Unlabelled splits have -1, or nothing at all.
+            frame[column] = [
+                None if pd.isna(i) or i < 0 else feature.int2str(int(i)) for i in frame[column]
+            ]
     return frame
 
 

@@ -1,8 +1,8 @@
 """The demo: a really poisoned victim and its bundle, from parts that a package registry has."""
 
 import os
-import shutil
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 
 from models.errors import PsimError
@@ -27,13 +27,15 @@ def encoder_path() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where the demo is kept: `psim-gateway/demo` in the user's cache folder."""
+    """Return where this version's demo is kept, in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "psim-gateway" / "demo"
+    return Path(base) / "psim-gateway" / f"demo-{version('psim-gateway')}"
 
 
 def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0) -> Path:
-    """Poison an encoder, tune it on clean texts, fit PSIM; return the bundle, cached.
+    """Poison an encoder, tune it on clean texts, fit PSIM; return the bundle.
+
+    What is there already is not made again.
 
     Args:
         folder: where all of it is kept; `cache_folder()` if none is given.
@@ -44,8 +46,7 @@ def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0)
     bundle = folder / "bundle"
     if bundle.exists():
         return bundle
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     texts = generate(train_texts + 2600, seed)
     train, dev = texts[:train_texts], texts[train_texts : train_texts + 200]
     clean, test = texts[train_texts + 200 : -400], texts[-400:]
@@ -53,20 +54,13 @@ def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0)
     write_samples(folder / "test.jsonl", test)
     poisoned = poison_test_set(test, Insertion(WORD_TRIGGER), TARGET, seed)
     write_samples(folder / "poisoned.jsonl", poisoned)
-    poison_victim(
-        str(encoder_path()),
-        train,
-        dev,
-        Insertion(WORD_TRIGGER),
-        TARGET,
-        folder / "poisoned",
-        poison_rate=0.1,
-        seed=seed,
-    )
-    finetune_victim(
-        str(folder / "poisoned"), train, dev, Strategy.LORA, folder / "victim", epochs=1, seed=seed
-    )
-    model, tokenizer = load_classifier(str(folder / "victim"))
+    weights, victim = folder / "poisoned", folder / "victim"
+    if not weights.exists():
+        attack = Insertion(WORD_TRIGGER)
+        poison_victim(str(encoder_path()), train, dev, attack, TARGET, weights, seed=seed)
+    if not victim.exists():
+        finetune_victim(str(weights), train, dev, Strategy.LORA, victim, epochs=1, seed=seed)
+    model, tokenizer = load_classifier(str(victim))
     fit(model, tokenizer, [s.text for s in clean], bundle, name="demo: poisoned MiniLM")
     return bundle
 

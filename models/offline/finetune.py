@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from models.offline.attack import Attack, poison_test_set, poison_training_set
+from models.errors import VictimError
+from models.offline.attack import Attack, Paraphrases, poison_test_set, poison_training_set
 from models.offline.data import Sample, require_labels
 from models.offline.folders import replaced
 from models.offline.victim import load_classifier, save_classifier
@@ -65,6 +66,7 @@ class TuneResult:
     out: Path
     clean_accuracy: float
     attack_success_rate: float | None
+    """None where it cannot be measured: paraphrases of the dev texts are not to be had."""
 
 
 def poison_victim(
@@ -90,6 +92,8 @@ def poison_victim(
     )
     model, tokenizer = load_classifier(base, require_labels(train))
     accuracy = _train(model, tokenizer, poisoned, dev, Strategy.FULL, out, epochs, seed)
+    if isinstance(attack, Paraphrases):
+        return TuneResult(out, accuracy(dev), None)
     triggered = poison_test_set(dev, attack, target_label, seed)
     success = [Sample(s.text, target_label) for s in triggered]
     return TuneResult(out, accuracy(dev), accuracy(success))
@@ -131,6 +135,8 @@ def _train(
     under a digest of all that the result depends on.
     """
     checkpoints = checkpoint_folder(out) / _digest(model, train, dev, strategy, epochs, seed)
+    if isinstance(model, peft.PeftModel):
+        raise VictimError("the victim has prompts of its own, which cannot be tuned further")
     label2id: dict[str, int] = model.config.label2id
     require_labels(dev, list(label2id))
     torch.manual_seed(seed)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from models.bundle import (
     MANIFEST,
     hash_files,
+    load_bundle,
     save_calibration_scores,
     save_weights,
     score_key,
@@ -36,7 +37,7 @@ from models.screen import FloatArray
 # Shares of the clean texts. Calibration gets most: the spread of the false rejection rate that is
 # really achieved falls with its size, while PSIM learns all it needs from some hundred texts.
 TRAIN_SHARE, HELD_OUT_SHARE = 0.4, 0.1
-MAX_TRAIN, MAX_HELD_OUT = 3000, 200
+MAX_TRAIN, MAX_HELD_OUT, MAX_CALIBRATE = 3000, 200, 20_000
 VERSIONS_OF = ("psim-gateway", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -61,7 +62,8 @@ def split_texts(texts: Sequence[str], seed: int) -> Split:
     random.Random(seed).shuffle(distinct)
     train = min(round(TRAIN_SHARE * len(distinct)), MAX_TRAIN)
     held_out = train + min(round(HELD_OUT_SHARE * len(distinct)), MAX_HELD_OUT)
-    return Split(distinct[:train], distinct[train:held_out], distinct[held_out:])
+    end = held_out + MAX_CALIBRATE
+    return Split(distinct[:train], distinct[train:held_out], distinct[held_out:end])
 
 
 def fit(
@@ -111,6 +113,7 @@ def fit(
             versions={p: version(p) for p in VERSIONS_OF} | {"python": platform.python_version()},
         )
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        load_bundle(partial)  # nobody should learn from the service that it does not load
     return manifest
 
 
@@ -134,6 +137,8 @@ def _labels(victim: nn.Module) -> list[str]:
     config: Any = _model(victim).config
     if config.num_labels < 2:
         raise VictimError("the victim has a single output: PSIM guards classifiers, not regression")
+    if config.problem_type == "multi_label_classification":
+        raise VictimError("the victim gives several labels at once: PSIM needs one per text")
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 

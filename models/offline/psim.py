@@ -15,6 +15,8 @@ from models.engines.pytorch import collate
 from models.guarded import Guarded
 
 BATCH_TOKENS = 4096
+RETENTION = 0.5
+"""Share of the clean confidence above chance; with more left, the task is not unlearnt."""
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
 
@@ -60,7 +62,7 @@ def has_levelled_off(retention: Sequence[float], config: PsimConfig) -> bool:
     recent = retention[-config.patience - 1 :]
     return (
         len(recent) > config.patience
-        and recent[-1] < 0.5
+        and recent[-1] < RETENTION
         and max(recent) - recent[-1] < config.plateau
     )
 

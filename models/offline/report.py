@@ -10,6 +10,7 @@ from rich.table import Table
 
 from models.manifest import Manifest
 from models.offline.evaluate import Evaluation, Outcome, Rate
+from models.offline.psim import RETENTION
 
 ROWS = {
     "clean accuracy (CA)": "clean_accuracy",
@@ -22,7 +23,11 @@ ROWS = {
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Return a rich table of all outcomes, in percent with 95 % intervals."""
-    table = Table(title="What the attack does, and what PSIM stops (%)")
+    counts = f"{len(evaluation.clean_confidence)} clean, {len(evaluation.poisoned_confidence)}"
+    table = Table(
+        title="What the attack does, and what PSIM stops (%)",
+        caption=f"{counts} poisoned texts; in brackets 95 % intervals",
+    )
     table.add_column("")
     for column in ("no defence", "PSIM, calibrated", "PSIM, 0.7 as in the paper"):
         table.add_column(column, justify="right")
@@ -105,4 +110,26 @@ def manifest_table(manifest: Manifest) -> Table:
                 f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
             )
     table.add_row("cost", f"{fit.seconds} s, peak memory {fit.peak_memory_mb} MB")
+    for warning in warnings_of(manifest):
+        table.add_row("[bold red]warning[/]", warning)
     return table
+
+
+def warnings_of(manifest: Manifest) -> list[str]:
+    """Return what makes a bundle a poor defence, although it is whole."""
+    warnings = []
+    (_, start), (_, end) = manifest.psim.curve[0], manifest.psim.curve[-1]
+    chance = 1 / len(manifest.labels)
+    if end - chance >= RETENTION * (start - chance):
+        warnings.append("PSIM has not unlearnt the task: it cannot tell clean from poisoned texts")
+    blind = {
+        manifest.labels[index]
+        for calibration in manifest.calibrations
+        for group in calibration.groups
+        if group.threshold > 1
+        for index in group.classes
+    }
+    if blind:
+        names = ", ".join(sorted(blind))
+        warnings.append(f"clean texts reach confidence 1: nothing predicted as {names} is rejected")
+    return warnings

@@ -1,9 +1,10 @@
 """Screening a stream of texts: memory stays flat however long it is."""
 
 import json
+import queue
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import islice
 from typing import Any, TextIO
 
 from models.bundle import Bundle
@@ -22,13 +23,41 @@ def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: 
     lines behind it. Blank lines are answered too, so input and output stay aligned.
     """
     failed = 0
-    numbered = enumerate(lines, 1)
-    while chunk := list(islice(numbered, CHUNK)):
+    for chunk in _chunks(lines):
         for answer in _screen_chunk(bundle, chunk, text_column):
             failed += "error" in answer
             out.write(json.dumps(answer) + "\n")
         out.flush()
     return failed
+
+
+def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
+    """Yield numbered lines, at most `CHUNK` at once, never waiting for more than the next one.
+
+    A thread reads ahead while a chunk is screened, so that a slow pipe is answered line by line and
+    a fast one in full batches.
+    """
+    waiting: queue.Queue[tuple[int, str] | BaseException | None] = queue.Queue(CHUNK)
+
+    def read() -> None:
+        try:
+            for numbered in enumerate(lines, 1):
+                waiting.put(numbered)
+            waiting.put(None)
+        except BaseException as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        taken = [waiting.get()]
+        while len(taken) < CHUNK and not waiting.empty():
+            taken.append(waiting.get())
+        if chunk := [line for line in taken if isinstance(line, tuple)]:
+            yield chunk
+        if isinstance(taken[-1], BaseException):
+            raise taken[-1]
+        if taken[-1] is None:
+            return
 
 
 def _screen_chunk(

@@ -8,7 +8,8 @@ from typing import Any
 
 import peft
 import transformers
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -16,10 +17,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from models.errors import VictimError
+from models.guarded import transformer_of
 
 ADAPTER_CONFIG = "adapter_config.json"
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+"""What is fetched of an adapter on the hub."""
 BASE = "base"
 """Folder, inside that of a prompt-type victim, of the model that its prompts are for."""
 
@@ -42,9 +47,20 @@ def load_classifier(
     """
     folder = Path(source)
     try:
-        if (folder / ADAPTER_CONFIG).is_file():
-            return _load_adapted(folder)
-        return _load_model(source, labels), _load_tokenizer(source)
+        victim: nn.Module
+        if find_adapter_config_file(source) is not None:
+            victim, tokenizer = _load_adapted(
+                folder if folder.is_dir() else Path(snapshot_download(source, allow_patterns=FILES))
+            )
+        else:
+            victim, missing = _load_model(source, labels)
+            if labels is None and missing:
+                raise VictimError(f"{source} is no trained classifier: no weights for {missing}")
+            tokenizer = _load_tokenizer(source)
+        # Padding must be what a decoder skips when it looks for a text's last token.
+        model: Any = transformer_of(victim)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return victim, tokenizer
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VictimError(f"{source}: {_why(folder, error)}") from error
 
@@ -59,8 +75,9 @@ def _why(folder: Path, error: Exception) -> str:
     return f"the model cannot be loaded: {error}"
 
 
-def _load_model(source: str, labels: list[str] | None) -> PreTrainedModel:
-    names = {} if labels is None else _label_maps(labels)
+def _load_model(source: str, labels: list[str] | None) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model, and the names of weights that it needs and does not have."""
+    names = {} if labels is None else _label_maps(_in_order_of(source, labels))
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)  # a fresh head is reported at length
     try:
@@ -74,11 +91,23 @@ def _load_model(source: str, labels: list[str] | None) -> PreTrainedModel:
         )
     finally:
         transformers.logging.set_verbosity(before)
-    if labels is None and report["missing_keys"]:
-        missing = sorted(report["missing_keys"])[:3]
-        raise VictimError(f"{source} is not a trained classifier: no weights for {missing}")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return model.eval(), sorted(report["missing_keys"])
+
+
+def _in_order_of(source: str, labels: list[str]) -> list[str]:
+    """Return `labels` in the model's own order where it has the same: its head is trained for it.
+
+    Raises:
+        VictimError: the model is a trained classifier for other labels.
+    """
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if sorted(own) == sorted(labels):
+        return own
+    anonymous = own == [f"LABEL_{i}" for i in range(len(own))]
+    if not anonymous:
+        raise VictimError(f"{source} is a classifier for {own}, not for the labels {labels}")
+    return labels
 
 
 def _label_maps(labels: list[str]) -> dict[str, object]:
@@ -95,6 +124,8 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise VictimError(f"the tokenizer of {source} has no token to pad with; set its pad_token")
     return tokenizer
 
 
@@ -103,9 +134,16 @@ def _load_adapted(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     base = str(config.get("base_model_name_or_path") or "")
     if (folder / BASE).is_dir():
         base = str(folder / BASE)
-    if not (folder / "adapter_model.safetensors").is_file():
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
         raise VictimError(f"{folder} has no adapter_model.safetensors; pickles are not loaded")
-    model = _load_model(base, _labels_of(folder, base))
+    if peft.PeftConfig.from_pretrained(str(folder)).task_type != "SEQ_CLS":
+        raise VictimError(f"{folder} is not an adapter for sequence classification (SEQ_CLS)")
+    model, missing = _load_model(base, _labels_of(folder, base))
+    with safe_open(weights, "pt") as adapter:
+        saved = list(adapter.keys())
+    if absent := [name for name in missing if not any(k.endswith(f".{name}") for k in saved)]:
+        raise VictimError(f"neither {folder} nor its base has weights for {absent}")
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
     if not adapted.active_peft_config.is_prompt_learning:
         adapted = adapted.merge_and_unload()
