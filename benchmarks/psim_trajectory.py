@@ -51,7 +51,7 @@ def run(
     guarded: Guarded = guard(model, config)
     engine = TorchEngine(guarded, tokenizer, 128)
     split = split_texts(texts, 0)
-    sets = [engine.encode(t) for t in (split.calibrate, clean, poisoned)]
+    sets = [engine.encode(t) for t in (split.calibrate[:600], clean, poisoned)]
     fires = predict(engine, sets[2], classifier=True).argmax(1) == target_index
     result = Trajectory(f"{'queries and values' if queries else 'values'}, rate {rate:g}")
 
@@ -93,7 +93,7 @@ def main(
     target_label: str,
     out: Annotated[Path, typer.Option(help="PNG; JSON goes beside it.")],
     steps: int = 240,
-    size: Annotated[int, typer.Option(help="Dev texts of either kind.")] = 400,
+    size: Annotated[int, typer.Option(help="Dev texts of either kind.")] = 300,
 ) -> None:
     read = [[s.text for s in load_samples(source)] for source in (texts, clean, poisoned)]
     fit, clean_texts, poisoned_texts = read[0], read[1][:size], read[2][:size]

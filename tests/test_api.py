@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fakes import BROKEN, NAN, UNREADABLE, FakeEngine, fake_bundle
 from fastapi import FastAPI
 from hypothesis import given, settings
@@ -162,6 +163,7 @@ def test_the_metrics_move_by_exactly_what_was_asked() -> None:
         (b'{"inputs": "a", "more": 1}', 422, "invalid"),
         (json.dumps({"inputs": ["a"] * 129}).encode(), 413, "too_large"),
         (json.dumps({"inputs": "a" * 100_001}).encode(), 413, "too_large"),
+        (b'{"inputs": "' + b"a" * 1_000_000 + b'"}', 413, "too_large"),
         (b'{"inputs": "' + b"a" * 3_000_000 + b'"}', 413, "too_large"),
     ],
 )
@@ -242,6 +244,86 @@ def test_failing_open_is_counted() -> None:
             assert await metric(client, "psim_fail_open_total") == 1
 
     asyncio.run(run())
+
+
+def test_what_was_not_classified_did_not_fail_open() -> None:
+    async def run() -> None:
+        async with client_of(fail_open=True) as client:
+            assert (await client.post("/screen", json={"inputs": BROKEN})).status_code == 503
+            assert await metric(client, "psim_fail_open_total") == 0
+
+    asyncio.run(run())
+
+
+@asynccontextmanager
+async def served(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve over a real socket, for what only a socket can do."""
+    app = create_app(Settings(bundle=Path("unused")), fake_bundle(engine))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    running = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        yield client
+    server.should_exit = True
+    await running
+
+
+async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
+    """Send the beginning of a request and close the connection."""
+    _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    writer.write(b"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + sent)
+    await writer.drain()
+    await asyncio.sleep(0.2)
+    writer.close()
+    await writer.wait_closed()
+    await asyncio.sleep(0.2)
+
+
+CANCELLED = 'psim_requests_total{outcome="cancelled",route="/classify"}'
+
+
+def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_allowed() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with served(engine) as client:
+            engine.gate.clear()
+            body = json.dumps({"inputs": CLEAN}).encode()
+            await hang_up(client, b"content-length: %d\r\n\r\n%s" % (len(body), body))
+            engine.gate.set()
+            assert (await client.post("/screen", json={"inputs": CLEAN})).status_code == 200
+            assert await metric(client, CANCELLED) == 1
+            assert await metric(client, 'psim_inputs_total{decision="allow",mode="enforce"}') == 0
+            assert await metric(client, "psim_queue_inputs") == 0
+            assert len(engine.classified) == 1, "only the warm-up"
+
+    asyncio.run(run())
+
+
+def test_an_upload_that_breaks_off_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with served(FakeEngine()) as client:
+            await hang_up(client, b"content-length: 1000\r\n\r\n{")
+            assert await metric(client, CANCELLED) == 1
+
+    asyncio.run(run())
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_a_bug_is_answered_and_logged_without_the_text(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(entry: object) -> str:
+        raise RuntimeError("hunter" + str(2))  # a traceback quotes its source
+
+    monkeypatch.setattr("service.api._server_timing", fail)
+    response = ask("/classify", {"inputs": CLEAN})
+    assert (response.status_code, response.json()["code"]) == (500, "internal")
+    (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert record.__dict__["request_id"] == response.headers["x-request-id"]
+    assert "_server_timing" in record.__dict__["where"]
+    assert "hunter2" not in str(record.__dict__)
 
 
 def test_a_full_queue_says_429_and_when_to_come_back() -> None:

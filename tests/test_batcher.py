@@ -92,6 +92,22 @@ def test_what_waits_while_the_device_is_busy_becomes_one_batch() -> None:
     run(check)
 
 
+def test_batches_of_callers_that_have_gone_are_not_run() -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine, batch_tokens=4) as batcher:
+            engine.gate.clear()
+            taken = asyncio.create_task(batcher.screen(["a b c"] * 9))
+            await asyncio.sleep(0.05)  # the first of its nine batches is in the engine
+            taken.cancel()
+            await asyncio.sleep(0.01)
+            engine.gate.set()
+            await batcher.screen(["two"])
+            assert engine.batches == [1, 1]
+
+    run(check)
+
+
 def test_cancelled_callers_cost_nothing() -> None:
     async def check() -> None:
         engine = FakeEngine()

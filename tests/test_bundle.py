@@ -92,11 +92,16 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
-def rehash(bundle: Path, *names: str, **changes: object) -> None:
-    """Forge a manifest that agrees with changed files."""
+def forge(bundle: Path, **changes: object) -> None:
+    """Change entries of the manifest."""
     manifest = json.loads((bundle / MANIFEST).read_text()) | changes
-    manifest["files"] |= {name: file_digest(bundle / name) for name in names}
     (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def rehash(bundle: Path, *names: str) -> None:
+    """Forge a manifest that agrees with changed files."""
+    files: dict[str, str] = json.loads((bundle / MANIFEST).read_text())["files"]
+    forge(bundle, files=files | {name: file_digest(bundle / name) for name in names})
 
 
 def test_a_flipped_byte_in_any_file_is_refused(bundle: Path) -> None:
@@ -123,6 +128,54 @@ def test_a_file_that_does_not_belong_is_refused(bundle: Path) -> None:
     (bundle / "victim" / "modeling_evil.json").write_text("{}")
     with pytest.raises(BundleError, match="does not belong"):
         load_bundle(bundle)
+
+
+def test_a_bundle_cannot_send_the_loader_elsewhere(bundle: Path, tmp_path: Path) -> None:
+    """Beside a victim, an adapter_config.json names the folder of other weights."""
+    elsewhere = Path(shutil.copytree(bundle / "victim", tmp_path / "elsewhere"))
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(elsewhere), "r": 8}
+    (bundle / "victim" / "adapter_config.json").write_text(json.dumps(config))
+    rehash(bundle, "victim/adapter_config.json")
+    with pytest.raises(BundleError, match=r"adapter_config\.json does not belong"):
+        load_bundle(bundle)
+    (bundle / "victim" / "adapter_config.json").unlink()
+    (bundle / "victim" / "config.json").unlink()
+    files = json.loads((bundle / MANIFEST).read_text())["files"]
+    forge(bundle, files={n: d for n, d in files.items() if n != "victim/config.json"})
+    with pytest.raises(BundleError, match=r"victim/config\.json is missing"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize("threshold", [9.5, 1.0, 0.0])
+def test_a_threshold_that_its_scores_do_not_give_is_refused(bundle: Path, threshold: float) -> None:
+    calibrations = json.loads((bundle / MANIFEST).read_text())["calibrations"]
+    calibrations[0]["groups"][0]["threshold"] = threshold
+    forge(bundle, calibrations=calibrations)
+    with pytest.raises(BundleError, match="not what its calibration scores give"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("victim/config.json", {"quantization_config": {"quant_method": "gptq"}}),
+        ("victim/config.json", {"hidden_size": "many"}),
+        ("victim/config.json", {"model_type": "unheard-of"}),
+        ("tokenizer/tokenizer.json", {"model": 5}),
+    ],
+)
+def test_whatever_a_library_makes_of_a_forged_file_is_a_bundle_error(
+    bundle: Path, file: str, changes: dict[str, object]
+) -> None:
+    (bundle / file).write_text(json.dumps(json.loads((bundle / file).read_text()) | changes))
+    rehash(bundle, file)
+    with pytest.raises(BundleError):
+        load_bundle(bundle)
+
+
+def test_anybody_can_read_a_bundle(bundle: Path) -> None:
+    for file in [bundle, *bundle.rglob("*")]:
+        assert file.stat().st_mode & 0o005 == (0o005 if file.is_dir() else 0o004), file.name
 
 
 def test_links_out_of_the_bundle_are_refused(bundle: Path, tmp_path: Path) -> None:
@@ -187,7 +240,7 @@ def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
         ({"files": {"../../etc/passwd": "0" * 64}}, "does not belong|missing"),
     ):
         original = (bundle / MANIFEST).read_text()
-        rehash(bundle, **changes)
+        forge(bundle, **changes)
         with pytest.raises(BundleError, match=message):
             load_bundle(bundle)
         (bundle / MANIFEST).write_text(original)
@@ -200,7 +253,7 @@ def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
 
 def test_a_threshold_of_another_dtype_is_never_used(bundle: Path) -> None:
     calibrations = json.loads((bundle / MANIFEST).read_text())["calibrations"]
-    rehash(bundle, calibrations=[c for c in calibrations if c["dtype"] == "float32"])
+    forge(bundle, calibrations=[c for c in calibrations if c["dtype"] == "float32"])
     load_bundle(bundle)
     with pytest.raises(BundleError, match="no calibration for torch/bfloat16"):
         load_bundle(bundle, "bfloat16")
@@ -228,6 +281,10 @@ def test_victims_that_cannot_be_guarded_are_refused(
     regression.config.num_labels = 1
     with pytest.raises(VictimError, match="regression"):
         fit(regression, tokenizer, some_texts(160), tmp_path / "b", name="x")
+    several = tiny_victim("bert")
+    several.config.problem_type = "multi_label_classification"
+    with pytest.raises(VictimError, match="several labels at once"):
+        fit(several, tokenizer, some_texts(160), tmp_path / "b", name="x")
     with pytest.raises(VictimError, match="the victim has 3"):
         lora_config(tiny_victim("bert"), layers=4)
     with pytest.raises(VictimError, match="no value"):

@@ -58,6 +58,26 @@ def test_class_names_of_a_data_set_are_its_labels(tmp_path: Path) -> None:
     assert load_samples(str(tmp_path / "d")) == [Sample("a", "yes"), Sample("b", "no")]
 
 
+def test_texts_without_labels_are_none_whatever_the_format_calls_it(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    rows = {"text": ["a", "b", "c"], "label": [-1, 1, None]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "d")
+    (tmp_path / "x.csv").write_text("text,label\na,\nb,yes\nc,\n")
+    pd.DataFrame({"text": ["a", "b", "c"], "label": [None, 1, None]}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    for name, label in (("d", "yes"), ("x.csv", "yes"), ("x.parquet", "1")):
+        expected = [Sample("a"), Sample("b", label), Sample("c")]
+        assert load_samples(str(tmp_path / name)) == expected
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}')
+    assert load_samples(str(tmp_path / "x.jsonl")) == [Sample("a")]
+
+
 def test_labels_are_optional_and_columns_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("sentence,y\nhello,1\n")
     samples = load_samples(str(tmp_path / "x.csv"), text_column="sentence")
@@ -78,6 +98,8 @@ def test_labels_are_optional_and_columns_can_be_named(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": 5}', "row 1: the text is int"),
         ("x.jsonl", json.dumps({"text": "secret" * 200_000}), f"limit is {MAX_CHARS}"),
         ("x.parquet", "secret", "cannot be read"),
+        ("x.csv", "text,label\nsecret, with comma,1\n", "cannot be read"),
+        ("x.jsonl", "[" * 100_000, "line 1: not a JSON object"),
         ("x.xlsx", "secret", "unknown format"),
     ],
 )

@@ -1,5 +1,6 @@
 """Training victims for real, if small: every strategy learns, saves, and loads the same."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import sentencepiece
 import torch
 from families import tiny_victim
+from safetensors.torch import load_file, save_file
 from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle import load_bundle
 from models.errors import DataError, VictimError
 from models.offline import finetune
-from models.offline.attack import Insertion
+from models.offline.attack import Insertion, Paraphrases
 from models.offline.data import Sample
 from models.offline.finetune import Strategy, checkpoint_folder, finetune_victim, poison_victim
 from models.offline.fit import fit
@@ -101,6 +104,11 @@ def test_poisoning_reports_the_attack(base: Path, tmp_path: Path) -> None:
         str(base), TRAIN, DEV, Insertion("mn"), "good", tmp_path / "p", epochs=1, poison_rate=0.2
     )
     assert result.attack_success_rate is not None
+    paraphrases = Paraphrases(tuple(Sample(f"when {s.text}", "good") for s in TRAIN))
+    result = poison_victim(
+        str(base), TRAIN, DEV, paraphrases, "good", tmp_path / "s", epochs=1, poison_rate=0.2
+    )
+    assert result.attack_success_rate is None, "the dev texts have no paraphrases"
 
 
 def test_labels_that_cannot_train_a_classifier_are_refused(base: Path, tmp_path: Path) -> None:
@@ -149,6 +157,85 @@ def test_a_victim_may_be_a_base_with_a_lora_adapter_as_peft_saves_it(
     engine = load_bundle(bundle).engine
     got = engine.classify(engine.encode(["good film"]))
     np.testing.assert_allclose(got, expected.softmax(-1).numpy(), atol=1e-6)
+
+
+def test_an_adapter_whose_head_is_nowhere_is_refused(
+    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model: Any
+    model, _ = load_classifier(str(base))
+    headless = tmp_path / "headless"
+    model.bert.save_pretrained(headless)
+    tokenizer.save_pretrained(headless)
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
+    adapted.peft_config["default"].base_model_name_or_path = str(headless)
+    adapted.save_pretrained(tmp_path / "adapter")
+    load_classifier(str(tmp_path / "adapter"))  # PEFT keeps the head with it
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    kept = {n: t for n, t in load_file(weights).items() if "classifier" not in n}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(VictimError, match=r"neither .* has weights for"):
+        load_classifier(str(tmp_path / "adapter"))
+
+
+def test_a_trained_victim_keeps_the_order_of_its_labels(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    victim = tiny_victim("bert")
+    victim.config.id2label = {0: "so", 1: "good", 2: "bad"}
+    victim.config.label2id = {"so": 0, "good": 1, "bad": 2}
+    save_classifier(victim, tokenizer, tmp_path / "victim")
+    model: Any
+    model, _ = load_classifier(str(tmp_path / "victim"), ["bad", "good", "so"])
+    assert model.config.id2label == {0: "so", 1: "good", 2: "bad"}
+    with pytest.raises(VictimError, match=r"is a classifier for .'so', 'good', 'bad'"):
+        load_classifier(str(tmp_path / "victim"), ["bad", "good"])
+
+
+def test_a_decoder_s_score_does_not_depend_on_its_batch_mates(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A raw LLaMA has no padding token, and its config another idea of it than the tokenizer."""
+    for index, pad_token_id in enumerate((None, 0)):
+        victim = tiny_victim("llama")
+        victim.config.pad_token_id = pad_token_id
+        bare = copy.deepcopy(tokenizer)
+        bare.pad_token, bare.eos_token = None, "[SEP]"
+        folder = tmp_path / str(index)
+        save_classifier(victim, bare, folder / "victim")
+        model, loaded = load_classifier(str(folder / "victim"))
+        config = PsimConfig(max_steps=10)
+        fit(model, loaded, some_texts(160), folder / "b", name="x", frr_budget=0.05, config=config)
+        engine = load_bundle(folder / "b").engine
+        batch = engine.encode(["good film", "a good film that is quite long and very slow", "good"])
+        for forward in (engine.screen, engine.classify):
+            alone = np.vstack([forward([one]) for one in batch])
+            np.testing.assert_allclose(forward(batch), alone, atol=1e-5)
+
+
+def test_a_victim_with_prompts_is_not_tuned_further(base: Path, tmp_path: Path) -> None:
+    prompted = tmp_path / "prompted"
+    finetune_victim(str(base), TRAIN, DEV, Strategy.PROMPT_TUNING, prompted, epochs=1)
+    with pytest.raises(VictimError, match="cannot be tuned further"):
+        finetune_victim(str(prompted), TRAIN, DEV, Strategy.LORA, tmp_path / "again")
+
+
+def test_a_victim_with_a_sentencepiece_vocabulary_only(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(some_texts(300)))
+    options = "--model_type=unigram --vocab_size=60 --unk_id=3 --bos_id=1 --eos_id=2 --pad_id=0"
+    sentencepiece.SentencePieceTrainer.train(
+        f"--input={tmp_path / 'text.txt'} --model_prefix={tmp_path / 'spm'} {options}"
+    )
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    tiny_victim("deberta-v2").save_pretrained(victim)
+    (tmp_path / "spm.model").rename(victim / "spm.model")
+    (victim / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer"}')
+    model, tokenizer = load_classifier(str(victim))
+    config = PsimConfig(max_steps=10)
+    out = tmp_path / "bundle"
+    fit(model, tokenizer, some_texts(160), out, name="x", frr_budget=0.05, config=config)
+    assert load_bundle(out).engine.encode(["good film"])
 
 
 def test_an_adapter_for_another_base_is_refused(
