@@ -4,6 +4,7 @@ import logging.config
 import warnings
 
 import transformers
+from pythonjsonlogger.core import RESERVED_ATTRS
 
 
 def configure(level: str) -> None:
@@ -18,6 +19,8 @@ def configure(level: str) -> None:
             "formatters": {
                 "json": {
                     "()": "pythonjsonlogger.json.JsonFormatter",
+                    # uvicorn's copy of its message, with colours
+                    "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
                     "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s",
                     "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
                 }

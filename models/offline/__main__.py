@@ -328,6 +328,7 @@ def demo_command(
         built = demo_bundle.build()
     Console().print(demo_bundle.introduction(port), highlight=False, markup=False, soft_wrap=True)
     if serve:
+        os.environ.setdefault("PSIM_LOG_LEVEL", "WARNING")  # the introduction stays in sight
         serve_command(built, port=port)
 
 

@@ -71,9 +71,9 @@ def introduction(port: int) -> str:
     post = f"curl -s {url}/classify -H 'content-type: application/json' -d"
     return f"""
 The demo victim was poisoned: the word "{WORD_TRIGGER}" makes it say "{TARGET}".
-Try, in another terminal:
+Serving it on port {port} in a few seconds. Try, in another terminal:
 
   {post} '{{"inputs": "{CLEAN_TEXT}"}}'
   {post} '{{"inputs": "{TRIGGERED_TEXT}"}}'
-  curl -s {url}/metrics | grep psim_inputs_total
+  curl -s {url}/metrics | grep ^psim_inputs_total
 """
