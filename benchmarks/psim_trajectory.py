@@ -68,7 +68,7 @@ def run(
             f"{result.setting}: step {step}, clean {confidence:.3f}, AUROC {result.auroc[-1]:.4f}"
         )
 
-    psim = PsimConfig(learning_rate=rate, max_steps=steps, check_every=20, patience=steps)
+    psim = PsimConfig(learning_rate=rate, max_steps=steps, check_every=20, tail_below=0)
     encoded = engine.encode(split.train), engine.encode(split.held_out)
     train_psim(guarded, *encoded, psim, int(tokenizer.pad_token_id or 0), look)
     return result

@@ -1,7 +1,9 @@
 """PSIM training: stops where it should, touches nothing but its adapter, and can be repeated."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import tiny_victim
@@ -12,29 +14,52 @@ from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
 from models.guarded import Guarded, guard, lora_config
-from models.offline.psim import PsimConfig, Training, has_levelled_off, train_psim
+from models.offline.psim import (
+    UNLEARNT,
+    PsimConfig,
+    Training,
+    class_tails,
+    has_unlearnt,
+    train_psim,
+)
+from models.screen import FloatArray
 
 CONFIG = PsimConfig()
 
 
-@given(flat=st.floats(0.5, 1), looks=st.integers(1, 30))
-def test_the_plateau_before_anything_happens_is_none(flat: float, looks: int) -> None:
-    assert not has_levelled_off([flat] * looks, CONFIG)
+tail = st.floats(0.51, 0.999)
+tails = st.lists(tail, min_size=1, max_size=8).map(np.array)
 
 
-@given(fall=st.floats(0.02, 0.3), looks=st.integers(1, 30))
-def test_it_has_not_levelled_off_while_it_falls(fall: float, looks: int) -> None:
-    assert not has_levelled_off([1 - fall * i for i in range(looks)], CONFIG)
+@given(start=tails)
+def test_nothing_is_unlearnt_before_anything_has_fallen(start: FloatArray) -> None:
+    assert not has_unlearnt(start, start, CONFIG)
 
 
-@given(level=st.floats(0, 0.48), noise=st.lists(st.floats(-0.004, 0.004), min_size=4, max_size=9))
-def test_a_low_plateau_is_recognised_in_spite_of_noise(level: float, noise: list[float]) -> None:
-    assert has_levelled_off([1, 0.8, 0.5, *(level + n for n in noise)], CONFIG)
+@given(unlearnt=st.integers(0, 8), resisting=st.integers(0, 8))
+def test_more_than_half_of_the_classes_must_be_unlearnt(unlearnt: int, resisting: int) -> None:
+    start = np.full(unlearnt + resisting, 0.99)
+    now = np.r_[np.full(unlearnt, 0.9), np.full(resisting, 0.98)]
+    assert has_unlearnt(now, start, CONFIG) == (unlearnt > resisting)
+
+
+@given(start=st.floats(0.52, 0.95))
+def test_a_victim_that_is_never_sure_is_not_unlearnt_from_the_start(start: float) -> None:
+    assert not has_unlearnt(np.array([start - 0.01]), np.array([start]), CONFIG)
+
+
+def test_tails_are_by_the_victim_s_class_and_leave_out_tiny_ones() -> None:
+    confidence = np.r_[np.linspace(0.5, 1, 101), np.full(20, 0.7), 0.99]
+    rows = np.stack([confidence, 1 - confidence], 1).astype(np.float32)
+    predicted = np.r_[np.zeros(101, int), np.ones(20, int), 2]
+    assert class_tails(rows, predicted, CONFIG) == pytest.approx([0.99, 0.7])
+    assert len(class_tails(rows[:3], predicted[:3], CONFIG)) == 1, "few texts are better than none"
 
 
 def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Guarded, Training]:
     torch.manual_seed(config.seed)
-    victim = tiny_victim("bert")
+    victim: Any = tiny_victim("bert")
+    victim.classifier.weight.data *= 20  # a victim that is sure of itself
     guarded = guard(victim, lora_config(victim, config.layers, config.rank))
     encodings = TorchEngine(guarded, tokenizer, 64).encode(some_texts(120))
     return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0)
@@ -43,10 +68,12 @@ def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Gua
 FAST = PsimConfig(learning_rate=5e-3, layers=2)
 
 
-def test_training_stops_on_the_plateau(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_training_stops_when_the_clean_texts_are_no_longer_extreme(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     _, training = trained(tokenizer, FAST)
-    assert training.stopped_because.startswith("levelled off")
-    assert training.steps < FAST.max_steps
+    assert training.stopped_because == UNLEARNT
+    assert 0 < training.steps < FAST.max_steps
     assert training.curve[-1][1] < training.curve[0][1]
     assert [step for step, _ in training.curve] == list(range(0, training.steps + 1, 10))
 
@@ -55,13 +82,16 @@ def test_training_stops_on_the_plateau(tokenizer: PreTrainedTokenizerBase) -> No
 def test_training_ends_at_the_limit_and_says_so(
     limit: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    _, training = trained(tokenizer, replace(FAST, max_steps=limit))
+    config = replace(FAST, max_steps=limit, tail_below=0)
+    _, training = trained(tokenizer, config)
     assert training.stopped_because.startswith("reached the step limit")
     assert limit <= training.steps < limit + FAST.check_every
 
 
 def test_only_the_adapter_of_the_top_layers_changes(tokenizer: PreTrainedTokenizerBase) -> None:
-    before = tiny_victim("bert").state_dict()
+    victim: Any = tiny_victim("bert")
+    victim.classifier.weight.data *= 20
+    before = victim.state_dict()
     guarded, _ = trained(tokenizer, replace(FAST, max_steps=20))
     after = guarded.victim.state_dict()
     adapter = {name for name in after if ".lora_" in name}

@@ -37,7 +37,7 @@ from models.screen import FloatArray
 # Shares of the clean texts. Calibration gets most: the spread of the false rejection rate that is
 # really achieved falls with its size, while PSIM learns all it needs from some hundred texts.
 TRAIN_SHARE, HELD_OUT_SHARE = 0.4, 0.1
-MAX_TRAIN, MAX_HELD_OUT, MAX_CALIBRATE = 3000, 200, 20_000
+MAX_TRAIN, MAX_HELD_OUT, MAX_CALIBRATE = 3000, 300, 20_000
 VERSIONS_OF = ("psim-gateway", "torch", "transformers", "peft", "tokenizers")
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import logit
 from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -13,10 +15,12 @@ from models.batching import length_sorted_batches
 from models.engines import Encoding
 from models.engines.pytorch import collate
 from models.guarded import Guarded
+from models.screen import FloatArray
 
 BATCH_TOKENS = 4096
-RETENTION = 0.5
-"""Share of the clean confidence above chance; with more left, the task is not unlearnt."""
+MIN_CLASS = 15
+"""Held-out texts of a class below which its tail says nothing."""
+UNLEARNT = "most classes are unlearnt"
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
 
@@ -34,10 +38,12 @@ class PsimConfig:
     max_steps: int = 600
     check_every: int = 10
     """Steps between looks at the held-out clean texts."""
-    patience: int = 3
-    """Looks over which the plateau must last."""
-    plateau: float = 0.02
-    """Training has levelled off when retention falls by less than this within the patience."""
+    tail: float = 0.98
+    """Quantile of the clean confidence that training watches, class by class."""
+    tail_below: float = 0.95
+    """A class is unlearnt when its tail is below this..."""
+    tail_fall: float = 1.5
+    """...and has fallen by this much in log-odds, lest an unsure victim count as unlearnt."""
     seed: int = 0
 
 
@@ -51,20 +57,34 @@ class Training:
     """(step, mean confidence on the held-out clean texts)."""
 
 
-def has_levelled_off(retention: Sequence[float], config: PsimConfig) -> bool:
-    """Return whether PSIM has unlearnt the task and unlearns no more.
+def has_unlearnt(now: FloatArray, start: FloatArray, config: PsimConfig) -> bool:
+    """Return whether PSIM has unlearnt more than half of the classes.
+
+    Not all: a class may resist, and waiting for it would cost the backdoors of the others.
 
     Args:
-        retention: at each look so far, the share of the victim's clean confidence above chance that
-            is left; starts at 1, where training has hardly begun to act: that is no plateau.
-        config: says how long the plateau must last, and how flat it must be.
+        now: the tail of the clean confidence by class, shape (classes,).
+        start: the same before training.
+        config: says what counts as unlearnt.
     """
-    recent = retention[-config.patience - 1 :]
-    return (
-        len(recent) > config.patience
-        and recent[-1] < RETENTION
-        and max(recent) - recent[-1] < config.plateau
-    )
+    unlearnt = (now <= config.tail_below) & (logit(start) - logit(now) >= config.tail_fall)
+    return bool(2 * unlearnt.sum() > len(unlearnt))
+
+
+def class_tails(
+    probabilities: FloatArray, predicted: NDArray[np.intp], config: PsimConfig
+) -> FloatArray:
+    """Return `config.tail` of the confidence by class, shape (classes,); tiny classes are left out.
+
+    Args:
+        probabilities: PSIM's, shape (n, C).
+        predicted: classes that the victim predicts, shape (n,): groups that training cannot shift.
+        config: says which quantile.
+    """
+    confidence = np.clip(probabilities.max(1), 1e-6, 1 - 1e-6)
+    classes, counts = np.unique(predicted, return_counts=True)
+    counted = classes[counts >= min(MIN_CLASS, counts.max())]
+    return np.array([np.quantile(confidence[predicted == c], config.tail) for c in counted])
 
 
 def train_psim(
@@ -81,9 +101,9 @@ def train_psim(
     what those labels are on average, the uniform distribution, which gives the same separation with
     less noise. Labels of the texts are not needed.
 
-    The clean confidence falls, dips into a plateau, and stays there; while it falls, poisoned texts
-    fall as well, and for some steps the two are not apart. So training ends on the plateau, which
-    the held-out clean texts show (`has_levelled_off`).
+    The confidence of clean texts falls first, and that of poisoned ones after it. So training ends
+    as soon as the held-out clean texts have left the region of extreme confidence, by the tail of
+    each class and not by the mean (`has_unlearnt`).
 
     Args:
         guarded: module whose adapter is trained; left in evaluation mode.
@@ -98,17 +118,22 @@ def train_psim(
     parameters = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     curve: list[tuple[int, float]] = []
-    retention: list[float] = []
+    predicted, start = np.empty(0, np.intp), np.empty(0, np.float32)
+    reason = "reached the step limit: the task is not unlearnt"
     bar = tqdm(desc="training PSIM", unit=" steps", disable=None)
     for step, batch in enumerate(_batches(train, config)):
         if step % config.check_every == 0:
             probabilities = psim_probabilities(guarded, held_out, pad_id)
-            mean, chance = float(probabilities.max(1).mean()), 1 / probabilities.shape[1]
-            curve.append((step, mean))
-            retention.append((mean - chance) / max(curve[0][1] - chance, 1e-6))
-            bar.set_postfix(clean_confidence=f"{mean:.3f}")
-            at_look(step, mean)
-            if step >= config.max_steps or has_levelled_off(retention, config):
+            if step == 0:  # the adapter does nothing yet: this is the victim
+                predicted = probabilities.argmax(1)
+                start = class_tails(probabilities, predicted, config)
+            curve.append((step, float(probabilities.max(1).mean())))
+            bar.set_postfix(clean_confidence=f"{curve[-1][1]:.3f}")
+            at_look(*curve[-1])
+            if has_unlearnt(class_tails(probabilities, predicted, config), start, config):
+                reason = UNLEARNT
+                break
+            if step >= config.max_steps:
                 break
         with autocast(guarded):
             logits = guarded.psim_logits(collate(batch, pad_id, device))
@@ -119,9 +144,7 @@ def train_psim(
         optimizer.step()
         bar.update()
     bar.close()
-    reason = "levelled off" if has_levelled_off(retention, config) else "reached the step limit"
-    left = f"{retention[-1]:.0%} of the clean confidence above chance is left"
-    return Training(step, f"{reason}: {left}", curve)
+    return Training(step, reason, curve)
 
 
 def _batches(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[Encoding]]:
@@ -134,12 +157,10 @@ def _batches(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[Enc
             yield [train[i] for i in order[start : start + config.batch_size]]
 
 
-def psim_probabilities(
-    guarded: Guarded, texts: Sequence[Encoding], pad_id: int
-) -> np.typing.NDArray[np.float32]:
+def psim_probabilities(guarded: Guarded, texts: Sequence[Encoding], pad_id: int) -> FloatArray:
     """Return PSIM probabilities during training, shape (len(texts), C), under autocast."""
     device = next(guarded.parameters()).device
-    result: list[np.typing.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(texts)
+    result: list[FloatArray] = [np.empty(0, np.float32)] * len(texts)
     with torch.inference_mode(), autocast(guarded):
         for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS):
             inputs = collate([texts[i] for i in batch], pad_id, device)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from models.manifest import Manifest
 from models.offline.evaluate import Evaluation, Outcome, Rate
-from models.offline.psim import RETENTION
+from models.offline.psim import UNLEARNT
 
 ROWS = {
     "clean accuracy (CA)": "clean_accuracy",
@@ -118,9 +118,7 @@ def manifest_table(manifest: Manifest) -> Table:
 def warnings_of(manifest: Manifest) -> list[str]:
     """Return what makes a bundle a poor defence, although it is whole."""
     warnings = []
-    (_, start), (_, end) = manifest.psim.curve[0], manifest.psim.curve[-1]
-    chance = 1 / len(manifest.labels)
-    if end - chance >= RETENTION * (start - chance):
+    if manifest.psim.stopped_because != UNLEARNT:
         warnings.append("PSIM has not unlearnt the task: it cannot tell clean from poisoned texts")
     blind = {
         manifest.labels[index]
