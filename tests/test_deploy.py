@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,16 @@ def test_what_the_image_copies_is_not_ignored() -> None:
         copied |= {name.strip("/") for name in line.split()[:-1]}
     assert copied == allowed
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_every_dependency_is_pinned_to_a_version_that_every_index_has() -> None:
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+(post\d+)?", pin) for pin in pins), pins
+    pinned = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    names = {re.split(r"[\[<>=;, ]", want)[0].lower() for want in wanted}
+    assert names - {"psim-gateway"} <= pinned
 
 
 def test_image_and_compose_set_only_what_the_service_knows() -> None:
