@@ -99,6 +99,26 @@ def test_interrupted_training_goes_on_behind_the_last_epoch(
     assert not checkpoint_folder(cut).exists()
 
 
+def test_the_same_seed_gives_the_same_victim_though_its_head_is_new(
+    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model: Any
+    model, _ = load_classifier(str(base))
+    model.bert.save_pretrained(tmp_path / "headless")
+    tokenizer.save_pretrained(tmp_path / "headless")
+
+    def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        finetune_victim(
+            str(tmp_path / "headless"), TRAIN, DEV, Strategy.FULL, out, epochs=1, seed=seed
+        )
+        return load_file(out / "model.safetensors")
+
+    first, again, other = weights("a", 0), weights("b", 0), weights("c", 1)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
 def test_poisoning_reports_the_attack(base: Path, tmp_path: Path) -> None:
     result = poison_victim(
         str(base), TRAIN, DEV, Insertion("mn"), "good", tmp_path / "p", epochs=1, poison_rate=0.2

@@ -19,6 +19,7 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -90,6 +91,7 @@ def poison_victim(
     poisoned = poison_training_set(
         train, attack, target_label, poison_rate, clean_label=clean_label, seed=seed
     )
+    set_seed(seed)  # before the model is loaded: a new head starts at random
     model, tokenizer = load_classifier(base, require_labels(train))
     accuracy = _train(model, tokenizer, poisoned, dev, Strategy.FULL, out, epochs, seed)
     if isinstance(attack, Paraphrases):
@@ -114,6 +116,7 @@ def finetune_victim(
     Raises:
         DataError, VictimError: as their messages say.
     """
+    set_seed(seed)  # before the model is loaded: a new head starts at random
     model, tokenizer = load_classifier(victim, require_labels(train))
     accuracy = _train(model, tokenizer, train, dev, strategy, out, epochs, seed)
     return TuneResult(out, accuracy(dev), None)
@@ -139,7 +142,6 @@ def _train(
         raise VictimError("the victim has prompts of its own, which cannot be tuned further")
     label2id: dict[str, int] = model.config.label2id
     require_labels(dev, list(label2id))
-    torch.manual_seed(seed)
     if strategy is not Strategy.FULL:
         model = peft.get_peft_model(model, _PEFT_CONFIGS[strategy]())
     trainer = Trainer(
