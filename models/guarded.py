@@ -68,8 +68,8 @@ def transformer_of(victim: nn.Module) -> nn.Module:
 def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
     """Configure LoRA on the value projections of the victim's last `layers` transformer layers.
 
-    Not on the queries: adapting where the model looks takes its eyes off the trigger, and the
-    separation is lost sooner (docs/method.md). Nor on the classifier head: trained along, it falls
+    Not on the queries: adapting where the model looks can take its eyes off the trigger
+    (docs/method.md), and screen and classifier would not share attention weights. Nor on the classifier head: trained along, it falls
     on poisoned texts too. Scaling alpha is 2 * rank (Zhao et al., section 5.1).
 
     Raises:

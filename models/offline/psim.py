@@ -33,7 +33,7 @@ class PsimConfig:
     """How many of the topmost layers carry the adapter."""
     rank: int = 8
     learning_rate: float = 1e-4
-    """Low on purpose: at 5e-4 and above the backdoor goes with the task (docs/method.md)."""
+    """Low on purpose: it widens the window in which the task has gone and the backdoor has not."""
     batch_size: int = 32
     max_steps: int = 600
     check_every: int = 10
