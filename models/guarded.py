@@ -69,8 +69,9 @@ def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
     """Configure LoRA on the value projections of the victim's last `layers` transformer layers.
 
     Not on the queries: adapting where the model looks can take its eyes off the trigger
-    (docs/method.md), and screen and classifier would not share attention weights. Nor on the classifier head: trained along, it falls
-    on poisoned texts too. Scaling alpha is 2 * rank (Zhao et al., section 5.1).
+    (docs/method.md), and screen and classifier would not share attention weights. Nor on the
+    classifier head: trained along, it falls on poisoned texts too. Scaling alpha is 2 * rank
+    (Zhao et al., section 5.1).
 
     Raises:
         VictimError: the victim has no such projections, or fewer layers.
