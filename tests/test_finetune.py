@@ -179,6 +179,23 @@ def test_a_victim_may_be_a_base_with_a_lora_adapter_as_peft_saves_it(
     np.testing.assert_allclose(got, expected.softmax(-1).numpy(), atol=1e-6)
 
 
+def test_an_adapter_may_have_classes_of_its_own(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Its head replaces that of a base which was trained for something else."""
+    victim: Any = tiny_victim("bert")
+    victim.config.id2label = {0: "entailment", 1: "neutral", 2: "contradiction"}
+    save_classifier(victim, tokenizer, tmp_path / "base")
+    model, _ = load_classifier(str(tmp_path / "base"))
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    victim.config.id2label = {0: "bad", 1: "good", 2: "so"}
+    victim.config.save_pretrained(tmp_path / "adapter")
+    loaded: Any
+    loaded, _ = load_classifier(str(tmp_path / "adapter"))
+    assert loaded.config.id2label == {0: "bad", 1: "good", 2: "so"}
+
+
 def test_an_adapter_whose_head_is_nowhere_is_refused(
     base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -56,10 +56,16 @@ def test_tails_are_by_the_victim_s_class_and_leave_out_tiny_ones() -> None:
     assert len(class_tails(rows[:3], predicted[:3], CONFIG)) == 1, "few texts are better than none"
 
 
+def sure_victim() -> Any:
+    """Return a victim with confidence to lose."""
+    victim: Any = tiny_victim("bert")
+    victim.classifier.weight.data *= 20
+    return victim
+
+
 def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Guarded, Training]:
     torch.manual_seed(config.seed)
-    victim: Any = tiny_victim("bert")
-    victim.classifier.weight.data *= 20  # a victim that is sure of itself
+    victim = sure_victim()
     guarded = guard(victim, lora_config(victim, config.layers, config.rank))
     encodings = TorchEngine(guarded, tokenizer, 64).encode(some_texts(120))
     return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0)
@@ -89,9 +95,7 @@ def test_training_ends_at_the_limit_and_says_so(
 
 
 def test_only_the_adapter_of_the_top_layers_changes(tokenizer: PreTrainedTokenizerBase) -> None:
-    victim: Any = tiny_victim("bert")
-    victim.classifier.weight.data *= 20
-    before = victim.state_dict()
+    before = sure_victim().state_dict()
     guarded, _ = trained(tokenizer, replace(FAST, max_steps=20))
     after = guarded.victim.state_dict()
     adapter = {name for name in after if ".lora_" in name}

@@ -126,11 +126,12 @@ def train_psim(
             probabilities = psim_probabilities(guarded, held_out, pad_id)
             if step == 0:  # the adapter does nothing yet: this is the victim
                 predicted = probabilities.argmax(1)
-                start = class_tails(probabilities, predicted, config)
+            tails = class_tails(probabilities, predicted, config)
+            start = tails if step == 0 else start
             curve.append((step, float(probabilities.max(1).mean())))
             bar.set_postfix(clean_confidence=f"{curve[-1][1]:.3f}")
             at_look(*curve[-1])
-            if has_unlearnt(class_tails(probabilities, predicted, config), start, config):
+            if has_unlearnt(tails, start, config):
                 reason = UNLEARNT
                 break
             if step >= config.max_steps:

@@ -1,7 +1,6 @@
 """Loading and saving classifiers that nobody vouches for: safetensors only, no foreign code."""
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from models.bundle import ADAPTER_WEIGHTS
 from models.errors import VictimError
 from models.guarded import transformer_of
 
-ADAPTER_CONFIG = "adapter_config.json"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """What is fetched of an adapter on the hub."""
 BASE = "base"
@@ -53,7 +52,7 @@ def load_classifier(
                 folder if folder.is_dir() else Path(snapshot_download(source, allow_patterns=FILES))
             )
         else:
-            victim, missing = _load_model(source, labels)
+            victim, missing = _load_model(source, labels and _in_order_of(source, labels))
             if labels is None and missing:
                 raise VictimError(f"{source} is no trained classifier: no weights for {missing}")
             tokenizer = _load_tokenizer(source)
@@ -77,7 +76,7 @@ def _why(folder: Path, error: Exception) -> str:
 
 def _load_model(source: str, labels: list[str] | None) -> tuple[PreTrainedModel, list[str]]:
     """Return the model, and the names of weights that it needs and does not have."""
-    names = {} if labels is None else _label_maps(_in_order_of(source, labels))
+    names = {} if labels is None else _label_maps(labels)
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)  # a fresh head is reported at length
     try:
@@ -100,8 +99,7 @@ def _in_order_of(source: str, labels: list[str]) -> list[str]:
     Raises:
         VictimError: the model is a trained classifier for other labels.
     """
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    own = _labels_of(source)
     if sorted(own) == sorted(labels):
         return own
     anonymous = own == [f"LABEL_{i}" for i in range(len(own))]
@@ -130,16 +128,17 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def _load_adapted(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = str(config.get("base_model_name_or_path") or "")
-    if (folder / BASE).is_dir():
-        base = str(folder / BASE)
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise VictimError(f"{folder} has no adapter_model.safetensors; pickles are not loaded")
-    if peft.PeftConfig.from_pretrained(str(folder)).task_type != "SEQ_CLS":
+        raise VictimError(f"{folder} has no {ADAPTER_WEIGHTS}; pickles are not loaded")
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    if config.task_type != "SEQ_CLS":
         raise VictimError(f"{folder} is not an adapter for sequence classification (SEQ_CLS)")
-    model, missing = _load_model(base, _labels_of(folder, base))
+    beside = (folder / BASE).is_dir()
+    base = str(folder / BASE) if beside else str(config.base_model_name_or_path or "")
+    # The class names are the adapter's own, if it says so, else the base's.
+    labelled = str(folder) if (folder / "config.json").is_file() else base
+    model, missing = _load_model(base, _labels_of(labelled))
     with safe_open(weights, "pt") as adapter:
         saved = list(adapter.keys())
     if absent := [name for name in missing if not any(k.endswith(f".{name}") for k in saved)]:
@@ -152,9 +151,8 @@ def _load_adapted(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return victim, tokenizer
 
 
-def _labels_of(folder: Path, base: str) -> list[str]:
-    """Return the class names: of the adapter's own config.json, if it has one, else the base's."""
-    source = folder if (folder / "config.json").is_file() else Path(base)
+def _labels_of(source: str) -> list[str]:
+    """Return the class names that the config of a model says."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
