@@ -20,8 +20,8 @@ from models.engines.pytorch import TorchEngine
 from models.guarded import Guarded, guard, lora_config
 from models.offline.calibrate import calibrate, predict
 from models.offline.data import load_samples
-from models.offline.evaluate import within_class_scores
 from models.offline.fit import split_texts
+from models.offline.measures import within_class_scores
 from models.offline.psim import PsimConfig, train_psim
 from models.offline.victim import load_classifier
 from models.screen import Screen

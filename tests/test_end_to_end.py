@@ -152,8 +152,8 @@ def test_the_attack_works_and_the_defence_stops_it(evaluation: Evaluation) -> No
     assert evaluation.calibrated.attack_success_rate.value < 0.05
     assert evaluation.calibrated.false_rejection_rate is not None
     assert evaluation.calibrated.false_rejection_rate.value < 0.03
-    assert evaluation.auroc is not None
-    assert evaluation.auroc > 0.98
+    assert evaluation.calibrated.auroc is not None
+    assert evaluation.calibrated.auroc > 0.98
 
 
 def test_the_printed_introduction_is_true(client: httpx.Client) -> None:

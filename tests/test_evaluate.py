@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from models.errors import DataError
 from models.offline.data import Sample
-from models.offline.evaluate import Evaluation, evaluate, within_class_scores
+from models.offline.evaluate import Evaluation, evaluate
+from models.offline.measures import within_class_scores
 from models.offline.report import histogram
 from models.screen import Verdict
 
@@ -61,15 +62,15 @@ def test_a_file_in_which_all_is_labelled_with_the_target_is_all_poison() -> None
 def test_what_cannot_be_told_is_none_and_not_zero() -> None:
     result = run([Sample(EVEN, "negative")], [Sample(EVEN, "negative")])
     assert result.calibrated.false_acceptance_rate_firing is None
-    assert result.auroc_firing is None
-    assert result.auroc == 0.5
+    assert result.calibrated.auroc_firing is None
+    assert result.calibrated.auroc == 0.5
 
 
 def test_the_paper_s_threshold_is_its_own() -> None:
     result = run([Sample(EVEN, "negative")], [Sample(CAUGHT, "negative"), Sample(ODD, "negative")])
     assert result.paper.false_acceptance_rate == result.calibrated.false_acceptance_rate
     assert result.thresholds == {"negative": THRESHOLD, "positive": THRESHOLD}
-    assert (result.auroc, result.auroc_confidence) == (0.75, 0.75)
+    assert (result.calibrated.auroc, result.paper.auroc) == (0.75, 0.75)
 
 
 @pytest.mark.parametrize(

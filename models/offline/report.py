@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from models.manifest import Manifest
-from models.offline.evaluate import Evaluation, Outcome, Rate
+from models.offline.evaluate import Evaluation
+from models.offline.measures import Outcome, Rate
 from models.offline.psim import UNLEARNT
 
 ROWS = {
@@ -34,9 +35,8 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     outcomes = (evaluation.none, evaluation.calibrated, evaluation.paper)
     for title, field in ROWS.items():
         table.add_row(title, *(_percent(_rate(outcome, field)) for outcome in outcomes))
-    table.add_row("AUROC, within class", "", _number(evaluation.auroc), "")
-    table.add_row("the same, backdoor fires", "", _number(evaluation.auroc_firing), "")
-    table.add_row("AUROC, bare confidence", "", "", _number(evaluation.auroc_confidence))
+    table.add_row("AUROC", *(_number(outcome.auroc) for outcome in outcomes))
+    table.add_row("the same, backdoor fires", *(_number(o.auroc_firing) for o in outcomes))
     return table
 
 
