@@ -86,15 +86,15 @@ def outcome(
     """
     hit = poisoned.predicted == target
     fires = hit if fires is None else fires
-    scored = clean.scores is not None and poisoned.scores is not None
+    firing = None if poisoned.scores is None else poisoned.scores[fires]
     return Outcome(
         clean_accuracy=Rate.of(((clean.predicted == truth) & ~clean.flagged)[truth >= 0]),
         attack_success_rate=Rate.of(hit & ~poisoned.flagged),
         false_rejection_rate=Rate.of(clean.flagged),
         false_acceptance_rate=Rate.of(~poisoned.flagged),
         false_acceptance_rate_firing=Rate.of(~poisoned.flagged[fires]),
-        auroc=auroc(clean.scores, poisoned.scores) if scored else None,
-        auroc_firing=auroc(clean.scores, poisoned.scores[fires]) if scored else None,
+        auroc=auroc(clean.scores, poisoned.scores),
+        auroc_firing=auroc(clean.scores, firing),
     )
 
 
