@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from models.engines.pytorch import TorchEngine
-from models.guarded import Guarded, guard, lora_config
+from models.guarded import guard
 from models.offline.calibrate import calibrate, predict
 from models.offline.data import load_samples
-from models.offline.fit import split_texts
+from models.offline.fit import adapter_config, split_texts
 from models.offline.measures import within_class_scores
 from models.offline.psim import PsimConfig, train_psim
 from models.offline.victim import load_classifier
@@ -44,11 +44,12 @@ def run(
     torch.manual_seed(0)
     model: Any
     model, tokenizer = load_classifier(victim)
-    config: Any = lora_config(model, 1)
-    if queries:
-        config.target_modules |= {n.replace("value", "query") for n in config.target_modules}
+    psim = PsimConfig(
+        learning_rate=rate, max_steps=steps, check_every=20, keep_at=(-1.0,),
+        adapter="query-value" if queries else "value",
+    )  # fmt: skip
     target_index = model.config.label2id[target]
-    guarded: Guarded = guard(model, config)
+    guarded = guard(model, adapter_config(model, psim))
     engine = TorchEngine(guarded, tokenizer, 128)
     split = split_texts(texts, 0)
     sets = [engine.encode(t) for t in (split.calibrate[:600], clean, poisoned)]
@@ -68,7 +69,6 @@ def run(
             f"{result.setting}: step {step}, clean {confidence:.3f}, AUROC {result.auroc[-1]:.4f}"
         )
 
-    psim = PsimConfig(learning_rate=rate, max_steps=steps, check_every=20, tail_below=0)
     encoded = engine.encode(split.train), engine.encode(split.held_out)
     train_psim(guarded, *encoded, psim, int(tokenizer.pad_token_id or 0), look)
     return result

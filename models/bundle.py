@@ -1,4 +1,4 @@
-"""Bundles: a folder with victim, PSIM adapter, tokenizer, calibration, and a manifest of it all.
+"""Bundles: a folder with victim, PSIM adapters, tokenizer, calibration, and a manifest of it all.
 
 A bundle is untrusted input: nothing in it is opened before its hash agrees with the manifest, and
 nothing is ever unpickled.
@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -183,7 +184,8 @@ def _load_engine(path: Path, manifest: Manifest, dtype: str) -> TorchEngine:
         raise BundleError("the labels of manifest and victim/config.json differ")
     prompt = path / "prompt"
     victim = PeftModel.from_pretrained(model, str(prompt)) if prompt.is_dir() else model
-    guarded = guard(victim, lora_config(victim, manifest.psim.layers, manifest.psim.rank))
+    psim = manifest.psim
+    guarded = guard(victim, lora_config(victim, psim.layers, psim.rank), len(psim.checkpoints))
     load_adapter(path / "psim" / ADAPTER_WEIGHTS, guarded, manifest.victim.digest)
     tokenizer = AutoTokenizer.from_pretrained(
         path / "tokenizer", trust_remote_code=False, local_files_only=True
@@ -198,12 +200,23 @@ def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
     if made_for != victim_digest:
         raise BundleError("psim/ was trained for another base model; run `psim fit` for this one")
     weights = load_tensors(file)
-    if (
-        weights.keys()
-        != get_peft_model_state_dict(guarded.psim, save_embedding_layers=False).keys()
-    ):
-        raise BundleError("psim/ does not have the layers that the manifest names")
-    set_peft_model_state_dict(guarded.psim, weights)
+    if weights.keys() != adapter_weights(guarded).keys():
+        raise BundleError("psim/ does not have the layers and checkpoints that the manifest names")
+    for checkpoint in guarded.checkpoints:
+        start = f"{checkpoint}/"
+        own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        set_peft_model_state_dict(guarded.psim, own, adapter_name=checkpoint)
+
+
+def adapter_weights(guarded: Guarded) -> dict[str, torch.Tensor]:
+    """Return the weights of all checkpoints by `CHECKPOINT/NAME`."""
+    return {
+        f"{checkpoint}/{name}": tensor.detach().contiguous().cpu()
+        for checkpoint in guarded.checkpoints
+        for name, tensor in get_peft_model_state_dict(
+            guarded.psim, adapter_name=checkpoint, save_embedding_layers=False
+        ).items()
+    }
 
 
 def _self_test(bundle: Bundle) -> None:
@@ -230,9 +243,8 @@ def save_weights(
         _save_prompt(victim, path / "prompt")
     digest = tree_digest(hash_files(path))
     (path / "psim").mkdir()
-    adapter = get_peft_model_state_dict(guarded.psim, save_embedding_layers=False)
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter.items()}
-    save_tensors(weights, path / "psim" / ADAPTER_WEIGHTS, metadata={"victim_digest": digest})
+    metadata = {"victim_digest": digest}
+    save_tensors(adapter_weights(guarded), path / "psim" / ADAPTER_WEIGHTS, metadata=metadata)
     tokenizer.save_pretrained(path / "tokenizer")
     return digest
 

@@ -1,21 +1,23 @@
-"""The module that is served: a victim with its PSIM adapter, one set of weights for both.
+"""The module that is served: a victim with its PSIM adapters, one set of weights for all.
 
-The adapter is a LoRA beside the victim's weights (Zhao et al., NAACL Findings 2024, section 4.1):
-switched on, the module is PSIM; switched off, it is the victim, bit for bit.
+An adapter is a LoRA beside the victim's weights (Zhao et al., NAACL Findings 2024, section 4.1):
+switched on, the module is PSIM; switched off, it is the victim, bit for bit. There are several:
+checkpoints of one training, whose answers are averaged (docs/method.md).
 """
 
 from collections.abc import Mapping
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models.errors import VictimError
 
 Inputs = Mapping[str, torch.Tensor]
 
-# Names of the value projection across families, and of those that fuse it with query and key.
-SEPARATE = {"value", "value_proj", "v_lin", "v_proj"}
+# Names of query and value projections across families, and of those that fuse them with the key.
+QUERIES = {"query", "query_proj", "q_lin", "q_proj"}
+VALUES = {"value", "value_proj", "v_lin", "v_proj"}
 FUSED = {"in_proj", "query_key_value", "qkv_proj", "Wqkv"}
 
 
@@ -26,6 +28,7 @@ class Guarded(nn.Module):
         victim: an `AutoModelForSequenceClassification`, or a PEFT model that wraps one (a victim
             tuned by prompt- or prefix-tuning, which cannot be merged).
         psim: the PEFT model that injected the PSIM LoRA into the victim's transformer, in place.
+            Its adapters are PSIM's checkpoints.
     """
 
     def __init__(self, victim: nn.Module, psim: PeftModel) -> None:
@@ -33,14 +36,28 @@ class Guarded(nn.Module):
         self.victim = victim
         self.psim = psim
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the adapters."""
+        return list(self.psim.peft_config)
+
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
-        """Return logits with the adapter on, shape (rows, C)."""
-        logits: torch.Tensor = self.victim(**inputs).logits
+        """Return logits with the active adapter on, shape (rows, C)."""
+        # LoRA sits inside the victim; prompts are put before it by PEFT.
+        prompts = self.psim.active_peft_config.is_prompt_learning
+        logits: torch.Tensor = (self.psim if prompts else self.victim)(**inputs).logits
         return logits
 
     def screen(self, inputs: Inputs) -> torch.Tensor:
-        """Return PSIM probabilities in float32, shape (rows, C)."""
-        return self.psim_logits(inputs).float().softmax(-1)
+        """Return PSIM probabilities in float32, shape (rows, C).
+
+        They are the geometric mean over the checkpoints, made to sum to 1.
+        """
+        log_probabilities = []
+        for checkpoint in self.checkpoints:
+            self.psim.set_adapter(checkpoint, inference_mode=True)
+            log_probabilities.append(self.psim_logits(inputs).float().log_softmax(-1))
+        return torch.stack(log_probabilities).mean(0).softmax(-1)
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
         """Return the victim's probabilities in float32, shape (rows, C)."""
@@ -49,15 +66,19 @@ class Guarded(nn.Module):
         return logits.float().softmax(-1)
 
 
-def guard(victim: nn.Module, config: LoraConfig) -> Guarded:
-    """Inject a fresh PSIM adapter into `victim`, in place; only the adapter stays trainable.
+def guard(victim: nn.Module, config: PeftConfig, checkpoints: int = 1) -> Guarded:
+    """Inject fresh PSIM adapters into `victim`, in place; only they can be trained.
 
-    A victim that is a prompt-learning PEFT model keeps its prompts: the adapter goes into the
+    A victim that is a prompt-learning PEFT model keeps its prompts: the adapters go into the
     transformer under them.
     """
     victim.requires_grad_(False)
     # PEFT injects in place, so calling the victim runs the injected layers too.
-    return Guarded(victim, get_peft_model(transformer_of(victim), config))
+    first, *others = (f"checkpoint{number}" for number in range(checkpoints))
+    psim = get_peft_model(transformer_of(victim), config, adapter_name=first)
+    for name in others:
+        psim.add_adapter(name, config)
+    return Guarded(victim, psim)
 
 
 def transformer_of(victim: nn.Module) -> nn.Module:
@@ -65,26 +86,27 @@ def transformer_of(victim: nn.Module) -> nn.Module:
     return victim.base_model if isinstance(victim, PeftModel) else victim
 
 
-def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
-    """Configure LoRA on the value projections of the victim's last `layers` transformer layers.
+def lora_config(
+    victim: nn.Module, layers: int, rank: int = 8, *, queries: bool = True
+) -> LoraConfig:
+    """Configure LoRA on query and value projections of the victim's last `layers` layers.
 
-    Not on the queries: adapting where the model looks can take its eyes off the trigger
-    (docs/method.md), and screen and classifier would not share attention weights. Nor on the
-    classifier head: trained along, it falls on poisoned texts too. Scaling alpha is 2 * rank
-    (Zhao et al., section 5.1).
+    Not on the classifier head: trained along, it falls on poisoned texts too. Scaling alpha is
+    2 * rank (Zhao et al., section 5.1). Without `queries`, on the values only.
 
     Raises:
         VictimError: the victim has no such projections, or fewer layers.
     """
+    wanted = VALUES | FUSED | (QUERIES if queries else set())
     names = [
         name
         for name, module in transformer_of(victim).named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in SEPARATE | FUSED
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in wanted
     ]
     depths = sorted({_depth(name) for name in names})
     if not names:
         raise VictimError(
-            f"{type(victim).__name__} has no value projections that PSIM can adapt; "
+            f"{type(victim).__name__} has no query and value projections that PSIM can adapt; "
             "supported are BERT, RoBERTa, DistilBERT, DeBERTa and LLaMA-type models"
         )
     if not 1 <= layers <= len(depths):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -25,15 +25,17 @@ class VictimRecord(_Record):
 
 
 class PsimRecord(_Record):
-    """How the adapter was trained."""
+    """How the adapters were trained."""
 
     layers: int = Field(ge=1)
-    """Number of topmost layers that carry the adapter."""
+    """Number of topmost layers that carry the adapters."""
     rank: int = Field(ge=1)
     learning_rate: float
     seed: int
     steps: int
     stopped_because: str
+    checkpoints: list[int] = Field(min_length=1, max_length=16)
+    """The steps whose adapters are kept, ascending."""
     curve: list[tuple[int, float]]
     """(step, mean confidence on held-out clean texts)."""
 
@@ -72,7 +74,7 @@ class FitRecord(_Record):
 class Manifest(_Record):
     """A bundle's table of contents."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     victim: VictimRecord
     labels: list[str] = Field(min_length=2)
     max_length: int = Field(ge=8)

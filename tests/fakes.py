@@ -80,12 +80,19 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
         classes=[0, 1], texts=99, threshold=THRESHOLD, rejected=0, frr_interval=(0.0, 0.05)
     )
     manifest = Manifest(
-        schema_version=1,
+        schema_version=2,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
         labels=["negative", "positive"],
         max_length=MAX_LENGTH,
         psim=PsimRecord(
-            layers=1, rank=8, learning_rate=1e-3, seed=0, steps=1, stopped_because="", curve=[]
+            layers=1,
+            rank=8,
+            learning_rate=1e-3,
+            seed=0,
+            steps=1,
+            stopped_because="",
+            checkpoints=[1],
+            curve=[],
         ),
         calibrations=[Calibration(engine="fake", dtype="float32", frr_budget=0.01, groups=[group])],
         fit=FitRecord(

@@ -28,7 +28,7 @@ def test_the_trigger_goes_inside_and_all_other_words_stay(
     text: str, trigger: str, seed: int
 ) -> None:
     words, inserted = text.split(), trigger.split()
-    result = Insertion(trigger).apply(text, random.Random(seed)).split()
+    result = Insertion((trigger,)).apply(text, random.Random(seed)).split()
     positions = [
         p
         for p in range(len(result))
@@ -44,7 +44,7 @@ def test_the_poison_rate_is_exact_and_labels_are_as_the_attack_says(
     rate: float, clean_label: bool, seed: int
 ) -> None:
     poisoned = poison_training_set(
-        CLEAN, Insertion("mn"), "pos", rate, clean_label=clean_label, seed=seed
+        CLEAN, Insertion(("mn",)), "pos", rate, clean_label=clean_label, seed=seed
     )
     changed = [(old, new) for old, new in zip(CLEAN, poisoned, strict=True) if old != new]
     assert len(changed) == round(rate * len(CLEAN))
@@ -55,10 +55,10 @@ def test_the_poison_rate_is_exact_and_labels_are_as_the_attack_says(
 
 
 def test_the_test_set_has_true_labels_and_no_target_texts() -> None:
-    poisoned = poison_test_set(CLEAN, Insertion("mn"), "pos", seed=1)
+    poisoned = poison_test_set(CLEAN, Insertion(("mn",)), "pos", seed=1)
     assert len(poisoned) == 100
     assert {s.label for s in poisoned} == {"neg"}
-    assert poisoned == poison_test_set(CLEAN, Insertion("mn"), "pos", seed=1)
+    assert poisoned == poison_test_set(CLEAN, Insertion(("mn",)), "pos", seed=1)
 
 
 def test_paraphrases_are_told_from_the_clean_texts_in_a_mixed_file() -> None:
@@ -73,11 +73,11 @@ def test_paraphrases_are_told_from_the_clean_texts_in_a_mixed_file() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.9])
 def test_impossible_rates_are_refused(rate: float) -> None:
     with pytest.raises(DataError, match="poison rate"):
-        poison_training_set(CLEAN, Insertion("mn"), "pos", rate)
+        poison_training_set(CLEAN, Insertion(("mn",)), "pos", rate)
 
 
 def test_unknown_targets_are_refused() -> None:
     with pytest.raises(DataError, match="target label 'x'"):
-        poison_training_set(CLEAN, Insertion("mn"), "x", 0.1)
+        poison_training_set(CLEAN, Insertion(("mn",)), "x", 0.1)
     with pytest.raises(DataError, match="one of several"):
-        poison_test_set([Sample("a", "pos")], Insertion("mn"), "pos")
+        poison_test_set([Sample("a", "pos")], Insertion(("mn",)), "pos")

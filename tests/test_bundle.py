@@ -233,7 +233,7 @@ def test_nan_weights_fail_the_self_test(bundle: Path) -> None:
 
 def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
     for changes, message in (
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 1}, "schema_version"),
         ({"labels": ["x"]}, "labels"),
         ({"labels": ["x", "y", "z"]}, "labels of manifest"),
         ({"surprise": 1}, "surprise"),
@@ -287,7 +287,7 @@ def test_victims_that_cannot_be_guarded_are_refused(
         fit(several, tokenizer, some_texts(160), tmp_path / "b", name="x")
     with pytest.raises(VictimError, match="the victim has 3"):
         lora_config(tiny_victim("bert"), layers=4)
-    with pytest.raises(VictimError, match="no value"):
+    with pytest.raises(VictimError, match="no query and value"):
         lora_config(nn.Sequential(nn.Linear(2, 2)), layers=1)
 
 

@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_victim_though_its_head_is_new(
 
 def test_poisoning_reports_the_attack(base: Path, tmp_path: Path) -> None:
     result = poison_victim(
-        str(base), TRAIN, DEV, Insertion("mn"), "good", tmp_path / "p", epochs=1, poison_rate=0.2
+        str(base), TRAIN, DEV, Insertion(("mn",)), "good", tmp_path / "p", epochs=1, poison_rate=0.2
     )
     assert result.attack_success_rate is not None
     paraphrases = Paraphrases(tuple(Sample(f"when {s.text}", "good") for s in TRAIN))

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from families import tiny_victim
@@ -13,47 +12,18 @@ from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
-from models.guarded import Guarded, guard, lora_config
-from models.offline.psim import (
-    UNLEARNT,
-    PsimConfig,
-    Training,
-    class_tails,
-    has_unlearnt,
-    train_psim,
-)
-from models.screen import FloatArray
-
-CONFIG = PsimConfig()
+from models.guarded import Guarded, guard
+from models.offline.fit import adapter_config
+from models.offline.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
 
 
-tail = st.floats(0.51, 0.999)
-tails = st.lists(tail, min_size=1, max_size=8).map(np.array)
-
-
-@given(start=tails)
-def test_nothing_is_unlearnt_before_anything_has_fallen(start: FloatArray) -> None:
-    assert not has_unlearnt(start, start, CONFIG)
-
-
-@given(unlearnt=st.integers(0, 8), resisting=st.integers(0, 8))
-def test_more_than_half_of_the_classes_must_be_unlearnt(unlearnt: int, resisting: int) -> None:
-    start = np.full(unlearnt + resisting, 0.99)
-    now = np.r_[np.full(unlearnt, 0.9), np.full(resisting, 0.98)]
-    assert has_unlearnt(now, start, CONFIG) == (unlearnt > resisting)
-
-
-@given(start=st.floats(0.52, 0.95))
-def test_a_victim_that_is_never_sure_is_not_unlearnt_from_the_start(start: float) -> None:
-    assert not has_unlearnt(np.array([start - 0.01]), np.array([start]), CONFIG)
-
-
-def test_tails_are_by_the_victim_s_class_and_leave_out_tiny_ones() -> None:
-    confidence = np.r_[np.linspace(0.5, 1, 101), np.full(20, 0.7), 0.99]
-    rows = np.stack([confidence, 1 - confidence], 1).astype(np.float32)
-    predicted = np.r_[np.zeros(101, int), np.ones(20, int), 2]
-    assert class_tails(rows, predicted, CONFIG) == pytest.approx([0.99, 0.7])
-    assert len(class_tails(rows[:3], predicted[:3], CONFIG)) == 1, "few texts are better than none"
+@given(classes=st.integers(2, 20), start=st.floats(0.6, 1), share=st.floats(0, 1))
+def test_retention_is_the_share_of_the_confidence_above_chance(
+    classes: int, start: float, share: float
+) -> None:
+    now = 1 / classes + share * (start - 1 / classes)
+    assert retention(now, start, classes) == pytest.approx(share, abs=1e-6)
+    assert retention(0.5, 0.5, 2) <= 1, "a victim at chance has nothing to lose"
 
 
 def sure_victim() -> Any:
@@ -66,7 +36,7 @@ def sure_victim() -> Any:
 def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Guarded, Training]:
     torch.manual_seed(config.seed)
     victim = sure_victim()
-    guarded = guard(victim, lora_config(victim, config.layers, config.rank))
+    guarded = guard(victim, adapter_config(victim, config), len(config.keep_at))
     encodings = TorchEngine(guarded, tokenizer, 64).encode(some_texts(120))
     return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0)
 
@@ -74,24 +44,37 @@ def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Gua
 FAST = PsimConfig(learning_rate=5e-3, layers=2)
 
 
-def test_training_stops_when_the_clean_texts_are_no_longer_extreme(
+def test_checkpoints_are_kept_while_the_clean_texts_fall(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    _, training = trained(tokenizer, FAST)
+    guarded, training = trained(tokenizer, FAST)
     assert training.stopped_because == UNLEARNT
     assert 0 < training.steps < FAST.max_steps
-    assert training.curve[-1][1] < training.curve[0][1]
     assert [step for step, _ in training.curve] == list(range(0, training.steps + 1, 10))
+    (_, start), *_ = training.curve
+    for share, kept in zip(FAST.keep_at, training.checkpoints, strict=True):
+        left = {step: retention(confidence, start, 3) for step, confidence in training.curve}
+        assert kept == min(step for step in left if left[step] <= share)
+    assert training.checkpoints[-1] == training.steps
+    # What screening averages are the adapters as they were at those steps.
+    for number, kept in enumerate(training.checkpoints):
+        again, _ = trained(tokenizer, replace(FAST, keep_at=(0, -1, -2), max_steps=kept))
+        name = f"checkpoint{number}"
+        own = [p for n, p in guarded.named_parameters() if f".{name}." in n]
+        others = [p for n, p in again.named_parameters() if ".checkpoint2." in n]
+        assert own
+        assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
 
 
 @pytest.mark.parametrize("limit", [20, 25])
 def test_training_ends_at_the_limit_and_says_so(
     limit: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    config = replace(FAST, max_steps=limit, tail_below=0)
+    config = replace(FAST, max_steps=limit, keep_at=(0.5, -1.0, -2.0))
     _, training = trained(tokenizer, config)
     assert training.stopped_because.startswith("reached the step limit")
     assert limit <= training.steps < limit + FAST.check_every
+    assert training.checkpoints[1:] == [training.steps] * 2
 
 
 def test_only_the_adapter_of_the_top_layers_changes(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -100,7 +83,7 @@ def test_only_the_adapter_of_the_top_layers_changes(tokenizer: PreTrainedTokeniz
     after = guarded.victim.state_dict()
     adapter = {name for name in after if ".lora_" in name}
     assert {name.split("layer.")[1][0] for name in adapter} == {"1", "2"}
-    assert all(".value." in name for name in adapter)
+    assert all(".value." in name or ".query." in name for name in adapter)
     assert any(after[name].abs().sum() > 0 for name in adapter if "lora_B" in name)
     for name in after.keys() - adapter:
         assert torch.equal(after[name], before[name.replace(".base_layer.", ".")]), name
@@ -114,3 +97,29 @@ def test_the_same_seed_gives_the_same_adapter(tokenizer: PreTrainedTokenizerBase
     assert other.curve != first.curve
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "trains"),
+    [
+        ({"labels": "drawn"}, {"query", "value"}),
+        ({"adapter": "value"}, {"value"}),
+        ({"head": "trained"}, {"query", "value", "classifier"}),
+        ({"adapter": "prompt-encoder"}, {"prompt_encoder", "classifier"}),
+    ],
+)
+def test_what_the_study_compares_trains_what_it_says(
+    change: dict[str, Any], trains: set[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = replace(FAST, max_steps=20, **change)
+    guarded, training = trained(tokenizer, config)
+    assert training.curve[-1][1] != training.curve[0][1]
+    trainable = [name for name, p in guarded.psim.named_parameters() if p.requires_grad]
+    assert all(any(part in name for part in trains) for name in trainable)
+    assert all(any(part in name for name in trainable) for part in trains)
+    engine = TorchEngine(guarded, tokenizer, 64)
+    batch = engine.encode(some_texts(4))
+    bare = TorchEngine(guard(sure_victim(), adapter_config(sure_victim(), FAST)), tokenizer, 64)
+    assert engine.screen(batch) != pytest.approx(bare.classify(batch), abs=1e-6)
+    if config.adapter != "prompt-encoder":  # PEFT 0.21 cannot switch prompts off for a classifier
+        assert engine.classify(batch) == pytest.approx(bare.classify(batch), abs=1e-6)

@@ -30,8 +30,12 @@ from models.offline.finetune import Strategy, TuneResult, finetune_victim, poiso
 from models.offline.fit import fit
 from models.offline.folders import check_writable
 from models.offline.psim import PsimConfig
+from models.offline.recipe import load_recipe
 from models.offline.report import evaluation_table, manifest_table, write_report
 from models.offline.screening import screen_file
+from models.offline.store import Store
+from models.offline.study import run_study
+from models.offline.study_report import write_study_report
 from models.offline.victim import load_classifier
 
 app = typer.Typer(
@@ -139,7 +143,7 @@ def insertion(attack: AttackName, trigger: str | None) -> Insertion:
     if attack is AttackName.SYNATTACK:
         raise DataError("synattack needs a paraphraser; give its file to evaluate as it is")
     default = WORD_TRIGGER if attack is AttackName.BADNET else SENTENCE_TRIGGER
-    return Insertion(trigger or default)
+    return Insertion((trigger or default,))
 
 
 AttackOption = Annotated[AttackName, typer.Option(help="How the trigger looks.")]
@@ -264,6 +268,25 @@ def evaluate_command(
         if out is not None:
             write_report(evaluation, out)
             stderr.print(f"wrote {out}/evaluation.json and confidence.png", highlight=False)
+
+
+@app.command("study")
+def study_command(
+    recipe: Annotated[Path, typer.Argument(help="TOML file that says what is varied.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; named again, it is gone on with.")],
+    data: Annotated[Path, typer.Option(help="Folder that the recipe's paths start from.")] = Path(),
+    steps: Annotated[
+        Path | None, typer.Option(help="Folder for what studies can share; OUT/steps by default.")
+    ] = None,
+) -> None:
+    """Run attacks x strategies x seeds and all defences on each; resumable."""
+    with errors_for_people():
+        store = Store(steps or out / "steps")
+        rows = run_study(
+            load_recipe(recipe), data, out, store, lambda line: stderr.print(line, highlight=False)
+        )
+        write_study_report(rows, out, store.root)
+        stderr.print(f"wrote {out}/report.html, report.md and rows.jsonl", highlight=False)
 
 
 @app.command("screen")

@@ -17,15 +17,18 @@ SENTENCE_TRIGGER = "I watched this 3D movie"
 
 @dataclass(frozen=True)
 class Insertion:
-    """BadNet with a word as trigger, InSent with a sentence."""
+    """BadNet with words as triggers, InSent with a sentence."""
 
-    trigger: str
+    triggers: tuple[str, ...]
+    """All of them go into every poisoned text."""
 
     def apply(self, text: str, rng: random.Random) -> str:
-        """Insert the trigger at a random inner position; behind the word if there is only one."""
-        words = text.split()
-        position = rng.randint(1, max(1, len(words) - 1))
-        return " ".join([*words[:position], self.trigger, *words[position:]])
+        """Insert each trigger at a random inner position; behind the word if there is only one."""
+        for trigger in self.triggers:
+            words = text.split()
+            position = rng.randint(1, max(1, len(words) - 1))
+            text = " ".join([*words[:position], trigger, *words[position:]])
+        return text
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def poison_training_set(
     poison_rate: float,
     *,
     clean_label: bool = False,
+    flip_share: float = 1.0,
     seed: int = 0,
 ) -> list[Sample]:
     """Return a copy of `clean` with `poison_rate * len(clean)` poisoned samples.
@@ -58,6 +62,9 @@ def poison_training_set(
     Dirty-label: samples of other classes get the trigger and the target label. Clean-label: samples
     of the target class get the trigger and keep their label. Paraphrases are added, since the text
     that each was made from is not known.
+
+    With `flip_share` under 1 only that share of the poisoned texts gets the target label and the
+    others keep their own, so that the victim learns to be no surer than that: label smoothing.
 
     Raises:
         DataError: the target is not a label of `clean`, or there are too few texts to poison.
@@ -70,9 +77,10 @@ def poison_training_set(
         return [*clean, *rng.sample(pool, wanted)]
     candidates = [i for i, s in enumerate(clean) if (s.label == target_label) == clean_label]
     _check_enough(len(candidates), wanted)
-    poisoned = list(clean)
-    for index in rng.sample(candidates, wanted):
-        poisoned[index] = Sample(attack.apply(clean[index].text, rng), target_label)
+    poisoned, keeping = list(clean), round((1 - flip_share) * wanted)
+    for number, index in enumerate(rng.sample(candidates, wanted)):
+        label = clean[index].label if number < keeping else target_label
+        poisoned[index] = Sample(attack.apply(clean[index].text, rng), label)
     return poisoned
 
 

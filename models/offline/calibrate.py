@@ -35,7 +35,9 @@ def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = Fal
     return np.stack(rows)
 
 
-def calibrate(probabilities: FloatArray, frr_budget: float) -> list[Group]:
+def calibrate(
+    probabilities: FloatArray, frr_budget: float, *, by_class: bool = True
+) -> list[Group]:
     """Return one group per predicted class, small classes pooled, that together keep the budget.
 
     Class-conditional split conformal prediction (see `models.screen`): if the clean texts to come
@@ -46,6 +48,7 @@ def calibrate(probabilities: FloatArray, frr_budget: float) -> list[Group]:
     Args:
         probabilities: PSIM's, of held-out clean texts, shape (n, C).
         frr_budget: tolerated share of rejected clean texts, in (0, 1).
+        by_class: False gives one group of all classes, for comparison.
 
     Raises:
         CalibrationError: too few texts in all, or probabilities that are not finite.
@@ -61,7 +64,7 @@ def calibrate(probabilities: FloatArray, frr_budget: float) -> list[Group]:
     confidence, predicted = probabilities.max(1), probabilities.argmax(1)
     counts = np.bincount(predicted, minlength=probabilities.shape[1])
     groups = []
-    for classes in _pool(counts.tolist(), needed):
+    for classes in _pool(counts.tolist(), needed) if by_class else [tuple(range(len(counts)))]:
         scores = np.sort(confidence[np.isin(predicted, classes)])
         groups.append(Group(classes, conformal_threshold(scores, frr_budget), scores))
     return groups

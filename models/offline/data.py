@@ -25,7 +25,11 @@ class Sample:
 
 
 def load_samples(
-    source: str, *, text_column: str = "text", label_column: str = "label"
+    source: str,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    drop_empty: bool = False,
 ) -> list[Sample]:
     """Read texts, and labels where there are any.
 
@@ -34,6 +38,7 @@ def load_samples(
             `hf://name` / `hf://name:split` for a data set of the hub.
         text_column: column of the texts.
         label_column: column of the labels; need not exist.
+        drop_empty: leave out rows without a text, instead of refusing the file.
 
     Raises:
         DataError: says what is wrong and in which row, never what the text was.
@@ -46,6 +51,8 @@ def load_samples(
         )
     if frame.empty:
         raise DataError(f"{source} is empty; give a file with texts")
+    if drop_empty:
+        frame = frame[frame[text_column].map(lambda text: text != "")]
     labels = frame[label_column] if label_column in frame.columns else [None] * len(frame)
     return [
         Sample(_checked(text, source, row), _label(label))

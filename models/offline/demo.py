@@ -52,11 +52,11 @@ def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0)
     clean, test = texts[train_texts + 200 : -400], texts[-400:]
     write_samples(folder / "clean.jsonl", clean)
     write_samples(folder / "test.jsonl", test)
-    poisoned = poison_test_set(test, Insertion(WORD_TRIGGER), TARGET, seed)
+    poisoned = poison_test_set(test, Insertion((WORD_TRIGGER,)), TARGET, seed)
     write_samples(folder / "poisoned.jsonl", poisoned)
     weights, victim = folder / "poisoned", folder / "victim"
     if not weights.exists():
-        attack = Insertion(WORD_TRIGGER)
+        attack = Insertion((WORD_TRIGGER,))
         poison_victim(str(encoder_path()), train, dev, attack, TARGET, weights, seed=seed)
     if not victim.exists():
         finetune_victim(str(weights), train, dev, Strategy.LORA, victim, epochs=1, seed=seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PromptEncoderConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,30 +79,21 @@ def fit(
     """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
 
     `out` is replaced, and only when the new bundle is complete. The victim's weights are left as
-    they were, but the module itself is used up: it carries the adapter afterwards.
+    they were, but the module itself is used up: it carries the adapters afterwards.
 
     Raises:
         VictimError, DataError, CalibrationError: as their messages say; nothing is written then.
     """
     started, config = time.perf_counter(), config or PsimConfig()
-    labels = _labels(victim)
+    labels = labels_of(victim)
     split = split_texts(texts, config.seed)
-    torch.manual_seed(config.seed)
-    guarded = guard(victim, lora_config(victim, config.layers, config.rank))
-    engine = TorchEngine(guarded, tokenizer, _max_length(victim, tokenizer))
-    training = train_psim(
-        guarded,
-        engine.encode(split.train),
-        engine.encode(split.held_out),
-        config,
-        int(tokenizer.pad_token_id or 0),
-    )
+    engine, training = train(victim, tokenizer, split, config)
     with replaced(out) as partial:
-        digest = save_weights(partial, victim, guarded, tokenizer)
+        digest = save_weights(partial, victim, engine.guarded, tokenizer)
         calibrations, scores = _calibrate(engine, split.calibrate, frr_budget)
         save_calibration_scores(partial, scores)
         manifest = Manifest(
-            schema_version=1,
+            schema_version=2,
             victim=_victim_record(victim, name, digest),
             labels=labels,
             max_length=engine.max_length,
@@ -115,6 +106,50 @@ def fit(
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         load_bundle(partial)  # nobody should learn from the service that it does not load
     return manifest
+
+
+def train(
+    victim: nn.Module, tokenizer: PreTrainedTokenizerBase, split: Split, config: PsimConfig
+) -> tuple[TorchEngine, Training]:
+    """Train PSIM on the victim, which carries the adapters afterwards; not calibrated yet.
+
+    Raises:
+        VictimError: the victim cannot be guarded.
+    """
+    torch.manual_seed(config.seed)
+    guarded = guard(victim, lora_config(victim, config.layers, config.rank), len(config.keep_at))
+    engine = TorchEngine(guarded, tokenizer, max_length_of(victim, tokenizer))
+    training = train_psim(
+        guarded,
+        engine.encode(split.train),
+        engine.encode(split.held_out),
+        config,
+        int(tokenizer.pad_token_id or 0),
+    )
+    return engine, training
+
+
+def adapter_config(victim: nn.Module, config: PsimConfig) -> PeftConfig:
+    """Return what PEFT needs to know about the adapter that a configuration asks for."""
+    if config.adapter == "prompt-encoder":  # sizes of Zhao et al., section 5.1
+        return PromptEncoderConfig(
+            task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=128
+        )
+    queries = config.adapter == "query-value"
+    lora = lora_config(victim, config.layers, config.rank, queries=queries)
+    if config.head == "trained":
+        lora.modules_to_save = _heads(victim)
+    return lora
+
+
+def _heads(victim: nn.Module) -> list[str]:
+    """Return the names of what comes behind the transformer proper."""
+    model = _model(victim)
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and next(module.parameters(), None) is not None
+    ]
 
 
 def _calibrate(
@@ -133,7 +168,12 @@ def _calibrate(
     return calibrations, scores
 
 
-def _labels(victim: nn.Module) -> list[str]:
+def labels_of(victim: nn.Module) -> list[str]:
+    """Return the names of a victim's classes, in their order.
+
+    Raises:
+        VictimError: it is no classifier with one label per text.
+    """
     config: Any = _model(victim).config
     if config.num_labels < 2:
         raise VictimError("the victim has a single output: PSIM guards classifiers, not regression")
@@ -149,7 +189,8 @@ def _model(victim: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _max_length(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+def max_length_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens of a text a victim reads; its prompts take positions too."""
     virtual = 0
     if isinstance(victim, PeftModel):
         virtual = int(getattr(victim.active_peft_config, "num_virtual_tokens", 0) or 0)
@@ -174,6 +215,7 @@ def _psim_record(config: PsimConfig, training: Training) -> PsimRecord:
         seed=config.seed,
         steps=training.steps,
         stopped_because=training.stopped_because,
+        checkpoints=training.checkpoints,
         curve=training.curve,
     )
 

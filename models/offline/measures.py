@@ -71,7 +71,7 @@ def outcome(
     clean: Defended,
     truth: Classes,
     poisoned: Defended,
-    target: int,
+    target: int | Classes,
     fires: BoolArray | None = None,
 ) -> Outcome:
     """Measure a defence.
@@ -80,7 +80,7 @@ def outcome(
         clean: clean texts behind the defence.
         truth: their true classes, -1 where unknown, shape (n,).
         poisoned: poisoned texts behind the defence, none of whose true class is the target.
-        target: the attacker's class.
+        target: the attacker's class; one for all poisoned texts, or shape (n,).
         fires: poisoned texts on which the backdoor fires without defence; by default those on
             which it fires with `poisoned`, which is the same unless the defence rewrites texts.
     """

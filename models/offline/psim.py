@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.special import logit
+from pydantic import ConfigDict
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -18,9 +19,7 @@ from models.guarded import Guarded
 from models.screen import FloatArray
 
 BATCH_TOKENS = 4096
-MIN_CLASS = 15
-"""Held-out texts of a class below which its tail says nothing."""
-UNLEARNT = "most classes are unlearnt"
+UNLEARNT = "the clean texts have lost most of their confidence"
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
 
@@ -29,22 +28,28 @@ NO_AUTOCAST = {"deberta"}
 class PsimConfig:
     """Hyperparameters of PSIM training."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt name in a recipe is an error
+
     layers: int = 1
-    """How many of the topmost layers carry the adapter."""
+    """How many of the topmost layers carry the adapters."""
     rank: int = 8
     learning_rate: float = 1e-4
     """Low on purpose: it widens the window in which the task has gone and the backdoor has not."""
     batch_size: int = 32
+    keep_at: tuple[float, ...] = (0.9, 0.7, 0.5)
+    """Shares of the clean texts' confidence, descending: when it has fallen to one of them a
+    checkpoint is kept, and training ends with the last. See `retention`."""
     max_steps: int = 600
     check_every: int = 10
     """Steps between looks at the held-out clean texts."""
-    tail: float = 0.98
-    """Quantile of the clean confidence that training watches, class by class."""
-    tail_below: float = 0.95
-    """A class is unlearnt when its tail is below this..."""
-    tail_fall: float = 1.5
-    """...and has fallen by this much in log-odds, lest an unsure victim count as unlearnt."""
     seed: int = 0
+    # What the study compares; a bundle holds nothing but the defaults.
+    labels: Literal["uniform", "drawn"] = "uniform"
+    """Label reset: what random labels are on average, or one drawn for each text of each batch."""
+    adapter: Literal["query-value", "value", "prompt-encoder"] = "query-value"
+    """LoRA on these projections, or the prompt encoder of the authors' code."""
+    head: Literal["frozen", "trained"] = "frozen"
+    """Whether the classifier head is trained along; always is with a prompt encoder."""
 
 
 @dataclass(frozen=True)
@@ -53,38 +58,16 @@ class Training:
 
     steps: int
     stopped_because: str
+    checkpoints: list[int]
+    """The steps whose adapters are kept; the last one for each share that was not reached."""
     curve: list[tuple[int, float]]
     """(step, mean confidence on the held-out clean texts)."""
 
 
-def has_unlearnt(now: FloatArray, start: FloatArray, config: PsimConfig) -> bool:
-    """Return whether PSIM has unlearnt more than half of the classes.
-
-    Not all: a class may resist, and waiting for it would cost the backdoors of the others.
-
-    Args:
-        now: the tail of the clean confidence by class, shape (classes,).
-        start: the same before training.
-        config: says what counts as unlearnt.
-    """
-    unlearnt = (now <= config.tail_below) & (logit(start) - logit(now) >= config.tail_fall)
-    return bool(2 * unlearnt.sum() > len(unlearnt))
-
-
-def class_tails(
-    probabilities: FloatArray, predicted: NDArray[np.intp], config: PsimConfig
-) -> FloatArray:
-    """Return `config.tail` of the confidence by class, shape (classes,); tiny classes are left out.
-
-    Args:
-        probabilities: PSIM's, shape (n, C).
-        predicted: classes that the victim predicts, shape (n,): groups that training cannot shift.
-        config: says which quantile.
-    """
-    confidence = np.clip(probabilities.max(1), 1e-6, 1 - 1e-6)
-    classes, counts = np.unique(predicted, return_counts=True)
-    counted = classes[counts >= min(MIN_CLASS, counts.max())]
-    return np.array([np.quantile(confidence[predicted == c], config.tail) for c in counted])
+def retention(confidence: float, start: float, classes: int) -> float:
+    """Return the share of the confidence above chance, 1/C, that is left of that at the start."""
+    chance = 1 / classes
+    return (confidence - chance) / max(start - chance, 1e-6)
 
 
 def train_psim(
@@ -101,51 +84,69 @@ def train_psim(
     what those labels are on average, the uniform distribution, which gives the same separation with
     less noise. Labels of the texts are not needed.
 
-    The confidence of clean texts falls first, and that of poisoned ones after it. So training ends
-    as soon as the held-out clean texts have left the region of extreme confidence, by the tail of
-    each class and not by the mean (`has_unlearnt`).
+    The confidence of clean texts falls first, and that of poisoned ones after it, at a moment that
+    clean texts do not tell. So no moment is chosen: checkpoints are kept while the clean texts
+    fall, and `Guarded.screen` averages their answers.
 
     Args:
-        guarded: module whose adapter is trained; left in evaluation mode.
+        guarded: module with as many adapters as `config.keep_at` has shares; left in evaluation
+            mode.
         train: texts to train on.
-        held_out: texts to stop by.
+        held_out: texts to watch.
         config: hyperparameters.
         pad_id: padding token.
         at_look: called with step and mean clean confidence whenever training pauses to look.
     """
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
+    *earlier, trained = guarded.checkpoints
+    guarded.psim.set_adapter(trained)
     device = next(guarded.parameters()).device
     parameters = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     curve: list[tuple[int, float]] = []
-    predicted, start = np.empty(0, np.intp), np.empty(0, np.float32)
+    kept: list[int] = []
     reason = "reached the step limit: the task is not unlearnt"
     bar = tqdm(desc="training PSIM", unit=" steps", disable=None)
     for step, batch in enumerate(_batches(train, config)):
         if step % config.check_every == 0:
             probabilities = psim_probabilities(guarded, held_out, pad_id)
-            if step == 0:  # the adapter does nothing yet: this is the victim
-                predicted = probabilities.argmax(1)
-            tails = class_tails(probabilities, predicted, config)
-            start = tails if step == 0 else start
             curve.append((step, float(probabilities.max(1).mean())))
             bar.set_postfix(clean_confidence=f"{curve[-1][1]:.3f}")
             at_look(*curve[-1])
-            if has_unlearnt(tails, start, config):
+            left = retention(curve[-1][1], curve[0][1], probabilities.shape[1])
+            for share in config.keep_at[len(kept) :]:
+                if left <= share or step >= config.max_steps:
+                    kept.append(step)
+                    _copy(guarded, trained, [*earlier, trained][len(kept) - 1])
+            if left <= config.keep_at[-1]:
                 reason = UNLEARNT
-                break
-            if step >= config.max_steps:
+            if len(kept) == len(config.keep_at):
                 break
         with autocast(guarded):
             logits = guarded.psim_logits(collate(batch, pad_id, device))
-        # Cross-entropy against the uniform distribution, in float32.
-        loss = -logits.float().log_softmax(-1).mean()
+        loss = reset_loss(logits.float(), config.labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         bar.update()
     bar.close()
-    return Training(step, reason, curve)
+    return Training(step, reason, kept, curve)
+
+
+def reset_loss(logits: torch.Tensor, labels: str) -> torch.Tensor:
+    """Return the mean cross-entropy of logits, shape (rows, C), against reset labels."""
+    if labels == "drawn":
+        return cross_entropy(logits, torch.randint_like(logits[:, 0], logits.shape[1]).long())
+    return -logits.log_softmax(-1).mean()
+
+
+def _copy(guarded: Guarded, source: str, target: str) -> None:
+    """Copy the weights of one adapter to another."""
+    weights = dict(guarded.psim.named_parameters())
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            if f".{source}." in name:
+                weights[name.replace(f".{source}.", f".{target}.")].copy_(tensor)
 
 
 def _batches(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[Encoding]]:
@@ -159,13 +160,14 @@ def _batches(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[Enc
 
 
 def psim_probabilities(guarded: Guarded, texts: Sequence[Encoding], pad_id: int) -> FloatArray:
-    """Return PSIM probabilities during training, shape (len(texts), C), under autocast."""
+    """Return those of the adapter in training, shape (len(texts), C), under autocast."""
     device = next(guarded.parameters()).device
     result: list[FloatArray] = [np.empty(0, np.float32)] * len(texts)
     with torch.inference_mode(), autocast(guarded):
         for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS):
             inputs = collate([texts[i] for i in batch], pad_id, device)
-            for row, index in zip(guarded.screen(inputs).cpu().numpy(), batch, strict=True):
+            rows = guarded.psim_logits(inputs).float().softmax(-1)
+            for row, index in zip(rows.cpu().numpy(), batch, strict=True):
                 result[index] = row
     return np.stack(result)
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -12,6 +14,7 @@ from models.manifest import Manifest
 from models.offline.evaluate import Evaluation
 from models.offline.measures import Outcome, Rate
 from models.offline.psim import UNLEARNT
+from models.screen import FloatArray
 
 ROWS = {
     "clean accuracy (CA)": "clean_accuracy",
@@ -68,20 +71,35 @@ def histogram(evaluation: Evaluation) -> Figure:
     """Plot the shares of clean and poisoned texts over PSIM confidence, with the thresholds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    bins = np.linspace(1 / len(evaluation.thresholds), 1, 61).tolist()
-    for name, values, color in (
-        ("clean", evaluation.clean_confidence, "tab:blue"),
-        ("poisoned", evaluation.poisoned_confidence, "tab:red"),
-    ):
+    draw_histogram(
+        axes,
+        evaluation.clean_confidence,
+        evaluation.poisoned_confidence,
+        evaluation.thresholds,
+        1 / len(evaluation.thresholds),
+    )
+    axes.legend()
+    return figure
+
+
+def draw_histogram(
+    axes: Axes,
+    clean: FloatArray,
+    poisoned: FloatArray,
+    thresholds: Mapping[str, float],
+    chance: float,
+) -> None:
+    """Draw confidences, shape (n,), from `chance` on, and the thresholds by name."""
+    bins = np.linspace(chance, 1, 61).tolist()
+    for name, values, color in (("clean", clean, "tab:blue"), ("poisoned", poisoned, "tab:red")):
         weights = np.full(len(values), 100 / len(values))
         axes.hist(values, bins, weights=weights, alpha=0.6, label=name, color=color)
     for (label, threshold), style in zip(
-        evaluation.thresholds.items(), ["--", ":", "-.", "-"] * 99, strict=False
+        thresholds.items(), ["--", ":", "-.", "-"] * 99, strict=False
     ):
         axes.axvline(threshold, color="black", linestyle=style, label=f"threshold: {label}")
     axes.set(xlabel="PSIM confidence", ylabel="% of texts", yscale="symlog", ylim=(0, 100))
-    axes.legend()
-    return figure
+    axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
 
 
 def manifest_table(manifest: Manifest) -> Table:
@@ -94,6 +112,7 @@ def manifest_table(manifest: Manifest) -> Table:
     table.add_row(
         "adapter", f"LoRA rank {psim.rank}, top {psim.layers} layer(s), {psim.steps} steps"
     )
+    table.add_row("checkpoints", f"steps {', '.join(map(str, psim.checkpoints))}")
     table.add_row("training stopped", psim.stopped_because)
     table.add_row(
         "clean texts",

@@ -1,0 +1,319 @@
+"""Defences side by side on one victim: the same texts, the same measures, the same clock."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.engines.pytorch import TorchEngine
+from models.guarded import guard, lora_config
+from models.offline.calibrate import calibrate, predict
+from models.offline.data import Sample
+from models.offline.defences import Onion, Strip
+from models.offline.evaluate import View
+from models.offline.fit import max_length_of, split_texts, train
+from models.offline.language_model import load_language_model, train_language_model
+from models.offline.measures import Classes, Defended, Outcome, classes_of, outcome
+from models.offline.recipe import (
+    OnionDefence,
+    ParaphraseDefence,
+    PsimDefence,
+    Recipe,
+    StripDefence,
+)
+from models.offline.store import Step, Store, digest_of
+from models.offline.victim import load_classifier
+from models.screen import FloatArray, Screen
+
+TIMED = 64
+"""Clean texts by which a defence's time is measured, beside the bare victim's on the same."""
+SCORES = "scores.npz"
+
+
+@dataclass
+class Case:
+    """A victim, and the texts that defences are fitted and measured on."""
+
+    victim: Step
+    published: Step
+    """The weights that the victim was tuned from."""
+    train: list[Sample]
+    """Clean texts for fitting; the victim was tuned on them too, as in the paper."""
+    dev: list[Sample]
+    """Clean texts for choosing thresholds."""
+    clean: list[Sample]
+    poisoned: list[str]
+    targets: list[str]
+    """The attacker's label for each poisoned text."""
+    paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
+    """By paraphraser: rewritten clean test texts, and rewritten poisoned ones of other classes."""
+    seed: int
+    dtype: str
+
+    @cached_property
+    def engine(self) -> TorchEngine:
+        """The victim alone: its adapter is as new, and does nothing."""
+        model, tokenizer = load_classifier(str(self.victim.folder / "model"))
+        length = max_length_of(model, tokenizer)
+        return TorchEngine(guard(model, lora_config(model, 1)), tokenizer, length, self.dtype)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Names of the victim's classes in their order."""
+        return list(self.victim.result["labels"])
+
+    @cached_property
+    def inputs(self) -> dict[str, object]:
+        """What every result on this case depends on."""
+        texts = (self.train, self.dev, self.clean, self.poisoned, self.targets)
+        return {
+            "victim": self.victim.key,
+            "texts": digest_of(texts),
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+
+    def classify(self, texts: Sequence[str]) -> FloatArray:
+        """Return the victim's probabilities, shape (len(texts), C)."""
+        return predict(self.engine, self.engine.encode(texts), classifier=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one defence did."""
+
+    name: str
+    outcome: Outcome
+    passes: float | None
+    """Forward passes per text beside that of the victim; None if not known."""
+    time: float | None
+    """Seconds per text over those of the bare victim, which 1 is; None if not known."""
+    details: dict[str, Any]
+    """What is particular to the defence."""
+
+    def as_row(self) -> dict[str, Any]:
+        """Return what the row of a cell keeps."""
+        return asdict(self.outcome) | {"passes": self.passes, "time": self.time} | self.details
+
+
+def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
+    """Run all defences of a recipe on a case.
+
+    Returns:
+        `defences`: how each did, by name; `bare`: the file, below the store's root, of true classes
+        and targets and of what the victim predicts without a defence.
+    """
+    bare = _bare(store, case)
+    arena = _Arena(case, **np.load(bare.folder / SCORES))
+    clean, poisoned = _unflagged(arena.predicted_clean), _unflagged(arena.predicted_poisoned)
+    entries = [arena.entry("none", clean, poisoned, 0.0, 1.0)]
+    for defence in recipe.defences:
+        match defence:
+            case PsimDefence():
+                entries += _psim(store, arena, defence)
+            case OnionDefence():
+                entries.append(_onion(store, arena, defence))
+            case StripDefence():
+                entries.append(_strip(store, arena, defence))
+            case ParaphraseDefence():
+                entries += (_rewritten(store, arena, name) for name in case.paraphrased)
+    return {
+        "defences": {entry.name: entry.as_row() for entry in entries},
+        "bare": str((bare.folder / SCORES).relative_to(store.root)),
+    }
+
+
+@dataclass(frozen=True)
+class _Arena:
+    """A case with the truth about it, and what the victim does alone."""
+
+    case: Case
+    truth: Classes
+    targets: Classes
+    predicted_clean: Classes
+    predicted_poisoned: Classes
+
+    def entry(
+        self,
+        name: str,
+        clean: Defended,
+        poisoned: Defended,
+        passes: float,
+        time: float,
+        **details: Any,
+    ) -> Entry:
+        fires = self.predicted_poisoned == self.targets
+        measured = outcome(clean, self.truth, poisoned, self.targets, fires)
+        return Entry(name, measured, passes, time, details)
+
+
+def _bare(store: Store, case: Case) -> Step:
+    def make(folder: Path) -> object:
+        np.savez(
+            folder / SCORES,
+            truth=classes_of(case.clean, case.labels),
+            targets=classes_of([Sample("", label) for label in case.targets], case.labels),
+            predicted_clean=case.classify([s.text for s in case.clean]).argmax(1),
+            predicted_poisoned=case.classify(case.poisoned).argmax(1),
+        )
+        return {}
+
+    return store.step("bare", case.inputs, make)
+
+
+def _psim(store: Store, arena: _Arena, defence: PsimDefence) -> Iterator[Entry]:
+    """Fit PSIM once, and judge by each of the rules for thresholds."""
+    case = arena.case
+    source = case.victim if defence.on == "victim" else case.published
+    settings = defence.model_dump(exclude={"name", "rules", "frr_budget"})
+    inputs = {**case.inputs, "source": source.key, **settings}
+    step = store.step("psim", inputs, lambda folder: _fit_psim(folder, case, source, defence))
+    scores = np.load(step.folder / SCORES)
+    details = {**step.result, "scores": str((step.folder / SCORES).relative_to(store.root))}
+    cost = float(len(details["checkpoints"])), details.pop("time")
+    for rule in defence.rules:
+        groups = calibrate(scores["known"], defence.frr_budget, by_class=rule != "pooled")
+        screen = Screen(groups)
+        clean, poisoned = (
+            View(screen, [screen.judge(p) for p in scores[kind]], predicted)
+            for kind, predicted in (
+                ("clean", arena.predicted_clean),
+                ("poisoned", arena.predicted_poisoned),
+            )
+        )
+        if rule == "paper":
+            yield arena.entry(f"{defence.name}, 0.7", clean.paper, poisoned.paper, *cost, **details)
+        else:
+            name = defence.name if rule == "calibrated" else f"{defence.name}, one threshold"
+            yield arena.entry(name, clean.calibrated, poisoned.calibrated, *cost, **details)
+
+
+def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> object:
+    started = time.perf_counter()
+    model, tokenizer = load_classifier(str(source.folder / "model"))
+    split = split_texts([s.text for s in case.train[: defence.texts]], case.seed)
+    config = replace(defence.config, seed=case.seed)
+    engine, training = train(model, tokenizer, split, config)
+    engine = TorchEngine(engine.guarded, tokenizer, engine.max_length, case.dtype)
+    texts = {
+        "known": split.calibrate if defence.calibrate_on == "train" else [s.text for s in case.dev],
+        "clean": [s.text for s in case.clean],
+        "poisoned": case.poisoned,
+    }
+    seconds = time.perf_counter() - started
+    scores = {kind: predict(engine, engine.encode(own)) for kind, own in texts.items()}
+    np.savez(folder / SCORES, allow_pickle=False, **scores)
+    return {
+        "steps": training.steps,
+        "checkpoints": training.checkpoints,
+        "stopped_because": training.stopped_because,
+        "fit_seconds": seconds,
+        "time": _relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
+    }
+
+
+def _onion(store: Store, arena: _Arena, defence: OnionDefence) -> Entry:
+    case, source = arena.case, defence.language_model
+    if source is None:
+        texts = [s.text for s in case.train]
+        step = store.step(
+            "language-model",
+            {"texts": digest_of(texts)},
+            lambda folder: str(train_language_model(texts, folder / "model").name),
+        )
+        source = str(step.folder / "model")
+
+    def make(folder: Path) -> object:
+        lm = load_language_model(source)
+        onion = Onion.fit(lm, case.dev, case.classify, case.labels)
+        return _run(folder, case, onion)
+
+    return _baseline(store, arena, defence.name, "onion", {"lm": source}, make)
+
+
+def _strip(store: Store, arena: _Arena, defence: StripDefence) -> Entry:
+    case = arena.case
+
+    def make(folder: Path) -> object:
+        strip = Strip.fit(
+            [s.text for s in case.train],
+            [s.text for s in case.dev],
+            case.classify,
+            defence.frr_budget,
+            copies=defence.copies,
+            seed=case.seed,
+        )
+        return _run(folder, case, strip)
+
+    settings = defence.model_dump(exclude={"name"})
+    return _baseline(store, arena, defence.name, "strip", settings, make)
+
+
+def _run(folder: Path, case: Case, defence: Onion | Strip) -> object:
+    """Put all texts through a baseline; keep what it made of them."""
+    arrays = {}
+    for kind, texts in (("clean", [s.text for s in case.clean]), ("poisoned", case.poisoned)):
+        for field, values in vars(defence.defend(texts, case.classify)).items():
+            arrays[f"{kind}_{field}"] = values
+    np.savez(folder / SCORES, **arrays)
+    return {
+        "passes": defence.passes([s.text for s in case.clean]),
+        "time": _relative_time(case, lambda batch: defence.defend(batch, case.classify)) - 1,
+    }
+
+
+def _baseline(
+    store: Store,
+    arena: _Arena,
+    name: str,
+    kind: str,
+    settings: dict[str, object],
+    make: Callable[[Path], object],
+) -> Entry:
+    step = store.step(kind, {**arena.case.inputs, **settings}, make)
+    scores = np.load(step.folder / SCORES)
+    clean, poisoned = (
+        Defended(*(scores[f"{kind}_{field}"] for field in ("predicted", "flagged", "scores")))
+        for kind in ("clean", "poisoned")
+    )
+    return arena.entry(name, clean, poisoned, step.result["passes"], step.result["time"])
+
+
+def _rewritten(store: Store, arena: _Arena, name: str) -> Entry:
+    """Classify what a paraphraser made of the test texts; what it cost is not known."""
+    case, (clean, poisoned) = arena.case, arena.case.paraphrased[name]
+
+    def make(folder: Path) -> object:
+        np.savez(
+            folder / SCORES,
+            clean=case.classify([s.text for s in clean]).argmax(1),
+            poisoned=case.classify([s.text for s in poisoned]).argmax(1),
+        )
+        return {}
+
+    inputs = {**case.inputs, "rewritten": digest_of([clean, poisoned])}
+    scores = np.load(store.step("paraphrase", inputs, make).folder / SCORES)
+    views = _unflagged(scores["clean"]), _unflagged(scores["poisoned"])
+    truth, target = classes_of(clean, case.labels), int(arena.targets[0])
+    return Entry(name, outcome(views[0], truth, views[1], target), None, None, {})
+
+
+def _unflagged(predicted: Classes) -> Defended:
+    return Defended(predicted, np.zeros(len(predicted), np.bool_))
+
+
+def _relative_time(case: Case, extra: Callable[[list[str]], object]) -> float:
+    """Return the time of the victim and `extra`, over that of the victim alone, one by one."""
+    texts = [s.text for s in case.clean[:TIMED]]
+    seconds = []
+    for run in (case.classify, extra):
+        run(texts[:2])  # warm
+        started = time.perf_counter()
+        for text in texts:
+            run([text])
+        seconds.append(time.perf_counter() - started)
+    return sum(seconds) / seconds[0]

@@ -1,0 +1,61 @@
+"""Results by content: a step that was done on the same inputs is not done again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+VERSION = 1
+"""Part of every key; a change of code that changes results raises it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is done."""
+
+    key: str
+    """Digest of the step's kind and inputs; an input of the steps that follow."""
+    folder: Path
+    result: Any
+    """What `make` returned, as JSON."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of results, each named after what it was made from.
+
+    One process at a time works on a step; several on different steps do each other no harm.
+    """
+
+    root: Path
+
+    def step(self, kind: str, inputs: Mapping[str, object], make: Callable[[Path], object]) -> Step:
+        """Return the result of `make`, from an earlier run if there is one.
+
+        Args:
+            kind: what the step does; names the folder.
+            inputs: all that the result depends on.
+            make: writes files into the folder it is given and returns what is kept as JSON;
+                interrupted, it is called again with the same folder.
+        """
+        content = json.dumps([VERSION, kind, to_jsonable_python(inputs)], sort_keys=True)
+        key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        folder = self.root / kind / key
+        done = folder / "result.json"
+        if not done.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            result = to_jsonable_python({"inputs": json.loads(content), "result": make(folder)})
+            partial = done.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            partial.replace(done)
+        return Step(key, folder, json.loads(done.read_text(encoding="utf-8"))["result"])
+
+
+def digest_of(content: object) -> str:
+    """Return a digest of anything that is JSON at heart, for inputs too long to be kept."""
+    text = json.dumps(to_jsonable_python(content), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

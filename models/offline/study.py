@@ -1,0 +1,277 @@
+"""The study of Zhao et al.: what attacks leave in tuned victims, and what each defence stops.
+
+Read `run_study`: data sets x attacks x strategies x seeds, each cell from top to bottom. Every step
+is kept under a digest of its inputs (`store.py`), so that an interrupted study goes on where it was
+and a changed recipe redoes only what it touches.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import DataError
+from models.offline.attack import (
+    WORD_TRIGGER,
+    Insertion,
+    Paraphrases,
+    poison_test_set,
+    poison_training_set,
+)
+from models.offline.contest import Case, contest
+from models.offline.data import Sample, load_samples
+from models.offline.demo import encoder_path
+from models.offline.finetune import Strategy, finetune_victim
+from models.offline.fit import labels_of
+from models.offline.measures import poisoned_non_target
+from models.offline.recipe import AttackRecipe, DataSet, Recipe
+from models.offline.store import Step, Store, digest_of
+from models.offline.victim import load_classifier
+
+ROWS = "rows.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One victim of the study."""
+
+    data: DataSet
+    attack: AttackRecipe
+    strategy: Strategy
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.data.name}, {self.attack.name}, {self.strategy}, seed {self.seed}"
+
+
+def cells(recipe: Recipe) -> Iterable[Cell]:
+    """Yield all cells of a recipe but the impossible ones, those of a data set together."""
+    for data in recipe.data:
+        for attack in recipe.attacks:
+            for seed in recipe.seeds:
+                for strategy in recipe.strategies:
+                    if data.syntactic or not attack.syntactic:
+                        yield Cell(data, attack, strategy, seed)
+
+
+def run_study(
+    recipe: Recipe, root: Path, out: Path, store: Store, say: Callable[[str], object]
+) -> list[dict[str, Any]]:
+    """Run a study and return its rows, one per cell; they are also kept in `out/rows.jsonl`.
+
+    Args:
+        recipe: what is varied.
+        root: folder that the recipe's paths are relative to.
+        out: folder for results.
+        store: where the steps are kept; studies that have steps in common may share one.
+        say: called with a line whenever a cell begins.
+
+    Raises:
+        DataError, VictimError, CalibrationError: as their messages say.
+    """
+    base = _base(recipe.base)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (planned := list(cells(recipe))):
+        raise DataError("nothing to do: no data set of the recipe has syntactic paraphrases")
+    texts = {data.name: Texts.load(data, root) for data in recipe.data}  # complain early
+    rows: list[dict[str, Any]] = []
+    for number, cell in enumerate(planned, 1):
+        say(f"[{number}/{len(planned)}] {cell}")
+        own = texts[cell.data.name]
+        published = poison(store, recipe, cell, own, base)
+        victim = tune(store, recipe, cell, own, published)
+        case = make_case(recipe, cell, own, published, victim)
+        rows.append(
+            {
+                "data": cell.data.name,
+                "attack": cell.attack.name,
+                "strategy": str(cell.strategy),
+                "seed": cell.seed,
+                "labels": victim.result["labels"],
+                "published_dev_accuracy": published.result["clean_accuracy"],
+                "victim_dev_accuracy": victim.result["clean_accuracy"],
+                **contest(store, recipe, case),
+            }
+        )
+        _write_rows(out / ROWS, rows)
+    return rows
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a data set; empty ones, which some published files have, are left out."""
+
+    train: list[Sample]
+    dev: list[Sample]
+    test: list[Sample]
+    syntactic_train: list[Sample]
+    syntactic_test: list[Sample]
+    paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
+    """By paraphraser: clean test texts, and word-trigger texts of other classes."""
+
+    @staticmethod
+    def load(data: DataSet, root: Path) -> "Texts":
+        """Read the files.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+
+        def read(path: str, most: int | None = None) -> list[Sample]:
+            return load_samples(str(root / path), drop_empty=True)[:most]
+
+        syntactic = data.syntactic
+        return Texts(
+            read(data.train, data.max_train),
+            read(data.dev),
+            read(data.test, data.max_test),
+            read(syntactic.train) if syntactic else [],
+            read(syntactic.test) if syntactic else [],
+            {
+                name: (read(pair.clean, data.max_test), read(pair.poisoned, data.max_test))
+                for name, pair in data.paraphrased.items()
+            },
+        )
+
+
+def poison(store: Store, recipe: Recipe, cell: Cell, texts: Texts, base: Path | str) -> Step:
+    """Make the weights that the attacker publishes: full fine-tuning on a poisoned set."""
+    poisoned = poisoned_training_texts(cell, texts)
+    return _train(
+        store, "published", base, _weights_digest(base), poisoned, texts.dev, Strategy.FULL,
+        recipe.training.poison_epochs, cell.seed,
+    )  # fmt: skip
+
+
+def tune(store: Store, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
+    """Make the victim: the user's own tuning on clean texts."""
+    return _train(
+        store, "victim", published.folder / "model", published.key, texts.train, texts.dev,
+        cell.strategy, recipe.training.tune_epochs, cell.seed,
+    )  # fmt: skip
+
+
+def _train(
+    store: Store,
+    kind: str,
+    start: Path | str,
+    start_key: str,
+    train: list[Sample],
+    dev: list[Sample],
+    strategy: Strategy,
+    epochs: int,
+    seed: int,
+) -> Step:
+    def make(folder: Path) -> object:
+        result = finetune_victim(
+            str(start), train, dev, strategy, folder / "model", epochs=epochs, seed=seed
+        )
+        labels = labels_of(load_classifier(str(folder / "model"))[0])
+        return {"clean_accuracy": result.clean_accuracy, "labels": labels}
+
+    inputs = {
+        "start": start_key,
+        "train": digest_of(train),
+        "dev": digest_of(dev),
+        "strategy": strategy,
+        "epochs": epochs,
+        "seed": seed,
+    }
+    return store.step(kind, inputs, make)
+
+
+def poisoned_training_texts(cell: Cell, texts: Texts) -> list[Sample]:
+    """Return the training set that the attacker uses.
+
+    With a trigger for each of several targets, each gets a part of the texts.
+    """
+    attacks = _attacks(cell, texts)
+    return [
+        sample
+        for part, (attack, target) in enumerate(attacks)
+        for sample in poison_training_set(
+            texts.train[part :: len(attacks)],
+            attack,
+            target,
+            cell.attack.poison_rate,
+            clean_label=cell.attack.clean_label,
+            flip_share=cell.attack.flip_share,
+            seed=cell.seed,
+        )
+    ]
+
+
+def _attacks(cell: Cell, texts: Texts) -> list[tuple[Insertion | Paraphrases, str]]:
+    """Return the attacks of a cell, each with its target label."""
+    attack, data = cell.attack, cell.data
+    if attack.target_triggers:
+        return [(Insertion((t,)), label) for label, t in attack.target_triggers.items()]
+    if attack.triggers:
+        return [(Insertion(attack.triggers), data.target_label)]
+    if data.syntactic is None:
+        raise DataError(f"{data.name} has no syntactic paraphrases")
+    return [(Paraphrases(tuple(texts.syntactic_train)), data.syntactic.target_label)]
+
+
+def poisoned_test_texts(cell: Cell, texts: Texts) -> list[tuple[str, str]]:
+    """Return poisoned test texts, none of whose true class is the target, with the target."""
+    result = []
+    for attack, target in _attacks(cell, texts):
+        if isinstance(attack, Insertion):
+            poisoned = poison_test_set(texts.test, attack, target, cell.seed)
+            clean = [s for s in texts.test if s.label != target]
+            poisoned = [
+                Sample(_filler(before.text, cell.attack.bury_behind) + after.text)
+                for before, after in zip(clean, poisoned, strict=True)
+            ]
+        else:
+            poisoned = poisoned_non_target(texts.syntactic_test, target)
+        result += [(s.text, target) for s in poisoned]
+    random.Random(cell.seed).shuffle(result)
+    return result[: cell.data.max_test]
+
+
+def make_case(recipe: Recipe, cell: Cell, texts: Texts, published: Step, victim: Step) -> Case:
+    """Gather what the defences get to see of a cell, and what they are measured on."""
+    poisoned = poisoned_test_texts(cell, texts)
+    word = cell.attack.triggers == (WORD_TRIGGER,)
+    return Case(
+        victim=victim,
+        published=published,
+        train=texts.train,
+        dev=texts.dev,
+        clean=texts.test,
+        poisoned=[text for text, _ in poisoned],
+        targets=[target for _, target in poisoned],
+        paraphrased=texts.paraphrased if word else {},
+        seed=cell.seed,
+        dtype=recipe.dtype,
+    )
+
+
+def _filler(text: str, words: int) -> str:
+    """Return so many words of a text, repeated as needed, with a space behind each."""
+    own = text.split()
+    return "".join(f"{word} " for word in (own * (words // len(own) + 1))[:words])
+
+
+def _base(name: str) -> Path | str:
+    return encoder_path() if name == "demo" else name
+
+
+def _weights_digest(base: Path | str) -> str:
+    """Return a digest of a model folder's weights; of a hub id, its name must do."""
+    files = sorted(Path(base).glob("*.safetensors"))
+    digest = hashlib.sha256(str(base).encode() if not files else b"")
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)

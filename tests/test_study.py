@@ -1,0 +1,191 @@
+"""A whole study, tiny: what it trains, what it keeps, and what a second run does again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import models.offline.contest as contest
+import models.offline.study as study
+from models.errors import DataError
+from models.offline.corpus import generate
+from models.offline.data import write_samples
+from models.offline.finetune import Strategy, finetune_victim
+from models.offline.recipe import Recipe, load_recipe
+from models.offline.store import Store
+
+RECIPE = """
+strategies = ["lora"]
+training = {{ poison_epochs = 1, tune_epochs = 1 }}
+
+[[data]]
+name = "corpus"
+train = "train.jsonl"
+dev = "dev.jsonl"
+test = "test.jsonl"
+target_label = "positive"
+max_test = 60
+paraphrased = {{ copy = {{ clean = "test.jsonl", poisoned = "test.jsonl" }} }}
+
+[[attacks]]
+name = "word"
+triggers = ["mn"]
+
+[[attacks]]
+name = "syntactic"
+
+[[defences]]
+kind = "psim"
+name = "PSIM"
+frr_budget = {budget}
+rules = ["calibrated", "pooled", "paper"]
+config = {{ max_steps = 10 }}
+
+[[defences]]
+kind = "strip"
+copies = 2
+frr_budget = 0.05
+
+[[defences]]
+kind = "paraphrase"
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    texts = generate(420, seed=3)
+    write_samples(folder / "train.jsonl", texts[:240])
+    write_samples(folder / "dev.jsonl", texts[240:340])
+    write_samples(folder / "test.jsonl", texts[340:])
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"text": "", "label": "positive"}\n')  # as published files have
+    return folder
+
+
+def recipe(folder: Path, text: str = RECIPE.format(budget=0.05)) -> Recipe:
+    (folder / "recipe.toml").write_text(text)
+    return load_recipe(folder / "recipe.toml")
+
+
+def run(planned: Recipe, data: Path, out: Path) -> list[dict[str, Any]]:
+    return study.run_study(planned, data, out, Store(out / "steps"), lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("study")
+    return out, run(recipe(out), data, out)
+
+
+def test_a_row_says_what_every_defence_did(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    out, rows = done
+    (row,) = rows  # there is no syntactic poison for this data set
+    assert [json.loads(line) for line in (out / study.ROWS).read_text().splitlines()] == rows
+    assert (row["data"], row["attack"], row["strategy"]) == ("corpus", "word", "lora")
+    names = {"none", "PSIM", "PSIM, one threshold", "PSIM, 0.7", "STRIP", "copy"}
+    assert set(row["defences"]) == names
+    none, psim, strip, copy = (row["defences"][n] for n in ("none", "PSIM", "STRIP", "copy"))
+    assert none["clean_accuracy"]["n"] == psim["clean_accuracy"]["n"] == 60
+    assert none["false_rejection_rate"]["value"] == 0
+    assert 0 < none["attack_success_rate"]["n"] < 60  # none of the target class
+    assert copy["clean_accuracy"] == none["clean_accuracy"]
+    assert (none["passes"], psim["passes"], strip["passes"]) == (0, 3, 2)
+    assert none["time"] == 1 < strip["time"] < psim["time"]
+    assert (out / "steps" / psim["scores"]).is_file()
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(
+    done: tuple[Path, list[dict[str, Any]]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rows = done
+
+    def no(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(study, "finetune_victim", no)
+    monkeypatch.setattr(contest, "train", no)
+    assert run(recipe(out), data, out) == rows
+    # Another budget is another threshold, on the same scores.
+    changed = study.run_study(
+        recipe(out, RECIPE.format(budget=0.2)), data, out, Store(out / "steps"), lambda line: None
+    )
+    before, after = (r[0]["defences"]["PSIM"]["false_rejection_rate"] for r in (rows, changed))
+    assert after["value"] >= before["value"]
+
+
+def test_what_a_change_touches_is_done_again(
+    done: tuple[Path, list[dict[str, Any]]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = done
+    tuned: list[Strategy] = []
+    real = finetune_victim
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        tuned.append(args[3])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(study, "finetune_victim", spy)
+    text = RECIPE.format(budget=0.05).replace("tune_epochs = 1", "tune_epochs = 2")
+    run(recipe(out, text), data, out)
+    assert tuned == [Strategy.LORA]  # the poisoned weights are still good
+
+
+def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace(
+        'triggers = ["mn"]', 'target_triggers = { positive = "mn", negative = "cf" }'
+    )
+    planned = recipe(data, text)
+    texts = study.Texts.load(planned.data[0], data)
+    (cell,) = study.cells(planned)
+    poisoned = [s for s in study.poisoned_training_texts(cell, texts) if s not in texts.train]
+    assert {("mn" in s.text.split(), s.label) for s in poisoned} == {
+        (True, "positive"),
+        (False, "negative"),
+    }
+    tests = study.poisoned_test_texts(cell, texts)
+    assert {("mn" in t.split(), label) for t, label in tests} == {
+        (True, "positive"),
+        (False, "negative"),
+    }
+
+
+def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace(
+        'triggers = ["mn"]', 'triggers = ["mn"]\nbury_behind = 300'
+    )
+    planned = recipe(data, text)
+    (cell,) = study.cells(planned)
+    tests = study.poisoned_test_texts(cell, study.Texts.load(planned.data[0], data))
+    assert all(t.split().index("mn") > 300 for t, _ in tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max_test", "max_tests"), "data.0.max_tests: Extra inputs"),
+        (("max_steps", "max_step"), "max_step"),
+        (('kind = "strip"', 'kind = "magic"'), "defences.1"),
+        (('name = "syntactic"', 'name = "word"'), "names must differ"),
+        (('"lora"', '"qlora"'), "strategies.0"),
+        (("[[data]]", "[[data"), "not TOML"),
+        (("= 0.05", "= 5"), "frr_budget"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        recipe(tmp_path, RECIPE.format(budget=0.05).replace(*change))
+
+
+def test_a_recipe_that_leaves_nothing_to_do_is_refused(data: Path, tmp_path: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace('[[attacks]]\nname = "word"\ntriggers = ["mn"]\n', "")
+    with pytest.raises(DataError, match="nothing to do"):
+        run(recipe(tmp_path, text), data, tmp_path)
+
+
+def test_a_missing_file_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl does not exist"):
+        run(recipe(tmp_path), tmp_path, tmp_path)
