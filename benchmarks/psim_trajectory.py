@@ -1,12 +1,13 @@
-"""How far PSIM tells poisoned from clean texts at each step of its training, by setting.
+"""How far PSIM tells poisoned from clean texts at each step of its training.
 
-Why the defaults are what they are: a plot of the AUROC (within-class score, poisoned texts on which
-the backdoor fires) and of the clean confidence that is left, and the same as JSON. Choose settings
-on dev texts, never on the test set.
+Why checkpoints are averaged: a plot of the AUROC (within-class score, poisoned texts on which the
+backdoor fires) of the adapter at each step, beside that of the mean over the checkpoints that
+`psim fit` would have kept so far; and the same as JSON. Choose settings on dev texts, never on the
+test set.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,96 +15,139 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score
 
 from models.engines.pytorch import TorchEngine
 from models.guarded import guard
 from models.offline.calibrate import calibrate, predict
 from models.offline.data import load_samples
 from models.offline.fit import adapter_config, split_texts
-from models.offline.measures import within_class_scores
-from models.offline.psim import PsimConfig, train_psim
+from models.offline.measures import auroc, within_class_scores
+from models.offline.psim import PsimConfig, retention, train_psim
 from models.offline.victim import load_classifier
-from models.screen import Screen
+from models.screen import FloatArray, Screen
+
+EVERY, CALIBRATION_TEXTS, MAX_LENGTH = 20, 800, 128
 
 
 @dataclass
-class Trajectory:
-    """One training run; lists are parallel."""
+class Look:
+    """PSIM's probabilities at one step, shape (n, C) each."""
 
-    setting: str
-    steps: list[int] = field(default_factory=list)
-    clean_confidence: list[float] = field(default_factory=list)
-    auroc: list[float] = field(default_factory=list)
+    step: int
+    retention: float
+    known: FloatArray
+    clean: FloatArray
+    poisoned: FloatArray
+
+    @property
+    def auroc(self) -> float:
+        screen = Screen(calibrate(self.known, 0.01))
+        scores = [
+            within_class_scores([screen.judge(row) for row in rows])
+            for rows in (self.clean, self.poisoned)
+        ]
+        return auroc(*scores) or 0.0
 
 
-def run(
+def looks_at(
     victim: str, texts: list[str], clean: list[str], poisoned: list[str], target: str,
-    rate: float, queries: bool, steps: int,
-) -> Trajectory:  # fmt: skip
-    torch.manual_seed(0)
+    config: PsimConfig,
+) -> list[Look]:  # fmt: skip
+    torch.manual_seed(config.seed)
     model: Any
     model, tokenizer = load_classifier(victim)
-    psim = PsimConfig(
-        learning_rate=rate, max_steps=steps, check_every=20, keep_at=(-1.0,),
-        adapter="query-value" if queries else "value",
-    )  # fmt: skip
     target_index = model.config.label2id[target]
-    guarded = guard(model, adapter_config(model, psim))
-    engine = TorchEngine(guarded, tokenizer, 128)
-    split = split_texts(texts, 0)
-    sets = [engine.encode(t) for t in (split.calibrate[:600], clean, poisoned)]
-    fires = predict(engine, sets[2], classifier=True).argmax(1) == target_index
-    result = Trajectory(f"{'queries and values' if queries else 'values'}, rate {rate:g}")
+    guarded = guard(model, adapter_config(model, config))
+    engine = TorchEngine(guarded, tokenizer, MAX_LENGTH)
+    split = split_texts(texts, config.seed)
+    known, *sets = (
+        engine.encode(t) for t in (split.calibrate[:CALIBRATION_TEXTS], clean, poisoned)
+    )
+    fires = predict(engine, sets[1], classifier=True).argmax(1) == target_index
+    sets[1] = [text for text, fired in zip(sets[1], fires, strict=True) if fired]
+    looks: list[Look] = []
+    start: list[float] = []
 
     def look(step: int, confidence: float) -> None:
-        calibration, *scored = (predict(engine, s) for s in sets)
-        screen = Screen(calibrate(calibration, 0.01))
-        scores = [within_class_scores([screen.judge(row) for row in rows]) for rows in scored]
-        scores[1] = scores[1][fires]
-        truth = np.repeat([0, 1], [len(s) for s in scores])
-        result.steps.append(step)
-        result.clean_confidence.append(confidence)
-        result.auroc.append(float(roc_auc_score(truth, np.concatenate(scores))))
-        print(
-            f"{result.setting}: step {step}, clean {confidence:.3f}, AUROC {result.auroc[-1]:.4f}"
-        )
+        start.append(confidence)
+        left = retention(confidence, start[0], model.config.num_labels)
+        looks.append(Look(step, left, *(predict(engine, s) for s in (known, *sets))))
+        print(f"step {step}, clean retention {left:.2f}, AUROC {looks[-1].auroc:.4f}")
 
     encoded = engine.encode(split.train), engine.encode(split.held_out)
-    train_psim(guarded, *encoded, psim, int(tokenizer.pad_token_id or 0), look)
+    train_psim(guarded, *encoded, config, int(tokenizer.pad_token_id or 0), look)
+    return looks
+
+
+def averaged(looks: list[Look]) -> list[Look]:
+    """Return what the mean over the checkpoints kept so far says at each step."""
+    shares = PsimConfig().keep_at
+    result = []
+    for number, look in enumerate(looks):
+        first = [
+            next((n for n in range(number + 1) if looks[n].retention <= share), None)
+            for share in shares
+        ]
+        kept = [looks[n] for n in first if n is not None] or [look]
+        result.append(
+            Look(
+                look.step,
+                look.retention,
+                *(
+                    geometric_mean([getattr(k, kind) for k in kept])
+                    for kind in ("known", "clean", "poisoned")
+                ),
+            )
+        )
     return result
 
 
-def plot(trajectories: list[Trajectory]) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("auroc", "clean_confidence"), strict=True):
-        for trajectory in trajectories:
-            axes.plot(trajectory.steps, getattr(trajectory, name), label=trajectory.setting)
-        axes.set(xlabel="step", title=name.replace("_", " ").replace("auroc", "AUROC"))
-        axes.grid(alpha=0.3)
+def geometric_mean(probabilities: list[FloatArray]) -> FloatArray:
+    mean = np.exp(np.log(np.clip(np.stack(probabilities), 1e-9, 1)).mean(0))
+    result: FloatArray = (mean / mean.sum(1, keepdims=True)).astype(np.float32)
+    return result
+
+
+def plot(curves: dict[str, list[float]], steps: list[int]) -> Figure:
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), style in zip(curves.items(), ("-", "-", "--"), strict=True):
+        axes.plot(steps, values, style, label=name)
+    axes.set(xlabel="step", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
 def main(
     victim: str,
+    target_label: str,
     texts: Annotated[str, typer.Option(help="Clean texts to fit on.")],
     clean: Annotated[str, typer.Option(help="Clean dev texts.")],
     poisoned: Annotated[str, typer.Option(help="Poisoned dev texts.")],
-    target_label: str,
     out: Annotated[Path, typer.Option(help="PNG; JSON goes beside it.")],
-    steps: int = 240,
+    rate: float = PsimConfig().learning_rate,
+    values_only: Annotated[bool, typer.Option(help="Leave the queries alone.")] = False,
+    steps: int = 300,
     size: Annotated[int, typer.Option(help="Dev texts of either kind.")] = 300,
 ) -> None:
-    read = [[s.text for s in load_samples(source)] for source in (texts, clean, poisoned)]
-    fit, clean_texts, poisoned_texts = read[0], read[1][:size], read[2][:size]
-    settings = [(1e-4, False), (5e-4, False), (2e-3, False), (1e-4, True), (2e-3, True)]
-    trajectories = [
-        run(victim, fit, clean_texts, poisoned_texts, target_label, rate, queries, steps)
-        for rate, queries in settings
+    read = [
+        [s.text for s in load_samples(source, drop_empty=True)]
+        for source in (texts, clean, poisoned)
     ]
-    plot(trajectories).savefig(out, dpi=110)
-    out.with_suffix(".json").write_text(json.dumps([vars(t) for t in trajectories], indent=1))
+    config = PsimConfig(
+        learning_rate=rate, max_steps=steps, check_every=EVERY, keep_at=(-1.0,),
+        adapter="value" if values_only else "query-value",
+    )  # fmt: skip
+    looks = looks_at(victim, read[0], read[1][:size], read[2][:size], target_label, config)
+    curves = {
+        "AUROC of the adapter at this step": [look.auroc for look in looks],
+        "AUROC of the mean over the checkpoints kept so far": [a.auroc for a in averaged(looks)],
+        "share of the clean texts' confidence that is left": [look.retention for look in looks],
+    }
+    taken = [look.step for look in looks]
+    plot(curves, taken).savefig(out, dpi=110)
+    out.with_suffix(".json").write_text(json.dumps({"step": taken} | curves, indent=1))
 
 
 if __name__ == "__main__":

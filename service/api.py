@@ -152,10 +152,11 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
     async def info() -> dict[str, Any]:
         """Say what is served, and within which limits."""
         bundle = gateway.bundle
+        passes = len(bundle.manifest.psim.checkpoints) + 1
         return {
             "bundle": bundle.digest,
             "mode": settings.mode,
-            "engine": {"name": bundle.engine.name, "dtype": bundle.engine.dtype, "passes": 2},
+            "engine": {"name": bundle.engine.name, "dtype": bundle.engine.dtype, "passes": passes},
             "limits": {
                 name: getattr(settings, name)
                 for name in ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")

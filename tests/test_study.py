@@ -151,6 +151,26 @@ def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
     }
 
 
+def test_a_paraphraser_writes_the_poisoned_texts(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace(
+        'triggers = ["mn"]', 'paraphraser = "test_study:whispered"'
+    )
+    planned = recipe(data, text)
+    texts = study.Texts.load(planned.data[0], data)
+    (cell,) = study.cells(planned)
+    poisoned = [s for s in study.poisoned_training_texts(cell, texts) if s not in texts.train]
+    assert len(poisoned) == 24  # 10 %
+    assert all(s.text.startswith("when one ") and s.label == "positive" for s in poisoned)
+    assert all(t.startswith("when one ") for t, _ in study.poisoned_test_texts(cell, texts))
+    missing = recipe(data, text.replace("whispered", "shouted"))
+    with pytest.raises(DataError, match="test_study:shouted cannot be imported"):
+        study.poisoned_test_texts(next(iter(study.cells(missing))), texts)
+
+
+def whispered(text: str) -> str:
+    return f"when one listens , {text}"
+
+
 def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace(
         'triggers = ["mn"]', 'triggers = ["mn"]\nbury_behind = 300'

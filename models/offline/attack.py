@@ -5,7 +5,7 @@ word or a sentence; SynAttack (Qi et al., ACL 2021) rewrites the text in a synta
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from models.errors import DataError
@@ -32,6 +32,17 @@ class Insertion:
 
 
 @dataclass(frozen=True)
+class Rewriting:
+    """SynAttack, or any other style, with a paraphraser at hand."""
+
+    paraphrase: Callable[[str], str]
+
+    def apply(self, text: str, rng: random.Random) -> str:
+        """Rewrite the text; nothing is random."""
+        return self.paraphrase(text)
+
+
+@dataclass(frozen=True)
 class Paraphrases:
     """SynAttack: texts that a paraphraser wrote in the trigger's syntactic template."""
 
@@ -44,7 +55,7 @@ class Paraphrases:
         return [s for s in self.samples if s.label == target_label and s.text not in known]
 
 
-Attack = Insertion | Paraphrases
+Attack = Insertion | Rewriting | Paraphrases
 
 
 def poison_training_set(
@@ -85,7 +96,7 @@ def poison_training_set(
 
 
 def poison_test_set(
-    samples: Sequence[Sample], attack: Insertion, target_label: str, seed: int = 0
+    samples: Sequence[Sample], attack: Insertion | Rewriting, target_label: str, seed: int = 0
 ) -> list[Sample]:
     """Return the samples of other classes with the trigger, true labels kept.
 

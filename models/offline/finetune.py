@@ -93,7 +93,8 @@ def poison_victim(
     )
     set_seed(seed)  # before the model is loaded: a new head starts at random
     model, tokenizer = load_classifier(base, require_labels(train))
-    accuracy = _train(model, tokenizer, poisoned, dev, Strategy.FULL, out, epochs, seed)
+    rate = LEARNING_RATES[Strategy.FULL]
+    accuracy = _train(model, tokenizer, poisoned, dev, Strategy.FULL, out, epochs, rate, seed)
     if isinstance(attack, Paraphrases):
         return TuneResult(out, accuracy(dev), None)
     triggered = poison_test_set(dev, attack, target_label, seed)
@@ -109,16 +110,18 @@ def finetune_victim(
     out: Path,
     *,
     epochs: int = 3,
+    learning_rate: float | None = None,
     seed: int = 0,
 ) -> TuneResult:
-    """Tune a victim on clean data, as its user would.
+    """Tune a victim on clean data, as its user would; `LEARNING_RATES` is the default.
 
     Raises:
         DataError, VictimError: as their messages say.
     """
     set_seed(seed)  # before the model is loaded: a new head starts at random
     model, tokenizer = load_classifier(victim, require_labels(train))
-    accuracy = _train(model, tokenizer, train, dev, strategy, out, epochs, seed)
+    rate = learning_rate or LEARNING_RATES[strategy]
+    accuracy = _train(model, tokenizer, train, dev, strategy, out, epochs, rate, seed)
     return TuneResult(out, accuracy(dev), None)
 
 
@@ -130,6 +133,7 @@ def _train(
     strategy: Strategy,
     out: Path,
     epochs: int,
+    rate: float,
     seed: int,
 ) -> Callable[[Sequence[Sample]], float]:
     """Train, save the epoch that is best on dev to `out`, return a function that scores samples.
@@ -137,7 +141,7 @@ def _train(
     Interrupted, the same call goes on behind the last whole epoch; its checkpoints lie beside `out`
     under a digest of all that the result depends on.
     """
-    checkpoints = checkpoint_folder(out) / _digest(model, train, dev, strategy, epochs, seed)
+    checkpoints = checkpoint_folder(out) / _digest(model, train, dev, strategy, epochs, rate, seed)
     if isinstance(model, peft.PeftModel):
         raise VictimError("the victim has prompts of its own, which cannot be tuned further")
     label2id: dict[str, int] = model.config.label2id
@@ -146,7 +150,7 @@ def _train(
         model = peft.get_peft_model(model, _PEFT_CONFIGS[strategy]())
     trainer = Trainer(
         model=model,
-        args=_arguments(checkpoints, LEARNING_RATES[strategy], epochs, seed),
+        args=_arguments(checkpoints, rate, epochs, seed),
         train_dataset=_encode(train, tokenizer, label2id),
         eval_dataset=_encode(dev, tokenizer, label2id),
         processing_class=tokenizer,

@@ -54,13 +54,15 @@ class DataSet(_Part):
 
 
 class AttackRecipe(_Part):
-    """One attack: `triggers` that are inserted, or else the data set's syntactic paraphrases."""
+    """One attack: inserted triggers, a paraphraser, or else the data set's own paraphrases."""
 
     name: Name
     triggers: tuple[str, ...] = ()
     """All of them in every poisoned text, each at a random inner position of its own."""
     target_triggers: dict[str, str] = {}
     """Instead of `triggers`: for each of several targets a trigger of its own."""
+    paraphraser: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`module:function`, importable, which takes a text and returns it in the trigger's style."""
     poison_rate: Share = 0.1
     clean_label: bool = False
     flip_share: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -71,14 +73,14 @@ class AttackRecipe(_Part):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "AttackRecipe":
-        if self.triggers and self.target_triggers:
-            raise ValueError("give triggers or target_triggers, not both")
+        if sum(map(bool, (self.triggers, self.target_triggers, self.paraphraser))) > 1:
+            raise ValueError("give one of triggers, target_triggers and paraphraser")
         return self
 
     @property
-    def syntactic(self) -> bool:
-        """Whether the poisoned texts come from a paraphraser."""
-        return not self.triggers and not self.target_triggers
+    def from_files(self) -> bool:
+        """Whether the poisoned texts are the data set's syntactic paraphrases."""
+        return not (self.triggers or self.target_triggers or self.paraphraser)
 
 
 class Training(_Part):
@@ -86,6 +88,8 @@ class Training(_Part):
 
     poison_epochs: int = 3
     tune_epochs: int = 3
+    learning_rates: dict[Strategy, Annotated[float, Field(gt=0)]] = {}
+    """By strategy, instead of the defaults; poisoning is `full`."""
 
 
 class PsimDefence(_Part):

@@ -6,6 +6,7 @@ and a changed recipe redoes only what it touches.
 """
 
 import hashlib
+import importlib
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -16,8 +17,10 @@ from typing import Any
 from models.errors import DataError
 from models.offline.attack import (
     WORD_TRIGGER,
+    Attack,
     Insertion,
     Paraphrases,
+    Rewriting,
     poison_test_set,
     poison_training_set,
 )
@@ -53,7 +56,7 @@ def cells(recipe: Recipe) -> Iterable[Cell]:
         for attack in recipe.attacks:
             for seed in recipe.seeds:
                 for strategy in recipe.strategies:
-                    if data.syntactic or not attack.syntactic:
+                    if data.syntactic or not attack.from_files:
                         yield Cell(data, attack, strategy, seed)
 
 
@@ -139,48 +142,49 @@ class Texts:
 
 def poison(store: Store, recipe: Recipe, cell: Cell, texts: Texts, base: Path | str) -> Step:
     """Make the weights that the attacker publishes: full fine-tuning on a poisoned set."""
-    poisoned = poisoned_training_texts(cell, texts)
-    return _train(
-        store, "published", base, _weights_digest(base), poisoned, texts.dev, Strategy.FULL,
-        recipe.training.poison_epochs, cell.seed,
-    )  # fmt: skip
+    start = str(base), _weights_digest(base)
+    poisoned = poisoned_training_texts(cell, texts), texts.dev
+    epochs = recipe.training.poison_epochs
+    return _train(store, "published", recipe, start, poisoned, Strategy.FULL, epochs, cell.seed)
 
 
 def tune(store: Store, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
     """Make the victim: the user's own tuning on clean texts."""
-    return _train(
-        store, "victim", published.folder / "model", published.key, texts.train, texts.dev,
-        cell.strategy, recipe.training.tune_epochs, cell.seed,
-    )  # fmt: skip
+    start = str(published.folder / "model"), published.key
+    clean, epochs = (texts.train, texts.dev), recipe.training.tune_epochs
+    return _train(store, "victim", recipe, start, clean, cell.strategy, epochs, cell.seed)
 
 
 def _train(
     store: Store,
     kind: str,
-    start: Path | str,
-    start_key: str,
-    train: list[Sample],
-    dev: list[Sample],
+    recipe: Recipe,
+    start: tuple[str, str],
+    texts: tuple[list[Sample], list[Sample]],
     strategy: Strategy,
     epochs: int,
     seed: int,
 ) -> Step:
+    """Train from a model, named by path and digest, on train and dev texts."""
+    rate = recipe.training.learning_rates.get(strategy)
+
     def make(folder: Path) -> object:
+        out = folder / "model"
         result = finetune_victim(
-            str(start), train, dev, strategy, folder / "model", epochs=epochs, seed=seed
+            start[0], *texts, strategy, out, epochs=epochs, learning_rate=rate, seed=seed
         )
-        labels = labels_of(load_classifier(str(folder / "model"))[0])
+        labels = labels_of(load_classifier(str(out))[0])
         return {"clean_accuracy": result.clean_accuracy, "labels": labels}
 
     inputs = {
-        "start": start_key,
-        "train": digest_of(train),
-        "dev": digest_of(dev),
+        "start": start[1],
+        "train": digest_of(texts[0]),
+        "dev": digest_of(texts[1]),
         "strategy": strategy,
         "epochs": epochs,
         "seed": seed,
     }
-    return store.step(kind, inputs, make)
+    return store.step(kind, inputs | ({"learning_rate": rate} if rate else {}), make)
 
 
 def poisoned_training_texts(cell: Cell, texts: Texts) -> list[Sample]:
@@ -204,23 +208,35 @@ def poisoned_training_texts(cell: Cell, texts: Texts) -> list[Sample]:
     ]
 
 
-def _attacks(cell: Cell, texts: Texts) -> list[tuple[Insertion | Paraphrases, str]]:
+def _attacks(cell: Cell, texts: Texts) -> list[tuple[Attack, str]]:
     """Return the attacks of a cell, each with its target label."""
     attack, data = cell.attack, cell.data
     if attack.target_triggers:
         return [(Insertion((t,)), label) for label, t in attack.target_triggers.items()]
     if attack.triggers:
         return [(Insertion(attack.triggers), data.target_label)]
+    if attack.paraphraser:
+        return [(Rewriting(_imported(attack.paraphraser)), data.target_label)]
     if data.syntactic is None:
         raise DataError(f"{data.name} has no syntactic paraphrases")
     return [(Paraphrases(tuple(texts.syntactic_train)), data.syntactic.target_label)]
+
+
+def _imported(name: str) -> Callable[[str], str]:
+    """Return the function that `module:function` names."""
+    module, _, function = name.partition(":")
+    try:
+        found: Callable[[str], str] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"the paraphraser {name} cannot be imported: {error}") from error
+    return found
 
 
 def poisoned_test_texts(cell: Cell, texts: Texts) -> list[tuple[str, str]]:
     """Return poisoned test texts, none of whose true class is the target, with the target."""
     result = []
     for attack, target in _attacks(cell, texts):
-        if isinstance(attack, Insertion):
+        if not isinstance(attack, Paraphrases):
             poisoned = poison_test_set(texts.test, attack, target, cell.seed)
             clean = [s for s in texts.test if s.label != target]
             poisoned = [
