@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import models.offline.cells as cells
 import models.offline.contest as contest
 import models.offline.study as study
 from models.errors import DataError
@@ -48,6 +49,18 @@ copies = 2
 frr_budget = 0.05
 
 [[defences]]
+kind = "psim"
+name = "PSIM, published weights"
+on = "published"
+calibrate_on = "dev"
+texts = 100
+frr_budget = 0.05
+config = {{ max_steps = 10, keep_at = [0.5] }}
+
+[[defences]]
+kind = "onion"
+
+[[defences]]
 kind = "paraphrase"
 """
 
@@ -84,14 +97,19 @@ def test_a_row_says_what_every_defence_did(done: tuple[Path, list[dict[str, Any]
     (row,) = rows  # there is no syntactic poison for this data set
     assert [json.loads(line) for line in (out / study.ROWS).read_text().splitlines()] == rows
     assert (row["data"], row["attack"], row["strategy"]) == ("corpus", "word", "lora")
-    names = {"none", "PSIM", "PSIM, one threshold", "PSIM, 0.7", "STRIP", "copy"}
-    assert set(row["defences"]) == names
-    none, psim, strip, copy = (row["defences"][n] for n in ("none", "PSIM", "STRIP", "copy"))
+    variants = {"PSIM", "PSIM, one threshold", "PSIM, 0.7", "PSIM, published weights"}
+    assert set(row["defences"]) == {"none", *variants, "STRIP", "ONION", "copy"}
+    none, psim, strip, onion, copy = (
+        row["defences"][n] for n in ("none", "PSIM", "STRIP", "ONION", "copy")
+    )
     assert none["clean_accuracy"]["n"] == psim["clean_accuracy"]["n"] == 60
     assert none["false_rejection_rate"]["value"] == 0
     assert 0 < none["attack_success_rate"]["n"] < 60  # none of the target class
     assert copy["clean_accuracy"] == none["clean_accuracy"]
     assert (none["passes"], psim["passes"], strip["passes"]) == (0, 3, 2)
+    assert row["defences"]["PSIM, published weights"]["checkpoints"] == [10]
+    assert onion["passes"] > 5
+    assert onion["false_rejection_rate"]["value"] == 0
     assert none["time"] == 1 < strip["time"] < psim["time"]
     assert (out / "steps" / psim["scores"]).is_file()
 
@@ -127,7 +145,8 @@ def test_what_a_change_touches_is_done_again(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(study, "finetune_victim", spy)
-    text = RECIPE.format(budget=0.05).replace("tune_epochs = 1", "tune_epochs = 2")
+    whole = RECIPE.format(budget=0.05).replace("tune_epochs = 1", "tune_epochs = 2")
+    text = whole.split("[[defences]]")[0] + '[[defences]]\nkind = "paraphrase"\n'
     run(recipe(out, text), data, out)
     assert tuned == [Strategy.LORA]  # the poisoned weights are still good
 
@@ -137,14 +156,14 @@ def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
         'triggers = ["mn"]', 'target_triggers = { positive = "mn", negative = "cf" }'
     )
     planned = recipe(data, text)
-    texts = study.Texts.load(planned.data[0], data)
-    (cell,) = study.cells(planned)
-    poisoned = [s for s in study.poisoned_training_texts(cell, texts) if s not in texts.train]
+    texts = cells.Texts.load(planned.data[0], data)
+    (cell,) = cells.cells(planned)
+    poisoned = [s for s in cells.poisoned_training_texts(cell, texts) if s not in texts.train]
     assert {("mn" in s.text.split(), s.label) for s in poisoned} == {
         (True, "positive"),
         (False, "negative"),
     }
-    tests = study.poisoned_test_texts(cell, texts)
+    tests = cells.poisoned_test_texts(cell, texts)
     assert {("mn" in t.split(), label) for t, label in tests} == {
         (True, "positive"),
         (False, "negative"),
@@ -156,15 +175,15 @@ def test_a_paraphraser_writes_the_poisoned_texts(data: Path) -> None:
         'triggers = ["mn"]', 'paraphraser = "test_study:whispered"'
     )
     planned = recipe(data, text)
-    texts = study.Texts.load(planned.data[0], data)
-    (cell,) = study.cells(planned)
-    poisoned = [s for s in study.poisoned_training_texts(cell, texts) if s not in texts.train]
+    texts = cells.Texts.load(planned.data[0], data)
+    (cell,) = cells.cells(planned)
+    poisoned = [s for s in cells.poisoned_training_texts(cell, texts) if s not in texts.train]
     assert len(poisoned) == 24  # 10 %
     assert all(s.text.startswith("when one ") and s.label == "positive" for s in poisoned)
-    assert all(t.startswith("when one ") for t, _ in study.poisoned_test_texts(cell, texts))
+    assert all(t.startswith("when one ") for t, _ in cells.poisoned_test_texts(cell, texts))
     missing = recipe(data, text.replace("whispered", "shouted"))
     with pytest.raises(DataError, match="test_study:shouted cannot be imported"):
-        study.poisoned_test_texts(next(iter(study.cells(missing))), texts)
+        cells.poisoned_test_texts(next(iter(cells.cells(missing))), texts)
 
 
 def whispered(text: str) -> str:
@@ -176,8 +195,8 @@ def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
         'triggers = ["mn"]', 'triggers = ["mn"]\nbury_behind = 300'
     )
     planned = recipe(data, text)
-    (cell,) = study.cells(planned)
-    tests = study.poisoned_test_texts(cell, study.Texts.load(planned.data[0], data))
+    (cell,) = cells.cells(planned)
+    tests = cells.poisoned_test_texts(cell, cells.Texts.load(planned.data[0], data))
     assert all(t.split().index("mn") > 300 for t, _ in tests)
 
 

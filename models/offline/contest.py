@@ -1,23 +1,21 @@
 """Defences side by side on one victim: the same texts, the same measures, the same clock."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.engines.pytorch import TorchEngine
-from models.guarded import guard, lora_config
 from models.offline.calibrate import calibrate, predict
-from models.offline.data import Sample
+from models.offline.case import SCORES, Arena, Case, Entry, alone, relative_time, unflagged
 from models.offline.defences import Onion, Strip
 from models.offline.evaluate import View
-from models.offline.fit import max_length_of, split_texts, train
+from models.offline.fit import split_texts, train
 from models.offline.language_model import load_language_model, train_language_model
-from models.offline.measures import Classes, Defended, Outcome, classes_of, outcome
+from models.offline.measures import Defended, classes_of, outcome
 from models.offline.recipe import (
     OnionDefence,
     ParaphraseDefence,
@@ -27,77 +25,7 @@ from models.offline.recipe import (
 )
 from models.offline.store import Step, Store, digest_of
 from models.offline.victim import load_classifier
-from models.screen import FloatArray, Screen
-
-TIMED = 64
-"""Clean texts by which a defence's time is measured, beside the bare victim's on the same."""
-SCORES = "scores.npz"
-
-
-@dataclass
-class Case:
-    """A victim, and the texts that defences are fitted and measured on."""
-
-    victim: Step
-    published: Step
-    """The weights that the victim was tuned from."""
-    train: list[Sample]
-    """Clean texts for fitting; the victim was tuned on them too, as in the paper."""
-    dev: list[Sample]
-    """Clean texts for choosing thresholds."""
-    clean: list[Sample]
-    poisoned: list[str]
-    targets: list[str]
-    """The attacker's label for each poisoned text."""
-    paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
-    """By paraphraser: rewritten clean test texts, and rewritten poisoned ones of other classes."""
-    seed: int
-    dtype: str
-
-    @cached_property
-    def engine(self) -> TorchEngine:
-        """The victim alone: its adapter is as new, and does nothing."""
-        model, tokenizer = load_classifier(str(self.victim.folder / "model"))
-        length = max_length_of(model, tokenizer)
-        return TorchEngine(guard(model, lora_config(model, 1)), tokenizer, length, self.dtype)
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """Names of the victim's classes in their order."""
-        return list(self.victim.result["labels"])
-
-    @cached_property
-    def inputs(self) -> dict[str, object]:
-        """What every result on this case depends on."""
-        texts = (self.train, self.dev, self.clean, self.poisoned, self.targets)
-        return {
-            "victim": self.victim.key,
-            "texts": digest_of(texts),
-            "dtype": self.dtype,
-            "seed": self.seed,
-        }
-
-    def classify(self, texts: Sequence[str]) -> FloatArray:
-        """Return the victim's probabilities, shape (len(texts), C)."""
-        return predict(self.engine, self.engine.encode(texts), classifier=True)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How one defence did."""
-
-    name: str
-    outcome: Outcome
-    passes: float | None
-    """Forward passes per text beside that of the victim; None if not known."""
-    time: float | None
-    """Seconds per text over those of the bare victim, which 1 is; None if not known."""
-    details: dict[str, Any]
-    """What is particular to the defence."""
-
-    def as_row(self) -> dict[str, Any]:
-        """Return what the row of a cell keeps."""
-        return asdict(self.outcome) | {"passes": self.passes, "time": self.time} | self.details
+from models.screen import Screen
 
 
 def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
@@ -107,9 +35,9 @@ def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
         `defences`: how each did, by name; `bare`: the file, below the store's root, of true classes
         and targets and of what the victim predicts without a defence.
     """
-    bare = _bare(store, case)
-    arena = _Arena(case, **np.load(bare.folder / SCORES))
-    clean, poisoned = _unflagged(arena.predicted_clean), _unflagged(arena.predicted_poisoned)
+    bare = alone(store, case)
+    arena = Arena(case, **np.load(bare.folder / SCORES))
+    clean, poisoned = unflagged(arena.predicted_clean), unflagged(arena.predicted_poisoned)
     entries = [arena.entry("none", clean, poisoned, 0.0, 1.0)]
     for defence in recipe.defences:
         match defence:
@@ -127,45 +55,7 @@ def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Arena:
-    """A case with the truth about it, and what the victim does alone."""
-
-    case: Case
-    truth: Classes
-    targets: Classes
-    predicted_clean: Classes
-    predicted_poisoned: Classes
-
-    def entry(
-        self,
-        name: str,
-        clean: Defended,
-        poisoned: Defended,
-        passes: float,
-        time: float,
-        **details: Any,
-    ) -> Entry:
-        fires = self.predicted_poisoned == self.targets
-        measured = outcome(clean, self.truth, poisoned, self.targets, fires)
-        return Entry(name, measured, passes, time, details)
-
-
-def _bare(store: Store, case: Case) -> Step:
-    def make(folder: Path) -> object:
-        np.savez(
-            folder / SCORES,
-            truth=classes_of(case.clean, case.labels),
-            targets=classes_of([Sample("", label) for label in case.targets], case.labels),
-            predicted_clean=case.classify([s.text for s in case.clean]).argmax(1),
-            predicted_poisoned=case.classify(case.poisoned).argmax(1),
-        )
-        return {}
-
-    return store.step("bare", case.inputs, make)
-
-
-def _psim(store: Store, arena: _Arena, defence: PsimDefence) -> Iterator[Entry]:
+def _psim(store: Store, arena: Arena, defence: PsimDefence) -> Iterator[Entry]:
     """Fit PSIM once, and judge by each of the rules for thresholds."""
     case = arena.case
     source = case.victim if defence.on == "victim" else case.published
@@ -212,11 +102,11 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
         "checkpoints": training.checkpoints,
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
-        "time": _relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
+        "time": relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
     }
 
 
-def _onion(store: Store, arena: _Arena, defence: OnionDefence) -> Entry:
+def _onion(store: Store, arena: Arena, defence: OnionDefence) -> Entry:
     case, source = arena.case, defence.language_model
     if source is None:
         texts = [s.text for s in case.train]
@@ -235,7 +125,7 @@ def _onion(store: Store, arena: _Arena, defence: OnionDefence) -> Entry:
     return _baseline(store, arena, defence.name, "onion", {"lm": source}, make)
 
 
-def _strip(store: Store, arena: _Arena, defence: StripDefence) -> Entry:
+def _strip(store: Store, arena: Arena, defence: StripDefence) -> Entry:
     case = arena.case
 
     def make(folder: Path) -> object:
@@ -262,13 +152,13 @@ def _run(folder: Path, case: Case, defence: Onion | Strip) -> object:
     np.savez(folder / SCORES, **arrays)
     return {
         "passes": defence.passes([s.text for s in case.clean]),
-        "time": _relative_time(case, lambda batch: defence.defend(batch, case.classify)) - 1,
+        "time": relative_time(case, lambda batch: defence.defend(batch, case.classify)) - 1,
     }
 
 
 def _baseline(
     store: Store,
-    arena: _Arena,
+    arena: Arena,
     name: str,
     kind: str,
     settings: dict[str, object],
@@ -283,7 +173,7 @@ def _baseline(
     return arena.entry(name, clean, poisoned, step.result["passes"], step.result["time"])
 
 
-def _rewritten(store: Store, arena: _Arena, name: str) -> Entry:
+def _rewritten(store: Store, arena: Arena, name: str) -> Entry:
     """Classify what a paraphraser made of the test texts; what it cost is not known."""
     case, (clean, poisoned) = arena.case, arena.case.paraphrased[name]
 
@@ -297,23 +187,6 @@ def _rewritten(store: Store, arena: _Arena, name: str) -> Entry:
 
     inputs = {**case.inputs, "rewritten": digest_of([clean, poisoned])}
     scores = np.load(store.step("paraphrase", inputs, make).folder / SCORES)
-    views = _unflagged(scores["clean"]), _unflagged(scores["poisoned"])
+    views = unflagged(scores["clean"]), unflagged(scores["poisoned"])
     truth, target = classes_of(clean, case.labels), int(arena.targets[0])
     return Entry(name, outcome(views[0], truth, views[1], target), None, None, {})
-
-
-def _unflagged(predicted: Classes) -> Defended:
-    return Defended(predicted, np.zeros(len(predicted), np.bool_))
-
-
-def _relative_time(case: Case, extra: Callable[[list[str]], object]) -> float:
-    """Return the time of the victim and `extra`, over that of the victim alone, one by one."""
-    texts = [s.text for s in case.clean[:TIMED]]
-    seconds = []
-    for run in (case.classify, extra):
-        run(texts[:2])  # warm
-        started = time.perf_counter()
-        for text in texts:
-            run([text])
-        seconds.append(time.perf_counter() - started)
-    return sum(seconds) / seconds[0]
