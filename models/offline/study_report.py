@@ -166,22 +166,17 @@ def _how_psim_sees_it(rows: Sequence[Row], out: Path, steps: Path) -> Iterator[B
 
 
 def _how_training_went(rows: Sequence[Row]) -> Iterator[Block]:
-    lines = [
-        [
-            *(str(row[key]) for key in CELL),
-            name,
-            ", ".join(map(str, found["checkpoints"])),
-            found["stopped_because"],
-            f"{found['fit_seconds']:.0f}",
-        ]
-        for row in rows
-        for name, found in row["defences"].items()
-        if "checkpoints" in found
-    ]
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        for name, found in row["defences"].items():
+            if "checkpoints" in found:  # rules for thresholds share a training: shown once
+                steps = ", ".join(map(str, found["checkpoints"]))
+                how = [steps, found["stopped_because"], f"{found['fit_seconds']:.0f}"]
+                lines.setdefault(found["scores"], [*(str(row[k]) for k in CELL), name, *how])
     if lines:
         yield heading(2, "How PSIM's training went")
         header = ["data set", *CELL[1:], "defence", "checkpoints at steps", "stopped", "seconds"]
-        yield table(header, lines, names=len(header) - 1)
+        yield table(header, list(lines.values()), names=len(header) - 1)
 
 
 def _details(frame: pd.DataFrame) -> Iterator[Block]:
