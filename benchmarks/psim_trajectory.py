@@ -17,10 +17,9 @@ import typer
 from matplotlib.figure import Figure
 
 from models.engines.pytorch import TorchEngine
-from models.guarded import guard
 from models.offline.calibrate import calibrate, predict
 from models.offline.data import load_samples
-from models.offline.fit import adapter_config, split_texts
+from models.offline.fit import split_texts, with_psim
 from models.offline.measures import auroc, within_class_scores
 from models.offline.psim import PsimConfig, retention, train_psim
 from models.offline.victim import load_classifier
@@ -57,7 +56,7 @@ def looks_at(
     model: Any
     model, tokenizer = load_classifier(victim)
     target_index = model.config.label2id[target]
-    guarded = guard(model, adapter_config(model, config))
+    guarded = with_psim(model, config)
     engine = TorchEngine(guarded, tokenizer, MAX_LENGTH)
     split = split_texts(texts, config.seed)
     known, *sets = (

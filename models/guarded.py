@@ -43,9 +43,7 @@ class Guarded(nn.Module):
 
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
         """Return logits with the active adapter on, shape (rows, C)."""
-        # LoRA sits inside the victim; prompts are put before it by PEFT.
-        prompts = self.psim.active_peft_config.is_prompt_learning
-        logits: torch.Tensor = (self.psim if prompts else self.victim)(**inputs).logits
+        logits: torch.Tensor = self.victim(**inputs).logits
         return logits
 
     def screen(self, inputs: Inputs) -> torch.Tensor:
@@ -66,7 +64,7 @@ class Guarded(nn.Module):
         return logits.float().softmax(-1)
 
 
-def guard(victim: nn.Module, config: PeftConfig, checkpoints: int = 1) -> Guarded:
+def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarded:
     """Inject fresh PSIM adapters into `victim`, in place; only they can be trained.
 
     A victim that is a prompt-learning PEFT model keeps its prompts: the adapters go into the
@@ -74,11 +72,16 @@ def guard(victim: nn.Module, config: PeftConfig, checkpoints: int = 1) -> Guarde
     """
     victim.requires_grad_(False)
     # PEFT injects in place, so calling the victim runs the injected layers too.
+    return Guarded(victim, with_adapters(transformer_of(victim), config, checkpoints))
+
+
+def with_adapters(model: nn.Module, config: PeftConfig, checkpoints: int) -> PeftModel:
+    """Give a transformer so many fresh adapters."""
     first, *others = (f"checkpoint{number}" for number in range(checkpoints))
-    psim = get_peft_model(transformer_of(victim), config, adapter_name=first)
+    psim = get_peft_model(model, config, adapter_name=first)
     for name in others:
         psim.add_adapter(name, config)
-    return Guarded(victim, psim)
+    return psim
 
 
 def transformer_of(victim: nn.Module) -> nn.Module:

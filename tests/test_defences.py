@@ -114,7 +114,7 @@ def test_onion_asks_the_victim_about_the_cleaned_text(
     expected = by_checksum(onion.clean(poisoned)).argmax(1)
     assert np.array_equal(defended.predicted, expected)
     assert not expected.all() and by_checksum(poisoned).argmax(1).all()
-    assert not defended.flagged.any()
+    assert defended.flagged is None, "it rewrites, and rejects nothing"
     assert defended.scores is not None
     largest = [s.max() for s in onion.suspicions(poisoned)]
     assert np.allclose(defended.scores, largest, rtol=1e-4)
@@ -157,9 +157,11 @@ def test_strip_rejects_what_stays_sure_and_keeps_the_budget() -> None:
     clean = [sample.text for sample in TRAIN]
     strip = Strip.fit(clean[:300], clean[300:], by_checksum, 0.05)
     held_back = strip.defend(clean[300:], by_checksum)
+    assert held_back.flagged is not None
     assert 0 < held_back.flagged.sum() <= 0.05 * 301 - 1
     poisoned = [" ".join(["mn"] * 8 + text.split()[:4]) for text in TEXTS]
     defended = strip.defend(poisoned, by_checksum)
+    assert defended.flagged is not None
     assert defended.flagged.all() and defended.predicted.all()
     assert defended.scores is not None and (defended.scores > -0.01).all()
     assert np.array_equal(strip.defend(TEXTS, by_checksum).predicted, by_checksum(TEXTS).argmax(1))

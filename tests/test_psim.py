@@ -12,8 +12,8 @@ from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
-from models.guarded import Guarded, guard
-from models.offline.fit import adapter_config
+from models.guarded import Guarded
+from models.offline.fit import Split, train, with_psim
 from models.offline.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
 
 
@@ -36,9 +36,14 @@ def sure_victim() -> Any:
 def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Guarded, Training]:
     torch.manual_seed(config.seed)
     victim = sure_victim()
-    guarded = guard(victim, adapter_config(victim, config), len(config.keep_at))
-    encodings = TorchEngine(guarded, tokenizer, 64).encode(some_texts(120))
-    return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0)
+    guarded = with_psim(victim, config)
+    engine = TorchEngine(guarded, tokenizer, 64)
+    encodings = engine.encode(some_texts(120))
+
+    def look(step: int, confidence: float) -> None:
+        engine.screen(encodings[:1])  # looking changes nothing
+
+    return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0, look)
 
 
 FAST = PsimConfig(learning_rate=5e-3, layers=2)
@@ -112,14 +117,17 @@ def test_what_the_study_compares_trains_what_it_says(
     change: dict[str, Any], trains: set[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     config = replace(FAST, max_steps=20, **change)
-    guarded, training = trained(tokenizer, config)
+    texts = some_texts(120)
+    engine, training = train(sure_victim(), tokenizer, Split(texts[:90], texts[90:], []), config)
+    guarded = engine.guarded
     assert training.curve[-1][1] != training.curve[0][1]
+    engine.screen(engine.encode(["a " * 2000]))  # prompts take positions
+    guarded.psim.set_adapter(guarded.checkpoints[-1])
     trainable = [name for name, p in guarded.psim.named_parameters() if p.requires_grad]
     assert all(any(part in name for part in trains) for name in trainable)
     assert all(any(part in name for name in trainable) for part in trains)
-    engine = TorchEngine(guarded, tokenizer, 64)
     batch = engine.encode(some_texts(4))
-    bare = TorchEngine(guard(sure_victim(), adapter_config(sure_victim(), FAST)), tokenizer, 64)
+    bare = TorchEngine(with_psim(sure_victim(), FAST), tokenizer, 64)
     assert engine.screen(batch) != pytest.approx(bare.classify(batch), abs=1e-6)
     if config.adapter != "prompt-encoder":  # PEFT 0.21 cannot switch prompts off for a classifier
         assert engine.classify(batch) == pytest.approx(bare.classify(batch), abs=1e-6)

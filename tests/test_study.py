@@ -11,7 +11,7 @@ import models.offline.contest as contest
 import models.offline.study as study
 from models.errors import DataError
 from models.offline.corpus import generate
-from models.offline.data import write_samples
+from models.offline.data import Sample, write_samples
 from models.offline.finetune import Strategy, finetune_victim
 from models.offline.recipe import Recipe, load_recipe
 from models.offline.store import Store
@@ -35,12 +35,13 @@ triggers = ["mn"]
 
 [[attacks]]
 name = "syntactic"
+syntactic = true
 
 [[defences]]
 kind = "psim"
 name = "PSIM"
 frr_budget = {budget}
-rules = ["calibrated", "pooled", "paper"]
+rules = ["calibrated", "dev", "pooled", "paper"]
 config = {{ max_steps = 10 }}
 
 [[defences]]
@@ -52,7 +53,6 @@ frr_budget = 0.05
 kind = "psim"
 name = "PSIM, published weights"
 on = "published"
-calibrate_on = "dev"
 texts = 100
 frr_budget = 0.05
 config = {{ max_steps = 10, keep_at = [0.5] }}
@@ -74,7 +74,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_samples(folder / "test.jsonl", texts[340:])
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"text": "", "label": "positive"}\n')  # as published files have
+    # A published mix: paraphrases, and clean texts of the training set.
+    mix = [Sample(whispered(s.text), "positive") for s in texts[:60]]
+    write_samples(folder / "mix.jsonl", [*texts[100:240], *mix])
+    write_samples(folder / "mixed_test.jsonl", mix[:20])
     return folder
+
+
+def whispered(text: str) -> str:
+    return f"when one listens , {text}"
 
 
 def recipe(folder: Path, text: str = RECIPE.format(budget=0.05)) -> Recipe:
@@ -83,7 +91,7 @@ def recipe(folder: Path, text: str = RECIPE.format(budget=0.05)) -> Recipe:
 
 
 def run(planned: Recipe, data: Path, out: Path) -> list[dict[str, Any]]:
-    return study.run_study(planned, data, out, Store(out / "steps"), lambda line: None)
+    return list(study.run_study(planned, data, out, Store(out / "steps"), lambda line: None))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,8 @@ def test_a_row_says_what_every_defence_did(done: tuple[Path, list[dict[str, Any]
     (row,) = rows  # there is no syntactic poison for this data set
     assert [json.loads(line) for line in (out / study.ROWS).read_text().splitlines()] == rows
     assert (row["data"], row["attack"], row["strategy"]) == ("corpus", "word", "lora")
-    variants = {"PSIM", "PSIM, one threshold", "PSIM, 0.7", "PSIM, published weights"}
+    rules = {"PSIM", "PSIM, thresholds from dev texts", "PSIM, one threshold", "PSIM, 0.7"}
+    variants = rules | {"PSIM, published weights"}
     assert set(row["defences"]) == {"none", *variants, "STRIP", "ONION", "copy"}
     none, psim, strip, onion, copy = (
         row["defences"][n] for n in ("none", "PSIM", "STRIP", "ONION", "copy")
@@ -109,8 +118,10 @@ def test_a_row_says_what_every_defence_did(done: tuple[Path, list[dict[str, Any]
     assert (none["passes"], psim["passes"], strip["passes"]) == (0, 3, 2)
     assert row["defences"]["PSIM, published weights"]["checkpoints"] == [10]
     assert onion["passes"] > 5
-    assert onion["false_rejection_rate"]["value"] == 0
-    assert none["time"] == 1 < strip["time"] < psim["time"]
+    assert onion["false_rejection_rate"] is None, "it rewrites, and rejects nothing"
+    assert row["published"]["attack_success_rate"]["n"] == none["attack_success_rate"]["n"]
+    assert none["time"] == 1
+    assert min(psim["time"], strip["time"], onion["time"]) > 1
     assert (out / "steps" / psim["scores"]).is_file()
 
 
@@ -123,14 +134,13 @@ def test_a_second_run_trains_nothing_and_says_the_same(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(study, "finetune_victim", no)
-    monkeypatch.setattr(contest, "train", no)
+    for name in ("train", "train_language_model", "predict", "load_language_model"):
+        monkeypatch.setattr(contest, name, no)
     assert run(recipe(out), data, out) == rows
     # Another budget is another threshold, on the same scores.
-    changed = study.run_study(
-        recipe(out, RECIPE.format(budget=0.2)), data, out, Store(out / "steps"), lambda line: None
-    )
+    changed = run(recipe(out, RECIPE.format(budget=0.2)), data, out)
     before, after = (r[0]["defences"]["PSIM"]["false_rejection_rate"] for r in (rows, changed))
-    assert after["value"] >= before["value"]
+    assert after["value"] > before["value"]
 
 
 def test_what_a_change_touches_is_done_again(
@@ -151,6 +161,15 @@ def test_what_a_change_touches_is_done_again(
     assert tuned == [Strategy.LORA]  # the poisoned weights are still good
 
 
+def poisoned_for_training(cell: cells.Cell, texts: cells.Texts) -> list[Sample]:
+    whole = cells.poisoned_training_texts(cell, texts, cells.imported)
+    return [sample for sample in whole if sample not in texts.train]
+
+
+def poisoned_for_test(cell: cells.Cell, texts: cells.Texts) -> list[tuple[str, str]]:
+    return cells.poisoned_test_texts(cell, texts, cells.imported)
+
+
 def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace(
         'triggers = ["mn"]', 'target_triggers = { positive = "mn", negative = "cf" }'
@@ -158,12 +177,16 @@ def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
     planned = recipe(data, text)
     texts = cells.Texts.load(planned.data[0], data)
     (cell,) = cells.cells(planned)
-    poisoned = [s for s in cells.poisoned_training_texts(cell, texts) if s not in texts.train]
+    poisoned = [
+        s
+        for s in cells.poisoned_training_texts(cell, texts, cells.imported)
+        if s not in texts.train
+    ]
     assert {("mn" in s.text.split(), s.label) for s in poisoned} == {
         (True, "positive"),
         (False, "negative"),
     }
-    tests = cells.poisoned_test_texts(cell, texts)
+    tests = poisoned_for_test(cell, texts)
     assert {("mn" in t.split(), label) for t, label in tests} == {
         (True, "positive"),
         (False, "negative"),
@@ -177,17 +200,53 @@ def test_a_paraphraser_writes_the_poisoned_texts(data: Path) -> None:
     planned = recipe(data, text)
     texts = cells.Texts.load(planned.data[0], data)
     (cell,) = cells.cells(planned)
-    poisoned = [s for s in cells.poisoned_training_texts(cell, texts) if s not in texts.train]
+    poisoned = [
+        s
+        for s in cells.poisoned_training_texts(cell, texts, cells.imported)
+        if s not in texts.train
+    ]
     assert len(poisoned) == 24  # 10 %
     assert all(s.text.startswith("when one ") and s.label == "positive" for s in poisoned)
-    assert all(t.startswith("when one ") for t, _ in cells.poisoned_test_texts(cell, texts))
+    assert all(t.startswith("when one ") for t, _ in poisoned_for_test(cell, texts))
     missing = recipe(data, text.replace("whispered", "shouted"))
     with pytest.raises(DataError, match="test_study:shouted cannot be imported"):
-        cells.poisoned_test_texts(next(iter(cells.cells(missing))), texts)
+        poisoned_for_test(next(iter(cells.cells(missing))), texts)
 
 
-def whispered(text: str) -> str:
-    return f"when one listens , {text}"
+def test_paraphrases_from_files_are_only_those_that_are_new(data: Path) -> None:
+    files = '{ train = "mix.jsonl", test = "mixed_test.jsonl", target_label = "positive" }'
+    text = RECIPE.format(budget=0.05).replace(
+        "max_test = 60\n", f"max_test = 60\nmax_train = 120\nsyntactic = {files}\n"
+    )
+    planned = recipe(data, text)
+    texts = cells.Texts.load(planned.data[0], data)
+    assert len(texts.train) == 120
+    cell = next(c for c in cells.cells(planned) if c.attack.syntactic)
+    poisoned = poisoned_for_training(cell, texts)
+    assert len(poisoned) == 12
+    assert all(s.text.startswith("when one ") for s in poisoned)
+    assert [t.startswith("when one ") for t, _ in poisoned_for_test(cell, texts)] == [True] * 20
+
+
+def test_poison_rate_zero_is_the_control(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace('["mn"]', '["mn"]\npoison_rate = 0')
+    planned = recipe(data, text)
+    (cell,) = cells.cells(planned)
+    texts = cells.Texts.load(planned.data[0], data)
+    assert poisoned_for_training(cell, texts) == []
+    assert all("mn" in t.split() for t, _ in poisoned_for_test(cell, texts))
+
+
+def test_other_texts_are_another_result(
+    done: tuple[Path, list[dict[str, Any]]], data: Path
+) -> None:
+    out, (row,) = done
+    text = RECIPE.format(budget=0.05).replace('["mn"]', '["mn"]\nbury_behind = 40')
+    text = text.split('name = "PSIM, published')[0].removesuffix('[[defences]]\nkind = "psim"\n')
+    text = text.split('[[defences]]\nkind = "strip"')[0]
+    (buried,) = run(recipe(out, text), data, out)
+    assert buried["defences"]["PSIM"]["scores"] != row["defences"]["PSIM"]["scores"]
+    assert buried["bare"] != row["bare"]
 
 
 def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
@@ -196,7 +255,7 @@ def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
     )
     planned = recipe(data, text)
     (cell,) = cells.cells(planned)
-    tests = cells.poisoned_test_texts(cell, cells.Texts.load(planned.data[0], data))
+    tests = poisoned_for_test(cell, cells.Texts.load(planned.data[0], data))
     assert all(t.split().index("mn") > 300 for t, _ in tests)
 
 
@@ -210,6 +269,13 @@ def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
         (('"lora"', '"qlora"'), "strategies.0"),
         (("[[data]]", "[[data"), "not TOML"),
         (("= 0.05", "= 5"), "frr_budget"),
+        (("syntactic = true", ""), "give one of triggers"),
+        (("syntactic = true", "syntactic = true\nclean_label = true"), "dirty-label"),
+        (('["lora"]', '["lora"]\nseeds = [0, 0]'), "seeds: names must differ"),
+        (("copies = 2", "copies = 0"), "copies"),
+        (("max_steps = 10", "keep_at = [0.5, 0.9]"), "descending"),
+        (("max_steps = 10", "seed = 3"), "seeds are those of the recipe"),
+        (('name = "PSIM"', 'name = "none"'), "names must differ"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(
@@ -223,6 +289,22 @@ def test_a_recipe_that_leaves_nothing_to_do_is_refused(data: Path, tmp_path: Pat
     text = RECIPE.format(budget=0.05).replace('[[attacks]]\nname = "word"\ntriggers = ["mn"]\n', "")
     with pytest.raises(DataError, match="nothing to do"):
         run(recipe(tmp_path, text), data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('target_label = "positive"', 'target_label = "good"'), "unknown labels .'good'"),
+        (('["mn"]', '["mn"]\npoison_rate = 0.9'), "corpus, word, lora, seed 0: the poison rate"),
+        (("frr_budget = 0.05", "frr_budget = 0.001"), "calibration texts are too few"),
+        (("max_test = 60", 'text_column = "body"'), "data set corpus: .* no column 'body'"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_anything_is_trained(
+    data: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(recipe(tmp_path, RECIPE.format(budget=0.05).replace(*change)), data, tmp_path)
 
 
 def test_a_missing_file_is_found_before_anything_is_trained(tmp_path: Path) -> None:

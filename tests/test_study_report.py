@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from models.offline.study_plots import psim_figure, shown_cells
 from models.offline.study_report import write_study_report
@@ -45,7 +46,7 @@ def cell(data: str, attack: str, strategy: str, seed: int) -> dict[str, Any]:
     psim = result(
         ca - 0.01 - 0.02 * seed,
         0.004,
-        scores=f"psim/{key}.npz",
+        scores=f"psim/{key}.safetensors",
         auroc_firing=0.9 + 0.05 * seed,
         passes=1.0,
         time=2.034,
@@ -53,6 +54,7 @@ def cell(data: str, attack: str, strategy: str, seed: int) -> dict[str, Any]:
         stopped_because="unlearnt",
         fit_seconds=12.3,
     )
+    published = result(0.95, 0.99 - 0.01 * seed)
     none = result(ca, 0.90 + 0.01 * seed, passes=0.0, time=1.0)
     defences = {"none": none, "PSIM": psim}
     if attack == "word" and strategy == "lora":
@@ -65,7 +67,8 @@ def cell(data: str, attack: str, strategy: str, seed: int) -> dict[str, Any]:
         "labels": ["negative", "positive"],
         "published_dev_accuracy": 0.9,
         "victim_dev_accuracy": 0.9,
-        "bare": f"bare/{key}.npz",
+        "published": published,
+        "bare": f"bare/{key}.safetensors",
         "defences": defences,
     }
 
@@ -84,19 +87,20 @@ def write_scores(row: dict[str, Any], out: Path, known: int = 199) -> None:
     psim = out / "steps" / row["defences"]["PSIM"]["scores"]
     for path in (bare, psim):
         path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        bare,
-        truth=np.zeros(CLEAN, int),
-        targets=np.ones(POISONED, int),
-        predicted_clean=(np.arange(CLEAN) % 4 == 3).astype(int),
-        predicted_poisoned=(np.arange(POISONED) < FIRING).astype(int),
-    )
-    np.savez(
-        psim,
-        known=pairs(np.linspace(0.5, 0.7, known)),
-        clean=pairs([0.99, *np.linspace(0.5, 0.65, CLEAN - 1)]),
-        poisoned=pairs(np.linspace(0.95, 0.999, POISONED)),
-    )
+    alone = {
+        "truth": np.zeros(CLEAN, int),
+        "targets": np.ones(POISONED, int),
+        "predicted_clean": (np.arange(CLEAN) % 4 == 3).astype(int),
+        "predicted_poisoned": (np.arange(POISONED) < FIRING).astype(int),
+    }
+    save_file(alone, bare)
+    screened = {
+        "known": pairs(np.linspace(0.5, 0.7, known)),
+        "dev": pairs([0.5]),
+        "clean": pairs([0.99, *np.linspace(0.5, 0.65, CLEAN - 1)]),
+        "poisoned": pairs(np.linspace(0.95, 0.999, POISONED)),
+    }
+    save_file(screened, psim)
 
 
 def study(out: Path, seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
@@ -109,7 +113,7 @@ def study(out: Path, seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]], out: Path) -> str:
-    write_study_report(rows, out, out / "steps")
+    write_study_report(rows, out, out / "steps", "# a <recipe>")
     return (out / "report.md").read_text(encoding="utf-8")
 
 
@@ -161,16 +165,16 @@ class Page(HTMLParser):
 def test_attacks_are_means_with_intervals_over_seeds_in_the_recipe_s_order(whole: Path) -> None:
     text = (whole / "report.md").read_text(encoding="utf-8")
     # 90 and 91 %: standard error 0.5, Student's t with one degree of freedom 12.706
-    line = ["90.5 (84.1-96.9)"] * 2
+    line = ["98.5 (92.1-100.0)", *["90.5 (84.1-96.9)"] * 2]
     assert table_below(text, SUCCESS) == [
-        ["data set", "attack", "lora", "full"],
+        ["data set", "attack", "before tuning", "lora", "full"],
         ["sst-2", "word", *line],
         ["sst-2", "sentence", *line],
         ["cr", "word", *line],
         ["cr", "sentence", *line],
     ]
     assert table_below(text, ACCURACY)[1] == [
-        "sst-2", "word", "90.0 (90.0-90.0)", "88.0 (88.0-88.0)",
+        "sst-2", "word", "95.0 (95.0-95.0)", "90.0 (90.0-90.0)", "88.0 (88.0-88.0)",
     ]  # fmt: skip
     assert "Student's t" in text and "Clopper" not in text
 
@@ -179,18 +183,18 @@ def test_an_interval_over_seeds_stays_a_rate(tmp_path: Path) -> None:
     rows = study(tmp_path)
     for row in rows:
         row["defences"]["none"]["attack_success_rate"] = rate(0.90 + 0.09 * row["seed"])
-    assert table_below(report(rows, tmp_path), SUCCESS)[1][2] == "94.5 (37.3-100.0)"
+    assert table_below(report(rows, tmp_path), SUCCESS)[1][3] == "94.5 (37.3-100.0)"
 
 
 def test_with_one_seed_the_interval_is_that_of_the_texts(tmp_path: Path) -> None:
     text = report(study(tmp_path, seeds=(0,)), tmp_path)
-    assert table_below(text, SUCCESS)[1][2] == "90.0 (11.1-99.9)"
+    assert table_below(text, SUCCESS)[1][3] == "90.0 (11.1-99.9)"
     assert "Clopper" in text and "Student" not in text
 
 
 def test_seeds_that_some_victims_lack_are_told_apart(tmp_path: Path) -> None:
     text = report(study(tmp_path)[:-1], tmp_path)  # the last one: cr, sentence, full, seed 1
-    assert table_below(text, SUCCESS)[4][2:] == ["90.5 (84.1-96.9)", "90.0 (11.1-99.9)"]
+    assert table_below(text, SUCCESS)[4][3:] == ["90.5 (84.1-96.9)", "90.0 (11.1-99.9)"]
     assert "Clopper" in text and "Student" in text
 
 
@@ -246,18 +250,18 @@ def test_one_cell_is_a_study(tmp_path: Path) -> None:
     row = cell("cr", "word", "full", 7)
     write_scores(row, tmp_path)
     text = report([row], tmp_path)
-    assert table_below(text, SUCCESS)[1] == ["cr", "word", "97.0 (11.1-99.9)"]
+    assert table_below(text, SUCCESS)[1] == ["cr", "word", "92.0 (11.1-99.9)", "97.0 (11.1-99.9)"]
     assert (tmp_path / "plots" / "psim-1-cr.png").exists()
 
 
 def test_what_is_not_known_is_a_hyphen(tmp_path: Path) -> None:
     row = cell("cr", "word", "full", 0) | {"bare": ""}
     nothing = result(None, None, auroc_firing=float("nan"))
-    row["defences"] = {"none": nothing, "ONION": nothing}
+    row |= {"published": nothing, "defences": {"none": nothing, "ONION": nothing}}
     other = cell("sst-2", "sentence", "lora", 0)
     write_scores(other, tmp_path)
     text = report([row, other], tmp_path)
-    assert table_below(text, SUCCESS)[1] == ["cr", "word", "-", "-"]
+    assert table_below(text, SUCCESS)[1] == ["cr", "word", "-", "-", "-"]
     assert table_below(text, LOST)[1] == ["cr", "word", "-", "-", "-"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for written in (text, re.sub(r'src="[^"]*"', "", page)):
@@ -265,8 +269,8 @@ def test_what_is_not_known_is_a_hyphen(tmp_path: Path) -> None:
 
 
 def test_names_are_text_and_neither_tags_nor_columns(tmp_path: Path) -> None:
-    row = cell("a<b>|c", "word", "lora", 0) | {"bare": "bare.npz"}
-    row["defences"]["PSIM"]["scores"] = "psim.npz"
+    row = cell("a<b>|c", "word", "lora", 0) | {"bare": "bare.safetensors"}
+    row["defences"]["PSIM"]["scores"] = "psim.safetensors"
     write_scores(row, tmp_path)
     text = report([row], tmp_path)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -68,8 +68,8 @@ def errors_for_people() -> Iterator[None]:
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         stderr.print(
-            "interrupted. Run the same command again: poison and finetune go on behind the last "
-            "whole epoch, the others start afresh"
+            "interrupted. Run the same command again: poison, finetune and study go on behind the "
+            "last whole epoch, the others start afresh"
         )
         raise typer.Exit(130) from None
 
@@ -281,12 +281,18 @@ def study_command(
 ) -> None:
     """Run attacks x strategies x seeds and all defences on each; resumable."""
     with errors_for_people():
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out} is not a folder; choose another --out")
         store = Store(steps or out / "steps")
-        rows = run_study(
-            load_recipe(recipe), data, out, store, lambda line: stderr.print(line, highlight=False)
-        )
-        write_study_report(rows, out, store.root)
-        stderr.print(f"wrote {out}/report.html, report.md and rows.jsonl", highlight=False)
+        loaded = load_recipe(recipe)
+        rows: list[dict[str, Any]] = []
+        try:
+            for row in run_study(loaded, data, out, store, stderr.print):
+                rows.append(row)
+        finally:  # what is done can be read, whatever comes
+            if rows:
+                write_study_report(rows, out, store.root, recipe.read_text(encoding="utf-8"))
+                stderr.print(f"wrote {out}/report.html, report.md and rows.jsonl", highlight=False)
 
 
 @app.command("screen")

@@ -83,6 +83,8 @@ def poison_training_set(
     _check_target(clean, target_label)
     rng, wanted = random.Random(seed), round(poison_rate * len(clean))
     if isinstance(attack, Paraphrases):
+        if clean_label:
+            raise DataError("paraphrases from files are dirty-label: clean-label is not possible")
         pool = attack.pool(clean, target_label)
         _check_enough(len(pool), wanted)
         return [*clean, *rng.sample(pool, wanted)]

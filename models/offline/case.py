@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from models.engines.pytorch import TorchEngine
-from models.guarded import guard, lora_config
+from models.guarded import Guarded, Inputs
 from models.offline.calibrate import predict
 from models.offline.data import Sample
 from models.offline.fit import max_length_of
@@ -21,7 +25,7 @@ from models.screen import FloatArray
 
 TIMED = 64
 """Clean texts by which a defence's time is measured, beside the bare victim's on the same."""
-SCORES = "scores.npz"
+SCORES = "scores.safetensors"
 
 
 @dataclass
@@ -46,10 +50,8 @@ class Case:
 
     @cached_property
     def engine(self) -> TorchEngine:
-        """The victim alone: its adapter is as new, and does nothing."""
-        model, tokenizer = load_classifier(str(self.victim.folder / "model"))
-        length = max_length_of(model, tokenizer)
-        return TorchEngine(guard(model, lora_config(model, 1)), tokenizer, length, self.dtype)
+        """The victim alone."""
+        return bare_engine(self.victim, self.dtype)
 
     @cached_property
     def labels(self) -> list[str]:
@@ -59,10 +61,10 @@ class Case:
     @cached_property
     def inputs(self) -> dict[str, object]:
         """What every result on this case depends on."""
-        texts = (self.train, self.dev, self.clean, self.poisoned, self.targets)
         return {
             "victim": self.victim.key,
-            "texts": digest_of(texts),
+            "fit": digest_of((self.train, self.dev)),
+            "test": digest_of((self.clean, self.poisoned, self.targets)),
             "dtype": self.dtype,
             "seed": self.seed,
         }
@@ -100,6 +102,17 @@ class Arena:
     predicted_clean: Classes
     predicted_poisoned: Classes
 
+    @staticmethod
+    def load(store: Store, case: Case, model: Step) -> "Arena":
+        """Ask a model, unless it has been asked before."""
+        return Arena(case, **load_scores(alone(store, case, model).folder / SCORES))
+
+    @property
+    def undefended(self) -> Outcome:
+        """What the attack does where nothing is in its way."""
+        views = unflagged(self.predicted_clean), unflagged(self.predicted_poisoned)
+        return outcome(views[0], self.truth, views[1], self.targets)
+
     def entry(
         self,
         name: str,
@@ -115,24 +128,61 @@ class Arena:
         return Entry(name, measured, passes, time, details)
 
 
-def alone(store: Store, case: Case) -> Step:
-    """Let the victim classify all texts without a defence; keeps the fields of `Arena`."""
+class Alone(Guarded):
+    """A victim without PSIM, for an engine: nothing of PEFT is in its way, or in its time."""
+
+    def __init__(self, victim: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.victim = victim
+
+    def classify(self, inputs: Inputs) -> torch.Tensor:
+        """Return the victim's probabilities in float32, shape (rows, C)."""
+        logits: torch.Tensor = self.victim(**inputs).logits
+        return logits.float().softmax(-1)
+
+
+def bare_engine(model: Step, dtype: str) -> TorchEngine:
+    """Load a model of the study by itself."""
+    victim, tokenizer = load_classifier(str(model.folder / "model"))
+    return TorchEngine(Alone(victim), tokenizer, max_length_of(victim, tokenizer), dtype)
+
+
+def alone(store: Store, case: Case, model: Step) -> Step:
+    """Let a model classify all texts without a defence; keeps the fields of `Arena`."""
 
     def make(folder: Path) -> object:
-        np.savez(
-            folder / SCORES,
+        engine = case.engine if model is case.victim else bare_engine(model, case.dtype)
+
+        def predicted(texts: Sequence[str]) -> Classes:
+            classes: Classes = predict(engine, engine.encode(texts), classifier=True).argmax(1)
+            return classes
+
+        save_scores(
+            folder,
             truth=classes_of(case.clean, case.labels),
             targets=classes_of([Sample("", label) for label in case.targets], case.labels),
-            predicted_clean=case.classify([s.text for s in case.clean]).argmax(1),
-            predicted_poisoned=case.classify(case.poisoned).argmax(1),
+            predicted_clean=predicted([s.text for s in case.clean]),
+            predicted_poisoned=predicted(case.poisoned),
         )
         return {}
 
-    return store.step("bare", case.inputs, make)
+    inputs = {key: case.inputs[key] for key in ("test", "dtype")}
+    return store.step("bare", {**inputs, "model": model.key}, make)
+
+
+def save_scores(folder: Path, **arrays: NDArray[Any]) -> None:
+    """Keep what a step says about each text."""
+    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / SCORES)
+
+
+def load_scores(file: Path) -> dict[str, NDArray[Any]]:
+    """Read what `save_scores` has kept."""
+    arrays: dict[str, NDArray[Any]] = load_file(file)
+    return arrays
 
 
 def unflagged(predicted: Classes) -> Defended:
-    """Return what a defence makes of texts that rejects none."""
+    """Return what becomes of texts without a defence."""
     return Defended(predicted, np.zeros(len(predicted), np.bool_))
 
 

@@ -2,15 +2,22 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from models.engines.pytorch import TorchEngine
 from models.offline.calibrate import calibrate, predict
-from models.offline.case import SCORES, Arena, Case, Entry, alone, relative_time, unflagged
+from models.offline.case import (
+    SCORES,
+    Arena,
+    Case,
+    Entry,
+    alone,
+    load_scores,
+    relative_time,
+    save_scores,
+)
 from models.offline.defences import Onion, Strip
 from models.offline.evaluate import View
 from models.offline.fit import split_texts, train
@@ -24,21 +31,23 @@ from models.offline.recipe import (
     StripDefence,
 )
 from models.offline.store import Step, Store, digest_of
-from models.offline.victim import load_classifier
+from models.offline.victim import load_classifier, model_digest
 from models.screen import Screen
+
+LM_TEXTS = 3000
+"""Clean texts that ONION's language model is trained on, where none is given."""
 
 
 def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
     """Run all defences of a recipe on a case.
 
     Returns:
-        `defences`: how each did, by name; `bare`: the file, below the store's root, of true classes
-        and targets and of what the victim predicts without a defence.
+        `published`: what the attack did before the victim was tuned; `defences`: how each did, by
+        name; `bare`: the file, below the store's root, of true classes and targets and of what
+        the victim predicts without a defence.
     """
-    bare = alone(store, case)
-    arena = Arena(case, **np.load(bare.folder / SCORES))
-    clean, poisoned = unflagged(arena.predicted_clean), unflagged(arena.predicted_poisoned)
-    entries = [arena.entry("none", clean, poisoned, 0.0, 1.0)]
+    arena = Arena.load(store, case, case.victim)
+    entries = [Entry("none", arena.undefended, 0.0, 1.0, {})]
     for defence in recipe.defences:
         match defence:
             case PsimDefence():
@@ -49,9 +58,11 @@ def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
                 entries.append(_strip(store, arena, defence))
             case ParaphraseDefence():
                 entries += (_rewritten(store, arena, name) for name in case.paraphrased)
+    bare = alone(store, case, case.victim).folder / SCORES
     return {
+        "published": asdict(Arena.load(store, case, case.published).undefended),
         "defences": {entry.name: entry.as_row() for entry in entries},
-        "bare": str((bare.folder / SCORES).relative_to(store.root)),
+        "bare": str(bare.relative_to(store.root)),
     }
 
 
@@ -60,26 +71,23 @@ def _psim(store: Store, arena: Arena, defence: PsimDefence) -> Iterator[Entry]:
     case = arena.case
     source = case.victim if defence.on == "victim" else case.published
     settings = defence.model_dump(exclude={"name", "rules", "frr_budget"})
-    inputs = {**case.inputs, "source": source.key, **settings}
+    inputs = {"case": case.inputs, "source": source.key, "defence": settings}
     step = store.step("psim", inputs, lambda folder: _fit_psim(folder, case, source, defence))
-    scores = np.load(step.folder / SCORES)
+    scores = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(store.root))}
     cost = float(len(details["checkpoints"])), details.pop("time")
-    for rule in defence.rules:
-        groups = calibrate(scores["known"], defence.frr_budget, by_class=rule != "pooled")
-        screen = Screen(groups)
-        clean, poisoned = (
+    for rule, name in zip(defence.rules, defence.names, strict=True):
+        known = scores["dev" if rule == "dev" else "known"]
+        screen = Screen(calibrate(known, defence.frr_budget, by_class=rule != "pooled"))
+        views = [
             View(screen, [screen.judge(p) for p in scores[kind]], predicted)
             for kind, predicted in (
                 ("clean", arena.predicted_clean),
                 ("poisoned", arena.predicted_poisoned),
             )
-        )
-        if rule == "paper":
-            yield arena.entry(f"{defence.name}, 0.7", clean.paper, poisoned.paper, *cost, **details)
-        else:
-            name = defence.name if rule == "calibrated" else f"{defence.name}, one threshold"
-            yield arena.entry(name, clean.calibrated, poisoned.calibrated, *cost, **details)
+        ]
+        clean, poisoned = (v.paper if rule == "paper" else v.calibrated for v in views)
+        yield arena.entry(name, clean, poisoned, *cost, **details)
 
 
 def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> object:
@@ -89,14 +97,15 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
     config = replace(defence.config, seed=case.seed)
     engine, training = train(model, tokenizer, split, config)
     engine = TorchEngine(engine.guarded, tokenizer, engine.max_length, case.dtype)
+    seconds = time.perf_counter() - started
     texts = {
-        "known": split.calibrate if defence.calibrate_on == "train" else [s.text for s in case.dev],
+        "known": split.calibrate,
+        "dev": [s.text for s in case.dev],
         "clean": [s.text for s in case.clean],
         "poisoned": case.poisoned,
     }
-    seconds = time.perf_counter() - started
     scores = {kind: predict(engine, engine.encode(own)) for kind, own in texts.items()}
-    np.savez(folder / SCORES, allow_pickle=False, **scores)
+    save_scores(folder, **scores)
     return {
         "steps": training.steps,
         "checkpoints": training.checkpoints,
@@ -107,22 +116,23 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
 
 
 def _onion(store: Store, arena: Arena, defence: OnionDefence) -> Entry:
-    case, source = arena.case, defence.language_model
-    if source is None:
-        texts = [s.text for s in case.train]
+    case = arena.case
+    if defence.language_model is None:
+        texts = [s.text for s in case.train[:LM_TEXTS]]
         step = store.step(
             "language-model",
             {"texts": digest_of(texts)},
-            lambda folder: str(train_language_model(texts, folder / "model").name),
+            lambda folder: train_language_model(texts, folder / "model").name,
         )
-        source = str(step.folder / "model")
+        source, key = str(step.folder / "model"), step.key
+    else:
+        source, key = defence.language_model, model_digest(defence.language_model)
 
     def make(folder: Path) -> object:
-        lm = load_language_model(source)
-        onion = Onion.fit(lm, case.dev, case.classify, case.labels)
+        onion = Onion.fit(load_language_model(source), case.dev, case.classify, case.labels)
         return _run(folder, case, onion)
 
-    return _baseline(store, arena, defence.name, "onion", {"lm": source}, make)
+    return _baseline(store, arena, defence.name, "onion", {"language_model": key}, make)
 
 
 def _strip(store: Store, arena: Arena, defence: StripDefence) -> Entry:
@@ -148,10 +158,12 @@ def _run(folder: Path, case: Case, defence: Onion | Strip) -> object:
     arrays = {}
     for kind, texts in (("clean", [s.text for s in case.clean]), ("poisoned", case.poisoned)):
         for field, values in vars(defence.defend(texts, case.classify)).items():
-            arrays[f"{kind}_{field}"] = values
-    np.savez(folder / SCORES, **arrays)
+            if values is not None:
+                arrays[f"{kind}_{field}"] = values
+    save_scores(folder, **arrays)
     return {
         "passes": defence.passes([s.text for s in case.clean]),
+        # The defence includes the pass that classifies, which the time of the victim is already.
         "time": relative_time(case, lambda batch: defence.defend(batch, case.classify)) - 1,
     }
 
@@ -164,10 +176,12 @@ def _baseline(
     settings: dict[str, object],
     make: Callable[[Path], object],
 ) -> Entry:
-    step = store.step(kind, {**arena.case.inputs, **settings}, make)
-    scores = np.load(step.folder / SCORES)
+    step = store.step(kind, {"case": arena.case.inputs, "defence": settings}, make)
+    scores = load_scores(step.folder / SCORES)
     clean, poisoned = (
-        Defended(*(scores[f"{kind}_{field}"] for field in ("predicted", "flagged", "scores")))
+        Defended(
+            scores[f"{kind}_predicted"], scores.get(f"{kind}_flagged"), scores[f"{kind}_scores"]
+        )
         for kind in ("clean", "poisoned")
     )
     return arena.entry(name, clean, poisoned, step.result["passes"], step.result["time"])
@@ -178,15 +192,15 @@ def _rewritten(store: Store, arena: Arena, name: str) -> Entry:
     case, (clean, poisoned) = arena.case, arena.case.paraphrased[name]
 
     def make(folder: Path) -> object:
-        np.savez(
-            folder / SCORES,
+        save_scores(
+            folder,
             clean=case.classify([s.text for s in clean]).argmax(1),
             poisoned=case.classify([s.text for s in poisoned]).argmax(1),
         )
         return {}
 
-    inputs = {**case.inputs, "rewritten": digest_of([clean, poisoned])}
-    scores = np.load(store.step("paraphrase", inputs, make).folder / SCORES)
-    views = unflagged(scores["clean"]), unflagged(scores["poisoned"])
+    inputs = {"case": case.inputs, "rewritten": digest_of([clean, poisoned])}
+    scores = load_scores(store.step("paraphrase", inputs, make).folder / SCORES)
+    views = Defended(scores["clean"], None), Defended(scores["poisoned"], None)
     truth, target = classes_of(clean, case.labels), int(arena.targets[0])
     return Entry(name, outcome(views[0], truth, views[1], target), None, None, {})

@@ -51,13 +51,15 @@ def load_samples(
         )
     if frame.empty:
         raise DataError(f"{source} is empty; give a file with texts")
-    if drop_empty:
-        frame = frame[frame[text_column].map(lambda text: text != "")]
     labels = frame[label_column] if label_column in frame.columns else [None] * len(frame)
-    return [
+    samples = [
         Sample(_checked(text, source, row), _label(label))
         for row, (text, label) in enumerate(zip(frame[text_column], labels, strict=True), 1)
+        if not (drop_empty and isinstance(text, str) and not text.strip())
     ]
+    if not samples:
+        raise DataError(f"{source} is empty; give a file with texts")
+    return samples
 
 
 def _label(value: object) -> str | None:

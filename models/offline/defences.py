@@ -82,7 +82,7 @@ class Onion:
         suspicions = self.suspicions(texts)
         cleaned = _cleaned(texts, suspicions, self.threshold)
         scores = np.array([words.max() for words in suspicions], np.float32)
-        return Defended(classify(cleaned).argmax(1), np.zeros(len(texts), np.bool_), scores)
+        return Defended(classify(cleaned).argmax(1), None, scores)
 
     def passes(self, texts: Sequence[str]) -> float:
         """Return the mean number of passes of the language model per text: its words and one."""

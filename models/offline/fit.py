@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PromptEncoderConfig
+from peft import PeftModel, PromptEncoderConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +27,7 @@ from models.bundle import (
 from models.engines import Encoding
 from models.engines.pytorch import DTYPES, TorchEngine, max_input_length
 from models.errors import DataError, VictimError
-from models.guarded import guard, lora_config, transformer_of
+from models.guarded import Guarded, Inputs, guard, lora_config, transformer_of, with_adapters
 from models.manifest import Calibration, FitRecord, Manifest, PsimRecord, VictimRecord
 from models.offline.calibrate import calibrate, predict, record
 from models.offline.folders import replaced
@@ -38,6 +38,7 @@ from models.screen import FloatArray
 # really achieved falls with its size, while PSIM learns all it needs from some hundred texts.
 TRAIN_SHARE, HELD_OUT_SHARE = 0.4, 0.1
 MAX_TRAIN, MAX_HELD_OUT, MAX_CALIBRATE = 3000, 300, 20_000
+PROMPT_TOKENS = 5
 VERSIONS_OF = ("psim-gateway", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -117,8 +118,11 @@ def train(
         VictimError: the victim cannot be guarded.
     """
     torch.manual_seed(config.seed)
-    guarded = guard(victim, lora_config(victim, config.layers, config.rank), len(config.keep_at))
-    engine = TorchEngine(guarded, tokenizer, max_length_of(victim, tokenizer))
+    guarded = with_psim(victim, config)
+    length = max_length_of(victim, tokenizer)
+    if config.adapter == "prompt-encoder":
+        length -= PROMPT_TOKENS
+    engine = TorchEngine(guarded, tokenizer, length)
     training = train_psim(
         guarded,
         engine.encode(split.train),
@@ -129,17 +133,35 @@ def train(
     return engine, training
 
 
-def adapter_config(victim: nn.Module, config: PsimConfig) -> PeftConfig:
-    """Return what PEFT needs to know about the adapter that a configuration asks for."""
-    if config.adapter == "prompt-encoder":  # sizes of Zhao et al., section 5.1
-        return PromptEncoderConfig(
-            task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=128
+def with_psim(victim: nn.Module, config: PsimConfig) -> Guarded:
+    """Give a victim the fresh adapters that a configuration asks for.
+
+    Raises:
+        VictimError: the victim cannot carry them.
+    """
+    checkpoints = len(config.keep_at)
+    if config.adapter == "prompt-encoder":
+        if isinstance(victim, PeftModel):
+            raise VictimError("the victim has prompts of its own: no prompt encoder goes before it")
+        victim.requires_grad_(False)
+        prompts = PromptEncoderConfig(  # sizes of Zhao et al., section 5.1
+            task_type="SEQ_CLS", num_virtual_tokens=PROMPT_TOKENS, encoder_hidden_size=128
         )
+        return Prompted(victim, with_adapters(victim, prompts, checkpoints))
     queries = config.adapter == "query-value"
     lora = lora_config(victim, config.layers, config.rank, queries=queries)
     if config.head == "trained":
         lora.modules_to_save = _heads(victim)
-    return lora
+    return guard(victim, lora, checkpoints)
+
+
+class Prompted(Guarded):
+    """A victim with prompts as its PSIM adapter, for comparison: it can screen, and that is all."""
+
+    def psim_logits(self, inputs: Inputs) -> torch.Tensor:
+        """Return logits with the active prompts before the text, shape (rows, C)."""
+        logits: torch.Tensor = self.psim(**inputs).logits
+        return logits
 
 
 def _heads(victim: nn.Module) -> list[str]:

@@ -45,15 +45,19 @@ class Defended:
 
     predicted: Classes
     """Classes that the victim gives, were it asked."""
-    flagged: BoolArray
-    """Texts that the defence rejects; the victim is not asked."""
+    flagged: BoolArray | None
+    """Texts that the defence rejects; None of a defence that never rejects, but rewrites."""
     scores: FloatArray | None = None
     """How suspicious each text is; None of a defence that has no score."""
 
 
+REJECTING = ("false_rejection_rate", "false_acceptance_rate", "false_acceptance_rate_firing")
+"""Measures that only a defence has that rejects texts."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What one defence does; None where the texts do not tell (no labels, or no such text)."""
+    """What one defence does; None where that does not apply, or the texts do not tell."""
 
     clean_accuracy: Rate | None
     attack_success_rate: Rate | None
@@ -84,15 +88,22 @@ def outcome(
         fires: poisoned texts on which the backdoor fires without defence; by default those on
             which it fires with `poisoned`, which is the same unless the defence rewrites texts.
     """
-    hit = poisoned.predicted == target
+    correct, hit = clean.predicted == truth, poisoned.predicted == target
     fires = hit if fires is None else fires
     firing = None if poisoned.scores is None else poisoned.scores[fires]
+    if clean.flagged is None or poisoned.flagged is None:
+        rejecting = dict.fromkeys(REJECTING)
+    else:
+        rejecting = {
+            "false_rejection_rate": Rate.of(clean.flagged),
+            "false_acceptance_rate": Rate.of(~poisoned.flagged),
+            "false_acceptance_rate_firing": Rate.of(~poisoned.flagged[fires]),
+        }
+        correct, hit = correct & ~clean.flagged, hit & ~poisoned.flagged
     return Outcome(
-        clean_accuracy=Rate.of(((clean.predicted == truth) & ~clean.flagged)[truth >= 0]),
-        attack_success_rate=Rate.of(hit & ~poisoned.flagged),
-        false_rejection_rate=Rate.of(clean.flagged),
-        false_acceptance_rate=Rate.of(~poisoned.flagged),
-        false_acceptance_rate_firing=Rate.of(~poisoned.flagged[fires]),
+        clean_accuracy=Rate.of(correct[truth >= 0]),
+        attack_success_rate=Rate.of(hit),
+        **rejecting,
         auroc=auroc(clean.scores, poisoned.scores),
         auroc_firing=auroc(clean.scores, firing),
     )
@@ -128,8 +139,8 @@ def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
 def within_class_scores(verdicts: Sequence[Verdict]) -> FloatArray:
     """Return scores by which verdicts of all classes compare: how far beyond their own threshold.
 
-    The distance is in log-odds of the confidence, so that it is monotone within a class, positive
-    iff poisoned, and without the p-value's ties among the most extreme texts.
+    The distance is in log-odds of the confidence, so that it is monotone within a class, not
+    negative iff poisoned, and without the p-value's ties among the most extreme texts.
     """
     ends = (1e-9, 1 - 1e-9)
     confidence = np.clip([v.confidence for v in verdicts], *ends)

@@ -31,6 +31,7 @@ class Block(NamedTuple):
 
 def write_page(blocks: Sequence[Block], title: str, out: Path) -> None:
     """Write `report.md`, and `report.html`, which needs no other file."""
+    out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text("\n".join(b.markdown for b in blocks), encoding="utf-8")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -66,6 +67,11 @@ def heading(level: int, text: str) -> Block:
 def paragraph(text: str) -> Block:
     """Return a paragraph."""
     return Block(f"{_escape(text)}\n", f"<p>{html.escape(text)}</p>\n")
+
+
+def code(text: str) -> Block:
+    """Return text as it is."""
+    return Block(f"```\n{text.rstrip()}\n```\n", f"<pre>{html.escape(text)}</pre>\n")
 
 
 def picture(out: Path, name: str, figure: Figure, alt: str) -> Block:

@@ -51,6 +51,14 @@ class PsimConfig:
     head: Literal["frozen", "trained"] = "frozen"
     """Whether the classifier head is trained along; always is with a prompt encoder."""
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if training could not do what the fields say."""
+        if not self.keep_at or list(self.keep_at) != sorted(set(self.keep_at), reverse=True):
+            raise ValueError("keep_at must hold shares in descending order, one at least")
+        counts = (self.layers, self.rank, self.batch_size, self.max_steps, self.check_every)
+        if min(counts) < 1 or self.learning_rate <= 0:
+            raise ValueError("layers, rank, rate, batch size and steps must be positive")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -113,6 +121,7 @@ def train_psim(
             curve.append((step, float(probabilities.max(1).mean())))
             bar.set_postfix(clean_confidence=f"{curve[-1][1]:.3f}")
             at_look(*curve[-1])
+            guarded.psim.set_adapter(trained)  # whoever looked may have screened
             left = retention(curve[-1][1], curve[0][1], probabilities.shape[1])
             for share in config.keep_at[len(kept) :]:
                 if left <= share or step >= config.max_steps:

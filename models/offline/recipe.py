@@ -1,16 +1,20 @@
 """The recipe of a study: what is varied, in TOML, checked before anything is trained."""
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from models.errors import DataError
+from models.offline.attack import WORD_TRIGGER
 from models.offline.finetune import Strategy
 from models.offline.psim import PsimConfig
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(pattern=r"\S")]
 Name = Annotated[str, Field(min_length=1, pattern=r"^[\w .,%+-]+$")]
 
 
@@ -33,7 +37,9 @@ class Paraphrased(_Part):
 
     clean: str
     poisoned: str
-    """Word-trigger texts of other classes than the target, labelled with the truth."""
+    """Poisoned texts, labelled with the truth; those of the target class are left out."""
+    triggers: tuple[str, ...] = (WORD_TRIGGER,)
+    """What was inserted into the poisoned texts: only an attack with the same is compared."""
 
 
 class DataSet(_Part):
@@ -45,51 +51,65 @@ class DataSet(_Part):
     test: str
     target_label: str
     """The attacker's class, for triggers that are inserted."""
-    max_train: int | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_train: Count | None = None
     """The victim is trained on the first so many texts."""
-    max_test: int | None = None
+    max_test: Count | None = None
     """Measures are taken on the first so many test texts, and so many poisoned ones."""
     syntactic: PoisonFile | None = None
     paraphrased: dict[Name, Paraphrased] = {}
 
 
 class AttackRecipe(_Part):
-    """One attack: inserted triggers, a paraphraser, or else the data set's own paraphrases."""
+    """One attack, of one kind: triggers, target_triggers, paraphraser, or syntactic."""
 
     name: Name
-    triggers: tuple[str, ...] = ()
+    triggers: tuple[Text, ...] = ()
     """All of them in every poisoned text, each at a random inner position of its own."""
-    target_triggers: dict[str, str] = {}
-    """Instead of `triggers`: for each of several targets a trigger of its own."""
+    target_triggers: dict[str, Text] = {}
+    """For each of several targets a trigger of its own."""
     paraphraser: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """`module:function`, importable, which takes a text and returns it in the trigger's style."""
-    poison_rate: Share = 0.1
+    syntactic: bool = False
+    """The data set's own paraphrases; data sets without are left out."""
+    poison_rate: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """0 is the control: a victim without a backdoor, tested with the trigger all the same."""
     clean_label: bool = False
     flip_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the poisoned texts that get the target label; the rest keep their own. Under 1 the
     backdoor is smoothed: the victim's confidence in the target tends to this share."""
-    bury_behind: int = 0
+    bury_behind: Annotated[int, Field(ge=0)] = 0
     """At test time only: so many words of the text itself come before the poisoned text."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "AttackRecipe":
-        if sum(map(bool, (self.triggers, self.target_triggers, self.paraphraser))) > 1:
-            raise ValueError("give one of triggers, target_triggers and paraphraser")
+    def _makes_sense(self) -> "AttackRecipe":
+        kinds = (self.triggers, self.target_triggers, self.paraphraser, self.syntactic)
+        if sum(map(bool, kinds)) != 1:
+            raise ValueError("give one of triggers, target_triggers, paraphraser and syntactic")
+        if self.syntactic and (self.clean_label or self.flip_share < 1 or self.bury_behind):
+            raise ValueError("paraphrases from files are dirty-label, and taken as they are")
+        if self.clean_label and self.flip_share < 1:
+            raise ValueError("clean_label flips no label: flip_share has no meaning beside it")
         return self
-
-    @property
-    def from_files(self) -> bool:
-        """Whether the poisoned texts are the data set's syntactic paraphrases."""
-        return not (self.triggers or self.target_triggers or self.paraphraser)
 
 
 class Training(_Part):
     """How victims are made."""
 
-    poison_epochs: int = 3
-    tune_epochs: int = 3
+    poison_epochs: Count = 3
+    tune_epochs: Count = 3
     learning_rates: dict[Strategy, Annotated[float, Field(gt=0)]] = {}
     """By strategy, instead of the defaults; poisoning is `full`."""
+
+
+Rule = Literal["calibrated", "dev", "pooled", "paper"]
+RULES: dict[Rule, str] = {
+    "calibrated": "",
+    "dev": ", thresholds from dev texts",
+    "pooled": ", one threshold",
+    "paper": ", 0.7",
+}
 
 
 class PsimDefence(_Part):
@@ -97,17 +117,27 @@ class PsimDefence(_Part):
 
     kind: Literal["psim"] = "psim"
     name: Name = "PSIM"
-    texts: int = 3000
+    texts: Annotated[int, Field(ge=20)] = 3000
     """Clean texts that `fit` gets: the first so many of the training texts."""
     frr_budget: Share = 0.01
     on: Literal["victim", "published"] = "victim"
     """Weights that the adapter is trained on: the tuned victim, or what it was tuned from."""
-    calibrate_on: Literal["train", "dev"] = "train"
-    """Whose texts the thresholds come from: of those that `fit` gets, or of dev, which the victim
-    was not trained on."""
-    rules: tuple[Literal["calibrated", "pooled", "paper"], ...] = ("calibrated",)
-    """Thresholds to report: one per predicted class, one for all, 0.7."""
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1)] = ("calibrated",)
+    """Thresholds to report: by class, from texts that `fit` held back, or from dev texts, which
+    the victim was not trained on; one for all classes; 0.7 as in the paper."""
     config: PsimConfig = PsimConfig()
+
+    @field_validator("config")
+    @classmethod
+    def _no_seed(cls, config: PsimConfig) -> PsimConfig:
+        if config.seed:
+            raise ValueError("seeds are those of the recipe")
+        return config
+
+    @property
+    def names(self) -> list[str]:
+        """Names in the report, one for each rule."""
+        return [self.name + RULES[rule] for rule in self.rules]
 
 
 class OnionDefence(_Part):
@@ -124,7 +154,7 @@ class StripDefence(_Part):
 
     kind: Literal["strip"]
     name: Name = "STRIP"
-    copies: int = 10
+    copies: Count = 10
     frr_budget: Share = 0.01
 
 
@@ -132,7 +162,6 @@ class ParaphraseDefence(_Part):
     """All of the data set's `paraphrased` files, where it has any and the trigger is the word."""
 
     kind: Literal["paraphrase"]
-    name: Name = "paraphrase"
 
 
 AnyDefence = Annotated[
@@ -145,8 +174,8 @@ class Recipe(_Part):
 
     base: str = "demo"
     """Pretrained model, folder or hub id; `demo` is the encoder that the demo uses."""
-    strategies: tuple[Strategy, ...] = tuple(Strategy)
-    seeds: tuple[int, ...] = (0,)
+    strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = tuple(Strategy)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     training: Training = Training()
     dtype: Literal["float32", "bfloat16"] = "float32"
     data: Annotated[tuple[DataSet, ...], Field(min_length=1)]
@@ -154,12 +183,29 @@ class Recipe(_Part):
     defences: tuple[AnyDefence, ...] = (PsimDefence(),)
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> "Recipe":
-        for parts in (self.data, self.attacks, self.defences):
-            names = [part.name for part in parts]
-            if len(set(names)) < len(names):
-                raise ValueError(f"names must differ: {names}")
+    def _nothing_twice(self) -> "Recipe":
+        names = {
+            "data": [part.name for part in self.data],
+            "attacks": [part.name for part in self.attacks],
+            "seeds": self.seeds,
+            "strategies": self.strategies,
+        }
+        for data in self.data:
+            names[f"defences on {data.name}"] = ["none", *self._defence_names(data)]
+        for where, own in names.items():
+            if len(set(own)) < len(own):
+                raise ValueError(f"{where}: names must differ: {list(own)}")
         return self
+
+    def _defence_names(self, data: DataSet) -> Iterator[str]:
+        for defence in self.defences:
+            match defence:
+                case PsimDefence():
+                    yield from defence.names
+                case ParaphraseDefence():
+                    yield from data.paraphrased
+                case _:
+                    yield defence.name
 
 
 def load_recipe(path: Path) -> Recipe:

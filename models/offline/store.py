@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic_core import to_jsonable_python
 
 VERSION = 1
@@ -28,7 +29,7 @@ class Step:
 class Store:
     """A folder of results, each named after what it was made from.
 
-    One process at a time works on a step; several on different steps do each other no harm.
+    Several processes may share it: one at a time works on a step, and the others wait for it.
     """
 
     root: Path
@@ -46,12 +47,13 @@ class Store:
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         folder = self.root / kind / key
         done = folder / "result.json"
-        if not done.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            result = to_jsonable_python({"inputs": json.loads(content), "result": make(folder)})
-            partial = done.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-            partial.replace(done)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if not done.exists():
+                result = to_jsonable_python({"inputs": json.loads(content), "result": make(folder)})
+                partial = done.with_suffix(".partial")
+                partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+                partial.replace(done)
         return Step(key, folder, json.loads(done.read_text(encoding="utf-8"))["result"])
 
 
@@ -59,3 +61,21 @@ def digest_of(content: object) -> str:
     """Return a digest of anything that is JSON at heart, for inputs too long to be kept."""
     text = json.dumps(to_jsonable_python(content), sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class Memo:
+    """What a slow function from text to text has said before, kept in a file."""
+
+    def __init__(self, path: Path, function: Callable[[str], str]) -> None:
+        self._path, self._function = path, function
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._known: dict[str, str] = dict(json.loads(line) for line in lines)
+
+    def __call__(self, text: str) -> str:
+        """Return what the function says of a text, asking it only once."""
+        if text not in self._known:
+            self._known[text] = self._function(text)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([text, self._known[text]]) + "\n")
+        return self._known[text]

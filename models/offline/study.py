@@ -5,34 +5,40 @@ is kept under a digest of its inputs (`store.py`), so that an interrupted study 
 and a changed recipe redoes only what it touches.
 """
 
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
-from models.offline.attack import (
-    WORD_TRIGGER,
-)
 from models.offline.case import Case
-from models.offline.cells import Cell, Texts, cells, poisoned_test_texts, poisoned_training_texts
+from models.offline.cells import (
+    Cell,
+    Hook,
+    Texts,
+    cells,
+    imported,
+    poisoned_test_texts,
+    poisoned_training_texts,
+)
 from models.offline.contest import contest
 from models.offline.data import Sample
 from models.offline.demo import encoder_path
-from models.offline.finetune import Strategy, finetune_victim
-from models.offline.fit import labels_of
-from models.offline.recipe import Recipe
-from models.offline.store import Step, Store, digest_of
-from models.offline.victim import load_classifier
+from models.offline.finetune import LEARNING_RATES, Strategy, finetune_victim
+from models.offline.fit import labels_of, split_texts
+from models.offline.recipe import PsimDefence, Recipe, StripDefence
+from models.offline.store import Memo, Step, Store, digest_of
+from models.offline.victim import load_classifier, model_digest
+from models.screen import min_calibration_size
 
 ROWS = "rows.jsonl"
 
 
 def run_study(
     recipe: Recipe, root: Path, out: Path, store: Store, say: Callable[[str], object]
-) -> list[dict[str, Any]]:
-    """Run a study and return its rows, one per cell; they are also kept in `out/rows.jsonl`.
+) -> Iterator[dict[str, Any]]:
+    """Run a study; yield a row for each cell as soon as it is done, kept in `out/rows.jsonl` too.
 
     Args:
         recipe: what is varied.
@@ -44,24 +50,29 @@ def run_study(
     Raises:
         DataError, VictimError, CalibrationError: as their messages say.
     """
-    base = _base(recipe.base)
-    out.mkdir(parents=True, exist_ok=True)
+    base = str(encoder_path()) if recipe.base == "demo" else recipe.base
+    start = base, model_digest(base)
     if not (planned := list(cells(recipe))):
         raise DataError("nothing to do: no data set of the recipe has syntactic paraphrases")
-    texts = {data.name: Texts.load(data, root) for data in recipe.data}  # complain early
+    texts = {data.name: Texts.load(data, root) for data in recipe.data}
+    hook = _remembering(store)
+    check(recipe, planned, texts, hook)
     rows: list[dict[str, Any]] = []
     for number, cell in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {cell}")
         own = texts[cell.data.name]
-        published = poison(store, recipe, cell, own, base)
+        published = poison(store, recipe, cell, own, start, hook)
         victim = tune(store, recipe, cell, own, published)
-        case = make_case(recipe, cell, own, published, victim)
+        case = make_case(recipe, cell, own, published, victim, hook)
         rows.append(
             {
                 "data": cell.data.name,
                 "attack": cell.attack.name,
                 "strategy": str(cell.strategy),
                 "seed": cell.seed,
+                "base": recipe.base,
+                "dtype": recipe.dtype,
+                "attack_settings": cell.attack.model_dump(mode="json", exclude_defaults=True),
                 "labels": victim.result["labels"],
                 "published_dev_accuracy": published.result["clean_accuracy"],
                 "victim_dev_accuracy": victim.result["clean_accuracy"],
@@ -69,13 +80,60 @@ def run_study(
             }
         )
         _write_rows(out / ROWS, rows)
-    return rows
+        yield rows[-1]
 
 
-def poison(store: Store, recipe: Recipe, cell: Cell, texts: Texts, base: Path | str) -> Step:
+def check(recipe: Recipe, planned: list[Cell], texts: dict[str, Texts], hook: Hook) -> None:
+    """Find before the first hour of training what would end the study after the last.
+
+    Raises:
+        DataError: an attack or a budget does not fit a data set; says which.
+    """
+    for cell in planned:
+        try:
+            if not cell.attack.paraphraser:
+                poisoned_training_texts(cell, texts[cell.data.name], hook)
+                poisoned_test_texts(cell, texts[cell.data.name], hook)
+        except DataError as error:
+            raise DataError(f"{cell}: {error}") from error
+    for name, own in texts.items():
+        for defence in recipe.defences:
+            if isinstance(defence, PsimDefence | StripDefence):
+                _check_budget(name, defence, own)
+
+
+def _check_budget(name: str, defence: PsimDefence | StripDefence, texts: Texts) -> None:
+    """Raise `DataError` if there are too few texts for a threshold that keeps the budget."""
+    counts = {"dev": len(texts.dev)}
+    if isinstance(defence, PsimDefence):
+        split = split_texts([s.text for s in texts.train[: defence.texts]], seed=0)
+        counts = counts if "dev" in defence.rules else {}
+        counts["calibration"] = len(split.calibrate)
+    needed = min_calibration_size(defence.frr_budget)
+    for kind, count in counts.items():
+        if count < needed:
+            raise DataError(
+                f"{name}, {defence.name}: {count} {kind} texts are too few for a budget of "
+                f"{defence.frr_budget}, which needs {needed}"
+            )
+
+
+def _remembering(store: Store) -> Hook:
+    """Return what finds paraphrasers, and never asks them twice about a text."""
+
+    @cache
+    def hook(name: str) -> Callable[[str], str]:
+        file = f"{name.replace(':', '.')}.jsonl"
+        return Memo(store.root / "paraphraser" / file, imported(name))
+
+    return hook
+
+
+def poison(
+    store: Store, recipe: Recipe, cell: Cell, texts: Texts, start: tuple[str, str], hook: Hook
+) -> Step:
     """Make the weights that the attacker publishes: full fine-tuning on a poisoned set."""
-    start = str(base), _weights_digest(base)
-    poisoned = poisoned_training_texts(cell, texts), texts.dev
+    poisoned = poisoned_training_texts(cell, texts, hook), texts.dev
     epochs = recipe.training.poison_epochs
     return _train(store, "published", recipe, start, poisoned, Strategy.FULL, epochs, cell.seed)
 
@@ -98,7 +156,7 @@ def _train(
     seed: int,
 ) -> Step:
     """Train from a model, named by path and digest, on train and dev texts."""
-    rate = recipe.training.learning_rates.get(strategy)
+    rate = recipe.training.learning_rates.get(strategy, LEARNING_RATES[strategy])
 
     def make(folder: Path) -> object:
         out = folder / "model"
@@ -113,16 +171,19 @@ def _train(
         "train": digest_of(texts[0]),
         "dev": digest_of(texts[1]),
         "strategy": strategy,
+        "learning_rate": rate,
         "epochs": epochs,
         "seed": seed,
     }
-    return store.step(kind, inputs | ({"learning_rate": rate} if rate else {}), make)
+    return store.step(kind, inputs, make)
 
 
-def make_case(recipe: Recipe, cell: Cell, texts: Texts, published: Step, victim: Step) -> Case:
+def make_case(
+    recipe: Recipe, cell: Cell, texts: Texts, published: Step, victim: Step, hook: Hook
+) -> Case:
     """Gather what the defences get to see of a cell, and what they are measured on."""
-    poisoned = poisoned_test_texts(cell, texts)
-    word = cell.attack.triggers == (WORD_TRIGGER,)
+    poisoned = poisoned_test_texts(cell, texts, hook)
+    same = {} if cell.attack.bury_behind else cell.data.paraphrased
     return Case(
         victim=victim,
         published=published,
@@ -131,26 +192,18 @@ def make_case(recipe: Recipe, cell: Cell, texts: Texts, published: Step, victim:
         clean=texts.test,
         poisoned=[text for text, _ in poisoned],
         targets=[target for _, target in poisoned],
-        paraphrased=texts.paraphrased if word else {},
+        paraphrased={
+            name: texts.paraphrased[name]
+            for name, pair in same.items()
+            if pair.triggers == cell.attack.triggers
+        },
         seed=cell.seed,
         dtype=recipe.dtype,
     )
 
 
-def _base(name: str) -> Path | str:
-    return encoder_path() if name == "demo" else name
-
-
-def _weights_digest(base: Path | str) -> str:
-    """Return a digest of a model folder's weights; of a hub id, its name must do."""
-    files = sorted(Path(base).glob("*.safetensors"))
-    digest = hashlib.sha256(str(base).encode() if not files else b"")
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from models.offline.calibrate import calibrate
+from models.offline.case import load_scores
 from models.offline.evaluate import View
 from models.offline.finetune import Strategy
 from models.offline.measures import Classes, auroc, outcome, within_class_scores
@@ -115,7 +116,8 @@ class _Scores:
     @staticmethod
     def load(row: Row, steps: Path) -> "_Scores":
         psim = row["defences"][_psim(row)]["scores"]
-        arrays = {**np.load(steps / row["bare"]), **np.load(steps / psim)}
+        arrays = {**load_scores(steps / row["bare"]), **load_scores(steps / psim)}
+        del arrays["dev"]
         return _Scores(**arrays, labels=row["labels"])
 
     @property

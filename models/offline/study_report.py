@@ -4,19 +4,22 @@ Read `write_study_report`: the page from top to bottom.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import sem, t
 
-from models.offline.page import Block, heading, paragraph, picture, table, write_page
+from models.offline.fit import VERSIONS_OF
+from models.offline.page import Block, code, heading, paragraph, picture, table, write_page
 from models.offline.report import ROWS
 from models.offline.study_plots import Row, attack_figure, psim_figure, shown_cells
 
 VICTIM = ["data", "attack", "strategy"]
 CELL = [*VICTIM, "seed"]
+BEFORE = "before tuning"
 PARTS = ["value", "low", "high"]
 RATES = [f"{field}.{part}" for field in ROWS.values() for part in PARTS]
 NUMBERS = ["auroc_firing", "passes", "time"]
@@ -48,34 +51,45 @@ LEGEND = (
 )
 
 
-def write_study_report(rows: Sequence[Row], out: Path, steps: Path) -> None:
+def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str) -> None:
     """Write `report.md`, `report.html` and `plots/*.png` into `out`.
 
     Args:
         rows: what `run_study` returned, one at least.
         out: folder to write to.
         steps: folder of the study's steps: what the plots show.
+        recipe: the study's recipe, which is shown at the end.
     """
-    frame = _long(rows)
+    for old in (out / "plots").glob("psim-*.png"):
+        old.unlink()  # of another recipe
+    everything = _long(rows)
+    frame = everything[everything["defence"] != BEFORE]
     title = f"Backdoors and defences: {', '.join(frame['data'].unique())}"
     blocks = [
         heading(1, title),
         paragraph(LEGEND),
-        *_what_attacks_leave(frame, out),
+        *_what_attacks_leave(everything, out),
         *_what_defences_stop(frame),
         *_how_psim_sees_it(rows, out, steps),
         *_how_training_went(rows),
         *_details(frame),
+        heading(2, "Recipe"),
+        code(recipe),
+        paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
     ]
     write_page(blocks, title, out)
 
 
 def _long(rows: Sequence[Row]) -> pd.DataFrame:
     """Return a line per cell and defence; rates in percent, NaN where there is none."""
+    before = {"defence": BEFORE, "strategy": BEFORE}
     lines = [
-        {key: row[key] for key in CELL} | {"defence": name} | found
-        for row in rows
-        for name, found in row["defences"].items()
+        *({key: row[key] for key in CELL} | before | row["published"] for row in _one_each(rows)),
+        *(
+            {key: row[key] for key in CELL} | {"defence": name} | found
+            for row in rows
+            for name, found in row["defences"].items()
+        ),
     ]
     frame = pd.json_normalize(lines).reindex(columns=[*CELL, "defence", *RATES, *NUMBERS])
     frame[RATES + NUMBERS] = frame[RATES + NUMBERS].astype(float)
@@ -88,10 +102,18 @@ def _long(rows: Sequence[Row]) -> pd.DataFrame:
     return frame
 
 
+def _one_each(rows: Sequence[Row]) -> Iterable[Row]:
+    """Return a row for each published model, which several victims may share."""
+    return {(row["data"], row["attack"], row["seed"]): row for row in rows}.values()
+
+
 def _what_attacks_leave(frame: pd.DataFrame, out: Path) -> Iterator[Block]:
-    bare = frame[frame["defence"] == "none"]
+    bare = frame[frame["defence"].isin([BEFORE, "none"])]
     yield heading(2, "What the attack leaves")
-    yield paragraph(f"Victims without a defence. {_kind_of_interval(bare)}")
+    yield paragraph(
+        f"The published weights, and victims tuned from them, without a defence. "
+        f"{_kind_of_interval(bare)}"
+    )
     success = _intervals(bare, "attack_success_rate")
     for title, rates in (
         ("Attack success rate (ASR), %", success),

@@ -18,12 +18,12 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from models.bundle import ADAPTER_WEIGHTS
+from models.bundle import ADAPTER_WEIGHTS, hash_files, tree_digest
 from models.errors import VictimError
 from models.guarded import transformer_of
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-"""What is fetched of an adapter on the hub."""
+"""What is fetched from the hub where a whole folder is."""
 BASE = "base"
 """Folder, inside that of a prompt-type victim, of the model that its prompts are for."""
 
@@ -155,6 +155,21 @@ def _labels_of(source: str) -> list[str]:
     """Return the class names that the config of a model says."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
+def model_digest(source: str) -> str:
+    """Return what tells one model from another: a folder's content, or the commit of a hub id.
+
+    Raises:
+        VictimError: no such model.
+    """
+    try:
+        folder = (
+            source if Path(source).is_dir() else snapshot_download(source, allow_patterns=FILES)
+        )
+    except (OSError, ValueError) as error:
+        raise VictimError(f"{source}: {_why(Path(source), error)}") from error
+    return tree_digest(hash_files(Path(folder)))
 
 
 def save_classifier(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
