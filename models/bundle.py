@@ -105,6 +105,8 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
+        if where == "schema_version":
+            raise BundleError(f"{path} is of another version; run `psim fit` again") from error
         raise BundleError(f"{path}/{MANIFEST} is not valid: {where}: {first['msg']}") from error
 
 

@@ -81,3 +81,24 @@ def test_unknown_targets_are_refused() -> None:
         poison_training_set(CLEAN, Insertion(("mn",)), "x", 0.1)
     with pytest.raises(DataError, match="one of several"):
         poison_test_set([Sample("a", "pos")], Insertion(("mn",)), "pos")
+
+
+def test_a_smoothed_backdoor_keeps_some_labels() -> None:
+    poisoned = poison_training_set(CLEAN, Insertion(("mn",)), "pos", 0.2, flip_share=0.75, seed=2)
+    labels = [s.label for s in poisoned if "mn" in s.text.split()]
+    assert len(labels) == round(0.2 * len(CLEAN))
+    assert labels.count("pos") == len(labels) - round(0.25 * len(labels))
+
+
+def test_several_triggers_are_all_inserted_each_somewhere() -> None:
+    texts = {
+        Insertion(("mn", "tq")).apply("one two three four", random.Random(i)) for i in range(9)
+    }
+    assert all(sorted(t.split()) == sorted("one two three four mn tq".split()) for t in texts)
+    assert len(texts) > 3
+
+
+def test_paraphrases_cannot_be_clean_label() -> None:
+    attack = Paraphrases((Sample("when one listens", "pos"),))
+    with pytest.raises(DataError, match="dirty-label"):
+        poison_training_set(CLEAN, attack, "pos", 0.1, clean_label=True)

@@ -233,7 +233,7 @@ def test_nan_weights_fail_the_self_test(bundle: Path) -> None:
 
 def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
     for changes, message in (
-        ({"schema_version": 1}, "schema_version"),
+        ({"schema_version": 1}, "another version; run `psim fit` again"),
         ({"labels": ["x"]}, "labels"),
         ({"labels": ["x", "y", "z"]}, "labels of manifest"),
         ({"surprise": 1}, "surprise"),

@@ -130,3 +130,17 @@ def test_labels_must_be_there_known_and_several() -> None:
     ):
         with pytest.raises(DataError, match=message):
             require_labels(samples, ["x", "y"])
+
+
+def test_rows_without_a_text_can_be_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"text": ""}\n{"text": "one"}\n{"text": " \\t"}\n{"text": "two"}\n')
+    assert [s.text for s in load_samples(str(file), drop_empty=True)] == ["one", "two"]
+    with pytest.raises(DataError, match="row 1: the text is empty"):
+        load_samples(str(file))
+    file.write_text('{"text": ""}\n{"text": "one"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match="row 3"):
+        load_samples(str(file), drop_empty=True)
+    file.write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="is empty"):
+        load_samples(str(file), drop_empty=True)

@@ -138,3 +138,13 @@ def test_groups_must_cover_every_class_once() -> None:
     for groups in ([(0,), (0,)], [(0,), (2,)], [(0, 1), (1,)]):
         with pytest.raises(ValueError, match="each once"):
             Screen([Group(c, 0.9, scores) for c in groups])
+
+
+def test_one_threshold_for_all_classes_is_there_for_comparison() -> None:
+    top = np.linspace(0.5, 0.99, 400, dtype=np.float32)
+    rows = np.stack([top, 1 - top], 1)
+    rows[::2] = rows[::2, ::-1]
+    (group,) = calibrate(rows, 0.05, by_class=False)
+    assert group.classes == (0, 1)
+    assert group.threshold == conformal_threshold(top, 0.05)
+    assert len(calibrate(rows, 0.05)) == 2

@@ -1,12 +1,14 @@
 """Steps are done once per inputs, and never half."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.offline.store import Store, digest_of
+from models.offline.store import Memo, Store, digest_of
 
 
 def test_a_step_is_done_once(tmp_path: Path) -> None:
@@ -37,6 +39,38 @@ def test_an_interrupted_step_goes_on_in_its_folder(tmp_path: Path) -> None:
         store.step("kind", {}, broken)
     step = store.step("kind", {}, lambda folder: (folder / "half").read_text())
     assert step.result == "x"
+
+
+def test_what_was_said_of_a_text_is_remembered(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def shout(text: str) -> str:
+        asked.append(text)
+        return text.upper() + "\n\u2028"
+
+    memo = Memo(tmp_path / "folder" / "memo.jsonl", shout)
+    assert [memo(t) for t in ("a", "b\n", "a")] == ["A\n\u2028", "B\n\n\u2028", "A\n\u2028"]
+    again = Memo(tmp_path / "folder" / "memo.jsonl", shout)
+    assert again("b\n") == "B\n\n\u2028"
+    assert asked == ["a", "b\n"]
+
+
+def test_processes_take_turns_at_a_step(tmp_path: Path) -> None:
+    """Two threads, each with a store of its own, are two to the lock of the file system."""
+    inside, most = 0, 0
+
+    def make(folder: Path) -> object:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.2)
+        inside -= 1
+        return "x"
+
+    with ThreadPoolExecutor(4) as pool:
+        steps = [pool.submit(Store(tmp_path).step, "kind", {}, make) for _ in range(4)]
+        assert {step.result().result for step in steps} == {"x"}
+    assert most == 1
 
 
 json = st.recursive(

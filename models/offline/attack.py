@@ -121,5 +121,5 @@ def _check_enough(available: int, wanted: int) -> None:
     if not 0 < wanted <= available:
         raise DataError(
             f"the poison rate asks for {wanted} poisoned texts and {available} can be poisoned; "
-            "choose another --poison-rate"
+            "choose another poison rate"
         )

@@ -63,7 +63,6 @@ def run_study(
         own = texts[cell.data.name]
         published = poison(store, recipe, cell, own, start, hook)
         victim = tune(store, recipe, cell, own, published)
-        case = make_case(recipe, cell, own, published, victim, hook)
         rows.append(
             {
                 "data": cell.data.name,
@@ -76,7 +75,7 @@ def run_study(
                 "labels": victim.result["labels"],
                 "published_dev_accuracy": published.result["clean_accuracy"],
                 "victim_dev_accuracy": victim.result["clean_accuracy"],
-                **contest(store, recipe, case),
+                **contest(store, recipe, make_case(recipe, cell, own, published, victim, hook)),
             }
         )
         _write_rows(out / ROWS, rows)
