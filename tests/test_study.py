@@ -273,7 +273,7 @@ def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
         (("syntactic = true", "syntactic = true\nclean_label = true"), "dirty-label"),
         (('["lora"]', '["lora"]\nseeds = [0, 0]'), "seeds: names must differ"),
         (("copies = 2", "copies = 0"), "copies"),
-        (("max_steps = 10", "keep_at = [0.5, 0.9]"), "descending"),
+        (("keep_at = [0.5]", "keep_at = [0.5, 0.9]"), "descending"),
         (("max_steps = 10", "seed = 3"), "seeds are those of the recipe"),
         (('name = "PSIM"', 'name = "none"'), "names must differ"),
     ],
@@ -296,7 +296,7 @@ def test_a_recipe_that_leaves_nothing_to_do_is_refused(data: Path, tmp_path: Pat
     [
         (('target_label = "positive"', 'target_label = "good"'), "unknown labels .'good'"),
         (('["mn"]', '["mn"]\npoison_rate = 0.9'), "corpus, word, lora, seed 0: the poison rate"),
-        (("frr_budget = 0.05", "frr_budget = 0.001"), "calibration texts are too few"),
+        (("frr_budget = 0.05", "frr_budget = 0.001"), "dev texts are too few"),
         (("max_test = 60", 'text_column = "body"'), "data set corpus: .* no column 'body'"),
     ],
 )
