@@ -63,10 +63,10 @@ def test_checkpoints_are_kept_while_the_clean_texts_fall(
     assert training.checkpoints[-1] == training.steps
     # What screening averages are the adapters as they were at those steps.
     for number, kept in enumerate(training.checkpoints):
-        again, _ = trained(tokenizer, replace(FAST, keep_at=(0, -1, -2), max_steps=kept))
+        again, _ = trained(tokenizer, replace(FAST, keep_at=(0, -1), max_steps=max(kept, 1)))
         name = f"checkpoint{number}"
         own = [p for n, p in guarded.named_parameters() if f".{name}." in n]
-        others = [p for n, p in again.named_parameters() if ".checkpoint2." in n]
+        others = [p for n, p in again.named_parameters() if ".checkpoint1." in n]
         assert own
         assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
 
