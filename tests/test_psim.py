@@ -46,7 +46,7 @@ def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Gua
     return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0, look)
 
 
-FAST = PsimConfig(learning_rate=5e-3, layers=2)
+FAST = PsimConfig(learning_rate=5e-3, layers=2, keep_at=(1.0, 0.7, 0.4))
 
 
 def test_checkpoints_are_kept_while_the_clean_texts_fall(
@@ -56,17 +56,20 @@ def test_checkpoints_are_kept_while_the_clean_texts_fall(
     assert training.stopped_because == UNLEARNT
     assert 0 < training.steps < FAST.max_steps
     assert [step for step, _ in training.curve] == list(range(0, training.steps + 1, 10))
-    (_, start), *_ = training.curve
+    (_, confident), *_ = training.curve
     for share, kept in zip(FAST.keep_at, training.checkpoints, strict=True):
-        left = {step: retention(confidence, start, 3) for step, confidence in training.curve}
+        left = {step: retention(confidence, confident, 3) for step, confidence in training.curve}
         assert kept == min(step for step in left if left[step] <= share)
     assert training.checkpoints[-1] == training.steps
     # What screening averages are the adapters as they were at those steps.
-    for number, kept in enumerate(training.checkpoints):
-        again, _ = trained(tokenizer, replace(FAST, keep_at=(0, -1), max_steps=max(kept, 1)))
+    assert training.checkpoints[0] == 0
+    start = [p for n, p in guarded.named_parameters() if "lora_B.checkpoint0." in n]
+    assert start and not any(p.any() for p in start), "the first one is the victim"
+    for number, kept in list(enumerate(training.checkpoints))[1:]:
+        again, _ = trained(tokenizer, replace(FAST, keep_at=(0, -1, -2), max_steps=kept))
         name = f"checkpoint{number}"
         own = [p for n, p in guarded.named_parameters() if f".{name}." in n]
-        others = [p for n, p in again.named_parameters() if ".checkpoint1." in n]
+        others = [p for n, p in again.named_parameters() if ".checkpoint2." in n]
         assert own
         assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
 
