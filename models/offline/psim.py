@@ -36,9 +36,9 @@ class PsimConfig:
     learning_rate: float = 1e-4
     """Low on purpose: it widens the window in which the task has gone and the backdoor has not."""
     batch_size: int = 32
-    keep_at: tuple[float, ...] = (1.0, 0.3)
+    keep_at: tuple[float, ...] = (0.8, 0.5)
     """Shares of the clean texts' confidence, descending: when it has fallen to one of them a
-    checkpoint is kept, and training ends with the last. 1 keeps the victim itself. See
+    checkpoint is kept, and training ends with the last; 1 keeps the victim itself. See
     `retention`."""
     max_steps: int = 600
     check_every: int = 10
@@ -94,9 +94,8 @@ def train_psim(
     less noise. Labels of the texts are not needed.
 
     The confidence of clean texts falls first, and that of poisoned ones after it, at a moment that
-    clean texts do not tell. So no moment is trusted: checkpoints are kept, by default the victim
-    itself (an adapter that has learnt nothing yet) and the adapter when clean texts have lost most
-    of their confidence, and `Guarded.screen` averages their answers (docs/method.md).
+    clean texts do not tell. So no moment is trusted: checkpoints are kept while the clean texts
+    fall, and `Guarded.screen` averages their answers (docs/method.md).
 
     Args:
         guarded: module with as many adapters as `config.keep_at` has shares; left in evaluation
