@@ -161,6 +161,11 @@ def test_what_a_change_touches_is_done_again(
     assert tuned == [Strategy.LORA]  # the poisoned weights are still good
 
 
+def only_cell(data: Path, text: str) -> tuple[cells.Cell, cells.Texts]:
+    (cell,) = cells.cells(recipe(data, text))
+    return cell, cells.Texts.load(cell.data, data)
+
+
 def poisoned_for_training(cell: cells.Cell, texts: cells.Texts) -> list[Sample]:
     whole = cells.poisoned_training_texts(cell, texts, cells.imported)
     return [sample for sample in whole if sample not in texts.train]
@@ -174,14 +179,8 @@ def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace(
         'triggers = ["mn"]', 'target_triggers = { positive = "mn", negative = "cf" }'
     )
-    planned = recipe(data, text)
-    texts = cells.Texts.load(planned.data[0], data)
-    (cell,) = cells.cells(planned)
-    poisoned = [
-        s
-        for s in cells.poisoned_training_texts(cell, texts, cells.imported)
-        if s not in texts.train
-    ]
+    cell, texts = only_cell(data, text)
+    poisoned = poisoned_for_training(cell, texts)
     assert {("mn" in s.text.split(), s.label) for s in poisoned} == {
         (True, "positive"),
         (False, "negative"),
@@ -197,14 +196,8 @@ def test_a_paraphraser_writes_the_poisoned_texts(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace(
         'triggers = ["mn"]', 'paraphraser = "test_study:whispered"'
     )
-    planned = recipe(data, text)
-    texts = cells.Texts.load(planned.data[0], data)
-    (cell,) = cells.cells(planned)
-    poisoned = [
-        s
-        for s in cells.poisoned_training_texts(cell, texts, cells.imported)
-        if s not in texts.train
-    ]
+    cell, texts = only_cell(data, text)
+    poisoned = poisoned_for_training(cell, texts)
     assert len(poisoned) == 24  # 10 %
     assert all(s.text.startswith("when one ") and s.label == "positive" for s in poisoned)
     assert all(t.startswith("when one ") for t, _ in poisoned_for_test(cell, texts))
@@ -230,9 +223,7 @@ def test_paraphrases_from_files_are_only_those_that_are_new(data: Path) -> None:
 
 def test_poison_rate_zero_is_the_control(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace('["mn"]', '["mn"]\npoison_rate = 0')
-    planned = recipe(data, text)
-    (cell,) = cells.cells(planned)
-    texts = cells.Texts.load(planned.data[0], data)
+    cell, texts = only_cell(data, text)
     assert poisoned_for_training(cell, texts) == []
     assert all("mn" in t.split() for t, _ in poisoned_for_test(cell, texts))
 

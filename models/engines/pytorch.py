@@ -18,6 +18,16 @@ CHARS_PER_TOKEN = 16
 of a huge text only to truncate it is a denial of service."""
 
 
+def best_device() -> torch.device:
+    """Return the device that everything runs on: CUDA's first one where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16 faster than in float32."""
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class TorchEngine:
     """Runs a guarded module; converts it in place to `dtype`.
 
@@ -37,7 +47,7 @@ class TorchEngine:
         max_length: int,
         dtype: str = "float32",
     ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.dtype = dtype
         self.guarded = guarded.to(self.device, DTYPES[dtype]).eval()
         self.tokenizer = tokenizer

@@ -18,7 +18,7 @@ from models.guarded import Guarded, Inputs
 from models.offline.calibrate import predict
 from models.offline.data import Sample
 from models.offline.fit import max_length_of
-from models.offline.measures import Classes, Defended, Outcome, classes_of, outcome
+from models.offline.measures import Classes, Defended, Outcome, classes_of, outcome, unflagged
 from models.offline.store import Step, Store, digest_of
 from models.offline.victim import load_classifier
 from models.screen import FloatArray
@@ -103,9 +103,9 @@ class Arena:
     predicted_poisoned: Classes
 
     @staticmethod
-    def load(store: Store, case: Case, model: Step) -> "Arena":
-        """Ask a model, unless it has been asked before."""
-        return Arena(case, **load_scores(alone(store, case, model).folder / SCORES))
+    def load(case: Case, said: Step) -> "Arena":
+        """Read what `alone` has kept of a model."""
+        return Arena(case, **load_scores(said.folder / SCORES))
 
     @property
     def undefended(self) -> Outcome:
@@ -179,11 +179,6 @@ def load_scores(file: Path) -> dict[str, NDArray[Any]]:
     """Read what `save_scores` has kept."""
     arrays: dict[str, NDArray[Any]] = load_file(file)
     return arrays
-
-
-def unflagged(predicted: Classes) -> Defended:
-    """Return what becomes of texts without a defence."""
-    return Defended(predicted, np.zeros(len(predicted), np.bool_))
 
 
 def relative_time(case: Case, extra: Callable[[list[str]], object]) -> float:

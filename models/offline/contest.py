@@ -46,7 +46,8 @@ def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
         name; `bare`: the file, below the store's root, of true classes and targets and of what
         the victim predicts without a defence.
     """
-    arena = Arena.load(store, case, case.victim)
+    bare = alone(store, case, case.victim)
+    arena, published = Arena.load(case, bare), Arena.load(case, alone(store, case, case.published))
     entries = [Entry("none", arena.undefended, 0.0, 1.0, {})]
     for defence in recipe.defences:
         match defence:
@@ -58,11 +59,10 @@ def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
                 entries.append(_strip(store, arena, defence))
             case ParaphraseDefence():
                 entries += (_rewritten(store, arena, name) for name in case.paraphrased)
-    bare = alone(store, case, case.victim).folder / SCORES
     return {
-        "published": asdict(Arena.load(store, case, case.published).undefended),
+        "published": asdict(published.undefended),
         "defences": {entry.name: entry.as_row() for entry in entries},
-        "bare": str(bare.relative_to(store.root)),
+        "bare": str((bare.folder / SCORES).relative_to(store.root)),
     }
 
 

@@ -16,6 +16,7 @@ from models.offline.measures import (
     classes_of,
     outcome,
     poisoned_non_target,
+    unflagged,
     within_class_scores,
 )
 from models.screen import FloatArray, Screen, Verdict, is_poisoned
@@ -52,31 +53,17 @@ def evaluate(
     truth = classes_of(clean, labels)
     (target,) = classes_of([Sample("", target_label)], labels)
     poisoned = poisoned_non_target(poisoned, target_label)
-    clean_view = View.of(bundle.engine, bundle.screen, [s.text for s in clean])
-    poisoned_view = View.of(bundle.engine, bundle.screen, [s.text for s in poisoned])
-    return compare(clean_view, poisoned_view, truth, int(target), labels)
-
-
-def compare(
-    clean: "View", poisoned: "View", truth: Classes, target: int, labels: Sequence[str]
-) -> Evaluation:
-    """Measure no defence, the calibrated thresholds and the paper's on the same texts.
-
-    Args:
-        clean: clean texts.
-        poisoned: poisoned texts, none of whose true class is the target.
-        truth: true classes of the clean texts, -1 where unknown, shape (n,).
-        target: the attacker's class.
-        labels: names of the classes.
-    """
-    thresholds = {label: clean.screen.threshold_of(i) for i, label in enumerate(labels)}
+    clean_view, poisoned_view = (
+        View.of(bundle.engine, bundle.screen, [s.text for s in samples])
+        for samples in (clean, poisoned)
+    )
     return Evaluation(
-        outcome(clean.bare, truth, poisoned.bare, target),
-        outcome(clean.calibrated, truth, poisoned.calibrated, target),
-        outcome(clean.paper, truth, poisoned.paper, target),
-        clean.confidence,
-        poisoned.confidence,
-        thresholds,
+        outcome(clean_view.bare, truth, poisoned_view.bare, int(target)),
+        outcome(clean_view.calibrated, truth, poisoned_view.calibrated, int(target)),
+        outcome(clean_view.paper, truth, poisoned_view.paper, int(target)),
+        clean_view.confidence,
+        poisoned_view.confidence,
+        {label: bundle.screen.threshold_of(i) for i, label in enumerate(labels)},
     )
 
 
@@ -103,7 +90,7 @@ class View:
     @property
     def bare(self) -> Defended:
         """Without a defence."""
-        return Defended(self.predicted, np.zeros(len(self.predicted), np.bool_))
+        return unflagged(self.predicted)
 
     @property
     def calibrated(self) -> Defended:

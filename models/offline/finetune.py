@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from models.engines.pytorch import best_device, has_bfloat16
 from models.errors import VictimError
 from models.offline.attack import Attack, Paraphrases, poison_test_set, poison_training_set
 from models.offline.data import Sample, require_labels
@@ -193,7 +194,6 @@ class _Bar(ProgressCallback):
 
 
 def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArguments:
-    bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -202,7 +202,7 @@ def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArg
         per_device_eval_batch_size=64,
         warmup_steps=0.05,
         use_cpu=not torch.cuda.is_available(),
-        bf16=bf16,
+        bf16=has_bfloat16(best_device()),
         train_sampling_strategy="group_by_length",
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from models.batching import length_sorted_batches
+from models.engines.pytorch import best_device, has_bfloat16
 from models.errors import DataError, VictimError
 from models.offline.folders import replaced
 from models.screen import FloatArray
@@ -124,7 +125,7 @@ def load_language_model(source: str) -> LanguageModel:
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
     if tokenizer.bos_token is None:
         raise VictimError(f"the tokenizer of {source} has no bos_token or eos_token; set one")
-    return LanguageModel(model.to(_device()), tokenizer)
+    return LanguageModel(model.to(best_device()), tokenizer)
 
 
 def _is_causal(model: Any) -> bool:
@@ -155,7 +156,7 @@ def train_language_model(
     end = tokenizer.eos_token_id
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **SHAPE)
     model: Any = GPT2LMHeadModel(config)
-    lm = LanguageModel(model.to(_device()), tokenizer)
+    lm = LanguageModel(model.to(best_device()), tokenizer)
     _train(lm, texts, epochs)
     with replaced(out) as partial:
         model.save_pretrained(partial)
@@ -179,12 +180,12 @@ def _train(lm: LanguageModel, texts: Sequence[str], epochs: int) -> None:
     optimizer = torch.optim.AdamW(lm.model.parameters(), weight_decay=0.1)
     steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
-    bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    device = best_device()
     lm.model.train()
     bar = tqdm(total=steps, desc="training the language model", unit=" steps", disable=None)
     for _ in range(epochs):
         for batch in random.sample(batches, len(batches)):
-            with torch.autocast(_device().type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 losses = lm.losses([rows[i] for i in batch])
             loss = losses.sum() / sum(len(rows[i]) - 1 for i in batch)
             optimizer.zero_grad()
@@ -194,7 +195,3 @@ def _train(lm: LanguageModel, texts: Sequence[str], epochs: int) -> None:
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.2f}")
     bar.close()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -51,6 +51,11 @@ class Defended:
     """How suspicious each text is; None of a defence that has no score."""
 
 
+def unflagged(predicted: Classes) -> Defended:
+    """Return what becomes of texts without a defence."""
+    return Defended(predicted, np.zeros(len(predicted), np.bool_))
+
+
 REJECTING = ("false_rejection_rate", "false_acceptance_rate", "false_acceptance_rate_firing")
 """Measures that only a defence has that rejects texts."""
 

@@ -1,4 +1,4 @@
-"""Training the PSIM adapter: unlearn the task on clean texts, and stop before the backdoor goes."""
+"""Training the PSIM adapter: unlearn the task on clean texts, and keep checkpoints on the way."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from models.batching import length_sorted_batches
 from models.engines import Encoding
-from models.engines.pytorch import collate
+from models.engines.pytorch import collate, has_bfloat16
 from models.guarded import Guarded
 from models.screen import FloatArray
 
@@ -186,7 +186,6 @@ def autocast(guarded: Guarded) -> AbstractContextManager[None]:
     """Return a bfloat16 autocast where hardware and model can, else one that does nothing."""
     device = next(guarded.parameters()).device
     model_type = str(getattr(guarded.psim.get_base_model().config, "model_type", ""))
-    able = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast(
-        device.type, torch.bfloat16, enabled=able and model_type not in NO_AUTOCAST
+        device.type, torch.bfloat16, enabled=has_bfloat16(device) and model_type not in NO_AUTOCAST
     )

@@ -159,7 +159,7 @@ class StripDefence(_Part):
 
 
 class ParaphraseDefence(_Part):
-    """All of the data set's `paraphrased` files, where it has any and the trigger is the word."""
+    """The data set's `paraphrased` files whose triggers are those of the attack."""
 
     kind: Literal["paraphrase"]
 
