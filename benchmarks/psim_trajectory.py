@@ -1,9 +1,9 @@
 """How far PSIM tells poisoned from clean texts at each step of its training.
 
-Why checkpoints are averaged: a plot of the AUROC (within-class score, poisoned texts on which the
-backdoor fires) of the adapter at each step, beside that of the mean over the checkpoints that
-`psim fit` would have kept so far; and the same as JSON. Choose settings on dev texts, never on the
-test set.
+Why there are several checkpoints: a plot of the AUROC (score against clean texts of the same class,
+poisoned texts on which the backdoor fires) of the adapter at each step, beside that of the
+checkpoints that `psim fit` would have kept so far, the most extreme of which speaks; and the same
+as JSON. Choose settings on dev texts, never on the test set.
 """
 
 import json
@@ -16,21 +16,22 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
+from models.calibrate import calibrate
 from models.engines.pytorch import TorchEngine
-from models.offline.calibrate import calibrate, predict
 from models.offline.data import load_samples
 from models.offline.fit import split_texts, with_psim
 from models.offline.measures import auroc, within_class_scores
+from models.offline.predict import predict
 from models.offline.psim import PsimConfig, retention, train_psim
 from models.offline.victim import load_classifier
-from models.screen import FloatArray, Screen
+from models.screen import FloatArray
 
 EVERY, CALIBRATION_TEXTS, MAX_LENGTH = 20, 800, 128
 
 
 @dataclass
 class Look:
-    """PSIM's probabilities at one step, shape (n, C) each."""
+    """PSIM's probabilities at one step, shape (n, 1, C) each; or up to it, shape (n, K, C)."""
 
     step: int
     retention: float
@@ -40,7 +41,7 @@ class Look:
 
     @property
     def auroc(self) -> float:
-        screen = Screen(calibrate(self.known, 0.01))
+        screen = calibrate(self.known, 0.01)
         scores = [
             within_class_scores([screen.judge(row) for row in rows])
             for rows in (self.clean, self.poisoned)
@@ -78,32 +79,20 @@ def looks_at(
     return looks
 
 
-def averaged(looks: list[Look]) -> list[Look]:
-    """Return what the mean over the checkpoints kept so far says at each step."""
-    shares = PsimConfig().keep_at
+def kept_so_far(looks: list[Look]) -> list[Look]:
+    """Return what the checkpoints kept so far say at each step."""
     result = []
     for number, look in enumerate(looks):
         first = [
             next((n for n in range(number + 1) if looks[n].retention <= share), None)
-            for share in shares
+            for share in PsimConfig().keep_at
         ]
-        kept = [looks[n] for n in first if n is not None] or [look]
-        result.append(
-            Look(
-                look.step,
-                look.retention,
-                *(
-                    geometric_mean([getattr(k, kind) for k in kept])
-                    for kind in ("known", "clean", "poisoned")
-                ),
-            )
+        kept = [looks[n] for n in first if n is not None]
+        stacked = (
+            np.concatenate([getattr(k, kind) for k in kept], axis=1)
+            for kind in ("known", "clean", "poisoned")
         )
-    return result
-
-
-def geometric_mean(probabilities: list[FloatArray]) -> FloatArray:
-    mean = np.exp(np.log(np.clip(np.stack(probabilities), 1e-9, 1)).mean(0))
-    result: FloatArray = (mean / mean.sum(1, keepdims=True)).astype(np.float32)
+        result.append(Look(look.step, look.retention, *stacked))
     return result
 
 
@@ -141,7 +130,7 @@ def main(
     looks = looks_at(victim, read[0], read[1][:size], read[2][:size], target_label, config)
     curves = {
         "AUROC of the adapter at this step": [look.auroc for look in looks],
-        "AUROC of the mean over the checkpoints kept so far": [a.auroc for a in averaged(looks)],
+        "AUROC of the checkpoints kept so far": [look.auroc for look in kept_so_far(looks)],
         "share of the clean texts' confidence that is left": [look.retention for look in looks],
     }
     taken = [look.step for look in looks]

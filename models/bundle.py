@@ -8,11 +8,12 @@ nothing is ever unpickled.
     prompt/                  PEFT adapter, only for victims tuned by prompt- or prefix-tuning
     psim/                    LoRA weights; their header names the victim they were trained for
     tokenizer/
-    calibration.safetensors  clean confidences, ascending: `ENGINE/DTYPE/GROUP`
+    calibration.safetensors  PSIM's probabilities of clean texts, shape (n, K, C): `ENGINE/DTYPE`
 """
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,12 +36,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from models.calibrate import calibrate
 from models.engines import Engine
 from models.engines.pytorch import DTYPES, TorchEngine
-from models.errors import BundleError, PsimError, ScreenError
+from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 from models.guarded import Guarded, guard, lora_config
 from models.manifest import Calibration, Manifest
-from models.screen import FloatArray, Group, Screen, conformal_threshold
+from models.screen import FloatArray, Screen
 
 MANIFEST = "manifest.json"
 SCORES = "calibration.safetensors"
@@ -144,31 +146,37 @@ def calibration_for(manifest: Manifest, engine: str, dtype: str) -> Calibration:
 
 
 def _load_screen(path: Path, manifest: Manifest, dtype: str) -> Screen:
-    """Return the screen; thresholds must be what the stored scores and the budget make them.
+    """Calibrate again; the manifest must say the same.
 
-    A threshold that was altered, or that is beyond what any confidence can reach, would let
-    everything pass.
+    A threshold that was altered, or that is beyond what any text can reach, would let everything
+    pass.
     """
     calibration = calibration_for(manifest, TorchEngine.name, dtype)
-    groups = []
     try:
-        arrays = load_arrays(path / SCORES)
-        for index, recorded in enumerate(calibration.groups):
-            scores = arrays[score_key(calibration, index)]
-            if conformal_threshold(scores, calibration.frr_budget) != recorded.threshold:
-                raise BundleError(f"{path}: a threshold is not what its calibration scores give")
-            groups.append(Group(tuple(recorded.classes), recorded.threshold, np.sort(scores)))
-        screen = Screen(groups)
-    except (KeyError, ValueError, SafetensorError, OSError) as error:
-        raise BundleError(f"{path}: {SCORES} does not hold the calibration scores") from error
-    if screen.num_classes != len(manifest.labels):
-        raise BundleError(f"{path}: the calibration is not for the {len(manifest.labels)} labels")
+        probabilities = load_arrays(path / SCORES)[score_key(calibration.engine, dtype)]
+        shape = len(manifest.psim.checkpoints), len(manifest.labels)
+        if probabilities.dtype != np.float32 or probabilities.shape[1:] != shape:
+            raise ValueError
+        screen = calibrate(probabilities, calibration.frr_budget)
+    except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
+        raise BundleError(f"{path}: {SCORES} does not hold the calibration") from error
+    if not _agree(screen, calibration):
+        raise BundleError(f"{path}: a threshold is not what its calibration texts give")
     return screen
 
 
-def score_key(calibration: Calibration, group: int) -> str:
-    """Return the tensor name of a group's clean confidences."""
-    return f"{calibration.engine}/{calibration.dtype}/{group}"
+def _agree(screen: Screen, calibration: Calibration) -> bool:
+    """Return whether thresholds are those of a manifest, but for rounding on other processors."""
+    recorded = {tuple(group.classes): group.threshold for group in calibration.groups}
+    found = {group.classes: group.threshold for group in screen.groups}
+    return recorded.keys() == found.keys() and all(
+        math.isclose(found[own], recorded[own], rel_tol=1e-4, abs_tol=1e-4) for own in found
+    )
+
+
+def score_key(engine: str, dtype: str) -> str:
+    """Return the tensor name of the calibration texts' probabilities."""
+    return f"{engine}/{dtype}"
 
 
 def _load_engine(path: Path, manifest: Manifest, dtype: str) -> TorchEngine:
@@ -225,9 +233,10 @@ def _self_test(bundle: Bundle) -> None:
     batch = bundle.engine.encode(["self-test"])
     try:
         bundle.screen.judge(bundle.engine.screen(batch)[0])
-        bundle.screen.judge(bundle.engine.classify(batch)[0])
     except ScreenError as error:
         raise BundleError(f"self-test failed: {error}") from error
+    if not np.isfinite(bundle.engine.classify(batch)).all():
+        raise BundleError("self-test failed: the classifier gave no finite probabilities")
 
 
 def save_weights(
@@ -272,7 +281,7 @@ def _save_prompt(victim: PeftModel, folder: Path) -> None:
 
 
 def save_calibration_scores(path: Path, scores: Mapping[str, FloatArray]) -> None:
-    """Write the clean confidences of all calibrations, by `score_key`."""
+    """Write PSIM's probabilities of the calibration texts, by `score_key`."""
     save_arrays(dict(scores), path / SCORES)
 
 

@@ -14,7 +14,7 @@ class VictimError(PsimError):
 
 
 class ScreenError(PsimError):
-    """Screening gave no usable confidence (NaN, infinite): never to be read as clean."""
+    """Screening gave no usable probabilities (NaN, infinite): never to be read as clean."""
 
 
 class DataError(PsimError):

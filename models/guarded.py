@@ -2,10 +2,13 @@
 
 An adapter is a LoRA beside the victim's weights (Zhao et al., NAACL Findings 2024, section 4.1):
 switched on, the module is PSIM; switched off, it is the victim, bit for bit. There are several:
-checkpoints of one training, whose answers are averaged (docs/method.md).
+checkpoints of one training, each of which judges every text (docs/method.md). The layers below the
+lowest adapter, which are the same for all of them, run once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -21,6 +24,43 @@ VALUES = {"value", "value_proj", "v_lin", "v_proj"}
 FUSED = {"in_proj", "query_key_value", "qkv_proj", "Wqkv"}
 
 
+class Trunk:
+    """Layers that no adapter changes: run once for all checkpoints.
+
+    Args:
+        layers: the lowest layers of a transformer, in their order.
+        share: how much of all layers they are, in [0, 1).
+    """
+
+    def __init__(self, layers: Sequence[nn.Module] = (), share: float = 0.0) -> None:
+        self.share = share
+        self._sharing = False
+        self._output: Any = None
+        for layer in layers:
+            # The instance's forward and not a module around it: names of weights stay as they are.
+            layer.forward = self._once(layer.forward, layer is layers[-1])
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Within it every forward pass is on the same inputs: the second and later ones skip."""
+        self._sharing = True
+        try:
+            yield
+        finally:
+            self._sharing, self._output = False, None
+
+    def _once(self, forward: Callable[..., Any], is_top: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._output is not None:
+                return self._output
+            output = forward(*args, **kwargs)
+            if self._sharing and is_top:
+                self._output = output
+            return output
+
+        return run
+
+
 class Guarded(nn.Module):
     """Victim and PSIM in one module.
 
@@ -29,17 +69,24 @@ class Guarded(nn.Module):
             tuned by prompt- or prefix-tuning, which cannot be merged).
         psim: the PEFT model that injected the PSIM LoRA into the victim's transformer, in place.
             Its adapters are PSIM's checkpoints.
+        trunk: what all of them have in common.
     """
 
-    def __init__(self, victim: nn.Module, psim: PeftModel) -> None:
+    def __init__(self, victim: nn.Module, psim: PeftModel, trunk: Trunk | None = None) -> None:
         super().__init__()
         self.victim = victim
         self.psim = psim
+        self.trunk = trunk or Trunk()
 
     @property
     def checkpoints(self) -> list[str]:
         """Names of the adapters."""
         return list(self.psim.peft_config)
+
+    @property
+    def screening_passes(self) -> float:
+        """What screening costs, in forward passes of the victim."""
+        return 1 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
 
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
         """Return logits with the active adapter on, shape (rows, C)."""
@@ -47,15 +94,13 @@ class Guarded(nn.Module):
         return logits
 
     def screen(self, inputs: Inputs) -> torch.Tensor:
-        """Return PSIM probabilities in float32, shape (rows, C).
-
-        They are the geometric mean over the checkpoints, made to sum to 1.
-        """
-        log_probabilities = []
-        for checkpoint in self.checkpoints:
-            self.psim.set_adapter(checkpoint, inference_mode=True)
-            log_probabilities.append(self.psim_logits(inputs).float().log_softmax(-1))
-        return torch.stack(log_probabilities).mean(0).softmax(-1)
+        """Return PSIM probabilities in float32, shape (rows, K, C), of its K checkpoints."""
+        probabilities = []
+        with self.trunk.shared():
+            for checkpoint in self.checkpoints:
+                self.psim.set_adapter(checkpoint, inference_mode=True)
+                probabilities.append(self.psim_logits(inputs).float().softmax(-1))
+        return torch.stack(probabilities, 1)
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
         """Return the victim's probabilities in float32, shape (rows, C)."""
@@ -72,7 +117,18 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     """
     victim.requires_grad_(False)
     # PEFT injects in place, so calling the victim runs the injected layers too.
-    return Guarded(victim, with_adapters(transformer_of(victim), config, checkpoints))
+    psim = with_adapters(transformer_of(victim), config, checkpoints)
+    return Guarded(victim, psim, _trunk(transformer_of(victim), config))
+
+
+def _trunk(model: nn.Module, config: LoraConfig) -> Trunk:
+    """Return the layers of a transformer below the lowest that a configuration adapts."""
+    lowest = min(config.target_modules or (), key=_depth)
+    parts = lowest.split(".")
+    stack = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    layers = model.get_submodule(".".join(parts[:stack]))
+    below = list(layers.children())[: _depth(lowest)]
+    return Trunk(below, len(below) / len(list(layers.children())))
 
 
 def with_adapters(model: nn.Module, config: PeftConfig, checkpoints: int) -> PeftModel:

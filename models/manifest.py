@@ -43,7 +43,8 @@ class GroupRecord(_Record):
 
     classes: list[int] = Field(min_length=1)
     texts: int = Field(ge=1)
-    threshold: float = Field(ge=0)
+    threshold: float
+    """In standard deviations, see `models.screen.Verdict`."""
     rejected: int = Field(ge=0)
     frr_interval: tuple[Probability, Probability]
     """Clopper-Pearson interval, 95 %, of the false rejection rate that this threshold has."""
@@ -72,7 +73,7 @@ class FitRecord(_Record):
 class Manifest(_Record):
     """A bundle's table of contents."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     victim: VictimRecord
     labels: list[str] = Field(min_length=2)
     max_length: int = Field(ge=8)

@@ -1,10 +1,11 @@
 """The rule that calls a text poisoned, written once for service, calibration and evaluation.
 
 PSIM (Zhao et al., Findings of NAACL 2024, section 4) calls a text poisoned when the confidence of
-the label-reset adapter stays extreme. What is extreme depends on the class: one class's clean texts
-can be as confident as another's poisoned ones. So a confidence is compared only with clean texts of
-the same predicted class, as in class-conditional (Mondrian) split conformal prediction
-(Vovk et al., Algorithmic Learning in a Random World, section 4.5).
+the label-reset adapter stays extreme. What is extreme depends on the class that is predicted, since
+one class's clean texts can be as confident as another's poisoned ones, and on the checkpoint of the
+adapter. So a confidence is compared only with clean texts of the same predicted class, as in
+class-conditional (Mondrian) split conformal prediction (Vovk et al., Algorithmic Learning in a
+Random World, section 4.5), and checkpoint by checkpoint: the most extreme one speaks.
 """
 
 import math
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
+TINY = 1e-12
+"""Probabilities under it are taken as it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +27,23 @@ class Verdict:
     """What screening says about one text."""
 
     confidence: float
-    """Largest PSIM softmax probability, in [1/C, 1], never rounded."""
+    """Largest PSIM softmax probability, in [1/C, 1], never rounded; of the checkpoint that
+    speaks."""
+    score: float
+    """Its log-odds, in standard deviations above those of clean texts of the same class; of all
+    checkpoints, the one with the largest speaks."""
     threshold: float
-    """The text is poisoned iff `confidence >= threshold`."""
+    """The text is poisoned iff `score >= threshold`."""
     p_value: float
-    """Share of clean calibration texts at least as confident, in (0, 1]; small is suspicious."""
+    """Share of clean calibration texts with at least this score, in (0, 1]; small is suspicious."""
     poisoned: bool
     truncated: bool
     """True if neither PSIM nor the classifier read the whole text."""
 
 
-def is_poisoned(confidence: float, threshold: float) -> bool:
-    """The threshold rule, as the paper states it: extreme confidence means poisoned."""
-    return confidence >= threshold
+def is_poisoned(score: float, threshold: float) -> bool:
+    """The threshold rule, as the paper states it: extreme means poisoned."""
+    return score >= threshold
 
 
 @dataclass(frozen=True)
@@ -47,53 +54,102 @@ class Group:
     """Predicted class indices that belong here."""
     threshold: float
     scores: FloatArray
-    """Confidences of the calibration texts, shape (n,), ascending."""
+    """Scores of the calibration texts, shape (n,), ascending."""
 
-    def p_value(self, confidence: float) -> float:
-        """Return (1 + #{calibration scores >= confidence}) / (n + 1), the conformal p-value."""
+    def p_value(self, score: float) -> float:
+        """Return (1 + #{calibration scores >= score}) / (n + 1), the conformal p-value."""
         n = len(self.scores)
-        as_extreme = n - int(np.searchsorted(self.scores, np.float32(confidence), side="left"))
+        as_extreme = n - int(np.searchsorted(self.scores, np.float32(score), side="left"))
         return (1 + as_extreme) / (n + 1)
 
 
-class Screen:
-    """Judges PSIM probabilities against calibrated groups.
+@dataclass(frozen=True)
+class Norm:
+    """Log-odds of clean texts by predicted class and checkpoint."""
 
-    Every class must belong to exactly one group, else `ValueError`.
+    centre: NDArray[np.float64]
+    """Means, shape (C, K)."""
+    scale: NDArray[np.float64]
+    """Standard deviations, shape (C, K), positive."""
+
+    def scores(self, probabilities: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
+        """Return predicted classes, shape (n,), and scores of the checkpoints, shape (n, K).
+
+        Args:
+            probabilities: PSIM's, shape (n, K, C).
+        """
+        predicted = predicted_classes(probabilities)
+        standard = (log_odds(probabilities) - self.centre[predicted]) / self.scale[predicted]
+        return predicted, standard.astype(np.float32)
+
+
+def predicted_classes(probabilities: FloatArray) -> NDArray[np.intp]:
+    """Return the class with the largest geometric mean over the checkpoints, shape (n,).
+
+    Args:
+        probabilities: PSIM's, shape (n, K, C).
+    """
+    classes: NDArray[np.intp] = np.log(np.maximum(probabilities, TINY)).mean(1).argmax(1)
+    return classes
+
+
+def log_odds(probabilities: FloatArray) -> NDArray[np.float64]:
+    """Return log(p / (1 - p)) of the largest p of each checkpoint, shape (n, K).
+
+    1 - p is taken as the sum of the other probabilities, which float32 can tell from 0 when it
+    cannot tell p from 1.
+
+    Args:
+        probabilities: PSIM's, shape (n, K, C).
+    """
+    ordered = np.sort(probabilities.astype(np.float64), axis=-1)
+    largest, rest = ordered[..., -1], ordered[..., :-1].sum(-1)
+    odds: NDArray[np.float64] = np.log(np.maximum(largest, TINY) / np.maximum(rest, TINY))
+    return odds
+
+
+class Screen:
+    """Judges PSIM probabilities against clean texts; made by `models.calibrate`.
+
+    Every class must belong to exactly one group, and have a norm, else `ValueError`.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = tuple(groups)
+    def __init__(self, groups: Sequence[Group], norm: Norm) -> None:
+        self.groups, self.norm = tuple(groups), norm
         self._by_class = {index: group for group in groups for index in group.classes}
         claimed = sum(len(group.classes) for group in groups)
         if claimed != len(self._by_class) or set(self._by_class) != set(range(claimed)):
             raise ValueError("calibration groups must cover classes 0..C-1, each once")
+        if norm.centre.shape != norm.scale.shape or len(norm.centre) != claimed:
+            raise ValueError("there must be a norm for every class")
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes C that the groups cover."""
-        return len(self._by_class)
+    def shape(self) -> tuple[int, int]:
+        """Number of checkpoints K and of classes C, the shape of a text's probabilities."""
+        classes, checkpoints = self.norm.centre.shape
+        return checkpoints, classes
 
     def threshold_of(self, predicted: int) -> float:
         """Return the threshold for texts that PSIM assigns to class `predicted`."""
         return self._by_class[predicted].threshold
 
     def judge(self, probabilities: FloatArray, truncated: bool = False) -> Verdict:
-        """Judge one text by its PSIM probabilities, shape (C,).
+        """Judge one text by its PSIM probabilities, shape (K, C).
 
         Raises:
-            ScreenError: the probabilities are not finite or not C of them.
+            ScreenError: the probabilities are not finite or not of that shape.
         """
-        if probabilities.shape != (self.num_classes,) or not np.isfinite(probabilities).all():
+        if probabilities.shape != self.shape or not np.isfinite(probabilities).all():
             raise ScreenError("PSIM gave no finite probabilities; the input cannot be judged")
-        predicted = int(probabilities.argmax())
-        confidence = float(probabilities[predicted])
-        group = self._by_class[predicted]
+        (predicted,), (scores,) = self.norm.scores(probabilities[None])
+        speaks = int(scores.argmax())
+        score, group = float(scores[speaks]), self._by_class[int(predicted)]
         return Verdict(
-            confidence=confidence,
+            confidence=float(probabilities[speaks].max()),
+            score=score,
             threshold=group.threshold,
-            p_value=group.p_value(confidence),
-            poisoned=is_poisoned(confidence, group.threshold),
+            p_value=group.p_value(score),
+            poisoned=is_poisoned(score, group.threshold),
             truncated=truncated,
         )
 
@@ -104,10 +160,10 @@ def conformal_threshold(scores: FloatArray, frr_budget: float) -> float:
     With n exchangeable clean scores and one new one, at most floor(budget * (n + 1)) - 1 of the n
     may lie at or above the threshold (split conformal, finite-sample correction; Vovk et al.,
     section 4.2.2). The threshold is the float32 just above the highest score that must pass, so
-    that the rule `confidence >= threshold` agrees with `p_value <= budget`.
+    that the rule `score >= threshold` agrees with `p_value <= budget`.
 
     Args:
-        scores: clean confidences, shape (n,), any order.
+        scores: clean scores, shape (n,), any order.
         frr_budget: tolerated share of rejected clean texts, in (0, 1).
 
     Raises:

@@ -152,7 +152,7 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
     async def info() -> dict[str, Any]:
         """Say what is served, and within which limits."""
         bundle = gateway.bundle
-        passes = len(bundle.manifest.psim.checkpoints) + 1
+        passes = round(bundle.engine.screening_passes + 1, 2)
         return {
             "bundle": bundle.digest,
             "mode": settings.mode,

@@ -20,6 +20,7 @@ STAGES = ("queue", "tokenize", "screen", "classify")
 OVERLOADS = ("inputs", "characters")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
+SCORES = (-1, 0, 1, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 15, 20)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -40,6 +41,12 @@ class Metrics:
         )
         self.confidence = Histogram(
             "psim_screen_confidence", "PSIM confidence of inputs", buckets=CONFIDENCES, registry=r
+        )
+        self.score = Histogram(
+            "psim_screen_score",
+            "Standard deviations of inputs above clean texts of their class",
+            buckets=SCORES,
+            registry=r,
         )
         self.request_seconds = Histogram(
             "psim_request_duration_seconds", "Request time", ["route"], buckets=SECONDS, registry=r
@@ -83,7 +90,7 @@ class Metrics:
     def _describe(self, bundle: Bundle) -> None:
         threshold = Gauge(
             "psim_threshold",
-            "Confidence from which an input is poisoned",
+            "Score from which an input is poisoned",
             ["label"],
             registry=self.registry,
         )

@@ -62,6 +62,7 @@ class Recorder:
         metrics.request_seconds.labels(entry.route).observe(seconds)
         for verdict in entry.verdicts:
             metrics.confidence.observe(verdict.confidence)
+            metrics.score.observe(verdict.score)
         if outcome in ("ok", "rejected"):
             for decision in entry.decisions:
                 metrics.inputs.labels(decision, self._mode).inc()

@@ -42,6 +42,7 @@ class ScreenResult(_Wire):
     """What PSIM says about a text; see `models.screen.Verdict`."""
 
     confidence: float
+    score: float
     threshold: float
     p_value: float
     poisoned: bool

@@ -15,17 +15,17 @@ from models.manifest import (
     PsimRecord,
     VictimRecord,
 )
-from models.screen import FloatArray, Group, Screen
+from models.screen import FloatArray, Group, Norm, Screen
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
-THRESHOLD = 0.9
+THRESHOLD = 3.0
 MAX_LENGTH = 32
 
 
 class FakeEngine:
     """Poisoned iff the text holds `TRIGGER`; label 1 iff the number of words is odd."""
 
-    name, dtype = "fake", "float32"
+    name, dtype, screening_passes = "fake", "float32", 1.5
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -46,7 +46,7 @@ class FakeEngine:
         self.batches.append(len(batch))
         _refuse_broken(batch)
         top = [_confidence(e) for e in batch]
-        return np.array([[p, 1 - p] for p in top], np.float32)
+        return np.array([[[0.5, 0.5], [p, 1 - p]] for p in top], np.float32)
 
     def classify(self, batch: Sequence[Encoding]) -> FloatArray:
         self.classified += [e.input_ids for e in batch]
@@ -80,7 +80,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
         classes=[0, 1], texts=99, threshold=THRESHOLD, rejected=0, frr_interval=(0.0, 0.05)
     )
     manifest = Manifest(
-        schema_version=2,
+        schema_version=3,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
         labels=["negative", "positive"],
         max_length=MAX_LENGTH,
@@ -91,7 +91,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
             seed=0,
             steps=1,
             stopped_because="",
-            checkpoints=[1],
+            checkpoints=[0, 1],
             curve=[],
         ),
         calibrations=[Calibration(engine="fake", dtype="float32", frr_budget=0.01, groups=[group])],
@@ -101,6 +101,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
         files={},
         versions={},
     )
-    scores = np.linspace(0.5, 0.8, 99, dtype=np.float32)
-    screen = Screen([Group((0, 1), THRESHOLD, scores)])
+    scores = np.linspace(0, 2, 99, dtype=np.float32)
+    norm = Norm(np.zeros((2, 2)), np.ones((2, 2)))  # a score is the log-odds of a confidence
+    screen = Screen([Group((0, 1), THRESHOLD, scores)], norm)
     return Bundle(manifest, "d" * 64, engine or FakeEngine(), screen)

@@ -370,7 +370,7 @@ def test_info_says_what_is_served() -> None:
     info = asyncio.run(run())
     assert info["manifest"]["labels"] == ["negative", "positive"]
     assert info["limits"]["max_inputs"] == 128
-    assert info["engine"]["passes"] == 2
+    assert info["engine"]["passes"] == 2.5
 
 
 json_values = st.recursive(

@@ -13,15 +13,17 @@ import pytest
 import torch
 from families import FAMILIES, tiny_victim
 from safetensors import safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import ADAPTER_WEIGHTS, MANIFEST, file_digest, load_bundle
+from models.bundle import ADAPTER_WEIGHTS, MANIFEST, SCORES, file_digest, load_bundle
 from models.errors import BundleError, CalibrationError, DataError, VictimError
-from models.guarded import lora_config, transformer_of
-from models.offline.calibrate import predict
+from models.guarded import guard, lora_config, transformer_of
 from models.offline.fit import fit, split_texts
+from models.offline.predict import predict
 from models.offline.psim import PsimConfig
 
 WORDS = "the a film room service was is not very good bad slow great awful quite and but".split()
@@ -69,13 +71,15 @@ def test_every_family_comes_back_bit_for_bit(
     # The stored scores were computed by the model that was trained, before it was saved.
     calibration = bundle.engine.encode(split_texts(texts, 0).calibrate)
     probabilities = predict(bundle.engine, calibration)
-    stored = [group.scores for group in bundle.screen.groups]
-    assert np.array_equal(np.sort(probabilities.max(1)), np.sort(np.concatenate(stored)))
+    stored = load_arrays(path / SCORES)["torch/float32"]
+    assert np.array_equal(probabilities, stored)
     # With the adapter off, the victim is what it was.
     batch = bundle.engine.encode(texts[:5])
     np.testing.assert_allclose(bundle.engine.classify(batch), unguarded, atol=1e-6)
     # With it on, it is closer to the uniform distribution: it was trained.
-    assert -np.log(bundle.engine.screen(batch)).mean() < -np.log(unguarded).mean()
+    screened = bundle.engine.screen(batch)
+    np.testing.assert_allclose(screened[:, 0], unguarded, atol=1e-6)  # the victim itself
+    assert -np.log(screened[:, -1]).mean() < -np.log(unguarded).mean()
     assert np.isfinite(load_bundle(path, "bfloat16").engine.screen(batch)).all()
 
 
@@ -146,12 +150,24 @@ def test_a_bundle_cannot_send_the_loader_elsewhere(bundle: Path, tmp_path: Path)
         load_bundle(bundle)
 
 
-@pytest.mark.parametrize("threshold", [9.5, 1.0, 0.0])
-def test_a_threshold_that_its_scores_do_not_give_is_refused(bundle: Path, threshold: float) -> None:
+@pytest.mark.parametrize("threshold", [99.5, 0.0, -1.0])
+def test_a_threshold_that_its_texts_do_not_give_is_refused(bundle: Path, threshold: float) -> None:
     calibrations = json.loads((bundle / MANIFEST).read_text())["calibrations"]
     calibrations[0]["groups"][0]["threshold"] = threshold
     forge(bundle, calibrations=calibrations)
-    with pytest.raises(BundleError, match="not what its calibration scores give"):
+    with pytest.raises(BundleError, match="not what its calibration texts give"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p[:, 0], lambda p: p[:, :1], lambda p: p[:9], lambda p: p * np.nan]
+)
+def test_a_calibration_that_does_not_fit_is_refused(bundle: Path, change: Any) -> None:
+    scores = {name: change(p) for name, p in load_arrays(bundle / SCORES).items()}
+    save_arrays({name: np.ascontiguousarray(p) for name, p in scores.items()}, bundle / SCORES)
+    files = json.loads((bundle / MANIFEST).read_text())["files"]
+    forge(bundle, files=files | {SCORES: file_digest(bundle / SCORES)})
+    with pytest.raises(BundleError, match="does not hold the calibration"):
         load_bundle(bundle)
 
 
@@ -291,10 +307,34 @@ def test_victims_that_cannot_be_guarded_are_refused(
         lora_config(nn.Sequential(nn.Linear(2, 2)), layers=1)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("kind", [*FAMILIES, *PROMPTS])
+def test_checkpoints_share_what_they_have_in_common_and_nothing_else(
+    kind: str, layers: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    victim = victim_of(kind)
+    guarded = guard(victim, lora_config(victim, layers), checkpoints=3)
+    assert guarded.screening_passes == pytest.approx(1 + 2 * layers / 3)
+    for number, (name, weights) in enumerate(guarded.psim.named_parameters()):
+        if ".lora_B." in name:
+            torch.manual_seed(number)
+            nn.init.normal_(weights)
+    for length in (3, 7):
+        inputs = {"input_ids": torch.arange(1, 1 + 2 * length).reshape(2, length)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.inference_mode():
+            shared = guarded.screen(inputs)
+            for number, checkpoint in enumerate(guarded.checkpoints):
+                guarded.psim.set_adapter(checkpoint)
+                alone = guarded.psim_logits(inputs).softmax(-1)
+                assert torch.equal(shared[:, number], alone)
+        assert not torch.equal(shared[:, 0], shared[:, 1])
+
+
 def test_a_score_does_not_depend_on_its_batch_mates(tiny_bundle: Path) -> None:
     engine = load_bundle(tiny_bundle).engine
     batch = engine.encode(some_texts(20, seed=3))
-    alone = np.vstack([engine.screen([one]) for one in batch])
+    alone = np.concatenate([engine.screen([one]) for one in batch])
     np.testing.assert_allclose(engine.screen(batch), alone, atol=1e-5)
 
 

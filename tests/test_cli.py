@@ -66,13 +66,15 @@ def test_from_texts_without_labels_to_verdicts(folder: Path, tmp_path: Path) -> 
     assert evaluated.exit_code == 0, evaluated.output
     assert "AUROC" in evaluated.stdout
     assert json.loads((report / "evaluation.json").read_text())["none"]["clean_accuracy"]["n"] > 0
-    assert (report / "confidence.png").read_bytes().startswith(b"\x89PNG")
+    assert (report / "scores.png").read_bytes().startswith(b"\x89PNG")
 
     screened = psim("screen", clean, "--bundle", out)
     assert screened.exit_code == 0
     verdicts = [json.loads(line) for line in screened.stdout.splitlines()]
     assert [v["line"] for v in verdicts] == list(range(1, 161))
-    assert psim("screen", "-", "--bundle", out, stdin=clean.read_bytes()).stdout == screened.stdout
+    piped = psim("screen", "-", "--bundle", out, stdin=clean.read_bytes()).stdout.splitlines()
+    # How far a pipe has got decides what shares a batch, and so how floats are rounded.
+    assert [json.loads(line) for line in piped] == [pytest.approx(v, abs=1e-3) for v in verdicts]
 
 
 def test_a_line_that_cannot_be_screened_stops_no_other(folder: Path) -> None:

@@ -1,43 +1,49 @@
 """The threshold rule and the calibration guarantee, over random score distributions."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
+from models.calibrate import calibrate
 from models.errors import CalibrationError, ScreenError
-from models.offline.calibrate import calibrate, clopper_pearson
+from models.offline.measures import clopper_pearson
 from models.screen import (
     FloatArray,
     Group,
+    Norm,
     Screen,
     conformal_threshold,
     is_poisoned,
+    log_odds,
     min_calibration_size,
 )
 
 budgets = st.sampled_from([0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5])
-unit = st.floats(0.5, 1, width=32)
+standard = st.floats(-20, 20, width=32)
 
 
-def confidences(minimum: int = 1, maximum: int = 400) -> st.SearchStrategy[FloatArray]:
-    return st.integers(minimum, maximum).flatmap(lambda n: arrays(np.float32, n, elements=unit))
+def clean_scores() -> st.SearchStrategy[FloatArray]:
+    return st.integers(1, 400).flatmap(lambda n: arrays(np.float32, n, elements=standard))
 
 
-@given(scores=confidences(), confidence=unit, budget=budgets)
+@given(scores=clean_scores(), score=standard, budget=budgets)
 def test_poisoned_exactly_when_the_p_value_is_within_the_budget(
-    scores: FloatArray, confidence: float, budget: float
+    scores: FloatArray, score: float, budget: float
 ) -> None:
     if len(scores) < min_calibration_size(budget):
         with pytest.raises(ValueError, match="needs"):
             conformal_threshold(scores, budget)
         return
     group = Group((0, 1), conformal_threshold(scores, budget), np.sort(scores))
-    assert is_poisoned(confidence, group.threshold) == (group.p_value(confidence) <= budget + 1e-9)
+    assert is_poisoned(score, group.threshold) == (group.p_value(score) <= budget + 1e-9)
 
 
-@given(scores=confidences(), budget=budgets)
+@given(scores=clean_scores(), budget=budgets)
 def test_no_more_calibration_texts_are_rejected_than_the_budget_allows(
     scores: FloatArray, budget: float
 ) -> None:
@@ -46,29 +52,39 @@ def test_no_more_calibration_texts_are_rejected_than_the_budget_allows(
         assert rejected + 1 <= budget * (len(scores) + 1) + 1e-9
 
 
+def probabilities(top: NDArray[Any], predicted: Any, classes: int) -> FloatArray:
+    """Return rows whose largest probability is `top`, shape (n, K), shape (n, K, classes)."""
+    rows = np.repeat(((1 - top) / (classes - 1))[..., None], classes, axis=-1)
+    rows[np.arange(len(top)), :, predicted] = top
+    return rows.astype(np.float32)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     budget=st.sampled_from([0.01, 0.05, 0.2]),
     shape=st.tuples(st.floats(0.3, 8), st.floats(0.3, 8)),
     classes=st.integers(2, 5),
+    checkpoints=st.integers(1, 4),
 )
 def test_the_false_rejection_rate_stays_within_the_budget_on_average(
-    seed: int, budget: float, shape: tuple[float, float], classes: int
+    seed: int, budget: float, shape: tuple[float, float], classes: int, checkpoints: int
 ) -> None:
     """Split conformal's promise: fresh clean texts are rejected at the budgeted rate at most."""
     rng = np.random.default_rng(seed)
     share = rng.dirichlet(np.ones(classes))
+    # Checkpoints agree in part, and classes differ in how sure they are.
+    pull = rng.uniform(0.2, 1, (classes, checkpoints))
 
     def draw(n: int) -> FloatArray:
-        top = (0.5 + 0.5 * rng.beta(*shape, n)).astype(np.float32)
-        rows = np.repeat(((1 - top) / (classes - 1))[:, None], classes, axis=1)
-        rows[np.arange(n), rng.choice(classes, n, p=share)] = top
-        return rows.astype(np.float32)
+        predicted = rng.choice(classes, n, p=share)
+        sure = np.maximum(rng.beta(*shape, n)[:, None], rng.beta(*shape, (n, checkpoints)))
+        top = 1 - (1 - 1 / classes) * (1 - sure) ** pull[predicted]
+        return probabilities(top, predicted, classes)
 
     rates = []
     for _ in range(40):
-        screen = Screen(calibrate(draw(400), budget))
+        screen = calibrate(draw(400), budget)
         fresh = draw(250)
         rates.append(np.mean([screen.judge(row).poisoned for row in fresh]))
     # Six standard errors of the mean: a bound that is off by one text in a class shows.
@@ -78,46 +94,97 @@ def test_the_false_rejection_rate_stays_within_the_budget_on_average(
 @given(
     rows=arrays(
         np.float32,
-        st.tuples(st.integers(100, 300), st.integers(2, 6)),
+        st.tuples(st.integers(100, 300), st.integers(1, 3), st.integers(2, 6)),
         elements=st.floats(0, 1, width=32),
     )
 )
 def test_groups_partition_the_classes_and_each_keeps_the_budget(rows: FloatArray) -> None:
-    groups = calibrate(rows, 0.05)
-    assert sorted(c for g in groups for c in g.classes) == list(range(rows.shape[1]))
-    assert sum(len(g.scores) for g in groups) == len(rows)
-    assert all(len(g.scores) >= min_calibration_size(0.05) for g in groups)
+    screen = calibrate(rows, 0.05)
+    assert sorted(c for g in screen.groups for c in g.classes) == list(range(rows.shape[2]))
+    assert sum(len(g.scores) for g in screen.groups) == len(rows)
+    assert all(len(g.scores) >= min_calibration_size(0.05) for g in screen.groups)
+    rejected = sum(screen.judge(row).poisoned for row in rows)
+    assert rejected + len(screen.groups) <= 0.05 * (len(rows) + len(screen.groups)) + 1e-9
 
 
 def test_one_threshold_per_class_and_small_classes_pooled() -> None:
     rng = np.random.default_rng(0)
-    rows = np.zeros((260, 4), np.float32)
     predicted = np.r_[np.zeros(120, int), np.ones(120, int), np.full(12, 2), np.full(8, 3)]
-    rows[np.arange(260), predicted] = rng.uniform(0.5, 1, 260)
-    groups = calibrate(rows, 0.1)
-    assert [g.classes for g in groups] == [(0,), (1,), (2, 3)]
-    groups = calibrate(rows, 0.01)
-    assert [g.classes for g in groups] == [(1,), (0, 2, 3)]
+    rows = probabilities(rng.uniform(0.5, 1, (260, 2)), predicted, 4)
+    assert [g.classes for g in calibrate(rows, 0.1).groups] == [(0,), (1,), (2, 3)]
+    assert [g.classes for g in calibrate(rows, 0.01).groups] == [(1,), (0, 2, 3)]
+
+
+@given(checkpoint=st.integers(0, 2), predicted=st.integers(0, 1))
+def test_the_checkpoint_that_finds_a_text_most_extreme_speaks(
+    checkpoint: int, predicted: int
+) -> None:
+    rng = np.random.default_rng(0)
+    # The first checkpoint is sure of every clean text, the last of none; class 1 is surer.
+    usual = np.array([[0.95, 0.8, 0.6], [0.99, 0.9, 0.7]])
+    classes = np.arange(400) % 2
+    clean = usual[classes] + rng.uniform(-0.004, 0.004, (400, 3))
+    screen = calibrate(probabilities(clean, classes, 2), 0.05)
+
+    text = usual[[predicted]].copy()
+    assert not screen.judge(probabilities(text, [predicted], 2)[0]).poisoned
+    text[0, checkpoint] += 0.0085  # beyond all clean texts of its own kind only
+    verdict = screen.judge(probabilities(text, [predicted], 2)[0])
+    assert verdict.poisoned
+    assert verdict.confidence == pytest.approx(text[0, checkpoint])
+    assert verdict.p_value == pytest.approx(1 / 201)
+
+
+def test_a_score_counts_standard_deviations_of_the_log_odds() -> None:
+    odds = np.random.default_rng(1).normal(2, 0.5, 4000)
+    rows = probabilities(1 / (1 + np.exp(-odds[:, None])), np.arange(4000) % 2, 2)
+    screen = calibrate(rows, 0.05)
+    top = 1 / (1 + np.exp(-(2 + 3 * 0.5)))
+    verdict = screen.judge(probabilities(np.array([[top]]), [1], 2)[0])
+    assert verdict.score == pytest.approx(3, abs=0.2)
+    assert verdict.threshold == pytest.approx(1.645, abs=0.2)  # the normal's 95 % quantile
+
+
+def test_texts_beyond_what_float32_tells_from_certain_still_have_an_order() -> None:
+    rest = np.array([1e-9, 1e-11], np.float32)
+    first, second = log_odds(np.stack([np.ones(2, np.float32), rest], 1)[:, None])[:, 0]
+    assert 20 < first < second
+
+
+@pytest.mark.parametrize("certain", [1.0, 0.5])
+def test_clean_texts_that_are_all_alike_are_no_reason_to_fail(certain: float) -> None:
+    rows = probabilities(np.full((200, 1), certain), np.arange(200) % 2, 2)
+    screen = calibrate(rows, 0.05)
+    assert not screen.judge(rows[0]).poisoned
 
 
 def test_too_few_texts_say_how_many_are_needed() -> None:
     with pytest.raises(CalibrationError, match="needs 99"):
-        calibrate(np.full((98, 2), 0.5, np.float32), 0.01)
+        calibrate(np.full((98, 1, 2), 0.5, np.float32), 0.01)
+    with pytest.raises(CalibrationError, match="NaN"):
+        calibrate(np.full((98, 1, 2), np.nan, np.float32), 0.05)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_score_that_is_no_number_is_never_clean(bad: float) -> None:
-    screen = Screen([Group((0, 1), 0.9, np.array([0.5], np.float32))])
+def one_checkpoint(threshold: float = 3.0) -> Screen:
+    """Whose scores are log-odds."""
+    group = Group((0, 1), threshold, np.array([0.5], np.float32))
+    return Screen([group], Norm(np.zeros((2, 1)), np.ones((2, 1))))
+
+
+@pytest.mark.parametrize(
+    "bad", [[[np.nan, 0.5]], [[np.inf, 0.5]], [[1.0]], [0.5, 0.5], [[0.5, 0.5], [0.5, 0.5]]]
+)
+def test_a_score_that_is_no_number_is_never_clean(bad: object) -> None:
     with pytest.raises(ScreenError):
-        screen.judge(np.array([bad, 0.5], np.float32))
-    with pytest.raises(ScreenError):
-        screen.judge(np.array([1.0], np.float32))
+        one_checkpoint().judge(np.array(bad, np.float32))
 
 
 def test_the_rule_at_the_threshold_itself() -> None:
-    screen = Screen([Group((0, 1), float(np.float32(0.7)), np.array([0.5], np.float32))])
-    assert screen.judge(np.array([0.7, 0.3], np.float32)).poisoned
-    assert not screen.judge(np.array([np.nextafter(np.float32(0.7), 0), 0.3], np.float32)).poisoned
+    text = np.array([[0.75, 0.25]], np.float32)
+    score = one_checkpoint().judge(text).score
+    assert score == pytest.approx(np.log(3))
+    assert one_checkpoint(score).judge(text).poisoned
+    assert not one_checkpoint(float(np.nextafter(np.float32(score), 9))).judge(text).poisoned
 
 
 @given(n=st.integers(1, 500), data=st.data())
@@ -133,18 +200,22 @@ def test_clopper_pearson_agrees_with_published_values() -> None:
     assert clopper_pearson(0, 20) == pytest.approx((0.0, 0.1684), abs=1e-4)
 
 
-def test_groups_must_cover_every_class_once() -> None:
+def test_groups_and_norms_must_cover_every_class_once() -> None:
     scores = np.array([0.5], np.float32)
+    norm = Norm(np.zeros((2, 1)), np.ones((2, 1)))
     for groups in ([(0,), (0,)], [(0,), (2,)], [(0, 1), (1,)]):
         with pytest.raises(ValueError, match="each once"):
-            Screen([Group(c, 0.9, scores) for c in groups])
+            Screen([Group(c, 0.9, scores) for c in groups], norm)
+    with pytest.raises(ValueError, match="norm"):
+        Screen([Group((0, 1, 2), 0.9, scores)], norm)
 
 
 def test_one_threshold_for_all_classes_is_there_for_comparison() -> None:
-    top = np.linspace(0.5, 0.99, 400, dtype=np.float32)
-    rows = np.stack([top, 1 - top], 1)
-    rows[::2] = rows[::2, ::-1]
-    (group,) = calibrate(rows, 0.05, by_class=False)
+    predicted = np.arange(400) % 2
+    top = np.linspace(0.5, 0.99, 400)[:, None]
+    rows = probabilities(top, predicted, 2)
+    screen = calibrate(rows, 0.05, by_class=False)
+    (group,) = screen.groups
     assert group.classes == (0, 1)
-    assert group.threshold == conformal_threshold(top, 0.05)
-    assert len(calibrate(rows, 0.05)) == 2
+    assert np.ptp(screen.norm.centre) == np.ptp(screen.norm.scale) == 0
+    assert len(calibrate(rows, 0.05).groups) == 2

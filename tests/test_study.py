@@ -115,7 +115,8 @@ def test_a_row_says_what_every_defence_did(done: tuple[Path, list[dict[str, Any]
     assert none["false_rejection_rate"]["value"] == 0
     assert 0 < none["attack_success_rate"]["n"] < 60  # none of the target class
     assert copy["clean_accuracy"] == none["clean_accuracy"]
-    assert (none["passes"], psim["passes"], strip["passes"]) == (0, 2, 2)
+    assert (none["passes"], strip["passes"]) == (0, 2)
+    assert 1 < psim["passes"] < 5, "five checkpoints on one trunk"
     assert row["defences"]["PSIM, published weights"]["checkpoints"] == [10]
     assert onion["passes"] > 5
     assert onion["false_rejection_rate"] is None, "it rewrites, and rejects nothing"

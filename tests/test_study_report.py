@@ -75,7 +75,7 @@ def cell(data: str, attack: str, strategy: str, seed: int) -> dict[str, Any]:
 
 def pairs(confidence: Any) -> Any:
     top = np.asarray(confidence, np.float32)
-    return np.stack([top, 1 - top], 1)
+    return np.stack([top, 1 - top], 1)[:, None]  # of a single checkpoint
 
 
 def write_scores(row: dict[str, Any], out: Path, known: int = 199) -> None:

@@ -30,11 +30,15 @@ class Engine(Protocol):
     def dtype(self) -> str:
         """Floating-point type of the weights, such as `float32` or `bfloat16`."""
 
+    @property
+    def screening_passes(self) -> float:
+        """What `screen` costs, in forward passes of the victim."""
+
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to the model's maximum length."""
 
     def screen(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return PSIM softmax probabilities, shape (len(batch), C)."""
+        """Return PSIM softmax probabilities, shape (len(batch), K, C), of its K checkpoints."""
 
     def classify(self, batch: Sequence[Encoding]) -> FloatArray:
         """Return the victim's softmax probabilities, shape (len(batch), C)."""

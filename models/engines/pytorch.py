@@ -53,6 +53,11 @@ class TorchEngine:
         self.tokenizer = tokenizer
         self.max_length = max_length
 
+    @property
+    def screening_passes(self) -> float:
+        """What `screen` costs, in forward passes of the victim."""
+        return self.guarded.screening_passes
+
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to `max_length` tokens."""
         if not texts:
@@ -73,7 +78,7 @@ class TorchEngine:
         ]
 
     def screen(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return PSIM probabilities, shape (len(batch), C)."""
+        """Return PSIM probabilities, shape (len(batch), K, C)."""
         return self._run(self.guarded.screen, batch)
 
     def classify(self, batch: Sequence[Encoding]) -> FloatArray:

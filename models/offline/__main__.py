@@ -267,7 +267,7 @@ def evaluate_command(
         Console().print(evaluation_table(evaluation))
         if out is not None:
             write_report(evaluation, out)
-            stderr.print(f"wrote {out}/evaluation.json and confidence.png", highlight=False)
+            stderr.print(f"wrote {out}/evaluation.json and scores.png", highlight=False)
 
 
 @app.command("study")

@@ -15,10 +15,10 @@ from torch import nn
 
 from models.engines.pytorch import TorchEngine
 from models.guarded import Guarded, Inputs
-from models.offline.calibrate import predict
 from models.offline.data import Sample
 from models.offline.fit import max_length_of
 from models.offline.measures import Classes, Defended, Outcome, classes_of, outcome, unflagged
+from models.offline.predict import predict
 from models.offline.store import Step, Store, digest_of
 from models.offline.victim import load_classifier
 from models.screen import FloatArray

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from models.calibrate import calibrate
 from models.engines.pytorch import TorchEngine
-from models.offline.calibrate import calibrate, predict
 from models.offline.case import (
     SCORES,
     Arena,
@@ -23,6 +23,7 @@ from models.offline.evaluate import View
 from models.offline.fit import split_texts, train
 from models.offline.language_model import load_language_model, train_language_model
 from models.offline.measures import Defended, classes_of, outcome
+from models.offline.predict import predict
 from models.offline.recipe import (
     OnionDefence,
     ParaphraseDefence,
@@ -32,7 +33,6 @@ from models.offline.recipe import (
 )
 from models.offline.store import Step, Store, digest_of
 from models.offline.victim import load_classifier, model_digest
-from models.screen import Screen
 
 LM_TEXTS = 3000
 """Clean texts that ONION's language model is trained on, where none is given."""
@@ -75,12 +75,12 @@ def _psim(store: Store, arena: Arena, defence: PsimDefence) -> Iterator[Entry]:
     step = store.step("psim", inputs, lambda folder: _fit_psim(folder, case, source, defence))
     scores = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(store.root))}
-    cost = float(len(details["checkpoints"])), details.pop("time")
+    cost = details.pop("passes"), details.pop("time")
     for rule, name in zip(defence.rules, defence.names, strict=True):
         known = scores["dev" if rule == "dev" else "known"]
-        screen = Screen(calibrate(known, defence.frr_budget, by_class=rule != "pooled"))
+        screen = calibrate(known, defence.frr_budget, by_class=rule != "pooled")
         views = [
-            View(screen, [screen.judge(p) for p in scores[kind]], predicted)
+            View(screen, scores[kind], predicted)
             for kind, predicted in (
                 ("clean", arena.predicted_clean),
                 ("poisoned", arena.predicted_poisoned),
@@ -111,6 +111,7 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
         "checkpoints": training.checkpoints,
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
+        "passes": engine.screening_passes,
         "time": relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
     }
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from models.bundle import Bundle
 from models.engines import Engine
-from models.offline.calibrate import predict
 from models.offline.data import Sample
 from models.offline.measures import (
     Classes,
@@ -19,7 +19,8 @@ from models.offline.measures import (
     unflagged,
     within_class_scores,
 )
-from models.screen import FloatArray, Screen, Verdict, is_poisoned
+from models.offline.predict import predict
+from models.screen import FloatArray, Screen, Verdict
 
 PAPER_THRESHOLD = 0.7
 """The one threshold of the paper, for all classes, models and data."""
@@ -27,16 +28,16 @@ PAPER_THRESHOLD = 0.7
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outcomes side by side, and the confidences that they come from."""
+    """Outcomes side by side, and the scores that they come from."""
 
     none: Outcome
     """No defence."""
     calibrated: Outcome
     """The bundle's thresholds; AUROC of the score within the class."""
     paper: Outcome
-    """`PAPER_THRESHOLD` for all classes; AUROC of the bare confidence."""
-    clean_confidence: FloatArray
-    poisoned_confidence: FloatArray
+    """`PAPER_THRESHOLD` for all classes; AUROC of the bare confidence. Of the last checkpoint."""
+    clean_scores: FloatArray
+    poisoned_scores: FloatArray
     thresholds: dict[str, float]
     """By label."""
 
@@ -61,8 +62,8 @@ def evaluate(
         outcome(clean_view.bare, truth, poisoned_view.bare, int(target)),
         outcome(clean_view.calibrated, truth, poisoned_view.calibrated, int(target)),
         outcome(clean_view.paper, truth, poisoned_view.paper, int(target)),
-        clean_view.confidence,
-        poisoned_view.confidence,
+        clean_view.scores,
+        poisoned_view.scores,
         {label: bundle.screen.threshold_of(i) for i, label in enumerate(labels)},
     )
 
@@ -72,20 +73,26 @@ class View:
     """PSIM's and the victim's view of some texts."""
 
     screen: Screen
-    verdicts: list[Verdict]
+    probabilities: FloatArray
+    """PSIM's, shape (n, K, C)."""
     predicted: Classes
 
     @staticmethod
     def of(engine: Engine, screen: Screen, texts: Sequence[str]) -> "View":
         """Run texts through PSIM and the victim."""
         encodings = engine.encode(texts)
-        verdicts = [screen.judge(row) for row in predict(engine, encodings)]
-        return View(screen, verdicts, predict(engine, encodings, classifier=True).argmax(1))
+        predicted = predict(engine, encodings, classifier=True).argmax(1)
+        return View(screen, predict(engine, encodings), predicted)
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """What the screen says about each text."""
+        return [self.screen.judge(row) for row in self.probabilities]
 
     @property
-    def confidence(self) -> FloatArray:
-        """PSIM's confidences, shape (n,)."""
-        return np.array([v.confidence for v in self.verdicts], np.float32)
+    def scores(self) -> FloatArray:
+        """Those of the verdicts, shape (n,)."""
+        return np.array([v.score for v in self.verdicts], np.float32)
 
     @property
     def bare(self) -> Defended:
@@ -100,6 +107,6 @@ class View:
 
     @property
     def paper(self) -> Defended:
-        """Behind `PAPER_THRESHOLD`."""
-        flagged = [is_poisoned(v.confidence, PAPER_THRESHOLD) for v in self.verdicts]
-        return Defended(self.predicted, np.array(flagged, np.bool_), self.confidence)
+        """Behind `PAPER_THRESHOLD` for the confidence of the last checkpoint."""
+        confidence = self.probabilities[:, -1].max(1)
+        return Defended(self.predicted, confidence >= PAPER_THRESHOLD, confidence)

@@ -24,15 +24,24 @@ from models.bundle import (
     save_weights,
     score_key,
 )
-from models.engines import Encoding
+from models.calibrate import calibrate
+from models.engines import Encoding, Engine
 from models.engines.pytorch import DTYPES, TorchEngine, max_input_length
 from models.errors import DataError, VictimError
 from models.guarded import Guarded, Inputs, guard, lora_config, transformer_of, with_adapters
-from models.manifest import Calibration, FitRecord, Manifest, PsimRecord, VictimRecord
-from models.offline.calibrate import calibrate, predict, record
+from models.manifest import (
+    Calibration,
+    FitRecord,
+    GroupRecord,
+    Manifest,
+    PsimRecord,
+    VictimRecord,
+)
 from models.offline.folders import replaced
+from models.offline.measures import clopper_pearson
+from models.offline.predict import predict
 from models.offline.psim import PsimConfig, Training, train_psim
-from models.screen import FloatArray
+from models.screen import FloatArray, Screen, allowed_rejections
 
 # Shares of the clean texts. Calibration gets most: the spread of the false rejection rate that is
 # really achieved falls with its size, while PSIM learns all it needs from some hundred texts.
@@ -94,7 +103,7 @@ def fit(
         calibrations, scores = _calibrate(engine, split.calibrate, frr_budget)
         save_calibration_scores(partial, scores)
         manifest = Manifest(
-            schema_version=2,
+            schema_version=3,
             victim=_victim_record(victim, name, digest),
             labels=labels,
             max_length=engine.max_length,
@@ -177,16 +186,19 @@ def _heads(victim: nn.Module) -> list[str]:
 def _calibrate(
     engine: TorchEngine, texts: Sequence[str], frr_budget: float
 ) -> tuple[list[Calibration], Mapping[str, FloatArray]]:
-    """Calibrate every dtype; converts the engine's module, so the weights are saved before."""
+    """Calibrate every dtype; returns PSIM's probabilities too, by `score_key`.
+
+    Converts the engine's module, so the weights are saved before.
+    """
     encodings: list[Encoding] = engine.encode(texts)
     calibrations: list[Calibration] = []
     scores: dict[str, FloatArray] = {}
     for dtype in DTYPES:
         engine = TorchEngine(engine.guarded, engine.tokenizer, engine.max_length, dtype)
-        groups = calibrate(predict(engine, encodings), frr_budget)
-        calibrations.append(record(engine, groups, frr_budget))
-        for index, group in enumerate(groups):
-            scores[score_key(calibrations[-1], index)] = group.scores
+        probabilities = predict(engine, encodings)
+        screen = calibrate(probabilities, frr_budget)
+        calibrations.append(_calibration_record(engine, screen, frr_budget))
+        scores[score_key(engine.name, dtype)] = probabilities
     return calibrations, scores
 
 
@@ -226,6 +238,26 @@ def _victim_record(victim: nn.Module, name: str, digest: str) -> VictimRecord:
         model_type=str(model.config.model_type),
         architecture=type(model).__name__,
         digest=digest,
+    )
+
+
+def _calibration_record(engine: Engine, screen: Screen, frr_budget: float) -> Calibration:
+    return Calibration(
+        engine=engine.name,
+        dtype=engine.dtype,
+        frr_budget=frr_budget,
+        groups=[
+            GroupRecord(
+                classes=list(group.classes),
+                texts=len(group.scores),
+                threshold=group.threshold,
+                rejected=int((group.scores >= group.threshold).sum()),
+                frr_interval=clopper_pearson(
+                    allowed_rejections(len(group.scores), frr_budget), len(group.scores)
+                ),
+            )
+            for group in screen.groups
+        ],
     )
 
 

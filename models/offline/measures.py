@@ -10,16 +10,29 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logit
+from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
 
 from models.errors import DataError
-from models.offline.calibrate import clopper_pearson
 from models.offline.data import Sample
 from models.screen import FloatArray, Verdict
 
 BoolArray = NDArray[np.bool_]
 Classes = NDArray[np.intp]
+
+
+def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact two-sided binomial interval (Clopper and Pearson 1934) of a rate.
+
+    Raises:
+        ValueError: not 0 <= successes <= n, or n is 0.
+    """
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"{successes} of {n} is no rate")
+    tail = (1 - level) / 2
+    low = beta.ppf(tail, successes, n - successes + 1) if successes else 0.0
+    high = beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -142,15 +155,12 @@ def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
 
 
 def within_class_scores(verdicts: Sequence[Verdict]) -> FloatArray:
-    """Return scores by which verdicts of all classes compare: how far beyond their own threshold.
+    """Return how far the scores lie beyond their thresholds, shape (n,); not negative iff poisoned.
 
-    The distance is in log-odds of the confidence, so that it is monotone within a class, not
-    negative iff poisoned, and without the p-value's ties among the most extreme texts.
+    By this the verdicts of all classes compare, and without the p-value's ties among the most
+    extreme texts.
     """
-    ends = (1e-9, 1 - 1e-9)
-    confidence = np.clip([v.confidence for v in verdicts], *ends)
-    threshold = np.clip([v.threshold for v in verdicts], *ends)
-    return (logit(confidence) - logit(threshold)).astype(np.float32)
+    return np.array([v.score - v.threshold for v in verdicts], np.float32)
 
 
 def auroc(clean: FloatArray | None, poisoned: FloatArray | None) -> float | None:

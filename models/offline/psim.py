@@ -36,7 +36,7 @@ class PsimConfig:
     learning_rate: float = 1e-4
     """Low on purpose: it widens the window in which the task has gone and the backdoor has not."""
     batch_size: int = 32
-    keep_at: tuple[float, ...] = (0.8, 0.5)
+    keep_at: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5, 0.3)
     """Shares of the clean texts' confidence, descending: when it has fallen to one of them a
     checkpoint is kept, and training ends with the last; 1 keeps the victim itself. See
     `retention`."""
@@ -95,7 +95,7 @@ def train_psim(
 
     The confidence of clean texts falls first, and that of poisoned ones after it, at a moment that
     clean texts do not tell. So no moment is trusted: checkpoints are kept while the clean texts
-    fall, and `Guarded.screen` averages their answers (docs/method.md).
+    fall, and the most extreme of them speaks (docs/method.md).
 
     Args:
         guarded: module with as many adapters as `config.keep_at` has shares; left in evaluation

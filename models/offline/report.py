@@ -24,10 +24,13 @@ ROWS = {
     "poisoned passed, backdoor fires": "false_acceptance_rate_firing",
 }
 
+SHOWN_SCORES = (-3.0, 15.0)
+"""Scores beyond are shown in the outermost bars."""
+
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Return a rich table of all outcomes, in percent with 95 % intervals."""
-    counts = f"{len(evaluation.clean_confidence)} clean, {len(evaluation.poisoned_confidence)}"
+    counts = f"{len(evaluation.clean_scores)} clean, {len(evaluation.poisoned_scores)}"
     table = Table(
         title="What the attack does, and what PSIM stops (%)",
         caption=f"{counts} poisoned texts; in brackets 95 % intervals",
@@ -59,46 +62,38 @@ def _number(value: float | None) -> str:
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json` (no raw confidences) and `confidence.png` into `folder`."""
+    """Write `evaluation.json` (no scores of single texts) and `scores.png` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = dataclasses.asdict(evaluation)
-    del content["clean_confidence"], content["poisoned_confidence"]
+    del content["clean_scores"], content["poisoned_scores"]
     (folder / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    histogram(evaluation).savefig(folder / "confidence.png", dpi=120)
+    histogram(evaluation).savefig(folder / "scores.png", dpi=120)
 
 
 def histogram(evaluation: Evaluation) -> Figure:
-    """Plot the shares of clean and poisoned texts over PSIM confidence, with the thresholds."""
+    """Plot the shares of clean and poisoned texts over their scores, with the thresholds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    draw_histogram(
-        axes,
-        evaluation.clean_confidence,
-        evaluation.poisoned_confidence,
-        evaluation.thresholds,
-        1 / len(evaluation.thresholds),
-    )
+    draw_histogram(axes, evaluation.clean_scores, evaluation.poisoned_scores, evaluation.thresholds)
     axes.legend()
     return figure
 
 
 def draw_histogram(
-    axes: Axes,
-    clean: FloatArray,
-    poisoned: FloatArray,
-    thresholds: Mapping[str, float],
-    chance: float,
+    axes: Axes, clean: FloatArray, poisoned: FloatArray, thresholds: Mapping[str, float]
 ) -> None:
-    """Draw confidences, shape (n,), from `chance` on, and the thresholds by name."""
-    bins = np.linspace(chance, 1, 61).tolist()
+    """Draw scores, shape (n,), and the thresholds by name."""
+    ends = SHOWN_SCORES
+    bins = np.linspace(*ends, 61).tolist()
     for name, values, color in (("clean", clean, "tab:blue"), ("poisoned", poisoned, "tab:red")):
         weights = np.full(len(values), 100 / len(values))
-        axes.hist(values, bins, weights=weights, alpha=0.6, label=name, color=color)
+        shown = np.clip(values, *ends)
+        axes.hist(shown, bins, weights=weights, alpha=0.6, label=name, color=color)
     for (label, threshold), style in zip(
         thresholds.items(), ["--", ":", "-.", "-"] * 99, strict=False
     ):
         axes.axvline(threshold, color="black", linestyle=style, label=f"threshold: {label}")
-    axes.set(xlabel="PSIM confidence", ylabel="% of texts", yscale="symlog", ylim=(0, 100))
+    axes.set(xlabel="PSIM score", ylabel="% of texts", yscale="symlog", ylim=(0, 100))
     axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
 
 
@@ -136,17 +131,6 @@ def manifest_table(manifest: Manifest) -> Table:
 
 def warnings_of(manifest: Manifest) -> list[str]:
     """Return what makes a bundle a poor defence, although it is whole."""
-    warnings = []
-    if manifest.psim.stopped_because != UNLEARNT:
-        warnings.append("PSIM has not unlearnt the task: it cannot tell clean from poisoned texts")
-    blind = {
-        manifest.labels[index]
-        for calibration in manifest.calibrations
-        for group in calibration.groups
-        if group.threshold > 1
-        for index in group.classes
-    }
-    if blind:
-        names = ", ".join(sorted(blind))
-        warnings.append(f"clean texts reach confidence 1: nothing predicted as {names} is rejected")
-    return warnings
+    if manifest.psim.stopped_because == UNLEARNT:
+        return []
+    return ["PSIM has not unlearnt the task: it cannot tell clean from poisoned texts"]

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 from models.bundle import Bundle
 from models.errors import DataError, PsimError
-from models.offline.calibrate import predict
 from models.offline.data import check_text
+from models.offline.predict import predict
 
 CHUNK = 512
 """Lines that are read, sorted by length and answered together."""

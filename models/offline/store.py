@@ -10,8 +10,9 @@ from typing import Any
 from filelock import FileLock
 from pydantic_core import to_jsonable_python
 
-VERSION = 1
-"""Part of every key; a change of code that changes results raises it."""
+VERSIONS = {"psim": 2}
+"""By kind of step, 1 where not named; part of its keys: a change of code that changes the results
+of a kind raises it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Store:
             make: writes files into the folder it is given and returns what is kept as JSON;
                 interrupted, it is called again with the same folder.
         """
-        content = json.dumps([VERSION, kind, to_jsonable_python(inputs)], sort_keys=True)
+        version = VERSIONS.get(kind, 1)
+        content = json.dumps([version, kind, to_jsonable_python(inputs)], sort_keys=True)
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         folder = self.root / kind / key
         done = folder / "result.json"

@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from models.offline.calibrate import calibrate
+from models.calibrate import calibrate
 from models.offline.case import load_scores
 from models.offline.evaluate import View
 from models.offline.finetune import Strategy
 from models.offline.measures import Classes, auroc, outcome, within_class_scores
 from models.offline.report import draw_histogram
-from models.screen import FloatArray, Screen
+from models.screen import FloatArray
 
 Row = Mapping[str, Any]
 BUDGET = 0.01
@@ -121,11 +121,6 @@ class _Scores:
         return _Scores(**arrays, labels=row["labels"])
 
     @property
-    def chance(self) -> float:
-        """The least confidence there is."""
-        return 1 / len(self.labels)
-
-    @property
     def least_budget(self) -> float:
         """The smallest one that a threshold can keep."""
         return 1 / (len(self.known) + 1)
@@ -134,25 +129,22 @@ class _Scores:
     def marked_budget(self) -> float:
         return max(BUDGET, self.least_budget)
 
-    def screen(self, budget: float) -> Screen:
-        return Screen(calibrate(self.known, budget))
-
     def behind(self, budget: float) -> tuple[View, View]:
         """Return the clean and the poisoned texts behind calibrated thresholds."""
-        screen = self.screen(budget)
+        screen = calibrate(self.known, budget)
         return (
-            View(screen, [screen.judge(p) for p in self.clean], self.predicted_clean),
-            View(screen, [screen.judge(p) for p in self.poisoned], self.predicted_poisoned),
+            View(screen, self.clean, self.predicted_clean),
+            View(screen, self.poisoned, self.predicted_poisoned),
         )
 
 
 def _histogram(axes: Axes, scores: _Scores) -> None:
-    groups = scores.screen(scores.marked_budget).groups
+    clean, poisoned = scores.behind(scores.marked_budget)
     thresholds = {
         ", ".join(scores.labels[index] for index in group.classes): group.threshold
-        for group in groups
+        for group in clean.screen.groups
     }
-    draw_histogram(axes, scores.clean.max(1), scores.poisoned.max(1), thresholds, scores.chance)
+    draw_histogram(axes, clean.scores, poisoned.scores, thresholds)
 
 
 def _roc(axes: Axes, scores: _Scores) -> None:

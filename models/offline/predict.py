@@ -1,0 +1,26 @@
+"""Running many texts through an engine."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from models.batching import length_sorted_batches
+from models.engines import Encoding, Engine
+from models.screen import FloatArray
+
+BATCH_TOKENS = 4096
+
+
+def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = False) -> FloatArray:
+    """Return probabilities in input order: PSIM's, (n, K, C), or the classifier's, (n, C)."""
+    forward = engine.classify if classifier else engine.screen
+    rows: list[FloatArray] = [np.empty(0, np.float32)] * len(texts)
+    bar = tqdm(total=len(texts), desc=forward.__name__, unit=" texts", leave=False, disable=None)
+    for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS):
+        probabilities = forward([texts[i] for i in batch])
+        for index, row in zip(batch, probabilities, strict=True):
+            rows[index] = row
+        bar.update(len(batch))
+    bar.close()
+    return np.stack(rows)
