@@ -28,6 +28,18 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
     assert store.step("other", {"a": 1}, make).result == {"n": 3}
 
 
+def test_what_a_step_took_is_known_ever_after(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.step("slow", {}, lambda folder: time.sleep(0.2))
+    store.step("fast", {}, lambda folder: None)
+    slow, fast = store.seconds.values()
+    assert fast < 0.2 <= slow
+    later = Store(tmp_path)
+    later.step("slow", {}, lambda folder: None)
+    later.step("slow", {}, lambda folder: None)
+    assert list(later.seconds.values()) == [slow]
+
+
 def test_an_interrupted_step_goes_on_in_its_folder(tmp_path: Path) -> None:
     store = Store(tmp_path)
 

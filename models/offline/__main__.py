@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
@@ -290,6 +291,8 @@ def study_command(
             for row in run_study(loaded, data, out, store, stderr.print):
                 rows.append(row)
         finally:  # what is done can be read, whatever comes
+            taken = timedelta(seconds=round(sum(store.seconds.values())))
+            stderr.print(f"{len(store.seconds)} steps, which took {taken} when they were done")
             if rows:
                 write_study_report(rows, out, store.root, recipe.read_text(encoding="utf-8"))
                 stderr.print(f"wrote {out}/report.html, report.md and rows.jsonl", highlight=False)

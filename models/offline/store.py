@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Store:
     """
 
     root: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What the steps asked for took when they were done, by kind and key."""
 
     def step(self, kind: str, inputs: Mapping[str, object], make: Callable[[Path], object]) -> Step:
         """Return the result of `make`, from an earlier run if there is one.
@@ -52,11 +55,15 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not done.exists():
-                result = to_jsonable_python({"inputs": json.loads(content), "result": make(folder)})
+                started = time.perf_counter()
+                kept = {"inputs": json.loads(content), "result": to_jsonable_python(make(folder))}
+                kept["seconds"] = round(time.perf_counter() - started, 1)
                 partial = done.with_suffix(".partial")
-                partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+                partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
                 partial.replace(done)
-        return Step(key, folder, json.loads(done.read_text(encoding="utf-8"))["result"])
+        kept = json.loads(done.read_text(encoding="utf-8"))
+        self.seconds[f"{kind}/{key}"] = kept.get("seconds", 0.0)
+        return Step(key, folder, kept["result"])
 
 
 def digest_of(content: object) -> str:
