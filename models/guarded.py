@@ -34,28 +34,31 @@ class Trunk:
 
     def __init__(self, layers: Sequence[nn.Module] = (), share: float = 0.0) -> None:
         self.share = share
-        self._sharing = False
-        self._output: Any = None
+        self._kept: list[Any] | None = None
         for layer in layers:
             # The instance's forward and not a module around it: names of weights stay as they are.
             layer.forward = self._once(layer.forward, layer is layers[-1])
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Within it every forward pass is on the same inputs: the second and later ones skip."""
-        self._sharing = True
+    def shared(self, kept: list[Any]) -> Iterator[None]:
+        """Within it every forward pass is on the same inputs: the first one's output is kept.
+
+        Args:
+            kept: empty, or what an earlier `shared` kept of the same inputs.
+        """
+        self._kept = kept
         try:
             yield
         finally:
-            self._sharing, self._output = False, None
+            self._kept = None
 
     def _once(self, forward: Callable[..., Any], is_top: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._output is not None:
-                return self._output
+            if self._kept:
+                return self._kept[0]
             output = forward(*args, **kwargs)
-            if self._sharing and is_top:
-                self._output = output
+            if self._kept is not None and is_top:
+                self._kept.append(output)
             return output
 
         return run
@@ -96,7 +99,7 @@ class Guarded(nn.Module):
     def screen(self, inputs: Inputs) -> torch.Tensor:
         """Return PSIM probabilities in float32, shape (rows, K, C), of its K checkpoints."""
         probabilities = []
-        with self.trunk.shared():
+        with self.trunk.shared([]):
             for checkpoint in self.checkpoints:
                 self.psim.set_adapter(checkpoint, inference_mode=True)
                 probabilities.append(self.psim_logits(inputs).float().softmax(-1))

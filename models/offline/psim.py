@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from models.batching import length_sorted_batches
 from models.engines import Encoding
 from models.engines.pytorch import collate, has_bfloat16
-from models.guarded import Guarded
+from models.guarded import Guarded, Inputs
 from models.screen import FloatArray
 
 BATCH_TOKENS = 4096
@@ -41,7 +41,7 @@ class PsimConfig:
     checkpoint is kept, and training ends with the last; 1 keeps the victim itself. See
     `retention`."""
     max_steps: int = 600
-    check_every: int = 10
+    check_every: int = 4
     """Steps between looks at the held-out clean texts."""
     seed: int = 0
     # What the study compares; a bundle holds nothing but the defaults.
@@ -112,13 +112,14 @@ def train_psim(
     device = next(guarded.parameters()).device
     parameters = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    looks = _Looks(guarded, held_out, pad_id)
     curve: list[tuple[int, float]] = []
     kept: list[int] = []
     reason = "reached the step limit: the task is not unlearnt"
     bar = tqdm(desc="training PSIM", unit=" steps", disable=None)
     for step, batch in enumerate(_batches(train, config)):
         if step % config.check_every == 0:
-            probabilities = psim_probabilities(guarded, held_out, pad_id)
+            probabilities = looks.probabilities()
             curve.append((step, float(probabilities.max(1).mean())))
             bar.set_postfix(clean_confidence=f"{curve[-1][1]:.3f}")
             at_look(*curve[-1])
@@ -169,17 +170,28 @@ def _batches(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[Enc
             yield [train[i] for i in order[start : start + config.batch_size]]
 
 
-def psim_probabilities(guarded: Guarded, texts: Sequence[Encoding], pad_id: int) -> FloatArray:
-    """Return those of the adapter in training, shape (len(texts), C), under autocast."""
-    device = next(guarded.parameters()).device
-    result: list[FloatArray] = [np.empty(0, np.float32)] * len(texts)
-    with torch.inference_mode(), autocast(guarded):
-        for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS):
-            inputs = collate([texts[i] for i in batch], pad_id, device)
-            rows = guarded.psim_logits(inputs).float().softmax(-1)
-            for row, index in zip(rows.cpu().numpy(), batch, strict=True):
-                result[index] = row
-    return np.stack(result)
+class _Looks:
+    """The held-out texts, and what the layers below the adapter make of them: that never changes.
+
+    Kept are, at most, 300 texts x 512 tokens x the hidden size.
+    """
+
+    def __init__(self, guarded: Guarded, texts: Sequence[Encoding], pad_id: int) -> None:
+        self._guarded = guarded
+        device = next(guarded.parameters()).device
+        self._batches: list[tuple[Inputs, list[Any]]] = [
+            (collate([texts[i] for i in batch], pad_id, device), [])
+            for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS)
+        ]
+
+    def probabilities(self) -> FloatArray:
+        """Return those of the adapter in training, shape (n, C), in any order, under autocast."""
+        guarded, rows = self._guarded, []
+        with torch.inference_mode(), autocast(guarded):
+            for inputs, kept in self._batches:
+                with guarded.trunk.shared(kept):
+                    rows.append(guarded.psim_logits(inputs).float().softmax(-1).cpu().numpy())
+        return np.concatenate(rows)
 
 
 def autocast(guarded: Guarded) -> AbstractContextManager[None]:
