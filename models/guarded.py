@@ -40,11 +40,11 @@ class Trunk:
             layer.forward = self._once(layer.forward, layer is layers[-1])
 
     @contextmanager
-    def shared(self, kept: list[Any]) -> Iterator[None]:
+    def shared(self, kept: list[Any] | None) -> Iterator[None]:
         """Within it every forward pass is on the same inputs: the first one's output is kept.
 
         Args:
-            kept: empty, or what an earlier `shared` kept of the same inputs.
+            kept: empty, or what an earlier `shared` kept of the same inputs; None keeps nothing.
         """
         self._kept = kept
         try:

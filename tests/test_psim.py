@@ -41,7 +41,9 @@ def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Gua
     encodings = engine.encode(some_texts(120))
 
     def look(step: int, confidence: float) -> None:
-        engine.screen(encodings[:1])  # looking changes nothing
+        # Looking changes nothing, and what is kept of the held-out texts stays true.
+        own = engine.screen(encodings[90:])[:, -1].max(1).mean()
+        assert confidence == pytest.approx(own, abs=0.02)
 
     return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0, look)
 
@@ -55,13 +57,15 @@ def test_checkpoints_are_kept_while_the_clean_texts_fall(
     guarded, training = trained(tokenizer, FAST)
     assert training.stopped_because == UNLEARNT
     assert 0 < training.steps < FAST.max_steps
-    assert [step for step, _ in training.curve] == list(range(0, training.steps + 1, 10))
+    assert [step for step, _ in training.curve] == list(
+        range(0, training.steps + 1, FAST.check_every)
+    )
     (_, confident), *_ = training.curve
     for share, kept in zip(FAST.keep_at, training.checkpoints, strict=True):
         left = {step: retention(confidence, confident, 3) for step, confidence in training.curve}
         assert kept == min(step for step in left if left[step] <= share)
     assert training.checkpoints[-1] == training.steps
-    # What screening averages are the adapters as they were at those steps.
+    # What screens are the adapters as they were at those steps.
     assert training.checkpoints[0] == 0
     start = [p for n, p in guarded.named_parameters() if "lora_B.checkpoint0." in n]
     assert start and not any(p.any() for p in start), "the first one is the victim"

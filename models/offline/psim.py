@@ -1,11 +1,10 @@
 """Training the PSIM adapter: unlearn the task on clean texts, and keep checkpoints on the way."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch.nn.functional import cross_entropy
@@ -19,6 +18,8 @@ from models.guarded import Guarded, Inputs
 from models.screen import FloatArray
 
 BATCH_TOKENS = 4096
+KEPT_NUMBERS = 2**27
+"""How much of what the lower layers make of the texts is kept: 512 MiB in float32."""
 UNLEARNT = "the clean texts have lost most of their confidence"
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
@@ -109,15 +110,17 @@ def train_psim(
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
     *earlier, trained = guarded.checkpoints
     guarded.psim.set_adapter(trained)
-    device = next(guarded.parameters()).device
     parameters = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    looks = _Looks(guarded, held_out, pad_id)
+    looks = _Batches(
+        guarded, held_out, length_sorted_batches([len(t) for t in held_out], BATCH_TOKENS), pad_id
+    )
+    batches = _Batches(guarded, train, _grouped(train, config), pad_id)
     curve: list[tuple[int, float]] = []
     kept: list[int] = []
     reason = "reached the step limit: the task is not unlearnt"
     bar = tqdm(desc="training PSIM", unit=" steps", disable=None)
-    for step, batch in enumerate(_batches(train, config)):
+    for step, batch in enumerate(_shuffled(len(batches), config.seed)):
         if step % config.check_every == 0:
             probabilities = looks.probabilities()
             curve.append((step, float(probabilities.max(1).mean())))
@@ -133,9 +136,7 @@ def train_psim(
                 reason = UNLEARNT
             if len(kept) == len(config.keep_at):
                 break
-        with autocast(guarded):
-            logits = guarded.psim_logits(collate(batch, pad_id, device))
-        loss = reset_loss(logits.float(), config.labels)
+        loss = reset_loss(batches.logits(batch), config.labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -160,38 +161,59 @@ def _copy(guarded: Guarded, source: str, target: str) -> None:
                 weights[name.replace(f".{source}.", f".{target}.")].copy_(tensor)
 
 
-def _batches(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[Encoding]]:
-    """Yield batches of similar length in random order, for ever."""
+def _grouped(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[int]]:
+    """Yield batches of texts of similar length."""
     generator = torch.Generator().manual_seed(config.seed)
     lengths = [len(text) for text in train]
+    order = get_length_grouped_indices(lengths, config.batch_size, generator=generator)  # type: ignore[no-untyped-call]
+    for start in range(0, len(order), config.batch_size):
+        yield order[start : start + config.batch_size]
+
+
+def _shuffled(n: int, seed: int) -> Iterator[int]:
+    """Yield 0..n-1 in random order, again and again."""
+    generator = torch.Generator().manual_seed(seed)
     while True:
-        order = get_length_grouped_indices(lengths, config.batch_size, generator=generator)  # type: ignore[no-untyped-call]
-        for start in range(0, len(order), config.batch_size):
-            yield [train[i] for i in order[start : start + config.batch_size]]
+        yield from torch.randperm(n, generator=generator).tolist()
 
 
-class _Looks:
-    """The held-out texts, and what the layers below the adapter make of them: that never changes.
+class _Batches:
+    """Texts in fixed batches, so that what the layers below the adapter make of them can be kept.
 
-    Kept are, at most, 300 texts x 512 tokens x the hidden size.
+    Those layers are most of the work, and never change. Kept is what has room.
     """
 
-    def __init__(self, guarded: Guarded, texts: Sequence[Encoding], pad_id: int) -> None:
-        self._guarded = guarded
+    def __init__(
+        self,
+        guarded: Guarded,
+        texts: Sequence[Encoding],
+        batches: Iterable[Sequence[int]],
+        pad_id: int,
+    ) -> None:
+        self._guarded, self._batches = guarded, list[tuple[Inputs, list[Any] | None]]()
         device = next(guarded.parameters()).device
-        self._batches: list[tuple[Inputs, list[Any]]] = [
-            (collate([texts[i] for i in batch], pad_id, device), [])
-            for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS)
-        ]
+        config: Any = guarded.psim.get_base_model().config
+        room = KEPT_NUMBERS // config.hidden_size
+        for batch in batches:
+            inputs = collate([texts[i] for i in batch], pad_id, device)
+            room -= inputs["input_ids"].numel()
+            self._batches.append((inputs, [] if room >= 0 else None))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def logits(self, number: int) -> torch.Tensor:
+        """Return those of the adapter in training, shape (rows, C), under autocast."""
+        inputs, kept = self._batches[number]
+        with autocast(self._guarded), self._guarded.trunk.shared(kept):
+            return self._guarded.psim_logits(inputs).float()
 
     def probabilities(self) -> FloatArray:
-        """Return those of the adapter in training, shape (n, C), in any order, under autocast."""
-        guarded, rows = self._guarded, []
-        with torch.inference_mode(), autocast(guarded):
-            for inputs, kept in self._batches:
-                with guarded.trunk.shared(kept):
-                    rows.append(guarded.psim_logits(inputs).float().softmax(-1).cpu().numpy())
-        return np.concatenate(rows)
+        """Return those of the adapter in training, shape (n, C), batch by batch."""
+        with torch.inference_mode():
+            rows = [self.logits(number).softmax(-1) for number in range(len(self))]
+            result: FloatArray = torch.cat(rows).cpu().numpy()
+        return result
 
 
 def autocast(guarded: Guarded) -> AbstractContextManager[None]:
