@@ -21,6 +21,8 @@ BATCH_TOKENS = 4096
 KEPT_NUMBERS = 2**27
 """How much of what the lower layers make of the texts is kept: 512 MiB in float32."""
 UNLEARNT = "the clean texts have lost most of their confidence"
+UNLEARNT_AT = 0.5
+"""Share of their confidence."""
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
 
@@ -37,7 +39,7 @@ class PsimConfig:
     learning_rate: float = 1e-4
     """Low on purpose: it widens the window in which the task has gone and the backdoor has not."""
     batch_size: int = 32
-    keep_at: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5, 0.3)
+    keep_at: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5, 0.3, 0.15)
     """Shares of the clean texts' confidence, descending: when it has fallen to one of them a
     checkpoint is kept, and training ends with the last; 1 keeps the victim itself. See
     `retention`."""
@@ -132,7 +134,7 @@ def train_psim(
                 if left <= share or step >= config.max_steps:
                     kept.append(step)
                     _copy(guarded, trained, [*earlier, trained][len(kept) - 1])
-            if left <= config.keep_at[-1]:
+            if left <= UNLEARNT_AT:
                 reason = UNLEARNT
             if len(kept) == len(config.keep_at):
                 break
