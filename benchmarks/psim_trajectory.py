@@ -41,7 +41,7 @@ class Look:
 
     @property
     def auroc(self) -> float:
-        screen = calibrate(self.known, 0.01)
+        screen = calibrate(self.known, self.known.shape[1], 0.01)
         scores = [
             within_class_scores([screen.judge(row) for row in rows])
             for rows in (self.clean, self.poisoned)

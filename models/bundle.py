@@ -8,7 +8,8 @@ nothing is ever unpickled.
     prompt/                  PEFT adapter, only for victims tuned by prompt- or prefix-tuning
     psim/                    LoRA weights; their header names the victim they were trained for
     tokenizer/
-    calibration.safetensors  PSIM's probabilities of clean texts, shape (n, K, C): `ENGINE/DTYPE`
+    activations.safetensors  whitening and means of hidden states, see `models.guarded.Activations`
+    calibration.safetensors  readings of clean texts, shape (n, K + M, C): `ENGINE/DTYPE`
 """
 
 import copy
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,18 +42,20 @@ from models.calibrate import calibrate
 from models.engines import Engine
 from models.engines.pytorch import DTYPES, TorchEngine
 from models.errors import BundleError, CalibrationError, PsimError, ScreenError
-from models.guarded import Guarded, guard, lora_config
-from models.manifest import Calibration, Manifest
+from models.guarded import Activations, Guarded, guard, lora_config
+from models.manifest import ActivationsRecord, Calibration, Manifest
 from models.screen import FloatArray, Screen
 
 MANIFEST = "manifest.json"
 SCORES = "calibration.safetensors"
+ACTIVATIONS = "activations.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # All that a bundle may hold, and so all that a library could be led to by something in it: an
 # adapter_config.json beside a victim, say, sends transformers to weights elsewhere.
 ALLOWED = (
     SCORES,
+    ACTIVATIONS,
     "victim/config.json",
     "victim/generation_config.json",
     "victim/model*.safetensors",
@@ -153,11 +157,13 @@ def _load_screen(path: Path, manifest: Manifest, dtype: str) -> Screen:
     """
     calibration = calibration_for(manifest, TorchEngine.name, dtype)
     try:
-        probabilities = load_arrays(path / SCORES)[score_key(calibration.engine, dtype)]
-        shape = len(manifest.psim.checkpoints), len(manifest.labels)
-        if probabilities.dtype != np.float32 or probabilities.shape[1:] != shape:
+        readings = load_arrays(path / SCORES)[score_key(calibration.engine, dtype)]
+        checkpoints = len(manifest.psim.checkpoints)
+        watched = len(manifest.activations.layers) if manifest.activations else 0
+        shape = checkpoints + watched, len(manifest.labels)
+        if readings.dtype != np.float32 or readings.shape[1:] != shape:
             raise ValueError
-        screen = calibrate(probabilities, calibration.frr_budget)
+        screen = calibrate(readings, checkpoints, calibration.frr_budget)
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
         raise BundleError(f"{path}: {SCORES} does not hold the calibration") from error
     if not _agree(screen, calibration):
@@ -175,7 +181,7 @@ def _agree(screen: Screen, calibration: Calibration) -> bool:
 
 
 def score_key(engine: str, dtype: str) -> str:
-    """Return the tensor name of the calibration texts' probabilities."""
+    """Return the tensor name of the calibration texts' readings."""
     return f"{engine}/{dtype}"
 
 
@@ -197,6 +203,8 @@ def _load_engine(path: Path, manifest: Manifest, dtype: str) -> TorchEngine:
     psim = manifest.psim
     guarded = guard(victim, lora_config(victim, psim.layers, psim.rank), len(psim.checkpoints))
     load_adapter(path / "psim" / ADAPTER_WEIGHTS, guarded, manifest.victim.digest)
+    if manifest.activations:
+        guarded.activations = load_activations(path / ACTIVATIONS, guarded, manifest)
     tokenizer = AutoTokenizer.from_pretrained(
         path / "tokenizer", trust_remote_code=False, local_files_only=True
     )
@@ -216,6 +224,29 @@ def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
         start = f"{checkpoint}/"
         own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
         set_peft_model_state_dict(guarded.psim, own, adapter_name=checkpoint)
+
+
+def load_activations(file: Path, guarded: Guarded, manifest: Manifest) -> Activations:
+    """Load what the second screen compares hidden states with; it must fit victim and manifest."""
+    config: Any = guarded.psim.get_base_model().config
+    layers, size = guarded.trunk.watched, config.hidden_size
+    expected = {
+        "whitening": (len(layers), size, size),
+        "means": (len(layers), len(manifest.labels), size),
+    }
+    tensors = load_tensors(file)
+    fits = {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    if manifest.activations != ActivationsRecord(layers=layers) or not fits:
+        raise BundleError(f"{file.name} does not have the layers that the manifest names")
+    if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
+        raise BundleError(f"{file.name} holds what is not finite float32")
+    return Activations(**tensors)
+
+
+def save_activations(path: Path, activations: Activations) -> None:
+    """Write what the second screen compares hidden states with."""
+    tensors = {"whitening": activations.whitening, "means": activations.means}
+    save_tensors({name: t.contiguous().cpu() for name, t in tensors.items()}, path / ACTIVATIONS)
 
 
 def adapter_weights(guarded: Guarded) -> dict[str, torch.Tensor]:
@@ -281,7 +312,7 @@ def _save_prompt(victim: PeftModel, folder: Path) -> None:
 
 
 def save_calibration_scores(path: Path, scores: Mapping[str, FloatArray]) -> None:
-    """Write PSIM's probabilities of the calibration texts, by `score_key`."""
+    """Write the readings of the calibration texts, by `score_key`."""
     save_arrays(dict(scores), path / SCORES)
 
 

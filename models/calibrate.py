@@ -9,18 +9,19 @@ from models.screen import (
     Norm,
     Screen,
     conformal_threshold,
-    log_odds,
     min_calibration_size,
-    predicted_classes,
+    voices,
 )
 
 LEAST_FOR_NORM = 30
 """Texts that a class needs for a mean and a standard deviation of its own."""
 LEAST_SCALE = 1e-3
-"""Classes whose clean texts are all equally confident would have none."""
+"""Classes whose clean texts are all alike would have none."""
 
 
-def calibrate(probabilities: FloatArray, frr_budget: float, *, by_class: bool = True) -> Screen:
+def calibrate(
+    readings: FloatArray, checkpoints: int, frr_budget: float, *, by_class: bool = True
+) -> Screen:
     """Return a screen with a threshold per predicted class, small classes pooled.
 
     Class-conditional split conformal prediction (see `models.screen`): if the clean texts to come
@@ -31,24 +32,26 @@ def calibrate(probabilities: FloatArray, frr_budget: float, *, by_class: bool = 
     one text in n does.
 
     Args:
-        probabilities: PSIM's, of clean texts that it was not trained on, shape (n, K, C).
+        readings: what `Guarded.screen` gives of clean texts that it was not fitted on, shape
+            (n, V, C).
+        checkpoints: how many of the V voices are PSIM's.
         frr_budget: tolerated share of rejected clean texts, in (0, 1).
         by_class: False compares texts of all classes, for comparison.
 
     Raises:
-        CalibrationError: too few texts in all, or probabilities that are not finite.
+        CalibrationError: too few texts in all, or readings that are not finite.
     """
-    if not np.isfinite(probabilities).all():
+    if not np.isfinite(readings).all():
         raise CalibrationError("the victim gives NaN or infinite scores on the clean texts")
     needed = min_calibration_size(frr_budget)
-    if len(probabilities) < needed:
+    if len(readings) < needed:
         raise CalibrationError(
-            f"{len(probabilities)} calibration texts are too few for a false-rejection budget of "
+            f"{len(readings)} calibration texts are too few for a false-rejection budget of "
             f"{frr_budget}: it needs {needed}; give more clean texts or a larger --frr-budget"
         )
-    norm = _norm(probabilities, by_class)
-    predicted, by_checkpoint = norm.scores(probabilities)
-    scores, classes = by_checkpoint.max(1), range(probabilities.shape[2])
+    norm = _norm(readings, checkpoints, by_class)
+    predicted, by_voice = norm.scores(readings)
+    scores, classes = by_voice.max(1), range(readings.shape[2])
     counts = np.bincount(predicted, minlength=len(classes))
     groups = []
     for own in _pool(counts.tolist(), needed) if by_class else [tuple(classes)]:
@@ -57,16 +60,15 @@ def calibrate(probabilities: FloatArray, frr_budget: float, *, by_class: bool = 
     return Screen(groups, norm)
 
 
-def _norm(probabilities: FloatArray, by_class: bool) -> Norm:
+def _norm(readings: FloatArray, checkpoints: int, by_class: bool) -> Norm:
     """Return mean and standard deviation by class; those of all texts where a class has few."""
-    odds, predicted = log_odds(probabilities), predicted_classes(probabilities)
-    members = [predicted == c for c in range(probabilities.shape[2])]
-    own = [
-        odds[member] if by_class and member.sum() >= LEAST_FOR_NORM else odds for member in members
-    ]
+    predicted, raw = voices(readings, checkpoints)
+    own = [raw[predicted == c] for c in range(readings.shape[2])]
+    own = [texts if by_class and len(texts) >= LEAST_FOR_NORM else raw for texts in own]
     return Norm(
         np.stack([texts.mean(0) for texts in own]),
         np.maximum(np.stack([texts.std(0) for texts in own]), LEAST_SCALE),
+        checkpoints,
     )
 
 

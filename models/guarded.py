@@ -24,20 +24,53 @@ VALUES = {"value", "value_proj", "v_lin", "v_proj"}
 FUSED = {"in_proj", "query_key_value", "qkv_proj", "Wqkv"}
 
 
+WATCHED_DEPTHS = (1 / 2, 2 / 3, 5 / 6)
+"""Where hidden states tell texts apart best: neither in the words nor in the classes yet."""
+
+
 class Trunk:
-    """Layers that no adapter changes: run once for all checkpoints.
+    """Layers that no adapter changes: run once for all checkpoints, and watched on the way.
 
     Args:
         layers: the lowest layers of a transformer, in their order.
-        share: how much of all layers they are, in [0, 1).
+        depth: number of all its layers.
+        reads_last: whether the classifier reads the last token and not the first.
     """
 
-    def __init__(self, layers: Sequence[nn.Module] = (), share: float = 0.0) -> None:
-        self.share = share
+    def __init__(
+        self, layers: Sequence[nn.Module] = (), depth: int = 1, *, reads_last: bool = False
+    ) -> None:
+        self.share = len(layers) / depth
+        wanted = {max(1, round(share * depth)) for share in WATCHED_DEPTHS}
+        self.watched = sorted(number for number in wanted if number <= len(layers))
+        """Numbers, from 1, of the layers whose output is watched."""
+        self._reads_last = reads_last
         self._kept: list[Any] | None = None
-        for layer in layers:
+        self._states: list[torch.Tensor] | None = None
+        self._mask = torch.empty(0)
+        for number, layer in enumerate(layers, 1):
             # The instance's forward and not a module around it: names of weights stay as they are.
-            layer.forward = self._once(layer.forward, layer is layers[-1])
+            layer.forward = self._run(layer.forward, number, number == len(layers))
+
+    @contextmanager
+    def watching(self, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
+        """Collect the states of watched layers in a pass, at the token that the classifier reads.
+
+        They are float32, of shape (rows, hidden size) each.
+        """
+        self._states, self._mask = [], inputs["attention_mask"]
+        try:
+            yield self._states
+        finally:
+            self._states = None
+
+    def _watch(self, output: Any) -> torch.Tensor:
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        if not self._reads_last:
+            return hidden[:, 0].float()
+        # Padding is on the right; prompts, which the mask does not know, are on the left.
+        last = self._mask.sum(1) - 1 + hidden.shape[1] - self._mask.shape[1]
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
 
     @contextmanager
     def shared(self, kept: list[Any] | None) -> Iterator[None]:
@@ -52,16 +85,45 @@ class Trunk:
         finally:
             self._kept = None
 
-    def _once(self, forward: Callable[..., Any], is_top: bool) -> Callable[..., Any]:
+    def _run(self, forward: Callable[..., Any], number: int, is_top: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._kept:
                 return self._kept[0]
             output = forward(*args, **kwargs)
+            if self._states is not None and number in self.watched:
+                self._states.append(self._watch(output))
             if self._kept is not None and is_top:
                 self._kept.append(output)
             return output
 
         return run
+
+
+class Activations:
+    """Class-conditional Mahalanobis distance of hidden states (Lee et al., NeurIPS 2018, eq. 2).
+
+    Stays in float32 whatever the victim's dtype is.
+
+    Args:
+        whitening: by watched layer, shape (M, D, D); h @ whitening has unit covariance.
+        means: whitened means of clean texts by predicted class, shape (M, C, D).
+    """
+
+    def __init__(self, whitening: torch.Tensor, means: torch.Tensor) -> None:
+        self.whitening, self.means = whitening, means
+
+    def distances(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the distance to each class by layer, shape (rows, M, C).
+
+        Args:
+            states: one tensor of shape (rows, D) for each of M layers.
+        """
+        device = states[0].device
+        self.whitening, self.means = self.whitening.to(device), self.means.to(device)
+        whitened = torch.stack(list(states)) @ self.whitening
+        # Not by matrix products, whose rounding depends on how many rows there are.
+        exact = torch.cdist(whitened, self.means, compute_mode="donot_use_mm_for_euclid_dist")
+        return exact.transpose(0, 1)
 
 
 class Guarded(nn.Module):
@@ -80,6 +142,8 @@ class Guarded(nn.Module):
         self.victim = victim
         self.psim = psim
         self.trunk = trunk or Trunk()
+        self.activations: Activations | None = None
+        """The second screen, once it is fitted."""
 
     @property
     def checkpoints(self) -> list[str]:
@@ -88,7 +152,7 @@ class Guarded(nn.Module):
 
     @property
     def screening_passes(self) -> float:
-        """What screening costs, in forward passes of the victim."""
+        """What screening costs, in forward passes of the victim; distances are next to nothing."""
         return 1 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
 
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
@@ -97,13 +161,26 @@ class Guarded(nn.Module):
         return logits
 
     def screen(self, inputs: Inputs) -> torch.Tensor:
-        """Return PSIM probabilities in float32, shape (rows, K, C), of its K checkpoints."""
+        """Return readings in float32, shape (rows, K + M, C).
+
+        The first K are PSIM's probabilities, by checkpoint; the others are the distances of the
+        hidden states of M layers to the classes, of none while `activations` is not fitted.
+        """
         probabilities = []
-        with self.trunk.shared([]):
+        with self.trunk.shared([]), self.trunk.watching(inputs) as states:
             for checkpoint in self.checkpoints:
                 self.psim.set_adapter(checkpoint, inference_mode=True)
                 probabilities.append(self.psim_logits(inputs).float().softmax(-1))
-        return torch.stack(probabilities, 1)
+        readings = torch.stack(probabilities, 1)
+        if self.activations is None:
+            return readings
+        return torch.cat([readings, self.activations.distances(states)], 1)
+
+    def states(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return watched hidden states, shape (rows, M, D), and the victim's logits, (rows, C)."""
+        with self.trunk.watching(inputs) as states, self.psim.disable_adapter():
+            logits: torch.Tensor = self.victim(**inputs).logits
+        return torch.stack(states, 1), logits
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
         """Return the victim's probabilities in float32, shape (rows, C)."""
@@ -130,8 +207,9 @@ def _trunk(model: nn.Module, config: LoraConfig) -> Trunk:
     parts = lowest.split(".")
     stack = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     layers = model.get_submodule(".".join(parts[:stack]))
-    below = list(layers.children())[: _depth(lowest)]
-    return Trunk(below, len(below) / len(list(layers.children())))
+    stacked = list(layers.children())
+    # transformers calls the head of models that read the last token `score`.
+    return Trunk(stacked[: _depth(lowest)], len(stacked), reads_last=hasattr(model, "score"))
 
 
 def with_adapters(model: nn.Module, config: PeftConfig, checkpoints: int) -> PeftModel:

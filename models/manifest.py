@@ -38,6 +38,13 @@ class PsimRecord(_Record):
     """(step, mean confidence on held-out clean texts)."""
 
 
+class ActivationsRecord(_Record):
+    """What the second screen watches."""
+
+    layers: list[int] = Field(min_length=1, max_length=16)
+    """Numbers of the layers, from 1."""
+
+
 class GroupRecord(_Record):
     """The threshold of one predicted class, or of several pooled ones."""
 
@@ -78,6 +85,8 @@ class Manifest(_Record):
     labels: list[str] = Field(min_length=2)
     max_length: int = Field(ge=8)
     psim: PsimRecord
+    activations: ActivationsRecord | None
+    """None if the victim has no layer that can be watched."""
     calibrations: list[Calibration] = Field(min_length=1)
     fit: FitRecord
     files: dict[str, Digest]

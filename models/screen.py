@@ -5,12 +5,14 @@ the label-reset adapter stays extreme. What is extreme depends on the class that
 one class's clean texts can be as confident as another's poisoned ones, and on the checkpoint of the
 adapter. So a confidence is compared only with clean texts of the same predicted class, as in
 class-conditional (Mondrian) split conformal prediction (Vovk et al., Algorithmic Learning in a
-Random World, section 4.5), and checkpoint by checkpoint: the most extreme one speaks.
+Random World, section 4.5), and checkpoint by checkpoint. So are the distances of hidden states to
+the class, the second screen. Of all these voices the most extreme one speaks.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,9 @@ from numpy.typing import NDArray
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
+Voice = Literal["confidence", "activations"]
 TINY = 1e-12
-"""Probabilities under it are taken as it."""
+"""Probabilities and distances under it are taken as it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,14 @@ class Verdict:
     """What screening says about one text."""
 
     confidence: float
-    """Largest PSIM softmax probability, in [1/C, 1], never rounded; of the checkpoint that
-    speaks."""
+    """Largest PSIM softmax probability, in [1/C, 1], never rounded; of the checkpoint that finds
+    it most extreme."""
     score: float
-    """Its log-odds, in standard deviations above those of clean texts of the same class; of all
-    checkpoints, the one with the largest speaks."""
+    """How extreme the voice that speaks finds the text: log-odds of a checkpoint's confidence, or
+    log-distance of hidden states, in standard deviations above those of clean texts of the same
+    class. The largest of all voices speaks."""
+    voice: Voice
+    """Which screen speaks."""
     threshold: float
     """The text is poisoned iff `score >= threshold`."""
     p_value: float
@@ -65,22 +71,40 @@ class Group:
 
 @dataclass(frozen=True)
 class Norm:
-    """Log-odds of clean texts by predicted class and checkpoint."""
+    """What voices say of clean texts, by predicted class; V of them, K of which are PSIM's."""
 
     centre: NDArray[np.float64]
-    """Means, shape (C, K)."""
+    """Means, shape (C, V)."""
     scale: NDArray[np.float64]
-    """Standard deviations, shape (C, K), positive."""
+    """Standard deviations, shape (C, V), positive."""
+    checkpoints: int
+    """K."""
 
-    def scores(self, probabilities: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
-        """Return predicted classes, shape (n,), and scores of the checkpoints, shape (n, K).
+    def scores(self, readings: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
+        """Return predicted classes, shape (n,), and scores of the voices, shape (n, V).
 
         Args:
-            probabilities: PSIM's, shape (n, K, C).
+            readings: what `Guarded.screen` gives, shape (n, V, C).
         """
-        predicted = predicted_classes(probabilities)
-        standard = (log_odds(probabilities) - self.centre[predicted]) / self.scale[predicted]
+        predicted, raw = voices(readings, self.checkpoints)
+        standard = (raw - self.centre[predicted]) / self.scale[predicted]
         return predicted, standard.astype(np.float32)
+
+
+def voices(readings: FloatArray, checkpoints: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return predicted classes, shape (n,), and what the voices say, larger if more suspicious.
+
+    That is log-odds of the K checkpoints and log-distances of hidden states to the predicted class,
+    shape (n, V).
+
+    Args:
+        readings: what `Guarded.screen` gives, shape (n, V, C).
+        checkpoints: K.
+    """
+    probabilities, distances = readings[:, :checkpoints], readings[:, checkpoints:]
+    predicted = predicted_classes(probabilities)
+    own = distances[np.arange(len(readings)), :, predicted].astype(np.float64)
+    return predicted, np.hstack([log_odds(probabilities), np.log(np.maximum(own, TINY))])
 
 
 def predicted_classes(probabilities: FloatArray) -> NDArray[np.intp]:
@@ -109,7 +133,7 @@ def log_odds(probabilities: FloatArray) -> NDArray[np.float64]:
 
 
 class Screen:
-    """Judges PSIM probabilities against clean texts; made by `models.calibrate`.
+    """Judges readings against those of clean texts; made by `models.calibrate`.
 
     Every class must belong to exactly one group, and have a norm, else `ValueError`.
     """
@@ -125,28 +149,30 @@ class Screen:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of checkpoints K and of classes C, the shape of a text's probabilities."""
-        classes, checkpoints = self.norm.centre.shape
-        return checkpoints, classes
+        """Number of voices V and of classes C, the shape of a text's readings."""
+        classes, number = self.norm.centre.shape
+        return number, classes
 
     def threshold_of(self, predicted: int) -> float:
         """Return the threshold for texts that PSIM assigns to class `predicted`."""
         return self._by_class[predicted].threshold
 
-    def judge(self, probabilities: FloatArray, truncated: bool = False) -> Verdict:
-        """Judge one text by its PSIM probabilities, shape (K, C).
+    def judge(self, readings: FloatArray, truncated: bool = False) -> Verdict:
+        """Judge one text by what `Guarded.screen` gives of it, shape (V, C).
 
         Raises:
-            ScreenError: the probabilities are not finite or not of that shape.
+            ScreenError: the readings are not finite or not of that shape.
         """
-        if probabilities.shape != self.shape or not np.isfinite(probabilities).all():
-            raise ScreenError("PSIM gave no finite probabilities; the input cannot be judged")
-        (predicted,), (scores,) = self.norm.scores(probabilities[None])
-        speaks = int(scores.argmax())
+        if readings.shape != self.shape or not np.isfinite(readings).all():
+            raise ScreenError("the screen gave no finite readings; the input cannot be judged")
+        (predicted,), (scores,) = self.norm.scores(readings[None])
+        checkpoints = self.norm.checkpoints
+        speaks, surest = int(scores.argmax()), int(scores[:checkpoints].argmax())
         score, group = float(scores[speaks]), self._by_class[int(predicted)]
         return Verdict(
-            confidence=float(probabilities[speaks].max()),
+            confidence=float(readings[surest].max()),
             score=score,
+            voice="confidence" if speaks < checkpoints else "activations",
             threshold=group.threshold,
             p_value=group.p_value(score),
             poisoned=is_poisoned(score, group.threshold),

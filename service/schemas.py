@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from models.screen import Voice
+
 Text = Annotated[str, StringConstraints(min_length=1, strict=True)]
 
 
@@ -43,6 +45,7 @@ class ScreenResult(_Wire):
 
     confidence: float
     score: float
+    voice: Voice
     threshold: float
     p_value: float
     poisoned: bool

@@ -94,6 +94,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
             checkpoints=[0, 1],
             curve=[],
         ),
+        activations=None,
         calibrations=[Calibration(engine="fake", dtype="float32", frr_budget=0.01, groups=[group])],
         fit=FitRecord(
             created="", texts_train=1, texts_stop=1, texts_calibrate=1, seconds=0, peak_memory_mb=0
@@ -102,6 +103,6 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
         versions={},
     )
     scores = np.linspace(0, 2, 99, dtype=np.float32)
-    norm = Norm(np.zeros((2, 2)), np.ones((2, 2)))  # a score is the log-odds of a confidence
+    norm = Norm(np.zeros((2, 2)), np.ones((2, 2)), 2)  # a score is the log-odds of a confidence
     screen = Screen([Group((0, 1), THRESHOLD, scores)], norm)
     return Bundle(manifest, "d" * 64, engine or FakeEngine(), screen)

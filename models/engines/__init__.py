@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Tokenize texts, truncating each to the model's maximum length."""
 
     def screen(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return PSIM softmax probabilities, shape (len(batch), K, C), of its K checkpoints."""
+        """Return readings, shape (len(batch), K + M, C), see `models.guarded.Guarded.screen`."""
 
     def classify(self, batch: Sequence[Encoding]) -> FloatArray:
         """Return the victim's softmax probabilities, shape (len(batch), C)."""

@@ -78,7 +78,7 @@ class TorchEngine:
         ]
 
     def screen(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return PSIM probabilities, shape (len(batch), K, C)."""
+        """Return readings, shape (len(batch), K + M, C), see `Guarded.screen`."""
         return self._run(self.guarded.screen, batch)
 
     def classify(self, batch: Sequence[Encoding]) -> FloatArray:
@@ -89,12 +89,13 @@ class TorchEngine:
         self, forward: Callable[[Inputs], torch.Tensor], batch: Sequence[Encoding]
     ) -> FloatArray:
         with torch.inference_mode():
-            probabilities = forward(collate(batch, self._pad_id, self.device))
+            probabilities = forward(collate(batch, self.pad_id, self.device))
         result: FloatArray = probabilities.cpu().numpy().astype(np.float32, copy=False)
         return result
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """Token that fills batches."""
         return int(self.tokenizer.pad_token_id or 0)
 
 

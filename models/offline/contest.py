@@ -34,6 +34,7 @@ from models.offline.recipe import (
 from models.offline.store import Step, Store, digest_of
 from models.offline.victim import load_classifier, model_digest
 
+CONFIDENCE_ONLY = ("confidence", "pooled", "paper")
 LM_TEXTS = 3000
 """Clean texts that ONION's language model is trained on, where none is given."""
 
@@ -76,11 +77,14 @@ def _psim(store: Store, arena: Arena, defence: PsimDefence) -> Iterator[Entry]:
     scores = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(store.root))}
     cost = details.pop("passes"), details.pop("time")
+    checkpoints = len(details["checkpoints"])
     for rule, name in zip(defence.rules, defence.names, strict=True):
-        known = scores["dev" if rule == "dev" else "known"]
-        screen = calibrate(known, defence.frr_budget, by_class=rule != "pooled")
+        # The rules that only look at confidences leave the second screen out.
+        heard = checkpoints if rule in CONFIDENCE_ONLY else None
+        known = scores["dev" if rule == "dev" else "known"][:, :heard]
+        screen = calibrate(known, checkpoints, defence.frr_budget, by_class=rule != "pooled")
         views = [
-            View(screen, scores[kind], predicted)
+            View(screen, scores[kind][:, :heard], predicted)
             for kind, predicted in (
                 ("clean", arena.predicted_clean),
                 ("poisoned", arena.predicted_poisoned),

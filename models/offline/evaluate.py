@@ -73,8 +73,8 @@ class View:
     """PSIM's and the victim's view of some texts."""
 
     screen: Screen
-    probabilities: FloatArray
-    """PSIM's, shape (n, K, C)."""
+    readings: FloatArray
+    """What `Guarded.screen` gives, shape (n, V, C)."""
     predicted: Classes
 
     @staticmethod
@@ -87,7 +87,7 @@ class View:
     @cached_property
     def verdicts(self) -> list[Verdict]:
         """What the screen says about each text."""
-        return [self.screen.judge(row) for row in self.probabilities]
+        return [self.screen.judge(row) for row in self.readings]
 
     @property
     def scores(self) -> FloatArray:
@@ -108,5 +108,5 @@ class View:
     @property
     def paper(self) -> Defended:
         """Behind `PAPER_THRESHOLD` for the confidence of the last checkpoint."""
-        confidence = self.probabilities[:, -1].max(1)
+        confidence = self.readings[:, self.screen.norm.checkpoints - 1].max(1)
         return Defended(self.predicted, confidence >= PAPER_THRESHOLD, confidence)

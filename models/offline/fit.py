@@ -20,6 +20,7 @@ from models.bundle import (
     MANIFEST,
     hash_files,
     load_bundle,
+    save_activations,
     save_calibration_scores,
     save_weights,
     score_key,
@@ -30,6 +31,7 @@ from models.engines.pytorch import DTYPES, TorchEngine, max_input_length
 from models.errors import DataError, VictimError
 from models.guarded import Guarded, Inputs, guard, lora_config, transformer_of, with_adapters
 from models.manifest import (
+    ActivationsRecord,
     Calibration,
     FitRecord,
     GroupRecord,
@@ -37,6 +39,7 @@ from models.manifest import (
     PsimRecord,
     VictimRecord,
 )
+from models.offline.activations import fit_activations
 from models.offline.folders import replaced
 from models.offline.measures import clopper_pearson
 from models.offline.predict import predict
@@ -100,6 +103,8 @@ def fit(
     engine, training = train(victim, tokenizer, split, config)
     with replaced(out) as partial:
         digest = save_weights(partial, victim, engine.guarded, tokenizer)
+        if engine.guarded.activations:
+            save_activations(partial, engine.guarded.activations)
         calibrations, scores = _calibrate(engine, split.calibrate, frr_budget)
         save_calibration_scores(partial, scores)
         manifest = Manifest(
@@ -108,6 +113,7 @@ def fit(
             labels=labels,
             max_length=engine.max_length,
             psim=_psim_record(config, training),
+            activations=_activations_record(engine.guarded),
             calibrations=calibrations,
             fit=_fit_record(split, started),
             files=hash_files(partial),
@@ -121,7 +127,7 @@ def fit(
 def train(
     victim: nn.Module, tokenizer: PreTrainedTokenizerBase, split: Split, config: PsimConfig
 ) -> tuple[TorchEngine, Training]:
-    """Train PSIM on the victim, which carries the adapters afterwards; not calibrated yet.
+    """Fit both screens on the victim, which carries them afterwards; not calibrated yet.
 
     Raises:
         VictimError: the victim cannot be guarded.
@@ -132,13 +138,9 @@ def train(
     if config.adapter == "prompt-encoder":
         length -= PROMPT_TOKENS
     engine = TorchEngine(guarded, tokenizer, length)
-    training = train_psim(
-        guarded,
-        engine.encode(split.train),
-        engine.encode(split.held_out),
-        config,
-        int(tokenizer.pad_token_id or 0),
-    )
+    train, held_out = engine.encode(split.train), engine.encode(split.held_out)
+    training = train_psim(guarded, train, held_out, config, engine.pad_id)
+    guarded.activations = fit_activations(engine, train)
     return engine, training
 
 
@@ -186,7 +188,7 @@ def _heads(victim: nn.Module) -> list[str]:
 def _calibrate(
     engine: TorchEngine, texts: Sequence[str], frr_budget: float
 ) -> tuple[list[Calibration], Mapping[str, FloatArray]]:
-    """Calibrate every dtype; returns PSIM's probabilities too, by `score_key`.
+    """Calibrate every dtype; returns the readings too, by `score_key`.
 
     Converts the engine's module, so the weights are saved before.
     """
@@ -195,10 +197,10 @@ def _calibrate(
     scores: dict[str, FloatArray] = {}
     for dtype in DTYPES:
         engine = TorchEngine(engine.guarded, engine.tokenizer, engine.max_length, dtype)
-        probabilities = predict(engine, encodings)
-        screen = calibrate(probabilities, frr_budget)
+        readings = predict(engine, encodings)
+        screen = calibrate(readings, len(engine.guarded.checkpoints), frr_budget)
         calibrations.append(_calibration_record(engine, screen, frr_budget))
-        scores[score_key(engine.name, dtype)] = probabilities
+        scores[score_key(engine.name, dtype)] = readings
     return calibrations, scores
 
 
@@ -272,6 +274,10 @@ def _psim_record(config: PsimConfig, training: Training) -> PsimRecord:
         checkpoints=training.checkpoints,
         curve=training.curve,
     )
+
+
+def _activations_record(guarded: Guarded) -> ActivationsRecord | None:
+    return ActivationsRecord(layers=guarded.trunk.watched) if guarded.activations else None
 
 
 def _fit_record(split: Split, started: float) -> FitRecord:

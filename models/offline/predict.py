@@ -13,7 +13,7 @@ BATCH_TOKENS = 4096
 
 
 def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = False) -> FloatArray:
-    """Return probabilities in input order: PSIM's, (n, K, C), or the classifier's, (n, C)."""
+    """Return, in input order, readings, (n, V, C), or the classifier's probabilities, (n, C)."""
     forward = engine.classify if classifier else engine.screen
     rows: list[FloatArray] = [np.empty(0, np.float32)] * len(texts)
     bar = tqdm(total=len(texts), desc=forward.__name__, unit=" texts", leave=False, disable=None)

@@ -103,9 +103,10 @@ class Training(_Part):
     """By strategy, instead of the defaults; poisoning is `full`."""
 
 
-Rule = Literal["calibrated", "dev", "pooled", "paper"]
+Rule = Literal["calibrated", "confidence", "dev", "pooled", "paper"]
 RULES: dict[Rule, str] = {
     "calibrated": "",
+    "confidence": ", confidence only",
     "dev": ", thresholds from dev texts",
     "pooled": ", one threshold",
     "paper": ", 0.7",
@@ -123,8 +124,9 @@ class PsimDefence(_Part):
     on: Literal["victim", "published"] = "victim"
     """Weights that the adapter is trained on: the tuned victim, or what it was tuned from."""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)] = ("calibrated",)
-    """Thresholds to report: by class, from texts that `fit` held back, or from dev texts, which
-    the victim was not trained on; one for all classes; 0.7 as in the paper."""
+    """What to report: thresholds by class, from texts that `fit` held back; the same without the
+    second screen; from dev texts, which the victim was not trained on; without the second screen,
+    one threshold for all classes, or 0.7 as in the paper."""
     config: PsimConfig = PsimConfig()
 
     @field_validator("config")

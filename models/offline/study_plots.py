@@ -112,13 +112,15 @@ class _Scores:
     clean: FloatArray
     poisoned: FloatArray
     labels: list[str]
+    checkpoints: int
 
     @staticmethod
     def load(row: Row, steps: Path) -> "_Scores":
         psim = row["defences"][_psim(row)]["scores"]
         arrays = {**load_scores(steps / row["bare"]), **load_scores(steps / psim)}
         del arrays["dev"]
-        return _Scores(**arrays, labels=row["labels"])
+        checkpoints = len(row["defences"][_psim(row)]["checkpoints"])
+        return _Scores(**arrays, labels=row["labels"], checkpoints=checkpoints)
 
     @property
     def least_budget(self) -> float:
@@ -131,7 +133,7 @@ class _Scores:
 
     def behind(self, budget: float) -> tuple[View, View]:
         """Return the clean and the poisoned texts behind calibrated thresholds."""
-        screen = calibrate(self.known, budget)
+        screen = calibrate(self.known, self.checkpoints, budget)
         return (
             View(screen, self.clean, self.predicted_clean),
             View(screen, self.poisoned, self.predicted_poisoned),
