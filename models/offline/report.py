@@ -93,7 +93,8 @@ def draw_histogram(
         thresholds.items(), ["--", ":", "-.", "-"] * 99, strict=False
     ):
         axes.axvline(threshold, color="black", linestyle=style, label=f"threshold: {label}")
-    axes.set(xlabel="score (standard deviations)", ylabel="% of texts", yscale="symlog", ylim=(0, 100))
+    axes.set(xlabel="score (standard deviations)", ylabel="% of texts")
+    axes.set(yscale="symlog", ylim=(0, 100))
     axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
 
 
