@@ -84,16 +84,17 @@ def test_concurrent_callers_get_their_own_answers(
     client: httpx.Client, demo_folder: Path, demo_bundle: Path
 ) -> None:
     samples = load_samples(str(demo_folder / "test.jsonl"))[:48]
-    engine = load_bundle(demo_bundle).engine
-    expected = engine.screen(engine.encode([s.text for s in samples])).max(1)
+    bundle = load_bundle(demo_bundle)
+    readings = bundle.engine.screen(bundle.engine.encode([s.text for s in samples]))
+    expected = [bundle.screen.judge(row).score for row in readings]
 
     def ask(text: str) -> float:
         answer = client.post("/screen", json={"inputs": text}).json()
-        return float(answer["results"][0]["confidence"])
+        return float(answer["results"][0]["score"])
 
     with ThreadPoolExecutor(16) as pool:
         got = list(pool.map(ask, [s.text for s in samples]))
-    assert got == pytest.approx(expected.tolist(), abs=1e-5)
+    assert got == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_image_s_health_check_tells_a_ready_server_from_none(client: httpx.Client) -> None:
@@ -122,7 +123,8 @@ def test_bfloat16_serves_with_its_own_threshold(demo_bundle: Path) -> None:
 
 
 def test_requests_in_flight_are_answered_on_sigterm(demo_bundle: Path) -> None:
-    with served(demo_bundle) as client, ThreadPoolExecutor(8) as pool:
+    # In shadow mode, since such texts are far from all clean ones.
+    with served(demo_bundle, MODE="shadow") as client, ThreadPoolExecutor(8) as pool:
         inputs = [CLEAN_TEXT + " word" * 60] * 64
         calls = [pool.submit(client.post, "/classify", json={"inputs": inputs}) for _ in range(4)]
         deadline = time.monotonic() + 20

@@ -21,8 +21,6 @@ BATCH_TOKENS = 4096
 KEPT_NUMBERS = 2**27
 """How much of what the lower layers make of the texts is kept: 512 MiB in float32."""
 UNLEARNT = "the clean texts have lost most of their confidence"
-UNLEARNT_AT = 0.5
-"""Share of their confidence."""
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
 
@@ -134,7 +132,7 @@ def train_psim(
                 if left <= share or step >= config.max_steps:
                     kept.append(step)
                     _copy(guarded, trained, [*earlier, trained][len(kept) - 1])
-            if left <= UNLEARNT_AT:
+            if left <= config.keep_at[-1]:
                 reason = UNLEARNT
             if len(kept) == len(config.keep_at):
                 break
