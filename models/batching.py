@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
+BATCH_TOKENS = 4096
+"""Budget of the offline half."""
+
 
 def length_sorted_batches(
     lengths: Sequence[int], max_tokens: int, max_rows: int = 64

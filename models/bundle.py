@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,14 +46,14 @@ from models.manifest import ActivationsRecord, Calibration, Manifest
 from models.screen import FloatArray, Screen
 
 MANIFEST = "manifest.json"
-SCORES = "calibration.safetensors"
+READINGS = "calibration.safetensors"
 ACTIVATIONS = "activations.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 # All that a bundle may hold, and so all that a library could be led to by something in it: an
 # adapter_config.json beside a victim, say, sends transformers to weights elsewhere.
 ALLOWED = (
-    SCORES,
+    READINGS,
     ACTIVATIONS,
     "victim/config.json",
     "victim/generation_config.json",
@@ -66,7 +65,7 @@ ALLOWED = (
     # Vocabularies and settings; .jinja are chat templates, which are never run.
     *(f"tokenizer/*{kind}" for kind in (".json", ".txt", ".model", ".codes", ".jinja")),
 )
-REQUIRED = (SCORES, "victim/config.json", f"psim/{ADAPTER_WEIGHTS}")
+REQUIRED = (READINGS, "victim/config.json", f"psim/{ADAPTER_WEIGHTS}")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _load_screen(path: Path, manifest: Manifest, dtype: str) -> Screen:
     """
     calibration = calibration_for(manifest, TorchEngine.name, dtype)
     try:
-        readings = load_arrays(path / SCORES)[score_key(calibration.engine, dtype)]
+        readings = load_arrays(path / READINGS)[readings_key(calibration.engine, dtype)]
         checkpoints = len(manifest.psim.checkpoints)
         watched = len(manifest.activations.layers) if manifest.activations else 0
         shape = checkpoints + watched, len(manifest.labels)
@@ -165,7 +164,7 @@ def _load_screen(path: Path, manifest: Manifest, dtype: str) -> Screen:
             raise ValueError
         screen = calibrate(readings, checkpoints, calibration.frr_budget)
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
-        raise BundleError(f"{path}: {SCORES} does not hold the calibration") from error
+        raise BundleError(f"{path}: {READINGS} does not hold the calibration") from error
     if not _agree(screen, calibration):
         raise BundleError(f"{path}: a threshold is not what its calibration texts give")
     return screen
@@ -180,7 +179,7 @@ def _agree(screen: Screen, calibration: Calibration) -> bool:
     )
 
 
-def score_key(engine: str, dtype: str) -> str:
+def readings_key(engine: str, dtype: str) -> str:
     """Return the tensor name of the calibration texts' readings."""
     return f"{engine}/{dtype}"
 
@@ -228,8 +227,7 @@ def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
 
 def load_activations(file: Path, guarded: Guarded, manifest: Manifest) -> Activations:
     """Load what the second screen compares hidden states with; it must fit victim and manifest."""
-    config: Any = guarded.psim.get_base_model().config
-    layers, size = guarded.trunk.watched, config.hidden_size
+    layers, size = guarded.trunk.watched, guarded.config.hidden_size
     expected = {
         "whitening": (len(layers), size, size),
         "means": (len(layers), len(manifest.labels), size),
@@ -311,9 +309,9 @@ def _save_prompt(victim: PeftModel, folder: Path) -> None:
     save_tensors({k: v.detach().contiguous() for k, v in weights.items()}, folder / ADAPTER_WEIGHTS)
 
 
-def save_calibration_scores(path: Path, scores: Mapping[str, FloatArray]) -> None:
-    """Write the readings of the calibration texts, by `score_key`."""
-    save_arrays(dict(scores), path / SCORES)
+def save_readings(path: Path, readings: Mapping[str, FloatArray]) -> None:
+    """Write the readings of the calibration texts, by `readings_key`."""
+    save_arrays(dict(readings), path / READINGS)
 
 
 def hash_files(path: Path) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """A screen from clean texts alone: one threshold per predicted class, for a rejection budget."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from models.errors import CalibrationError
 from models.screen import (
@@ -28,8 +31,8 @@ def calibrate(
     are exchangeable with these, the expected false rejection rate of each group is within the
     budget, and so is the total. Classes with too few texts for a threshold of their own share one,
     together with the smallest of the other classes if they are still too few. Mean and standard
-    deviation come from the same texts, which favours those over the texts to come by no more than
-    one text in n does.
+    deviation come from the same texts, so with several voices the budget is exceeded a little: at
+    1 %, by nine voices that do not agree, 1.4 % of 99 texts of a class and 1.1 % of 600.
 
     Args:
         readings: what `Guarded.screen` gives of clean texts that it was not fitted on, shape
@@ -49,25 +52,24 @@ def calibrate(
             f"{len(readings)} calibration texts are too few for a false-rejection budget of "
             f"{frr_budget}: it needs {needed}; give more clean texts or a larger --frr-budget"
         )
-    norm = _norm(readings, checkpoints, by_class)
-    predicted, by_voice = norm.scores(readings)
-    scores, classes = by_voice.max(1), range(readings.shape[2])
+    classes = range(readings.shape[2])
+    predicted, raw = voices(readings, checkpoints)
+    texts = [raw[predicted == c] if by_class else raw for c in classes]
+    norm = _norm([own if len(own) >= LEAST_FOR_NORM else raw for own in texts], checkpoints)
+    scores = norm.scores(predicted, raw).max(1)
     counts = np.bincount(predicted, minlength=len(classes))
     groups = []
-    for own in _pool(counts.tolist(), needed) if by_class else [tuple(classes)]:
-        of_group = np.sort(scores[np.isin(predicted, own)])
-        groups.append(Group(own, conformal_threshold(of_group, frr_budget), of_group))
+    for members in _pool(counts.tolist(), needed) if by_class else [tuple(classes)]:
+        of_group = np.sort(scores[np.isin(predicted, members)])
+        groups.append(Group(members, conformal_threshold(of_group, frr_budget), of_group))
     return Screen(groups, norm)
 
 
-def _norm(readings: FloatArray, checkpoints: int, by_class: bool) -> Norm:
-    """Return mean and standard deviation by class; those of all texts where a class has few."""
-    predicted, raw = voices(readings, checkpoints)
-    own = [raw[predicted == c] for c in range(readings.shape[2])]
-    own = [texts if by_class and len(texts) >= LEAST_FOR_NORM else raw for texts in own]
+def _norm(texts: Sequence[NDArray[np.float64]], checkpoints: int) -> Norm:
+    """Return mean and standard deviation of what voices say, shape (n, V) for each class."""
     return Norm(
-        np.stack([texts.mean(0) for texts in own]),
-        np.maximum(np.stack([texts.std(0) for texts in own]), LEAST_SCALE),
+        np.stack([own.mean(0) for own in texts]),
+        np.maximum(np.stack([own.std(0) for own in texts]), LEAST_SCALE),
         checkpoints,
     )
 

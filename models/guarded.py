@@ -146,6 +146,11 @@ class Guarded(nn.Module):
         """The second screen, once it is fitted."""
 
     @property
+    def config(self) -> Any:
+        """The victim's transformers configuration."""
+        return self.psim.get_base_model().config
+
+    @property
     def checkpoints(self) -> list[str]:
         """Names of the adapters."""
         return list(self.psim.peft_config)

@@ -80,15 +80,10 @@ class Norm:
     checkpoints: int
     """K."""
 
-    def scores(self, readings: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
-        """Return predicted classes, shape (n,), and scores of the voices, shape (n, V).
-
-        Args:
-            readings: what `Guarded.screen` gives, shape (n, V, C).
-        """
-        predicted, raw = voices(readings, self.checkpoints)
+    def scores(self, predicted: NDArray[np.intp], raw: NDArray[np.float64]) -> FloatArray:
+        """Return scores of the voices, shape (n, V), from what `voices` returns."""
         standard = (raw - self.centre[predicted]) / self.scale[predicted]
-        return predicted, standard.astype(np.float32)
+        return standard.astype(np.float32)
 
 
 def voices(readings: FloatArray, checkpoints: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -165,8 +160,9 @@ class Screen:
         """
         if readings.shape != self.shape or not np.isfinite(readings).all():
             raise ScreenError("the screen gave no finite readings; the input cannot be judged")
-        (predicted,), (scores,) = self.norm.scores(readings[None])
         checkpoints = self.norm.checkpoints
+        classes, raw = voices(readings[None], checkpoints)
+        (predicted,), (scores,) = classes, self.norm.scores(classes, raw)
         speaks, surest = int(scores.argmax()), int(scores[:checkpoints].argmax())
         score, group = float(scores[speaks]), self._by_class[int(predicted)]
         return Verdict(

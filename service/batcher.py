@@ -196,11 +196,11 @@ class Batcher:
 
         self._in_batches(jobs, encodings, judge)
 
-    def _judge(self, encoding: Encoding, probabilities: FloatArray) -> Screened:
+    def _judge(self, encoding: Encoding, readings: FloatArray) -> Screened:
         try:
-            return Screened(self._screen.judge(probabilities, encoding.truncated), encoding)
+            return Screened(self._screen.judge(readings, encoding.truncated), encoding)
         except ScreenError:
-            log.error("screen gave no finite probabilities")
+            log.error("screen gave no finite readings")
             return Screened(None, encoding)
 
     def _run_classify(self, jobs: list[_ClassifyJob]) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, SCORES, file_digest, load_bundle
+from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, file_digest, load_bundle
 from models.errors import BundleError, CalibrationError, DataError, VictimError
 from models.guarded import guard, lora_config, transformer_of
 from models.offline.fit import fit, split_texts
@@ -71,7 +71,7 @@ def test_every_family_comes_back_bit_for_bit(
     # The stored scores were computed by the model that was trained, before it was saved.
     calibration = bundle.engine.encode(split_texts(texts, 0).calibrate)
     probabilities = predict(bundle.engine, calibration)
-    stored = load_arrays(path / SCORES)["torch/float32"]
+    stored = load_arrays(path / READINGS)["torch/float32"]
     assert np.array_equal(probabilities, stored)
     # With the adapter off, the victim is what it was.
     batch = bundle.engine.encode(texts[:5])
@@ -173,8 +173,7 @@ def test_activations_that_do_not_fit_are_refused(
 ) -> None:
     tensors = load_file(bundle / ACTIVATIONS)
     save_file({**tensors, name: change(tensors[name]).contiguous()}, bundle / ACTIVATIONS)
-    files = json.loads((bundle / MANIFEST).read_text())["files"]
-    forge(bundle, files=files | {ACTIVATIONS: file_digest(bundle / ACTIVATIONS)})
+    rehash(bundle, ACTIVATIONS)
     with pytest.raises(BundleError, match=message):
         load_bundle(bundle)
 
@@ -192,10 +191,9 @@ def test_activations_are_those_that_the_manifest_names(
     "change", [lambda p: p[:, 0], lambda p: p[:, :1], lambda p: p[:9], lambda p: p * np.nan]
 )
 def test_a_calibration_that_does_not_fit_is_refused(bundle: Path, change: Any) -> None:
-    scores = {name: change(p) for name, p in load_arrays(bundle / SCORES).items()}
-    save_arrays({name: np.ascontiguousarray(p) for name, p in scores.items()}, bundle / SCORES)
-    files = json.loads((bundle / MANIFEST).read_text())["files"]
-    forge(bundle, files=files | {SCORES: file_digest(bundle / SCORES)})
+    changed = {name: change(p) for name, p in load_arrays(bundle / READINGS).items()}
+    save_arrays({name: np.ascontiguousarray(p) for name, p in changed.items()}, bundle / READINGS)
+    rehash(bundle, READINGS)
     with pytest.raises(BundleError, match="does not hold the calibration"):
         load_bundle(bundle)
 

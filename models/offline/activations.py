@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf
 from tqdm import tqdm
 
-from models.batching import length_sorted_batches
+from models.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines import Encoding
 from models.engines.pytorch import TorchEngine, collate
 from models.guarded import Activations
 
 Array = NDArray[np.floating[Any]]
-BATCH_TOKENS = 4096
 LEAST_FOR_MEAN = 10
 """Texts that a class needs for a mean of its own; else it is that of all texts."""
 

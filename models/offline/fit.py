@@ -20,10 +20,10 @@ from models.bundle import (
     MANIFEST,
     hash_files,
     load_bundle,
+    readings_key,
     save_activations,
-    save_calibration_scores,
+    save_readings,
     save_weights,
-    score_key,
 )
 from models.calibrate import calibrate
 from models.engines import Encoding, Engine
@@ -105,8 +105,8 @@ def fit(
         digest = save_weights(partial, victim, engine.guarded, tokenizer)
         if engine.guarded.activations:
             save_activations(partial, engine.guarded.activations)
-        calibrations, scores = _calibrate(engine, split.calibrate, frr_budget)
-        save_calibration_scores(partial, scores)
+        calibrations, readings = _calibrate(engine, split.calibrate, frr_budget)
+        save_readings(partial, readings)
         manifest = Manifest(
             schema_version=3,
             victim=_victim_record(victim, name, digest),
@@ -138,9 +138,9 @@ def train(
     if config.adapter == "prompt-encoder":
         length -= PROMPT_TOKENS
     engine = TorchEngine(guarded, tokenizer, length)
-    train, held_out = engine.encode(split.train), engine.encode(split.held_out)
-    training = train_psim(guarded, train, held_out, config, engine.pad_id)
-    guarded.activations = fit_activations(engine, train)
+    texts, held_out = engine.encode(split.train), engine.encode(split.held_out)
+    training = train_psim(guarded, texts, held_out, config, engine.pad_id)
+    guarded.activations = fit_activations(engine, texts)
     return engine, training
 
 
@@ -188,20 +188,19 @@ def _heads(victim: nn.Module) -> list[str]:
 def _calibrate(
     engine: TorchEngine, texts: Sequence[str], frr_budget: float
 ) -> tuple[list[Calibration], Mapping[str, FloatArray]]:
-    """Calibrate every dtype; returns the readings too, by `score_key`.
+    """Calibrate every dtype; returns the readings too, by `readings_key`.
 
     Converts the engine's module, so the weights are saved before.
     """
     encodings: list[Encoding] = engine.encode(texts)
     calibrations: list[Calibration] = []
-    scores: dict[str, FloatArray] = {}
+    readings: dict[str, FloatArray] = {}
     for dtype in DTYPES:
         engine = TorchEngine(engine.guarded, engine.tokenizer, engine.max_length, dtype)
-        readings = predict(engine, encodings)
-        screen = calibrate(readings, len(engine.guarded.checkpoints), frr_budget)
+        own = readings[readings_key(engine.name, dtype)] = predict(engine, encodings)
+        screen = calibrate(own, len(engine.guarded.checkpoints), frr_budget)
         calibrations.append(_calibration_record(engine, screen, frr_budget))
-        scores[score_key(engine.name, dtype)] = readings
-    return calibrations, scores
+    return calibrations, readings
 
 
 def labels_of(victim: nn.Module) -> list[str]:

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from models.batching import length_sorted_batches
+from models.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines import Encoding, Engine
 from models.screen import FloatArray
-
-BATCH_TOKENS = 4096
 
 
 def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = False) -> FloatArray:

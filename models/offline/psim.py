@@ -11,13 +11,12 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from models.batching import length_sorted_batches
+from models.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines import Encoding
 from models.engines.pytorch import collate, has_bfloat16
 from models.guarded import Guarded, Inputs
 from models.screen import FloatArray
 
-BATCH_TOKENS = 4096
 KEPT_NUMBERS = 2**27
 """How much of what the lower layers make of the texts is kept: 512 MiB in float32."""
 UNLEARNT = "the clean texts have lost most of their confidence"
@@ -192,8 +191,7 @@ class _Batches:
     ) -> None:
         self._guarded, self._batches = guarded, list[tuple[Inputs, list[Any] | None]]()
         device = next(guarded.parameters()).device
-        config: Any = guarded.psim.get_base_model().config
-        room = KEPT_NUMBERS // config.hidden_size
+        room = KEPT_NUMBERS // guarded.config.hidden_size
         for batch in batches:
             inputs = collate([texts[i] for i in batch], pad_id, device)
             room -= inputs["input_ids"].numel()
@@ -219,7 +217,7 @@ class _Batches:
 def autocast(guarded: Guarded) -> AbstractContextManager[None]:
     """Return a bfloat16 autocast where hardware and model can, else one that does nothing."""
     device = next(guarded.parameters()).device
-    model_type = str(getattr(guarded.psim.get_base_model().config, "model_type", ""))
+    model_type = str(getattr(guarded.config, "model_type", ""))
     return torch.autocast(
         device.type, torch.bfloat16, enabled=has_bfloat16(device) and model_type not in NO_AUTOCAST
     )
