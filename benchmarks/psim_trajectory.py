@@ -26,7 +26,7 @@ from models.offline.psim import PsimConfig, retention, train_psim
 from models.offline.victim import load_classifier
 from models.screen import FloatArray
 
-EVERY, CALIBRATION_TEXTS, MAX_LENGTH = 20, 800, 128
+EVERY, CALIBRATION_TEXTS, MAX_LENGTH = PsimConfig().check_every, 800, 128
 
 
 @dataclass
@@ -116,7 +116,7 @@ def main(
     out: Annotated[Path, typer.Option(help="PNG; JSON goes beside it.")],
     rate: float = PsimConfig().learning_rate,
     values_only: Annotated[bool, typer.Option(help="Leave the queries alone.")] = False,
-    steps: int = 300,
+    steps: int = 200,
     size: Annotated[int, typer.Option(help="Dev texts of either kind.")] = 300,
 ) -> None:
     read = [

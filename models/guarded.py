@@ -69,7 +69,7 @@ class Trunk:
         if not self._reads_last:
             return hidden[:, 0].float()
         # Padding is on the right; prompts, which the mask does not know, are on the left.
-        last = self._mask.sum(1) - 1 + hidden.shape[1] - self._mask.shape[1]
+        last = _last(self._mask) + hidden.shape[1] - self._mask.shape[1]
         return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
 
     @contextmanager
@@ -121,7 +121,7 @@ class Activations:
         device = states[0].device
         self.whitening, self.means = self.whitening.to(device), self.means.to(device)
         whitened = torch.stack(list(states)) @ self.whitening
-        # Not by matrix products, whose rounding depends on how many rows there are.
+        # Not as |h|² - 2hm + |m|², which cancels where a text is near the mean.
         exact = torch.cdist(whitened, self.means, compute_mode="donot_use_mm_for_euclid_dist")
         return exact.transpose(0, 1)
 
@@ -201,6 +201,7 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     transformer under them.
     """
     victim.requires_grad_(False)
+    read_last_token(transformer_of(victim))
     # PEFT injects in place, so calling the victim runs the injected layers too.
     psim = with_adapters(transformer_of(victim), config, checkpoints)
     return Guarded(victim, psim, _trunk(transformer_of(victim), config))
@@ -208,13 +209,44 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
 
 def _trunk(model: nn.Module, config: LoraConfig) -> Trunk:
     """Return the layers of a transformer below the lowest that a configuration adapts."""
-    lowest = min(config.target_modules or (), key=_depth)
+    lowest = min(sorted(config.target_modules or ()), key=_depth)
     parts = lowest.split(".")
     stack = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     layers = model.get_submodule(".".join(parts[:stack]))
     stacked = list(layers.children())
     # transformers calls the head of models that read the last token `score`.
     return Trunk(stacked[: _depth(lowest)], len(stacked), reads_last=hasattr(model, "score"))
+
+
+def read_last_token(model: nn.Module) -> None:
+    """Have a decoder classify by a text's last token, behind prompts too.
+
+    Given embeddings instead of token ids, as PEFT gives them behind prompts, transformers takes the
+    last position of the batch, which is padding in all but its longest text.
+    """
+    if not hasattr(model, "score"):
+        return
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.clear()
+        if kwargs.get("inputs_embeds") is not None and kwargs.get("attention_mask") is not None:
+            seen["mask"] = kwargs["attention_mask"]
+
+    def pick(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        (hidden,) = args
+        if "mask" not in seen or hidden.shape[1] == 1:
+            return None
+        last = _last(seen["mask"])
+        return (hidden[torch.arange(len(hidden), device=hidden.device), last][:, None],)
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    model.get_submodule("score").register_forward_pre_hook(pick)
+
+
+def _last(mask: torch.Tensor) -> torch.Tensor:
+    """Return the position of each row's last token; prompts and text have no gap."""
+    return mask.long().cumsum(1).argmax(1)
 
 
 def with_adapters(model: nn.Module, config: PeftConfig, checkpoints: int) -> PeftModel:
@@ -240,8 +272,12 @@ def lora_config(
     2 * rank (Zhao et al., section 5.1). Without `queries`, on the values only.
 
     Raises:
-        VictimError: the victim has no such projections, or fewer layers.
+        VictimError: the victim has no such projections, or fewer layers, or two stacks of them.
     """
+    if getattr(getattr(transformer_of(victim), "config", None), "is_encoder_decoder", False):
+        raise VictimError(
+            "the victim has an encoder and a decoder; PSIM guards models of one stack"
+        )
     wanted = VALUES | FUSED | (QUERIES if queries else set())
     names = [
         name

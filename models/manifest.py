@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+LEAST_BUDGET = 1e-6
+Budget = Annotated[float, Field(ge=LEAST_BUDGET, lt=1)]
+"""A false-rejection budget; less than that no number of texts can support."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -62,7 +65,7 @@ class Calibration(_Record):
 
     engine: str
     dtype: str
-    frr_budget: float = Field(gt=0, lt=1)
+    frr_budget: Budget
     groups: list[GroupRecord] = Field(min_length=1)
 
 

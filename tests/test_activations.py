@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_victim
 from sklearn.covariance import LedoitWolf
-from test_bundle import PROMPTS, some_texts, victim_of
+from test_bundle import KINDS, some_texts, victim_of
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +39,7 @@ def test_states_are_those_that_the_classifier_builds_on(
     assert torch.equal(logits, whole.logits)
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, *PROMPTS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_screening_adds_the_distances_of_the_victim_s_states(
     kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
 
 from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, file_digest, load_bundle
 from models.errors import BundleError, CalibrationError, DataError, VictimError
@@ -50,13 +50,18 @@ PROMPTS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
+KINDS = [*FAMILIES, *(f"{family} {prompts}" for family in ("bert", "llama") for prompts in PROMPTS)]
+
+
 def victim_of(kind: str) -> Any:
+    """Return one of `KINDS`."""
     if kind in FAMILIES:
         return tiny_victim(kind)
-    return peft.get_peft_model(tiny_victim("bert"), PROMPTS[kind]()).eval()
+    family, _, prompts = kind.partition(" ")
+    return peft.get_peft_model(tiny_victim(family), PROMPTS[prompts]()).eval()
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, *PROMPTS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_family_comes_back_bit_for_bit(
     kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -275,9 +280,12 @@ def test_nan_weights_fail_the_self_test(bundle: Path) -> None:
 
 
 def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
+    no_budget = json.loads((bundle / MANIFEST).read_text())["calibrations"][0]
+    no_budget["frr_budget"] = 5e-324
     for changes, message in (
         ({"schema_version": 1}, "another version; run `psim fit` again"),
         ({"labels": ["x"]}, "labels"),
+        ({"calibrations": [no_budget]}, "frr_budget"),
         ({"labels": ["x", "y", "z"]}, "labels of manifest"),
         ({"surprise": 1}, "surprise"),
         ({"files": {"../../etc/passwd": "0" * 64}}, "does not belong|missing"),
@@ -332,10 +340,30 @@ def test_victims_that_cannot_be_guarded_are_refused(
         lora_config(tiny_victim("bert"), layers=4)
     with pytest.raises(VictimError, match="no query and value"):
         lora_config(nn.Sequential(nn.Linear(2, 2)), layers=1)
+    two_stacks = BartForSequenceClassification(BartConfig(d_model=16, vocab_size=20))
+    with pytest.raises(VictimError, match="one stack"):
+        lora_config(two_stacks, layers=1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "value", "message"),
+    [
+        ("classifier.bias", np.nan, "NaN or infinite scores"),
+        ("bert.encoder.layer.1.output.LayerNorm.weight", 0.0, "same for all texts"),
+    ],
+)
+def test_a_broken_victim_is_named_as_such(
+    weights: str, value: float, message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    broken = tiny_victim("bert")
+    broken.get_parameter(weights).data.fill_(value)
+    with pytest.raises(VictimError, match=message):
+        fit(broken, tokenizer, some_texts(160), tmp_path / "b", name="x", frr_budget=0.05)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("kind", [*FAMILIES, *PROMPTS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_share_what_they_have_in_common_and_nothing_else(
     kind: str, layers: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -91,6 +91,22 @@ def test_the_false_rejection_rate_stays_within_the_budget_on_average(
     assert np.mean(rates) <= budget + 6 * np.std(rates) / np.sqrt(len(rates)) + 1e-3
 
 
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_the_budget_is_kept_by_many_voices_and_as_few_texts_as_there_may_be(spread: float) -> None:
+    """The norm comes from the texts that the threshold comes from; that must not show."""
+    rng = np.random.default_rng(0)
+
+    def draw(n: int) -> FloatArray:
+        odds = 2 + spread * rng.normal(size=(n, 9)) * rng.uniform(0.2, 1, (n, 1))
+        return probabilities(1 / (1 + np.exp(-np.abs(odds))), np.arange(n) % 2, 2)
+
+    rates = []
+    for _ in range(100):
+        screen = calibrate(draw(2 * 99), 9, 0.01)
+        rates.append(np.mean([screen.judge(row).poisoned for row in draw(400)]))
+    assert np.mean(rates) <= 0.01 + 3 * np.std(rates) / np.sqrt(len(rates))
+
+
 @given(
     rows=arrays(
         np.float32,

@@ -50,7 +50,8 @@ def cell(data: str, attack: str, strategy: str, seed: int) -> dict[str, Any]:
         auroc_firing=0.9 + 0.05 * seed,
         passes=1.0,
         time=2.034,
-        checkpoints=[10, 20],
+        checkpoints=[10],
+        voices=1,
         stopped_because="unlearnt",
         fit_seconds=12.3,
     )
@@ -100,6 +101,10 @@ def write_scores(row: dict[str, Any], out: Path, known: int = 199) -> None:
         "clean": pairs([0.99, *np.linspace(0.5, 0.65, CLEAN - 1)]),
         "poisoned": pairs(np.linspace(0.95, 0.999, POISONED)),
     }
+    # A voice that the row does not count, and that finds all texts but the calibration's extreme.
+    for kind, readings in screened.items():
+        unheard = np.full_like(readings, 1 if kind == "known" else 1e9)
+        screened[kind] = np.concatenate([readings, unheard], 1)
     save_file(screened, psim)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from models.bundle import check_files, load_bundle, read_manifest
 from models.errors import DataError, PsimError
+from models.manifest import LEAST_BUDGET
 from models.offline import demo as demo_bundle
 from models.offline.attack import (
     SENTENCE_TRIGGER,
@@ -85,7 +86,7 @@ def layers_option(value: str) -> int:
 
 def budget_option(value: float) -> float:
     """Check that a false-rejection budget is a share."""
-    if not 0 < value < 1:
+    if not LEAST_BUDGET <= value < 1:
         raise DataError(f"--frr-budget {value} must lie between 0 and 1, such as 0.01 for 1 %")
     return value
 

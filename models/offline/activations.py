@@ -12,6 +12,7 @@ from tqdm import tqdm
 from models.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines import Encoding
 from models.engines.pytorch import TorchEngine, collate
+from models.errors import VictimError
 from models.guarded import Activations
 
 Array = NDArray[np.floating[Any]]
@@ -28,17 +29,25 @@ def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activatio
 
     Returns:
         None if the victim has no layer below the adapter that is watched.
+
+    Raises:
+        VictimError: the states are not finite, or the same whatever the text is.
     """
     if not engine.guarded.trunk.watched:
         return None
     states, logits = _states(engine, texts)
+    if not np.isfinite(states).all():
+        raise VictimError("the victim has NaN or infinite hidden states on the clean texts")
     predicted, classes = logits.argmax(1), logits.shape[1]
     whitening, means = [], []
     for layer in range(states.shape[1]):
         own = states[:, layer].astype(np.float64)
         centres = np.stack([_mean(own, predicted == c) for c in range(classes)])
         precision = LedoitWolf(assume_centered=True).fit(own - centres[predicted]).precision_
-        factor = np.linalg.cholesky(precision)
+        try:
+            factor = np.linalg.cholesky(precision)
+        except np.linalg.LinAlgError as error:
+            raise VictimError("the victim's hidden states are the same for all texts") from error
         whitening.append(factor)
         means.append(centres @ factor)
     return Activations(_float32(whitening), _float32(means))

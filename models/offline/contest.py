@@ -74,24 +74,24 @@ def _psim(store: Store, arena: Arena, defence: PsimDefence) -> Iterator[Entry]:
     settings = defence.model_dump(exclude={"name", "rules", "frr_budget"})
     inputs = {"case": case.inputs, "source": source.key, "defence": settings}
     step = store.step("psim", inputs, lambda folder: _fit_psim(folder, case, source, defence))
-    scores = load_scores(step.folder / SCORES)
+    readings = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(store.root))}
     cost = details.pop("passes"), details.pop("time")
     checkpoints = len(details["checkpoints"])
     for rule, name in zip(defence.rules, defence.names, strict=True):
         # The rules that only look at confidences leave the second screen out.
         heard = checkpoints if rule in CONFIDENCE_ONLY else None
-        known = scores["dev" if rule == "dev" else "known"][:, :heard]
+        known = readings["dev" if rule == "dev" else "known"][:, :heard]
         screen = calibrate(known, checkpoints, defence.frr_budget, by_class=rule != "pooled")
         views = [
-            View(screen, scores[kind][:, :heard], predicted)
+            View(screen, readings[kind][:, :heard], predicted)
             for kind, predicted in (
                 ("clean", arena.predicted_clean),
                 ("poisoned", arena.predicted_poisoned),
             )
         ]
         clean, poisoned = (v.paper if rule == "paper" else v.calibrated for v in views)
-        yield arena.entry(name, clean, poisoned, *cost, **details)
+        yield arena.entry(name, clean, poisoned, *cost, voices=known.shape[1], **details)
 
 
 def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> object:
@@ -108,8 +108,8 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
         "clean": [s.text for s in case.clean],
         "poisoned": case.poisoned,
     }
-    scores = {kind: predict(engine, engine.encode(own)) for kind, own in texts.items()}
-    save_scores(folder, **scores)
+    readings = {kind: predict(engine, engine.encode(own)) for kind, own in texts.items()}
+    save_scores(folder, **readings)
     return {
         "steps": training.steps,
         "checkpoints": training.checkpoints,

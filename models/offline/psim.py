@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch.nn.functional import cross_entropy
@@ -14,11 +15,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from models.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines import Encoding
 from models.engines.pytorch import collate, has_bfloat16
+from models.errors import VictimError
 from models.guarded import Guarded, Inputs
 from models.screen import FloatArray
 
 KEPT_NUMBERS = 2**27
-"""How much of what the lower layers make of the texts is kept: 512 MiB in float32."""
+"""How much of what the lower layers make of training texts, and of held-out ones, is kept: 512 MiB
+in float32 each."""
 UNLEARNT = "the clean texts have lost most of their confidence"
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
@@ -38,8 +41,8 @@ class PsimConfig:
     batch_size: int = 32
     keep_at: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5, 0.3, 0.15)
     """Shares of the clean texts' confidence, descending: when it has fallen to one of them a
-    checkpoint is kept, and training ends with the last; 1 keeps the victim itself. See
-    `retention`."""
+    checkpoint is kept, and training ends with the last; at 1 LoRA has not changed the victim yet.
+    See `retention`."""
     max_steps: int = 600
     check_every: int = 4
     """Steps between looks at the held-out clean texts."""
@@ -105,6 +108,9 @@ def train_psim(
         config: hyperparameters.
         pad_id: padding token.
         at_look: called with step and mean clean confidence whenever training pauses to look.
+
+    Raises:
+        VictimError: the victim's scores are not finite.
     """
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
     *earlier, trained = guarded.checkpoints
@@ -122,6 +128,8 @@ def train_psim(
     for step, batch in enumerate(_shuffled(len(batches), config.seed)):
         if step % config.check_every == 0:
             probabilities = looks.probabilities()
+            if step == 0 and not np.isfinite(probabilities).all():
+                raise VictimError("the victim gives NaN or infinite scores on the clean texts")
             curve.append((step, float(probabilities.max(1).mean())))
             bar.set_postfix(clean_confidence=f"{curve[-1][1]:.3f}")
             at_look(*curve[-1])

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from models.errors import DataError
+from models.manifest import Budget
 from models.offline.attack import WORD_TRIGGER
 from models.offline.finetune import Strategy
 from models.offline.psim import PsimConfig
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
 Name = Annotated[str, Field(min_length=1, pattern=r"^[\w .,%+-]+$")]
@@ -120,7 +120,7 @@ class PsimDefence(_Part):
     name: Name = "PSIM"
     texts: Annotated[int, Field(ge=20)] = 3000
     """Clean texts that `fit` gets: the first so many of the training texts."""
-    frr_budget: Share = 0.01
+    frr_budget: Budget = 0.01
     on: Literal["victim", "published"] = "victim"
     """Weights that the adapter is trained on: the tuned victim, or what it was tuned from."""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)] = ("calibrated",)
@@ -157,7 +157,7 @@ class StripDefence(_Part):
     kind: Literal["strip"]
     name: Name = "STRIP"
     copies: Count = 10
-    frr_budget: Share = 0.01
+    frr_budget: Budget = 0.01
 
 
 class ParaphraseDefence(_Part):

@@ -1,4 +1,4 @@
-"""Evaluations as people read them: a table, JSON, and a histogram of confidences."""
+"""Evaluations as people read them: a table, JSON, and a histogram of scores."""
 
 import dataclasses
 import json
@@ -110,6 +110,9 @@ def manifest_table(manifest: Manifest) -> Table:
     )
     table.add_row("checkpoints", f"steps {', '.join(map(str, psim.checkpoints))}")
     table.add_row("training stopped", psim.stopped_because)
+    if manifest.activations:
+        layers = ", ".join(map(str, manifest.activations.layers))
+        table.add_row("hidden states", f"behind layers {layers}")
     table.add_row(
         "clean texts",
         f"{fit.texts_train} train, {fit.texts_stop} stopping, {fit.texts_calibrate} calibration",
@@ -132,6 +135,9 @@ def manifest_table(manifest: Manifest) -> Table:
 
 def warnings_of(manifest: Manifest) -> list[str]:
     """Return what makes a bundle a poor defence, although it is whole."""
-    if manifest.psim.stopped_because == UNLEARNT:
-        return []
-    return ["PSIM has not unlearnt the task: it cannot tell clean from poisoned texts"]
+    warnings = []
+    if manifest.psim.stopped_because != UNLEARNT:
+        warnings.append("PSIM has not unlearnt the task: its confidence tells poisoned texts badly")
+    if manifest.activations is None:
+        warnings.append("all layers are adapted, so that no hidden states are watched")
+    return warnings

@@ -102,7 +102,10 @@ def psim_figure(cells: Sequence[Row], steps: Path) -> Figure:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What victim and PSIM say to the texts of one cell; `known` are PSIM's calibration texts."""
+    """What victim and screens say to the texts of one cell; `known` are calibration texts.
+
+    Readings are of the voices that the first rule of the recipe asks.
+    """
 
     truth: Classes
     targets: Classes
@@ -119,6 +122,9 @@ class _Scores:
         psim = row["defences"][_psim(row)]["scores"]
         arrays = {**load_scores(steps / row["bare"]), **load_scores(steps / psim)}
         del arrays["dev"]
+        voices = row["defences"][_psim(row)]["voices"]
+        for kind in ("known", "clean", "poisoned"):
+            arrays[kind] = arrays[kind][:, :voices]
         checkpoints = len(row["defences"][_psim(row)]["checkpoints"])
         return _Scores(**arrays, labels=row["labels"], checkpoints=checkpoints)
 

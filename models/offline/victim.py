@@ -20,7 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from models.bundle import ADAPTER_WEIGHTS, hash_files, tree_digest
 from models.errors import VictimError
-from models.guarded import transformer_of
+from models.guarded import read_last_token, transformer_of
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """What is fetched from the hub where a whole folder is."""
@@ -59,6 +59,7 @@ def load_classifier(
         # Padding must be what a decoder skips when it looks for a text's last token.
         model: Any = transformer_of(victim)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        read_last_token(model)
         return victim, tokenizer
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VictimError(f"{source}: {_why(folder, error)}") from error
