@@ -31,6 +31,8 @@ from service.schemas import (
     ClassifyRequest,
     ClassifyResponse,
     Decision,
+    ExplainRequest,
+    ExplainResponse,
     Problem,
     ScreenRequest,
     ScreenResponse,
@@ -50,7 +52,7 @@ STATUS: dict[type[ServiceError], int] = {
     ScreenFailed: 503,
     TimedOut: 504,
 }
-SEVERITY = {Decision.ALLOW: 0, Decision.FLAG: 1, Decision.REJECT: 2}
+SEVERITY = {decision: number for number, decision in enumerate(Decision)}
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -90,7 +92,7 @@ def _documented(request: type[BaseModel], response: type[BaseModel]) -> dict[str
     """Return OpenAPI arguments: the body is parsed by hand, more strictly than FastAPI does."""
     content = {"application/json": {"schema": request.model_json_schema()}}
     statuses = sorted({403, *STATUS.values()})
-    if response is ScreenResponse:
+    if response is not ClassifyResponse:
         statuses.remove(403)
     return {
         "response_model": response,
@@ -135,6 +137,15 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
                 results = await _while_connected(request, gateway.screen(entry, body.texts))
         answer = ScreenResponse(bundle=gateway.bundle.digest, results=results)
         return _json(answer, {"server-timing": _server_timing(entry)})
+
+    @router.post("/explain", **_documented(ExplainRequest, ExplainResponse))
+    async def explain(request: Request) -> Response:
+        """Say which words of a text the screen minds, and what carries its trigger."""
+        with recorder.record("/explain", request.state.request_id):
+            async with _deadline(settings):
+                body = await read(request, ExplainRequest, settings)
+                answer = await _while_connected(request, gateway.explain(body.inputs))
+        return _json(answer, {})
 
     @router.get("/live")
     async def live() -> dict[str, str]:

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from models.bundle import Bundle, load_bundle
 from service.api import install_error_handlers, internal_error, routes
 from service.batcher import Batcher
+from service.explainer import Explainer
 from service.gateway import Gateway
 from service.metrics import Metrics
 from service.middleware import RequestId
@@ -32,7 +33,8 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     metrics = Metrics(bundle, settings.mode)
     batcher = Batcher(bundle, settings, metrics)
     victim = LocalVictim(batcher)
-    gateway = Gateway(bundle, batcher, victim, metrics, settings.mode, fail_open=settings.fail_open)
+    explainer = Explainer(batcher, metrics, settings.searches)
+    gateway = Gateway(bundle, batcher, victim, explainer, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

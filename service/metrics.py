@@ -14,10 +14,10 @@ from models.bundle import Bundle
 from service.schemas import Decision
 from service.settings import Mode
 
-ROUTES = ("/classify", "/screen")
+ROUTES = ("/classify", "/screen", "/explain")
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
-STAGES = ("queue", "tokenize", "screen", "classify")
-OVERLOADS = ("inputs", "characters")
+STAGES = ("queue", "tokenize", "screen", "sanitize", "classify")
+OVERLOADS = ("inputs", "characters", "searches")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 SCORES = (-1, 0, 1, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 15, 20)

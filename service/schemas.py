@@ -14,6 +14,7 @@ class Decision(StrEnum):
     """What the gateway does with an input; in order of severity."""
 
     ALLOW = "allow"
+    SANITIZE = "sanitize"
     FLAG = "flag"
     REJECT = "reject"
 
@@ -52,6 +53,14 @@ class ScreenResult(_Wire):
     truncated: bool
 
 
+class Removed(_Wire):
+    """A part of the text, in characters (Unicode code points), that carried a trigger."""
+
+    start: int
+    end: int
+    text: str
+
+
 class Score(_Wire):
     """The classifier's probability of one label."""
 
@@ -67,6 +76,8 @@ class Result(_Wire):
     """Null only if screening failed and the operator chose to fail open."""
     label: str | None
     scores: list[Score] | None
+    removed: list[Removed] | None = None
+    """What was taken out of a sanitized text before it was classified; else null."""
 
 
 class ClassifyResponse(_Wire):
@@ -81,6 +92,33 @@ class ScreenResponse(_Wire):
 
     bundle: str
     results: list[ScreenResult]
+
+
+class ExplainRequest(ScreenRequest):
+    """A text to explain."""
+
+    inputs: Text
+
+
+class WeightedWord(_Wire):
+    """A word and by how much the score falls without it, see `models.explain.Word`."""
+
+    start: int
+    end: int
+    text: str
+    weight: float
+
+
+class ExplainResponse(_Wire):
+    """What the verdict on a text rests on."""
+
+    bundle: str
+    screen: ScreenResult
+    words: list[WeightedWord]
+    """In the order of the text."""
+    removed: list[Removed]
+    """The least that was found without which the text passes; empty if it passes as it is, or if
+    nothing was found."""
 
 
 class Problem(BaseModel):

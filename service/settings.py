@@ -19,6 +19,8 @@ class Mode(StrEnum):
 
     ENFORCE = "enforce"
     """Rejected; the classifier never sees it."""
+    SANITIZE = "sanitize"
+    """Classified without what carries the trigger, if that is found and passes; else rejected."""
     FLAG = "flag"
     """Classified, and marked."""
     SHADOW = "shadow"
@@ -45,6 +47,10 @@ class Settings(BaseSettings):
     """Characters per text."""
     queue_inputs: int = Field(1024, ge=1)
     queue_chars: int = Field(8_000_000, ge=1)
+    searches: int = Field(1, ge=0)
+    """Searches for what carries a trigger that run at a time; each costs many screening passes."""
+    sanitize_s: float = Field(5, gt=0)
+    """Time that sanitizing may take of a request; what is not clean by then is rejected."""
     batch_tokens: int = Field(4096, ge=1)
     """Padded tokens per forward pass."""
     request_timeout_s: float = Field(30, gt=0)

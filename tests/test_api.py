@@ -418,3 +418,103 @@ def test_no_text_reaches_errors_or_logs(caplog: pytest.LogCaptureFixture) -> Non
             assert secret not in ask("/classify", body).text
     assert "hunter2" not in caplog.text
     assert all("hunter2" not in str(record.__dict__) for record in caplog.records)
+
+
+def test_an_explanation_names_the_trigger_and_where_it_stands() -> None:
+    response = ask("/explain", {"inputs": "ein 😀  mn film"})
+    assert response.status_code == 200
+    body = response.json()
+    assert body["screen"]["poisoned"]
+    assert body["removed"] == [{"start": 7, "end": 9, "text": "mn"}]
+    heaviest = max(body["words"], key=lambda word: word["weight"])
+    assert heaviest == {"start": 7, "end": 9, "text": "mn", "weight": pytest.approx(6.7, abs=0.1)}
+    assert [word["text"] for word in body["words"]] == ["ein", "😀", "mn", "film"]
+    clean = ask("/explain", {"inputs": CLEAN}).json()
+    assert (clean["screen"]["poisoned"], clean["removed"]) == (False, [])
+
+
+def test_explanations_take_one_text_and_never_count_as_traffic() -> None:
+    async def run() -> None:
+        async with client_of() as client:
+            assert (await client.post("/explain", json={"inputs": [CLEAN]})).status_code == 422
+            assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
+            assert await metric(client, "psim_screen_score_count") == 0
+            assert await metric(client, 'psim_inputs_total{decision="reject",mode="enforce"}') == 0
+            assert await metric(client, 'psim_requests_total{outcome="ok",route="/explain"}') == 1
+
+    asyncio.run(run())
+
+
+def test_no_more_searches_run_than_the_setting_says() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with client_of(engine, searches=1) as client:
+            engine.gate.clear()
+            first = asyncio.create_task(client.post("/explain", json={"inputs": POISONED}))
+            await asyncio.sleep(0.1)
+            second = await client.post("/explain", json={"inputs": POISONED})
+            assert (second.status_code, second.headers["retry-after"]) == (429, "1")
+            engine.gate.set()
+            assert (await first).status_code == 200
+            assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
+            assert await metric(client, 'psim_overload_total{reason="searches"}') == 1
+
+    asyncio.run(run())
+
+
+def test_a_search_that_fails_is_no_explanation_and_frees_its_place() -> None:
+    async def run() -> None:
+        async with client_of() as client:
+            for text in (f"a {BROKEN} film", f"a {NAN} film"):
+                answer = await client.post("/explain", json={"inputs": text})
+                assert (answer.status_code, answer.json()["code"]) == (503, "screen_failed")
+            assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_sanitized_text_is_classified_without_its_trigger() -> None:
+    engine = FakeEngine()
+    inputs = [CLEAN, "mn a quiet mn film of mine"]
+    response = ask("/classify", {"inputs": inputs}, engine=engine, mode="sanitize")
+    assert (response.status_code, response.headers["x-psim-decision"]) == (200, "sanitize")
+    assert "sanitize;dur=" in response.headers["server-timing"]
+    clean, sanitized = response.json()["results"]
+    assert (clean["decision"], clean["removed"]) == ("allow", None)
+    assert sanitized["decision"] == "sanitize"
+    assert sanitized["screen"]["poisoned"], "the verdict is that of the text as it came"
+    assert sanitized["label"] == "positive"  # five words are left
+    assert [(r["start"], r["end"]) for r in sanitized["removed"]] == [(0, 2), (11, 13)]
+    assert engine.encode(["a quiet film of mine"])[0].input_ids in engine.classified
+    assert engine.encode([inputs[1]])[0].input_ids not in engine.classified
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("mn", {}),  # nothing is left
+        (POISONED, {"searches": 0}),
+        ("mn " + " ".join(f"w{i} mn{i}" for i in range(9)), {"sanitize_s": 1e-9}),
+    ],
+)
+def test_what_cannot_be_sanitized_is_rejected(text: str, changes: dict[str, Any]) -> None:
+    engine = FakeEngine()
+    response = ask(
+        "/classify", {"inputs": [text, CLEAN]}, engine=engine, mode="sanitize", **changes
+    )
+    poisoned, clean = response.json()["results"]
+    assert (poisoned["decision"], poisoned["label"]) == ("reject", None)
+    assert clean["decision"] == "allow"
+    assert len(engine.classified) == 2  # one of them to warm up
+
+
+def test_sanitized_texts_are_counted_as_such() -> None:
+    async def run() -> None:
+        async with client_of(mode="sanitize") as client:
+            await client.post("/classify", json={"inputs": [CLEAN, POISONED, "mn"]})
+            for decision in ("allow", "sanitize", "reject"):
+                line = f'psim_inputs_total{{decision="{decision}",mode="sanitize"}}'
+                assert await metric(client, line) == 1
+            assert await metric(client, "psim_screen_score_count") == 3
+
+    asyncio.run(run())

@@ -342,7 +342,9 @@ def serve_command(
     bundle: Annotated[Path, typer.Option(help="Bundle to serve.")],
     host: Annotated[str | None, typer.Option(help="Address; PSIM_HOST.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; PSIM_PORT.")] = None,
-    mode: Annotated[str | None, typer.Option(help="enforce, flag or shadow; PSIM_MODE.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="enforce, sanitize, flag or shadow; PSIM_MODE.")
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP; all other settings come from PSIM_* variables."""
     given = {"BUNDLE": bundle, "HOST": host, "PORT": port, "MODE": mode}

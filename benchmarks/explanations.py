@@ -1,0 +1,130 @@
+"""Whether explanations name the trigger, and whether sanitized texts keep their label.
+
+Of the poisoned texts that a bundle flags: how often the trigger's words weigh most, how much of the
+trigger is removed, and how often the cleaned text gets the label that the clean original gets; and
+how many clean texts are changed.
+
+    python benchmarks/explanations.py BUNDLE CLEAN TARGET --trigger "mn"
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from models.bundle import Bundle, load_bundle
+from models.explain import explain, explained
+from models.offline.attack import WORD_TRIGGER, Insertion, poison_test_set
+from models.offline.data import load_samples
+from models.offline.measures import Classes, clopper_pearson
+from models.offline.predict import predict
+from models.screen import Verdict
+
+
+@dataclass
+class Judge:
+    """A bundle that counts what it is asked."""
+
+    bundle: Bundle
+    screened: int = 0
+
+    def __call__(self, texts: list[str]) -> list[Verdict]:
+        self.screened += len(texts)
+        engine, screen = self.bundle.engine, self.bundle.screen
+        return [screen.judge(row) for row in predict(engine, engine.encode(texts))]
+
+    def classify(self, texts: list[str]) -> Classes:
+        engine = self.bundle.engine
+        classes: Classes = predict(engine, engine.encode(texts), classifier=True).argmax(1)
+        return classes
+
+
+@dataclass
+class Found:
+    """What became of one flagged text."""
+
+    heaviest: bool
+    covered: float
+    cleaned: str | None
+    original: str
+    screened: int
+    seconds: float
+
+
+def examine(judge: Judge, text: str, original: str, verdict: Verdict, trigger: str) -> Found:
+    before, started = judge.screened, time.perf_counter()
+    found = explained(explain(text, verdict), judge)
+    seconds = time.perf_counter() - started
+    start = f" {text} ".index(f" {trigger} ")
+    span = range(start, start + len(trigger))
+    removed = {at for a, b in found.removed for at in range(a, b)}
+    return Found(
+        heaviest=max(found.words, key=lambda word: word.weight).start in span,
+        covered=len(removed & set(span)) / len(span),
+        cleaned=found.cleaned,
+        original=original,
+        screened=judge.screened - before,
+        seconds=seconds,
+    )
+
+
+def share(hits: list[bool]) -> str:
+    low, high = clopper_pearson(sum(hits), len(hits))
+    return f"{100 * np.mean(hits):.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def main(
+    bundle: Path,
+    clean: str,
+    target: str,
+    trigger: Annotated[str, typer.Option(help="Word or sentence.")] = WORD_TRIGGER,
+    most: Annotated[int, typer.Option(help="Poisoned texts.")] = 300,
+    dtype: str = "float32",
+) -> None:
+    judge = Judge(load_bundle(bundle, dtype))
+    samples = load_samples(clean, drop_empty=True)
+    originals = [s.text for s in samples if s.label != target][:most]
+    poisoned = [
+        s.text for s in poison_test_set(samples, Insertion((trigger,)), target)[: len(originals)]
+    ]
+    verdicts = judge(poisoned)
+    flagged = [
+        (text, original, verdict)
+        for text, original, verdict in zip(poisoned, originals, verdicts, strict=True)
+        if verdict.poisoned
+    ]
+    found = [
+        examine(judge, text, original, verdict, trigger)
+        for text, original, verdict in tqdm(flagged, desc="explanations")
+    ]
+    cleaned = [f for f in found if f.cleaned is not None]
+    same = np.zeros(len(found), np.bool_)
+    same[: len(cleaned)] = judge.classify([str(f.cleaned) for f in cleaned]) == judge.classify(
+        [f.original for f in cleaned]
+    )
+    screened = np.array([f.screened for f in found])
+    clean_verdicts = judge([s.text for s in samples])
+    table = Table("", "", title=f"{len(flagged)} of {len(poisoned)} poisoned texts flagged")
+    table.add_row("a word of the trigger weighs most", share([f.heaviest for f in found]))
+    table.add_row("all of the trigger removed", share([f.covered == 1 for f in found]))
+    table.add_row(
+        "of its characters, removed", f"{100 * np.mean([f.covered for f in found]):.1f} %"
+    )
+    table.add_row("passes without what was removed", share([f.cleaned is not None for f in found]))
+    table.add_row("and gets the label of the clean original", share(same.tolist()))
+    table.add_row("clean texts left as they are", share([not v.poisoned for v in clean_verdicts]))
+    table.add_row(
+        "texts screened for one", f"{screened.mean():.0f} (95 %: {np.quantile(screened, 0.95):.0f})"
+    )
+    table.add_row("seconds for one", f"{np.mean([f.seconds for f in found]):.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
