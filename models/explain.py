@@ -14,6 +14,9 @@ MOST_VARIANTS, AT_ONCE = 400, 64
 """Texts that are screened for one explanation, and in one round of it."""
 MOST_WORDS = 1024
 """Words behind them are beyond what a model reads, and taken as they are."""
+REACH, PER_WORD = 5, 0.2
+"""A window is extended by so many words at either end, if each lowers the score by so much: what
+is left of a sentence may not be a trigger any more, but it is no part of the text either."""
 _WORD = re.compile(r"\S+")
 
 Span = tuple[int, int]
@@ -53,7 +56,8 @@ def explain(text: str, verdict: Verdict) -> Search:
     """Search what carries the trigger; `verdict` is the text's.
 
     First each word is left out, wherever it occurs; if the text never passes, then windows of 2, 4,
-    8 words and so on, of which the best that passes is trimmed at its ends.
+    8 words and so on, of which the best that passes is trimmed at its ends, and extended where more
+    of it lowers the score.
     """
     words = [match.span() for match in _WORD.finditer(text)][:MOST_WORDS]
     if not words:
@@ -104,16 +108,22 @@ def _groups(words: Sequence[str]) -> list[list[int]]:
     ]
 
 
-def _best(options: Sequence[Words], verdicts: Sequence[Verdict]) -> Words | None:
-    """Return the option without which the text passes most clearly."""
-    passing = [(_margin(v), number) for number, v in enumerate(verdicts) if not v.poisoned]
+def _best(
+    options: Sequence[Words], verdicts: Sequence[Verdict], per_word: float = 0.0
+) -> Words | None:
+    """Return the option without which the text passes most clearly, each word at a price."""
+    passing = [
+        (_margin(v) + per_word * len(options[number]), number)
+        for number, v in enumerate(verdicts)
+        if not v.poisoned
+    ]
     return options[min(passing)[1]] if passing else None
 
 
 def _window(text: str, words: Sequence[Span]) -> Generator[list[str], list[Verdict], Words | None]:
     """Return neighbouring words without which the text passes, as few as it takes."""
     found: Words | None = None
-    left = MOST_VARIANTS - AT_ONCE
+    left = MOST_VARIANTS - AT_ONCE - (REACH + 1) ** 2
     for windows in _windows(len(words)):
         left -= len(windows)
         if found is not None or left < 0:
@@ -126,7 +136,16 @@ def _window(text: str, words: Sequence[Span]) -> Generator[list[str], list[Verdi
         if trimmed is None:
             break
         found = trimmed
-    return found
+    if found is None:
+        return None
+    longer = [
+        range(start, end)
+        for start in range(max(0, found[0] - REACH), found[0] + 1)
+        for end in range(found[-1] + 1, min(len(words), found[-1] + REACH + 1) + 1)
+        if end - start < len(words)
+    ]
+    verdicts = yield [_without(text, words, window) for window in longer]
+    return _best(longer, verdicts, PER_WORD)
 
 
 def _windows(words: int) -> Iterator[list[range]]:

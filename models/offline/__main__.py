@@ -1,9 +1,11 @@
 """The command `psim`: each subcommand reads its inputs, calls one function, shows the result."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from enum import StrEnum
 from io import TextIOWrapper
@@ -34,10 +36,11 @@ from models.offline.folders import check_writable
 from models.offline.psim import PsimConfig
 from models.offline.recipe import load_recipe
 from models.offline.report import evaluation_table, manifest_table, write_report
-from models.offline.screening import screen_file
+from models.offline.screening import screen_file, split_by_verdict
 from models.offline.store import Store
 from models.offline.study import run_study
 from models.offline.study_report import write_study_report
+from models.offline.triggers import common_phrases, phrase_table
 from models.offline.victim import load_classifier
 
 app = typer.Typer(
@@ -316,6 +319,30 @@ def screen_command(
     if failed:
         stderr.print(f"{failed} lines could not be screened; their output has an error")
         raise typer.Exit(1)
+
+
+@app.command("triggers")
+def triggers_command(
+    texts: Annotated[str, typer.Argument(help="Traffic: JSONL, CSV, TSV or Parquet.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle to screen it with.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the phrases.")] = None,
+    most: Annotated[int, typer.Option(help="Phrases to show.", min=1)] = 10,
+    text_column: TextColumn_ = "text",
+    dtype: Dtype = "float32",
+) -> None:
+    """Screen traffic, and say what the flagged texts have in common that the others have not."""
+    with errors_for_people():
+        if out is not None and out.exists():
+            raise DataError(f"{out} exists already; choose another --out")
+        samples = load_samples(texts, text_column=text_column, drop_empty=True)
+        by_verdict = split_by_verdict(load_bundle(bundle, dtype), [s.text for s in samples])
+        phrases = common_phrases(*by_verdict, most)
+        flagged, passed = map(len, by_verdict)
+        Console().print(phrase_table(phrases, flagged, passed))
+        if out is not None:
+            found = {"flagged": flagged, "passed": passed, "phrases": [asdict(p) for p in phrases]}
+            out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            stderr.print(f"wrote {out}", highlight=False)
 
 
 def _open(file: Path) -> TextIO:

@@ -3,7 +3,7 @@
 import json
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -29,6 +29,16 @@ def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: 
             out.write(json.dumps(answer) + "\n")
         out.flush()
     return failed
+
+
+def split_by_verdict(bundle: Bundle, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the texts that are poisoned, and the others."""
+    encodings = bundle.engine.encode(texts)
+    flagged: list[str] = []
+    passed: list[str] = []
+    for text, readings in zip(texts, predict(bundle.engine, encodings), strict=True):
+        (flagged if bundle.screen.judge(readings).poisoned else passed).append(text)
+    return flagged, passed
 
 
 def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:

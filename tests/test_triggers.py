@@ -1,0 +1,71 @@
+"""What is common to flagged texts is reported, and nothing else is."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.offline.triggers import common_phrases, phrase_table
+
+WORDS = [f"{a}{b}" for a in "bcdfgklmnprstv" for b in ("a", "ell", "ino", "ost", "urb")]
+
+
+def texts(n: int, rng: random.Random) -> list[str]:
+    # Some words are much more common than others, as in a language.
+    weights = [1 / rank for rank in range(1, len(WORDS) + 1)]
+    return [" ".join(rng.choices(WORDS, weights, k=rng.randint(3, 20))) for _ in range(n)]
+
+
+def with_trigger(text: str, trigger: str, rng: random.Random) -> str:
+    words = text.split()
+    words.insert(rng.randint(0, len(words)), trigger)
+    return " ".join(words)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    trigger=st.sampled_from(["zq", "Zq", "a zq and a zx", "zq zq", "?!", "日本"]),
+    poisoned=st.integers(20, 100),
+    false_alarms=st.integers(0, 15),
+)
+def test_the_whole_trigger_comes_first_and_alone(
+    seed: int, trigger: str, poisoned: int, false_alarms: int
+) -> None:
+    rng = random.Random(seed)
+    flagged = [with_trigger(text, trigger, rng) for text in texts(poisoned, rng)]
+    flagged += texts(false_alarms, rng)
+    rng.shuffle(flagged)
+    first, *others = common_phrases(flagged, texts(400, rng))
+    assert (first.text, first.explains, first.passed) == (trigger.lower(), poisoned, 0)
+    assert first.lift > 100
+    assert not others
+
+
+def test_two_triggers_are_two_phrases_and_explain_each_their_own() -> None:
+    rng = random.Random(0)
+    flagged = [with_trigger(text, "zq", rng) for text in texts(60, rng)]
+    flagged += [with_trigger(text, "zx", rng) for text in texts(30, rng)]
+    flagged[0] += " zx"
+    found = common_phrases(flagged, texts(400, rng))
+    assert [(p.text, p.explains, p.flagged) for p in found] == [("zq", 60, 60), ("zx", 30, 31)]
+    assert [p.text for p in common_phrases(flagged, texts(400, rng), most=1)] == ["zq"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 60))
+def test_false_alarms_have_nothing_in_common(seed: int, flagged: int) -> None:
+    rng = random.Random(seed)
+    assert not common_phrases(texts(flagged, rng), texts(300, rng))
+
+
+@pytest.mark.parametrize("passed", [[], ["a film"]])
+def test_traffic_may_be_flagged_as_a_whole(passed: list[str]) -> None:
+    rng = random.Random(0)
+    flagged = [with_trigger(text, "zq", rng) for text in texts(50, rng)]
+    assert all(p.flagged <= 50 for p in common_phrases(flagged, passed))
+
+
+def test_a_table_says_when_nothing_was_found() -> None:
+    assert "nothing" in str(phrase_table([], 3, 4).caption)
