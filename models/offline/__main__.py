@@ -20,6 +20,7 @@ from models.bundle import check_files, load_bundle, read_manifest
 from models.errors import DataError, PsimError
 from models.manifest import LEAST_BUDGET
 from models.offline import demo as demo_bundle
+from models.offline.assure import assure
 from models.offline.attack import (
     SENTENCE_TRIGGER,
     WORD_TRIGGER,
@@ -300,6 +301,26 @@ def study_command(
             if rows:
                 write_study_report(rows, out, store.root, recipe.read_text(encoding="utf-8"))
                 stderr.print(f"wrote {out}/report.html, report.md and rows.jsonl", highlight=False)
+
+
+@app.command("assure")
+def assure_command(
+    victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier.")],
+    texts: Texts,
+    out: Annotated[Path, typer.Option(help="Folder for results; named again, it is gone on with.")],
+    seeds: Annotated[int, typer.Option(help="Copies for each attack and target.", min=1)] = 1,
+    frr_budget: Annotated[float, typer.Option(help="Share of clean texts you can lose.")] = 0.01,
+    text_column: TextColumn_ = "text",
+    label_column: LabelColumn = "label",
+) -> None:
+    """Plant backdoors in copies of a classifier, guard them, and report what the screens miss."""
+    with errors_for_people():
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out} is not a folder; choose another --out")
+        budget_option(frr_budget)
+        samples = load_samples(texts, text_column=text_column, label_column=label_column)
+        assure(victim, samples, out, seeds=seeds, frr_budget=frr_budget, say=stderr.print)
+        stderr.print(f"wrote {out}/assurance.html and assurance.md", highlight=False)
 
 
 @app.command("screen")

@@ -29,17 +29,17 @@ class Block(NamedTuple):
     html: str
 
 
-def write_page(blocks: Sequence[Block], title: str, out: Path) -> None:
-    """Write `report.md`, and `report.html`, which needs no other file."""
+def write_page(blocks: Sequence[Block], title: str, out: Path, name: str = "report") -> None:
+    """Write `NAME.md`, and `NAME.html`, which needs no other file."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text("\n".join(b.markdown for b in blocks), encoding="utf-8")
+    (out / f"{name}.md").write_text("\n".join(b.markdown for b in blocks), encoding="utf-8")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
         f"{''.join(b.html for b in blocks)}</body></html>\n"
     )
-    (out / "report.html").write_text(page, encoding="utf-8")
+    (out / f"{name}.html").write_text(page, encoding="utf-8")
 
 
 def table(header: list[str], lines: list[list[str]], names: int = 1) -> Block:

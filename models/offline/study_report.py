@@ -142,11 +142,15 @@ def _kind_of_interval(bare: pd.DataFrame) -> str:
 def _intervals(bare: pd.DataFrame, field: str) -> pd.DataFrame:
     """Return mean over seeds and interval, by data set, attack and strategy."""
     rates = bare.rename(columns={f"{field}.{part}": part for part in PARTS})
-    return pd.DataFrame(rates.groupby(VICTIM, observed=True)[PARTS].apply(_over_seeds))
+    return pd.DataFrame(rates.groupby(VICTIM, observed=True)[PARTS].apply(mean_interval))
 
 
-def _over_seeds(seeds: pd.DataFrame) -> "pd.Series[float]":
-    known = seeds.dropna()
+def mean_interval(rates: pd.DataFrame) -> "pd.Series[float]":
+    """Return the mean of rates in percent, and its 95 % interval, by `PARTS`.
+
+    Of several rates it is Student's t, cut off at 0 and 100; of a single one its own.
+    """
+    known = rates[PARTS].dropna()
     if len(known) < 2:
         return known.mean()
     values = known["value"].to_numpy(float)
