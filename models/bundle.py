@@ -261,7 +261,7 @@ def adapter_weights(guarded: Guarded) -> dict[str, torch.Tensor]:
 def _self_test(bundle: Bundle) -> None:
     batch = bundle.engine.encode(["self-test"])
     try:
-        bundle.screen.judge(bundle.engine.screen(batch)[0])
+        bundle.screen.judge(bundle.engine.screen(batch).readings[0])
     except ScreenError as error:
         raise BundleError(f"self-test failed: {error}") from error
     if not np.isfinite(bundle.engine.classify(batch)).all():

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models.errors import VictimError
+from models.tail import Rotation, Tail, tail_of
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -32,25 +33,29 @@ class Trunk:
     """Layers that no adapter changes: run once for all checkpoints, and watched on the way.
 
     Args:
-        layers: the lowest layers of a transformer, in their order.
-        depth: number of all its layers.
+        stack: all layers of a transformer, in their order.
+        length: how many of them, from the lowest, are the trunk.
         reads_last: whether the classifier reads the last token and not the first.
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module] = (), depth: int = 1, *, reads_last: bool = False
+        self, stack: Sequence[nn.Module] = (), length: int = 0, *, reads_last: bool = False
     ) -> None:
-        self.share = len(layers) / depth
+        layers, depth = stack[:length], max(len(stack), 1)
+        self.share = length / depth
         wanted = {max(1, round(share * depth)) for share in WATCHED_DEPTHS}
         self.watched = sorted(number for number in wanted if number <= len(layers))
         """Numbers, from 1, of the layers whose output is watched."""
         self._reads_last = reads_last
+        self._stopping = False
         self._kept: list[Any] | None = None
         self._states: list[torch.Tensor] | None = None
         self._mask = torch.empty(0)
         for number, layer in enumerate(layers, 1):
             # The instance's forward and not a module around it: names of weights stay as they are.
             layer.forward = self._run(layer.forward, number, number == len(layers))
+        for above in stack[length : length + 1]:
+            above.forward = self._stoppable(above.forward)
 
     @contextmanager
     def watching(self, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
@@ -71,6 +76,32 @@ class Trunk:
         # Padding is on the right; prompts, which the mask does not know, are on the left.
         last = _last(self._mask) + hidden.shape[1] - self._mask.shape[1]
         return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+
+    def read_positions(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return where the classifier reads, shape (rows,), in inputs without prompts."""
+        return _last(mask) if self._reads_last else torch.zeros_like(mask[:, 0])
+
+    def output(self, run: Callable[[], object]) -> tuple[torch.Tensor, Rotation | None]:
+        """Return the trunk's output in a pass that ends there, shape (rows, T, H).
+
+        With it the rotation of queries and keys, of families that have one.
+        """
+        self._stopping = True
+        try:
+            run()
+        except _ReachedError as reached:
+            return reached.hidden, reached.rotation
+        finally:
+            self._stopping = False
+        raise RuntimeError("the pass did not come to the layer above the trunk")
+
+    def _stoppable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._stopping:
+                raise _ReachedError(hidden_states, kwargs.get("position_embeddings"))
+            return forward(hidden_states, *args, **kwargs)
+
+        return run
 
     @contextmanager
     def shared(self, kept: list[Any] | None) -> Iterator[None]:
@@ -97,6 +128,14 @@ class Trunk:
             return output
 
         return run
+
+
+class _ReachedError(Exception):
+    """Ends a pass where the trunk ends; what it carries is not an error."""
+
+    def __init__(self, hidden: torch.Tensor, rotation: Rotation | None) -> None:
+        super().__init__()
+        self.hidden, self.rotation = hidden, rotation
 
 
 class Activations:
@@ -135,13 +174,22 @@ class Guarded(nn.Module):
         psim: the PEFT model that injected the PSIM LoRA into the victim's transformer, in place.
             Its adapters are PSIM's checkpoints.
         trunk: what all of them have in common.
+        tail: the last layer, where the adapters are in that layer only and its family is known;
+            else every checkpoint runs it as a whole.
     """
 
-    def __init__(self, victim: nn.Module, psim: PeftModel, trunk: Trunk | None = None) -> None:
+    def __init__(
+        self,
+        victim: nn.Module,
+        psim: PeftModel,
+        trunk: Trunk | None = None,
+        tail: Tail | None = None,
+    ) -> None:
         super().__init__()
         self.victim = victim
         self.psim = psim
         self.trunk = trunk or Trunk()
+        self.tail = tail
         self.activations: Activations | None = None
         """The second screen, once it is fitted."""
 
@@ -156,30 +204,56 @@ class Guarded(nn.Module):
         return list(self.psim.peft_config)
 
     @property
-    def screening_passes(self) -> float:
-        """What screening costs, in forward passes of the victim; distances are next to nothing."""
-        return 1 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
+    def passes(self) -> float:
+        """What it costs to screen and classify a text, in forward passes of the victim.
+
+        Distances, and a tail, which is less than the layer that it stands for, are next to nothing.
+        """
+        if self.tail is not None:
+            return 1.0
+        return 2 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
 
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
         """Return logits with the active adapter on, shape (rows, C)."""
         logits: torch.Tensor = self.victim(**inputs).logits
         return logits
 
-    def screen(self, inputs: Inputs) -> torch.Tensor:
-        """Return readings in float32, shape (rows, K + M, C).
+    def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return readings in float32, shape (rows, K + M, C), and what `classify_rows` needs.
 
-        The first K are PSIM's probabilities, by checkpoint; the others are the distances of the
-        hidden states of M layers to the classes, of none while `activations` is not fitted.
+        The first K readings are PSIM's probabilities, by checkpoint; the others are the distances
+        of the hidden states of M layers to the classes, of none while `activations` is not fitted.
+        The second value is None without a tail.
         """
-        probabilities = []
-        with self.trunk.shared([]), self.trunk.watching(inputs) as states:
+        with self.trunk.watching(inputs) as states:
+            logits, rows = self._by_tail(inputs) if self.tail else self._by_whole_passes(inputs)
+        readings = logits.float().softmax(-1)
+        if self.activations is not None:
+            readings = torch.cat([readings, self.activations.distances(states)], 1)
+        return readings, rows
+
+    def _by_tail(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits by checkpoint, (rows, K, C), and the victim's last states, (rows, H)."""
+        assert self.tail is not None  # noqa: S101 - the only caller has asked
+        hidden, rotation = self.trunk.output(lambda: self.victim(**inputs))
+        mask = inputs["attention_mask"]
+        read = self.trunk.read_positions(mask)
+        *branches, victim = self.tail(hidden, mask, read, self.checkpoints, rotation).unbind(1)
+        return torch.stack([self.tail.head(branch) for branch in branches], 1), victim
+
+    def _by_whole_passes(self, inputs: Inputs) -> tuple[torch.Tensor, None]:
+        logits = []
+        with self.trunk.shared([]):
             for checkpoint in self.checkpoints:
                 self.psim.set_adapter(checkpoint, inference_mode=True)
-                probabilities.append(self.psim_logits(inputs).float().softmax(-1))
-        readings = torch.stack(probabilities, 1)
-        if self.activations is None:
-            return readings
-        return torch.cat([readings, self.activations.distances(states)], 1)
+                logits.append(self.psim_logits(inputs))
+        return torch.stack(logits, 1), None
+
+    def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the victim's probabilities in float32, shape (n, C), from what `screen` kept."""
+        if self.tail is None:
+            raise ValueError("there is no tail; classify the inputs")
+        return self.tail.head(rows).float().softmax(-1)
 
     def states(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return watched hidden states, shape (rows, M, D), and the victim's logits, (rows, C)."""
@@ -203,19 +277,24 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     victim.requires_grad_(False)
     read_last_token(transformer_of(victim))
     # PEFT injects in place, so calling the victim runs the injected layers too.
-    psim = with_adapters(transformer_of(victim), config, checkpoints)
-    return Guarded(victim, psim, _trunk(transformer_of(victim), config))
+    model = transformer_of(victim)
+    psim = with_adapters(model, config, checkpoints)
+    stack, trunk = _trunk(model, config)
+    on_top = len(stack) - 1 == round(trunk.share * len(stack)) and not config.modules_to_save
+    # Prompts come as embeddings, or as keys and values that a tail knows nothing of.
+    tail = tail_of(model) if on_top and not isinstance(victim, PeftModel) else None
+    return Guarded(victim, psim, trunk, tail)
 
 
-def _trunk(model: nn.Module, config: LoraConfig) -> Trunk:
-    """Return the layers of a transformer below the lowest that a configuration adapts."""
+def _trunk(model: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trunk]:
+    """Return the layers of a transformer, and those below the lowest that is adapted as a trunk."""
     lowest = min(sorted(config.target_modules or ()), key=_depth)
     parts = lowest.split(".")
     stack = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     layers = model.get_submodule(".".join(parts[:stack]))
     stacked = list(layers.children())
     # transformers calls the head of models that read the last token `score`.
-    return Trunk(stacked[: _depth(lowest)], len(stacked), reads_last=hasattr(model, "score"))
+    return stacked, Trunk(stacked, _depth(lowest), reads_last=hasattr(model, "score"))
 
 
 def read_last_token(model: nn.Module) -> None:

@@ -163,7 +163,7 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
     async def info() -> dict[str, Any]:
         """Say what is served, and within which limits."""
         bundle = gateway.bundle
-        passes = round(bundle.engine.screening_passes + 1, 2)
+        passes = round(bundle.engine.passes, 2)
         return {
             "bundle": bundle.digest,
             "mode": settings.mode,

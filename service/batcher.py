@@ -10,13 +10,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from models.batching import length_sorted_batches
 from models.bundle import Bundle
-from models.engines import Encoding
+from models.engines import Encoding, State
 from models.errors import ScreenError
 from models.screen import FloatArray, Verdict
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed
@@ -40,7 +40,8 @@ class Screened:
 
     verdict: Verdict | None
     """None if screening failed; never to be read as clean."""
-    encoding: Encoding
+    state: State
+    """Where the classifier goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class _Job(Generic[Given, Answer]):
 
 
 _ScreenJob = _Job[str, Screened]
-_ClassifyJob = _Job[Encoding, FloatArray]
+_ClassifyJob = _Job[State, FloatArray]
 
 
 class Batcher:
@@ -111,9 +112,9 @@ class Batcher:
         finally:
             self._release(len(texts), chars)
 
-    async def classify(self, encodings: Sequence[Encoding]) -> list[Timed[FloatArray]]:
+    async def classify(self, states: Sequence[State]) -> list[Timed[FloatArray]]:
         """Return the victim's probabilities, each of shape (C,); any failure fails the call."""
-        jobs = [_ClassifyJob(encoding, self._loop.create_future()) for encoding in encodings]
+        jobs = [_ClassifyJob(state, self._loop.create_future()) for state in states]
         self._enqueue(self._to_classify, jobs)
         return await _all(jobs)
 
@@ -189,19 +190,22 @@ class Batcher:
         def judge(indices: list[int]) -> None:
             batch = [encodings[i] for i in indices]
             chosen = [jobs[i] for i in indices]
-            rows: dict[int, FloatArray] = self._answer(
-                chosen, batch, self._engine.screen, "screen", lambda one: Screened(None, one)
+            rows: dict[int, tuple[FloatArray, State]] = self._answer(
+                chosen, batch, self._screen_rows, "screen", lambda one: Screened(None, one)
             )
-            self._post([(chosen[i], self._judge(batch[i], row)) for i, row in rows.items()])
+            self._post([(chosen[i], self._judge(batch[i], *row)) for i, row in rows.items()])
 
         self._in_batches(jobs, encodings, judge)
 
-    def _judge(self, encoding: Encoding, readings: FloatArray) -> Screened:
+    def _screen_rows(self, batch: Sequence[Encoding]) -> Iterable[tuple[FloatArray, State]]:
+        return zip(*self._engine.screen(batch), strict=True)
+
+    def _judge(self, encoding: Encoding, readings: FloatArray, state: State) -> Screened:
         try:
-            return Screened(self._screen.judge(readings, encoding.truncated), encoding)
+            return Screened(self._screen.judge(readings, encoding.truncated), state)
         except ScreenError:
             log.error("screen gave no finite readings")
-            return Screened(None, encoding)
+            return Screened(None, state)
 
     def _run_classify(self, jobs: list[_ClassifyJob]) -> None:
         self._start_clock(jobs)
@@ -231,7 +235,7 @@ class Batcher:
     def _in_batches(
         self,
         jobs: Sequence[_ScreenJob | _ClassifyJob],
-        encodings: dict[int, Encoding],
+        encodings: Mapping[int, State],
         run: Callable[[list[int]], None],
     ) -> None:
         """Call `run` with indices of jobs, batch by batch, leaving out callers that have gone."""

@@ -21,5 +21,5 @@ class LocalVictim:
         self._batcher = batcher
 
     async def classify(self, inputs: Sequence[Screened]) -> list[Timed[FloatArray]]:
-        """Classify on the encodings that were screened: nothing else can be read than was."""
-        return await self._batcher.classify([screened.encoding for screened in inputs])
+        """Classify what was screened, from where screening left it: nothing else can be read."""
+        return await self._batcher.classify([screened.state for screened in inputs])

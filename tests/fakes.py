@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from models.bundle import Bundle
-from models.engines import Encoding
+from models.engines import Encoding, Screening, State
 from models.manifest import (
     Calibration,
     FitRecord,
@@ -25,7 +25,7 @@ MAX_LENGTH = 32
 class FakeEngine:
     """Poisoned iff the text holds `TRIGGER`; label 1 iff the number of words is odd."""
 
-    name, dtype, screening_passes = "fake", "float32", 1.5
+    name, dtype, passes = "fake", "float32", 2.5
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -39,17 +39,18 @@ class FakeEngine:
             raise ValueError("cannot read this")
         return [_encoding(text) for text in texts]
 
-    def screen(self, batch: Sequence[Encoding]) -> FloatArray:
+    def screen(self, batch: Sequence[Encoding]) -> Screening:
         self.gate.wait(10)
         if self.dies:
             raise SystemExit
         self.batches.append(len(batch))
         _refuse_broken(batch)
         top = [_confidence(e) for e in batch]
-        return np.array([[[0.5, 0.5], [p, 1 - p]] for p in top], np.float32)
+        readings = np.array([[[0.5, 0.5], [p, 1 - p]] for p in top], np.float32)
+        return Screening(readings, batch)
 
-    def classify(self, batch: Sequence[Encoding]) -> FloatArray:
-        self.classified += [e.input_ids for e in batch]
+    def classify(self, batch: Sequence[State]) -> FloatArray:
+        self.classified += [e.input_ids for e in batch if isinstance(e, Encoding)]
         return np.array([[0.2, 0.8] if len(e) % 2 else [0.7, 0.3] for e in batch], np.float32)
 
 

@@ -45,13 +45,13 @@ def test_screening_adds_the_distances_of_the_victim_s_states(
 ) -> None:
     engine = engine_of(victim_of(kind), tokenizer, layers=1)
     guarded, texts = engine.guarded, engine.encode(some_texts(60))
-    bare = engine.screen(texts[:5])
+    bare = engine.screen(texts[:5]).readings
     fitted = guarded.activations = fit_activations(engine, texts)
     assert fitted is not None
     for name, weights in guarded.psim.named_parameters():
         if ".lora_B.checkpoint1." in name:
             nn.init.normal_(weights)  # what is watched lies below the adapter
-    readings = engine.screen(texts[:5])
+    readings = engine.screen(texts[:5]).readings
     assert np.array_equal(readings[:, 0], bare[:, 0])
     with torch.inference_mode():
         states, _ = guarded.states(collate(texts[:5], 0, engine.device))
@@ -66,7 +66,7 @@ def test_a_victim_that_is_adapted_from_the_bottom_has_nothing_to_watch(
     assert engine.guarded.trunk.watched == []
     texts = engine.encode(some_texts(20))
     assert fit_activations(engine, texts) is None
-    assert engine.screen(texts).shape == (20, 2, 3)
+    assert engine.screen(texts).readings.shape == (20, 2, 3)
 
 
 def test_distances_are_mahalanobis() -> None:

@@ -82,10 +82,10 @@ def test_every_family_comes_back_bit_for_bit(
     batch = bundle.engine.encode(texts[:5])
     np.testing.assert_allclose(bundle.engine.classify(batch), unguarded, atol=1e-6)
     # With it on, it is closer to the uniform distribution: it was trained.
-    screened = bundle.engine.screen(batch)
+    screened = bundle.engine.screen(batch).readings
     np.testing.assert_allclose(screened[:, 0], unguarded, atol=1e-6)  # the victim itself
     assert -np.log(screened[:, -1]).mean() < -np.log(unguarded).mean()
-    assert np.isfinite(load_bundle(path, "bfloat16").engine.screen(batch)).all()
+    assert np.isfinite(load_bundle(path, "bfloat16").engine.screen(batch).readings).all()
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,8 @@ def test_checkpoints_share_what_they_have_in_common_and_nothing_else(
     victim = victim_of(kind)
     guarded = guard(victim, lora_config(victim, layers), checkpoints=3)
     assert guarded.activations is None, "not fitted yet"
-    assert guarded.screening_passes == pytest.approx(1 + 2 * layers / 3)
+    guarded.tail = None
+    assert guarded.passes == pytest.approx(2 + 2 * layers / 3)
     for number, (name, weights) in enumerate(guarded.psim.named_parameters()):
         if ".lora_B." in name:
             torch.manual_seed(number)
@@ -379,7 +380,7 @@ def test_checkpoints_share_what_they_have_in_common_and_nothing_else(
         inputs = {"input_ids": torch.arange(1, 1 + 2 * length).reshape(2, length)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.inference_mode():
-            shared = guarded.screen(inputs)
+            shared, _ = guarded.screen(inputs)
             for number, checkpoint in enumerate(guarded.checkpoints):
                 guarded.psim.set_adapter(checkpoint)
                 alone = guarded.psim_logits(inputs).softmax(-1)
@@ -390,8 +391,8 @@ def test_checkpoints_share_what_they_have_in_common_and_nothing_else(
 def test_a_score_does_not_depend_on_its_batch_mates(tiny_bundle: Path) -> None:
     engine = load_bundle(tiny_bundle).engine
     batch = engine.encode(some_texts(20, seed=3))
-    alone = np.concatenate([engine.screen([one]) for one in batch])
-    np.testing.assert_allclose(engine.screen(batch), alone, rtol=1e-4, atol=1e-5)
+    alone = np.concatenate([engine.screen([one]).readings for one in batch])
+    np.testing.assert_allclose(engine.screen(batch).readings, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_long_texts_are_cut_and_say_so(tiny_bundle: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
 from models.bundle import ADAPTER_WEIGHTS, load_bundle
+from models.engines import Encoding, Screening
 from models.offline import __main__ as cli
 from models.offline.data import Sample, load_samples, write_samples
 from models.offline.victim import save_classifier
@@ -110,10 +111,10 @@ def test_scores_that_are_no_numbers_are_an_error_of_their_line(
     loaded = load_bundle(folder / "bundle")
     bad = loaded.engine.encode(["bad"])[0]
 
-    def screen(self: TorchEngine, batch: list[object]) -> np.ndarray:
-        rows = original(self, batch)  # type: ignore[arg-type]
-        rows[[i for i, encoding in enumerate(batch) if encoding == bad]] = np.nan
-        return rows
+    def screen(self: TorchEngine, batch: list[Encoding]) -> Screening:
+        answer = original(self, batch)
+        answer.readings[[i for i, encoding in enumerate(batch) if encoding == bad]] = np.nan
+        return answer
 
     monkeypatch.setattr(TorchEngine, "screen", screen)
     stdin = '{"text": "good"}\n{"text": "bad"}\n{"text": "good"}\n'

@@ -85,7 +85,7 @@ def test_concurrent_callers_get_their_own_answers(
 ) -> None:
     samples = load_samples(str(demo_folder / "test.jsonl"))[:48]
     bundle = load_bundle(demo_bundle)
-    readings = bundle.engine.screen(bundle.engine.encode([s.text for s in samples]))
+    readings = bundle.engine.screen(bundle.engine.encode([s.text for s in samples])).readings
     expected = [bundle.screen.judge(row).score for row in readings]
 
     def ask(text: str) -> float:

@@ -245,9 +245,10 @@ def test_a_decoder_s_score_does_not_depend_on_its_batch_mates(
         fit(model, loaded, some_texts(160), folder / "b", name="x", frr_budget=0.05, config=config)
         engine = load_bundle(folder / "b").engine
         batch = engine.encode(["good film", "a good film that is quite long and very slow", "good"])
-        for forward in (engine.screen, engine.classify):
-            alone = np.vstack([forward([one]) for one in batch])
-            np.testing.assert_allclose(forward(batch), alone, atol=1e-5)
+        readings = np.vstack([engine.screen([one]).readings for one in batch])
+        np.testing.assert_allclose(engine.screen(batch).readings, readings, atol=1e-5)
+        probabilities = np.vstack([engine.classify([one]) for one in batch])
+        np.testing.assert_allclose(engine.classify(batch), probabilities, atol=1e-5)
 
 
 def test_a_victim_with_prompts_is_not_tuned_further(base: Path, tmp_path: Path) -> None:

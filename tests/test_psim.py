@@ -42,7 +42,7 @@ def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Gua
 
     def look(step: int, confidence: float) -> None:
         # Looking changes nothing, and what is kept of the held-out texts stays true.
-        own = engine.screen(encodings[90:])[:, -1].max(1).mean()
+        own = engine.screen(encodings[90:]).readings[:, -1].max(1).mean()
         assert confidence == pytest.approx(own, abs=0.02)
 
     return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0, look)
@@ -135,6 +135,6 @@ def test_what_the_study_compares_trains_what_it_says(
     assert all(any(part in name for name in trainable) for part in trains)
     batch = engine.encode(some_texts(4))
     bare = TorchEngine(with_psim(sure_victim(), FAST), tokenizer, 64)
-    assert engine.screen(batch) != pytest.approx(bare.classify(batch), abs=1e-6)
+    assert engine.screen(batch).readings != pytest.approx(bare.classify(batch), abs=1e-6)
     if config.adapter != "prompt-encoder":  # PEFT 0.21 cannot switch prompts off for a classifier
         assert engine.classify(batch) == pytest.approx(bare.classify(batch), abs=1e-6)

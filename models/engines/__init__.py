@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from models.screen import FloatArray
 
@@ -19,6 +19,22 @@ class Encoding:
         return len(self.input_ids)
 
 
+class State(Protocol):
+    """Where `classify` goes on: an `Encoding`, or what screening one has computed already."""
+
+    def __len__(self) -> int:
+        """Return how many tokens it takes to go on."""
+
+
+class Screening(NamedTuple):
+    """What screening some texts gives."""
+
+    readings: FloatArray
+    """Shape (n, K + M, C), see `models.guarded.Guarded.screen`."""
+    states: Sequence[State]
+    """One for each text, for `Engine.classify`."""
+
+
 class Engine(Protocol):
     """What the service and the offline half ask of a runtime. Not thread-safe: one thread only."""
 
@@ -31,14 +47,18 @@ class Engine(Protocol):
         """Floating-point type of the weights, such as `float32` or `bfloat16`."""
 
     @property
-    def screening_passes(self) -> float:
-        """What `screen` costs, in forward passes of the victim."""
+    def passes(self) -> float:
+        """What `screen` and `classify` cost together, in forward passes of the victim."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to the model's maximum length."""
 
-    def screen(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return readings, shape (len(batch), K + M, C), see `models.guarded.Guarded.screen`."""
+    def screen(self, batch: Sequence[Encoding]) -> Screening:
+        """Screen texts."""
 
-    def classify(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return the victim's softmax probabilities, shape (len(batch), C)."""
+    def classify(self, batch: Sequence[State]) -> FloatArray:
+        """Return the victim's softmax probabilities, shape (len(batch), C).
+
+        Args:
+            batch: encodings, or the states of earlier calls of `screen`.
+        """

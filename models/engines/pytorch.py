@@ -1,12 +1,12 @@
 """The guarded module run by PyTorch, on the CPU or on a CUDA device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from models.engines import Encoding
+from models.engines import Encoding, Screening, State
 from models.guarded import Guarded, Inputs
 from models.screen import FloatArray
 
@@ -54,9 +54,9 @@ class TorchEngine:
         self.max_length = max_length
 
     @property
-    def screening_passes(self) -> float:
-        """What `screen` costs, in forward passes of the victim."""
-        return self.guarded.screening_passes
+    def passes(self) -> float:
+        """What `screen` and `classify` cost together, in forward passes of the victim."""
+        return self.guarded.passes
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to `max_length` tokens."""
@@ -77,26 +77,43 @@ class TorchEngine:
             for text, ids, truncated in zip(texts, encoded["input_ids"], cut, strict=True)
         ]
 
-    def screen(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return readings, shape (len(batch), K + M, C), see `Guarded.screen`."""
-        return self._run(self.guarded.screen, batch)
-
-    def classify(self, batch: Sequence[Encoding]) -> FloatArray:
-        """Return the victim's probabilities, shape (len(batch), C)."""
-        return self._run(self.guarded.classify, batch)
-
-    def _run(
-        self, forward: Callable[[Inputs], torch.Tensor], batch: Sequence[Encoding]
-    ) -> FloatArray:
+    def screen(self, batch: Sequence[Encoding]) -> Screening:
+        """Screen texts; the victim has nothing left to do but its head where there is a tail."""
         with torch.inference_mode():
-            probabilities = forward(collate(batch, self.pad_id, self.device))
-        result: FloatArray = probabilities.cpu().numpy().astype(np.float32, copy=False)
-        return result
+            readings, rows = self.guarded.screen(collate(batch, self.pad_id, self.device))
+        states = batch if rows is None else [LastState(row) for row in rows]
+        return Screening(_float32(readings), states)
+
+    def classify(self, batch: Sequence[State]) -> FloatArray:
+        """Return the victim's probabilities, shape (len(batch), C)."""
+        states = [state.row for state in batch if isinstance(state, LastState)]
+        encodings = [state for state in batch if isinstance(state, Encoding)]
+        if len(states) + len(encodings) != len(batch) or (states and encodings):
+            raise TypeError("give encodings, or states that this engine returned, and not both")
+        with torch.inference_mode():
+            if states:
+                return _float32(self.guarded.classify_rows(torch.stack(states)))
+            return _float32(self.guarded.classify(collate(encodings, self.pad_id, self.device)))
 
     @property
     def pad_id(self) -> int:
         """Token that fills batches."""
         return int(self.tokenizer.pad_token_id or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LastState:
+    """The victim's last hidden state at the token that it reads, shape (H,)."""
+
+    row: torch.Tensor
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _float32(tensor: torch.Tensor) -> FloatArray:
+    result: FloatArray = tensor.float().cpu().numpy()
+    return result
 
 
 def collate(batch: Sequence[Encoding], pad_id: int, device: torch.device) -> Inputs:

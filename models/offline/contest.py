@@ -115,7 +115,7 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
         "checkpoints": training.checkpoints,
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
-        "passes": engine.screening_passes,
+        "passes": engine.passes - 1,
         "time": relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
     }
 

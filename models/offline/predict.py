@@ -12,9 +12,18 @@ from models.screen import FloatArray
 
 def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = False) -> FloatArray:
     """Return, in input order, readings, (n, V, C), or the classifier's probabilities, (n, C)."""
-    forward = engine.classify if classifier else engine.screen
+
+    def forward(batch: Sequence[Encoding]) -> FloatArray:
+        return engine.classify(batch) if classifier else engine.screen(batch).readings
+
     rows: list[FloatArray] = [np.empty(0, np.float32)] * len(texts)
-    bar = tqdm(total=len(texts), desc=forward.__name__, unit=" texts", leave=False, disable=None)
+    bar = tqdm(
+        total=len(texts),
+        desc="classify" if classifier else "screen",
+        unit=" texts",
+        leave=False,
+        disable=None,
+    )
     for batch in length_sorted_batches([len(t) for t in texts], BATCH_TOKENS):
         probabilities = forward([texts[i] for i in batch])
         for index, row in zip(batch, probabilities, strict=True):

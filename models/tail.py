@@ -1,0 +1,197 @@
+"""The last layer of a transformer and its head, computed for the one token that is read.
+
+A classifier reads a single position of the last layer's output: the first token, or the last one of
+a decoder. Only that position needs a query, an output projection and a feed-forward, so that many
+adapters on query and value cost little more than one: for a text of T tokens and N branches (the
+adapters, and the victim without any) it is N rows through the layer and two products of N x heads
+vectors with T hidden states. The value projection is applied behind the attention, to N vectors
+instead of T, and so is that of the key before it, where nothing rotates the keys.
+
+Agrees with transformers' own layer but for rounding; `tail_of` knows which families it is for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+BERT_LIKE = {"bert", "roberta", "xlm-roberta", "camembert"}
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines by position, shape (rows or 1, T, head size) each."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """One family's last layer; N branches are the adapters named, and the victim behind them."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    heads: int
+    before: Callable[[torch.Tensor], torch.Tensor]
+    """What the layer does to its input before the projections."""
+    after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Takes attended values, (rows, N, heads x head size), and the layer's input at the token that
+    is read, (rows, 1, H); returns the layer's output there, (rows, N, H)."""
+    head: Callable[[torch.Tensor], torch.Tensor]
+    """Takes outputs of the layer, (n, H); returns logits, (n, C)."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor,
+        read: torch.Tensor,
+        adapters: Sequence[str],
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """Return the layer's output at the token that is read, by branch, shape (rows, N, H).
+
+        Args:
+            hidden: the layer's input, shape (rows, T, H).
+            mask: 1 where there is a token, shape (rows, T).
+            read: position of the token that is read, shape (rows,); of a decoder the last one.
+            adapters: names of the adapters.
+            rotation: of a decoder's queries and keys.
+        """
+        rows = torch.arange(len(hidden), device=hidden.device)
+        x = self.before(hidden)
+        own = x[rows, read]
+        q = _base(self.query)(own)[:, None] + _deltas(self.query, own, adapters)
+        q = q.unflatten(-1, (self.heads, -1))  # (rows, N, heads, d)
+        shape = q.shape
+        weight, bias = _base(self.value).weight, _base(self.value).bias
+        size, groups = shape[-1], weight.shape[0] // shape[-1]
+        shared = self.heads // groups  # heads that have keys and values in common
+        if rotation is None:
+            # q . (W x + b): the bias is the same for all tokens, which the softmax does not mind.
+            by_head = _base(self.key).weight.unflatten(0, (groups, size))
+            folded = torch.einsum("rngsd,gdk->rngsk", q.unflatten(2, (groups, shared)), by_head)
+            scores = folded.flatten(1, 3) @ x.transpose(1, 2)
+        else:
+            k = self.key(x).unflatten(-1, (groups, size)).transpose(1, 2)  # (rows, groups, T, d)
+            at = [part.expand(len(hidden), -1, -1) for part in rotation]
+            _, k = apply_rotary_pos_emb(k, k, *at)
+            cos, sin = (part[rows, read][:, None] for part in at)
+            q, _ = apply_rotary_pos_emb(q.flatten(1, 2)[:, :, None], k[:, :, :1], cos, sin)
+            q = q[:, :, 0].unflatten(1, (shape[1], groups, shared))
+            scores = torch.einsum("rngsd,rgtd->rngst", q, k).flatten(1, 3)
+        scores = scores * size**-0.5 + _hidden(mask, scores.dtype)
+        attended = (scores.float().softmax(-1).to(x.dtype) @ x).unflatten(1, shape[1:3])
+        values = torch.einsum(
+            "rngsk,gdk->rngsd",
+            attended.unflatten(2, (groups, shared)),
+            weight.unflatten(0, (groups, size)),
+        ).flatten(2, 3)
+        if bias is not None:
+            values = values + bias.unflatten(0, (groups, size)).repeat_interleave(shared, 0)
+        values = values + _attended_deltas(self.value, attended, adapters, groups)
+        return self.after(values.flatten(2), hidden[rows, read][:, None])
+
+
+def _hidden(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to scores, shape (rows, 1, T): as good as minus infinity at padding."""
+    return (1 - mask.to(dtype))[:, None] * torch.finfo(dtype).min
+
+
+def _base(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _adapted(module: nn.Module, adapters: Sequence[str]) -> list[tuple[Any, Any]]:
+    """Return A, (r, in), and scaled B, (out, r), of each adapter."""
+    if not isinstance(module, LoraLayer):
+        return []
+    return [
+        (module.lora_A[name].weight, module.lora_B[name].weight * module.scaling[name])
+        for name in adapters
+    ]
+
+
+def _deltas(module: nn.Module, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
+    """Return what the adapters add to a projection of x, (rows, in), by branch; zeros last."""
+    nothing = x.new_zeros(len(x), len(adapters) + 1, _base(module).weight.shape[0])
+    for number, (a, b) in enumerate(_adapted(module, adapters)):
+        nothing[:, number] = x @ a.T @ b.T
+    return nothing
+
+
+def _attended_deltas(
+    module: nn.Module, attended: torch.Tensor, adapters: Sequence[str], groups: int
+) -> torch.Tensor:
+    """Return what the adapters add to attended values, shape (rows, N, heads, head size)."""
+    rows, branches, heads, _ = attended.shape
+    size = _base(module).weight.shape[0] // groups
+    added = attended.new_zeros(rows, branches, heads, size)
+    for number, (a, b) in enumerate(_adapted(module, adapters)):
+        by_head = b.unflatten(0, (groups, size)).repeat_interleave(heads // groups, 0)
+        added[:, number] = torch.einsum("rhk,hdk->rhd", attended[:, number] @ a.T, by_head)
+    return added
+
+
+def tail_of(model: Any) -> Tail | None:
+    """Return the tail of a classifier of transformers, None of a family that has none here."""
+    family = str(getattr(getattr(model, "config", None), "model_type", ""))
+    if family in BERT_LIKE and not model.config.is_decoder:
+        return _bert(model)
+    if family == "distilbert":
+        return _distilbert(model)
+    if family == "llama":
+        return _llama(model)
+    return None
+
+
+def _bert(model: Any) -> Tail:
+    body = model.base_model
+    layer = body.encoder.layer[-1]
+    attention = layer.attention
+
+    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        between = attention.output(attended, residual)
+        output: torch.Tensor = layer.output(layer.intermediate(between), between)
+        return output
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        read = rows[:, None]
+        # BERT pools; RoBERTa's head takes the first token itself.
+        logits: torch.Tensor = model.classifier(read if body.pooler is None else body.pooler(read))
+        return logits
+
+    own = attention.self
+    return Tail(own.query, own.key, own.value, own.num_attention_heads, nn.Identity(), after, head)
+
+
+def _distilbert(model: Any) -> Tail:
+    layer = model.base_model.transformer.layer[-1]
+    own = layer.attention
+
+    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        between = layer.sa_layer_norm(own.out_lin(attended) + residual)
+        output: torch.Tensor = layer.output_layer_norm(layer.ffn(between) + between)
+        return output
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.classifier(model.pre_classifier(rows).relu())
+        return logits
+
+    return Tail(own.q_lin, own.k_lin, own.v_lin, own.n_heads, nn.Identity(), after, head)
+
+
+def _llama(model: Any) -> Tail:
+    layer = model.base_model.layers[-1]
+    own = layer.self_attn
+
+    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        between = own.o_proj(attended) + residual
+        output: torch.Tensor = layer.mlp(layer.post_attention_layernorm(between)) + between
+        return output
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.score(model.base_model.norm(rows))
+        return logits
+
+    heads = model.config.num_attention_heads
+    return Tail(own.q_proj, own.k_proj, own.v_proj, heads, layer.input_layernorm, after, head)
