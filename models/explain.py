@@ -15,8 +15,8 @@ MOST_VARIANTS, AT_ONCE = 400, 64
 MOST_WORDS = 1024
 """Words behind them are beyond what a model reads, and taken as they are."""
 REACH, PER_WORD = 5, 0.2
-"""A window is extended by so many words at either end, if each lowers the score by so much: what
-is left of a sentence may not be a trigger any more, but it is no part of the text either."""
+"""It is extended by up to so many words at either end, if each lowers the score by so much: what is
+left of a sentence may not be a trigger any more, but it is no part of the text either."""
 _WORD = re.compile(r"\S+")
 
 Span = tuple[int, int]
@@ -56,8 +56,8 @@ def explain(text: str, verdict: Verdict) -> Search:
     """Search what carries the trigger; `verdict` is the text's.
 
     First each word is left out, wherever it occurs; if the text never passes, then windows of 2, 4,
-    8 words and so on, of which the best that passes is trimmed at its ends, and extended where more
-    of it lowers the score.
+    8 words and so on, of which the best that passes is trimmed at its ends. What is found in one
+    place is extended where that lowers the score.
     """
     words = [match.span() for match in _WORD.finditer(text)][:MOST_WORDS]
     if not words:
@@ -77,6 +77,8 @@ def explain(text: str, verdict: Verdict) -> Search:
         found = yield from _window(text, words)
     if found is None:
         return Explanation(weighed)
+    if found[-1] - found[0] == len(found) - 1:  # neighbours
+        found = yield from _extended(text, words, found)
     return Explanation(weighed, _joined(words, found), _without(text, words, found))
 
 
@@ -136,8 +138,13 @@ def _window(text: str, words: Sequence[Span]) -> Generator[list[str], list[Verdi
         if trimmed is None:
             break
         found = trimmed
-    if found is None:
-        return None
+    return found
+
+
+def _extended(
+    text: str, words: Sequence[Span], found: Words
+) -> Generator[list[str], list[Verdict], Words]:
+    """Return neighbouring words, with those around them that are suspicious too."""
     longer = [
         range(start, end)
         for start in range(max(0, found[0] - REACH), found[0] + 1)
@@ -145,7 +152,7 @@ def _window(text: str, words: Sequence[Span]) -> Generator[list[str], list[Verdi
         if end - start < len(words)
     ]
     verdicts = yield [_without(text, words, window) for window in longer]
-    return _best(longer, verdicts, PER_WORD)
+    return _best(longer, verdicts, PER_WORD) or found
 
 
 def _windows(words: int) -> Iterator[list[range]]:
