@@ -238,8 +238,9 @@ class Guarded(nn.Module):
         hidden, rotation = self.trunk.output(lambda: self.victim(**inputs))
         mask = inputs["attention_mask"]
         read = self.trunk.read_positions(mask)
-        *branches, victim = self.tail(hidden, mask, read, self.checkpoints, rotation).unbind(1)
-        return torch.stack([self.tail.head(branch) for branch in branches], 1), victim
+        rows = self.tail(hidden, mask, read, self.checkpoints, rotation)
+        logits = self.tail.head(rows[:, :-1].flatten(0, 1))
+        return logits.unflatten(0, (len(rows), -1)), rows[:, -1]
 
     def _by_whole_passes(self, inputs: Inputs) -> tuple[torch.Tensor, None]:
         logits = []
