@@ -43,8 +43,8 @@ class Explanation:
 
     words: tuple[Word, ...]
     removed: tuple[Span, ...] = ()
-    """The least that was found without which the screen lets the text pass, in characters; nothing
-    if it passes as it is, or if nothing was found."""
+    """What was found without which the screen lets the text pass, in characters; nothing if it
+    passes as it is, or if nothing was found."""
     cleaned: str | None = None
     """The text without it."""
 

@@ -117,8 +117,8 @@ class ExplainResponse(_Wire):
     words: list[WeightedWord]
     """In the order of the text."""
     removed: list[Removed]
-    """The least that was found without which the text passes; empty if it passes as it is, or if
-    nothing was found."""
+    """What was found without which the text passes; empty if it passes as it is, or if nothing was
+    found."""
 
 
 class Problem(BaseModel):
