@@ -53,11 +53,11 @@ def test_two_triggers_are_two_phrases_and_explain_each_their_own() -> None:
     assert [p.text for p in common_phrases(flagged, texts(400, rng), most=1)] == ["zq"]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 60))
-def test_false_alarms_have_nothing_in_common(seed: int, flagged: int) -> None:
-    rng = random.Random(seed)
-    assert not common_phrases(texts(flagged, rng), texts(300, rng))
+@pytest.mark.parametrize("flagged", [0, 1, 4, 8, 20, 60])
+def test_false_alarms_have_nothing_in_common(flagged: int) -> None:
+    for seed in range(10):
+        rng = random.Random(seed)
+        assert not common_phrases(texts(flagged, rng), texts(300, rng))
 
 
 @pytest.mark.parametrize("passed", [[], ["a film"]])

@@ -17,7 +17,7 @@ LONGEST = 8
 """Words of a phrase."""
 ALIKE = 0.95
 """A longer phrase stands for its parts if it is in so many of the texts that they are in."""
-CHANCE = 0.01
+CHANCE = 1e-4
 """How likely it may be that all phrases found are the work of chance."""
 
 
