@@ -44,8 +44,8 @@ READING = (
     "attacker's label. FRR: share of clean texts that are rejected. CA, clean accuracy: share of "
     "clean texts that get their true label; a rejected one counts as wrong. In brackets 95 % "
     "intervals: of a line over its texts (Clopper-Pearson), of the summary over the planted "
-    "backdoors (Student's t). In the control nothing was planted; what succeeds there are the "
-    "model's own mistakes."
+    "backdoors (Student's t; empty where all agree). In the control nothing was planted; what "
+    "succeeds there are the model's own mistakes, or a backdoor that it had before we came."
 )
 LIMITS = (
     "This says what happens to backdoors like these, in models that were trained from yours on "
