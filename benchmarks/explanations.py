@@ -22,8 +22,9 @@ from models.bundle import Bundle, load_bundle
 from models.explain import explain, explained
 from models.offline.attack import WORD_TRIGGER, Insertion, poison_test_set
 from models.offline.data import load_samples
-from models.offline.measures import Classes, clopper_pearson
+from models.offline.measures import Classes, Rate
 from models.offline.predict import predict
+from models.offline.report import percent
 from models.screen import Verdict
 
 
@@ -75,8 +76,7 @@ def examine(judge: Judge, text: str, original: str, verdict: Verdict, trigger: s
 
 
 def share(hits: list[bool]) -> str:
-    low, high = clopper_pearson(sum(hits), len(hits))
-    return f"{100 * np.mean(hits):.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+    return percent(Rate.of(np.array(hits, np.bool_)))
 
 
 def main(
@@ -110,12 +110,12 @@ def main(
     )
     screened = np.array([f.screened for f in found])
     clean_verdicts = judge([s.text for s in samples])
-    table = Table("", "", title=f"{len(flagged)} of {len(poisoned)} poisoned texts flagged")
+    table = Table(
+        "", "", title=f"{len(flagged)} of {len(poisoned)} poisoned texts flagged; shares in %"
+    )
     table.add_row("a word of the trigger weighs most", share([f.heaviest for f in found]))
     table.add_row("all of the trigger removed", share([f.covered == 1 for f in found]))
-    table.add_row(
-        "of its characters, removed", f"{100 * np.mean([f.covered for f in found]):.1f} %"
-    )
+    table.add_row("of its characters, removed", f"{100 * np.mean([f.covered for f in found]):.1f}")
     table.add_row("passes without what was removed", share([f.cleaned is not None for f in found]))
     table.add_row("and gets the label of the clean original", share(same.tolist()))
     table.add_row("clean texts left as they are", share([not v.poisoned for v in clean_verdicts]))

@@ -15,8 +15,8 @@ MOST_VARIANTS, AT_ONCE = 400, 64
 MOST_WORDS = 1024
 """Words behind them are beyond what a model reads, and taken as they are."""
 REACH, PER_WORD = 5, 0.2
-"""It is extended by up to so many words at either end, if each lowers the score by so much: what is
-left of a sentence may not be a trigger any more, but it is no part of the text either."""
+"""What is found is extended by up to so many words at either end, if each lowers the score by so
+much: the rest of a sentence may be no trigger any more, but it is no part of the text either."""
 _WORD = re.compile(r"\S+")
 
 Span = tuple[int, int]

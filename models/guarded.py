@@ -42,7 +42,7 @@ class Trunk:
         self, stack: Sequence[nn.Module] = (), length: int = 0, *, reads_last: bool = False
     ) -> None:
         layers, depth = stack[:length], max(len(stack), 1)
-        self.share = length / depth
+        self.length, self.share = length, length / depth
         wanted = {max(1, round(share * depth)) for share in WATCHED_DEPTHS}
         self.watched = sorted(number for number in wanted if number <= len(layers))
         """Numbers, from 1, of the layers whose output is watched."""
@@ -281,7 +281,7 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     model = transformer_of(victim)
     psim = with_adapters(model, config, checkpoints)
     stack, trunk = _trunk(model, config)
-    on_top = len(stack) - 1 == round(trunk.share * len(stack)) and not config.modules_to_save
+    on_top = trunk.length == len(stack) - 1 and not config.modules_to_save
     # Prompts come as embeddings, or as keys and values that a tail knows nothing of.
     tail = tail_of(model) if on_top and not isinstance(victim, PeftModel) else None
     return Guarded(victim, psim, trunk, tail)

@@ -113,10 +113,10 @@ def _adapted(module: nn.Module, adapters: Sequence[str]) -> list[tuple[Any, Any]
 
 def _deltas(module: nn.Module, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
     """Return what the adapters add to a projection of x, (rows, in), by branch; zeros last."""
-    nothing = x.new_zeros(len(x), len(adapters) + 1, _base(module).weight.shape[0])
+    added = x.new_zeros(len(x), len(adapters) + 1, _base(module).weight.shape[0])
     for number, (a, b) in enumerate(_adapted(module, adapters)):
-        nothing[:, number] = x @ a.T @ b.T
-    return nothing
+        added[:, number] = x @ a.T @ b.T
+    return added
 
 
 def _attended_deltas(

@@ -19,9 +19,11 @@ from models.offline.case import Alone
 from models.offline.data import Sample, write_samples
 from models.offline.finetune import Strategy
 from models.offline.fit import VERSIONS_OF, labels_of, max_length_of
+from models.offline.measures import Rate
 from models.offline.page import Block, heading, paragraph, table, write_page
 from models.offline.predict import predict
 from models.offline.recipe import AttackRecipe, DataSet, PsimDefence, Recipe
+from models.offline.report import percent
 from models.offline.store import Store
 from models.offline.study import run_study
 from models.offline.study_plots import Row
@@ -228,7 +230,6 @@ def _over(lines: Sequence[tuple[Row, Any, Any]], field: str, *, bare: bool = Fal
     return f"{mean['value']:.1f} ({mean['low']:.1f}-{mean['high']:.1f}); {100 * worst:.1f}"
 
 
-def _percent(rate: dict[str, float] | None) -> str:
-    if rate is None:
-        return "-"
-    return f"{100 * rate['value']:.1f} ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"
+def _percent(rate: dict[str, Any] | None) -> str:
+    """Return a rate as a row keeps it."""
+    return percent(None if rate is None else Rate(**rate))

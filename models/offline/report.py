@@ -40,7 +40,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         table.add_column(column, justify="right")
     outcomes = (evaluation.none, evaluation.calibrated, evaluation.paper)
     for title, field in ROWS.items():
-        table.add_row(title, *(_percent(_rate(outcome, field)) for outcome in outcomes))
+        table.add_row(title, *(percent(_rate(outcome, field)) for outcome in outcomes))
     table.add_row("AUROC", *(_number(outcome.auroc) for outcome in outcomes))
     table.add_row("the same, backdoor fires", *(_number(o.auroc_firing) for o in outcomes))
     return table
@@ -51,7 +51,8 @@ def _rate(outcome: Outcome, field: str) -> Rate | None:
     return rate
 
 
-def _percent(rate: Rate | None) -> str:
+def percent(rate: Rate | None) -> str:
+    """Return a rate in percent with its interval; a hyphen of none."""
     if rate is None:
         return "-"
     return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
