@@ -158,8 +158,8 @@ def _load_screen(path: Path, manifest: Manifest, dtype: str) -> Screen:
     try:
         readings = load_arrays(path / READINGS)[readings_key(calibration.engine, dtype)]
         checkpoints = len(manifest.psim.checkpoints)
-        watched = len(manifest.activations.layers) if manifest.activations else 0
-        shape = checkpoints + watched, len(manifest.labels)
+        distances = Activations.VOICES if manifest.activations else 0
+        shape = checkpoints + distances, len(manifest.labels)
         if readings.dtype != np.float32 or readings.shape[1:] != shape:
             raise ValueError
         screen = calibrate(readings, checkpoints, calibration.frr_budget)

@@ -17,7 +17,7 @@ from models.screen import (
 )
 
 LEAST_FOR_NORM = 30
-"""Texts that a class needs for a mean and a standard deviation of its own."""
+"""Texts that a class needs for a centre and a spread of its own."""
 LEAST_SCALE = 1e-3
 """Classes whose clean texts are all alike would have none."""
 
@@ -30,8 +30,8 @@ def calibrate(
     Class-conditional split conformal prediction (see `models.screen`): if the clean texts to come
     are exchangeable with these, the expected false rejection rate of each group is within the
     budget, and so is the total. Classes with too few texts for a threshold of their own share one,
-    together with the smallest of the other classes if they are still too few. Mean and standard
-    deviation come from the same texts, so each text is scored as if it had not been among them.
+    together with the smallest of the other classes if they are still too few. Mean and spread come
+    from the same texts, so each text is scored as if it had not been among them.
 
     Args:
         readings: what `Guarded.screen` gives of clean texts that it was not fitted on, shape
@@ -66,12 +66,21 @@ def calibrate(
 
 
 def _norm(texts: Sequence[NDArray[np.float64]], checkpoints: int) -> Norm:
-    """Return mean and standard deviation of what voices say, shape (n, V) for each class."""
-    return Norm(
-        np.stack([own.mean(0) for own in texts]),
-        np.maximum(np.stack([own.std(0) for own in texts]), LEAST_SCALE),
-        checkpoints,
-    )
+    """Return centre and spread of what voices say, shape (n, V) for each class.
+
+    What a voice says of clean texts can have a long upper tail, which would set the threshold for
+    voices that have none. So the spread is that of the upper tail: by the fourth moment above the
+    mean, and a standard deviation if the voice is Gaussian.
+    """
+    centre = np.stack([own.mean(0) for own in texts])
+    fourth = [_above(own - mean).mean(0) for own, mean in zip(texts, centre, strict=True)]
+    return Norm(centre, np.maximum(np.stack(fourth) ** 0.25, LEAST_SCALE), checkpoints)
+
+
+def _above(deviations: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return fourth powers of what is above zero; of Gaussians, sigma ** 4 on average."""
+    powers: NDArray[np.float64] = np.maximum(deviations, 0) ** 4 / 1.5
+    return powers
 
 
 def _left_out(
@@ -79,9 +88,9 @@ def _left_out(
 ) -> FloatArray:
     """Return scores of texts by the norm that the other n - 1 texts give, shape (n, V).
 
-    A text pulls mean and deviation towards itself, so it would look less extreme than a new one
-    just like it. Without it the mean lies n / (n - 1) times as far from it, and the variance is
-    n / (n - 1) * (variance - deviation ** 2 / (n - 1)). Scores under zero are left as they are.
+    A text pulls centre and spread towards itself, so it would look less extreme than a new one
+    just like it. Without it the mean lies n / (n - 1) times as far from it; the spread is taken
+    around the old mean. Scores under zero are left as they are.
 
     Args:
         norm: of all texts.
@@ -90,9 +99,9 @@ def _left_out(
         raw: what voices say, shape (n, V).
     """
     n = np.maximum(sizes[predicted], 2)[:, None]
-    away, scale = raw - norm.centre[predicted], norm.scale[predicted]
-    variance = n / (n - 1) * (scale**2 - away**2 / (n - 1))
-    left_out = n / (n - 1) * away / np.sqrt(np.maximum(variance, LEAST_SCALE**2))
+    away, spread = raw - norm.centre[predicted], norm.scale[predicted]
+    fourth = np.maximum(n * spread**4 - _above(away), 0) / (n - 1)
+    left_out = n / (n - 1) * away / np.maximum(fourth**0.25, LEAST_SCALE)
     scores: FloatArray = np.maximum(norm.scores(predicted, raw), left_out.astype(np.float32))
     return scores
 

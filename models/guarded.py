@@ -26,7 +26,8 @@ FUSED = {"in_proj", "query_key_value", "qkv_proj", "Wqkv"}
 
 
 WATCHED_DEPTHS = (1 / 2, 2 / 3, 5 / 6)
-"""Where hidden states tell texts apart best: neither in the words nor in the classes yet."""
+"""Where hidden states tell texts apart best: neither in the words nor in the classes yet. At the
+first one all tokens are watched, by their mean; at the others the token that is read."""
 
 
 class Trunk:
@@ -43,9 +44,8 @@ class Trunk:
     ) -> None:
         layers, depth = stack[:length], max(len(stack), 1)
         self.length, self.share = length, length / depth
-        wanted = {max(1, round(share * depth)) for share in WATCHED_DEPTHS}
-        self.watched = sorted(number for number in wanted if number <= len(layers))
-        """Numbers, from 1, of the layers whose output is watched."""
+        self.watched = [min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS]
+        """Numbers, from 1, of the layers whose output is watched, one for each depth."""
         self._reads_last = reads_last
         self._stopping = False
         self._kept: list[Any] | None = None
@@ -59,22 +59,23 @@ class Trunk:
 
     @contextmanager
     def watching(self, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
-        """Collect the states of watched layers in a pass, at the token that the classifier reads.
-
-        They are float32, of shape (rows, hidden size) each.
-        """
+        """Collect what is watched in a pass, by `WATCHED_DEPTHS`, float32, (rows, H) each."""
         self._states, self._mask = [], inputs["attention_mask"]
         try:
             yield self._states
         finally:
             self._states = None
 
-    def _watch(self, output: Any) -> torch.Tensor:
+    def _watch(self, output: Any, *, all_tokens: bool) -> torch.Tensor:
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        # Padding is on the right; prompts, which the mask does not know, are on the left.
+        prompts = hidden.shape[1] - self._mask.shape[1]
+        if all_tokens:
+            mask = self._mask.float()[:, None]
+            return (mask @ hidden[:, prompts:].float())[:, 0] / mask.sum(-1)
         if not self._reads_last:
             return hidden[:, 0].float()
-        # Padding is on the right; prompts, which the mask does not know, are on the left.
-        last = _last(self._mask) + hidden.shape[1] - self._mask.shape[1]
+        last = _last(self._mask) + prompts
         return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
 
     def read_positions(self, mask: torch.Tensor) -> torch.Tensor:
@@ -121,8 +122,12 @@ class Trunk:
             if self._kept:
                 return self._kept[0]
             output = forward(*args, **kwargs)
-            if self._states is not None and number in self.watched:
-                self._states.append(self._watch(output))
+            if self._states is not None:
+                self._states += [
+                    self._watch(output, all_tokens=depth == 0)
+                    for depth, watched in enumerate(self.watched)
+                    if watched == number
+                ]
             if self._kept is not None and is_top:
                 self._kept.append(output)
             return output
@@ -144,25 +149,33 @@ class Activations:
     Stays in float32 whatever the victim's dtype is.
 
     Args:
-        whitening: by watched layer, shape (M, D, D); h @ whitening has unit covariance.
-        means: whitened means of clean texts by predicted class, shape (M, C, D).
+        whitening: by watched depth, shape (3, D, D); h @ whitening has unit covariance.
+        means: whitened means of clean texts by predicted class, shape (3, C, D).
     """
+
+    VOICES = 2
 
     def __init__(self, whitening: torch.Tensor, means: torch.Tensor) -> None:
         self.whitening, self.means = whitening, means
 
     def distances(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the distance to each class by layer, shape (rows, M, C).
+        """Return the distances to each class that the two voices go by, shape (rows, 2, C).
+
+        The first is the geometric mean of those at the lower two depths, where a text is far from
+        the others by what all of its tokens are like: either one alone is not enough. The second
+        is that of the highest, where a backdoor has all but decided (docs/method.md).
 
         Args:
-            states: one tensor of shape (rows, D) for each of M layers.
+            states: what `Trunk.watching` collects, 3 of shape (rows, D).
         """
         device = states[0].device
         self.whitening, self.means = self.whitening.to(device), self.means.to(device)
         whitened = torch.stack(list(states)) @ self.whitening
         # Not as |h|² - 2hm + |m|², which cancels where a text is near the mean.
-        exact = torch.cdist(whitened, self.means, compute_mode="donot_use_mm_for_euclid_dist")
-        return exact.transpose(0, 1)
+        tokens, read, top = torch.cdist(
+            whitened, self.means, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        return torch.stack([(tokens * read).sqrt(), top], 1)
 
 
 class Guarded(nn.Module):
@@ -219,10 +232,10 @@ class Guarded(nn.Module):
         return logits
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return readings in float32, shape (rows, K + M, C), and what `classify_rows` needs.
+        """Return readings in float32, shape (rows, V, C), and what `classify_rows` needs.
 
         The first K readings are PSIM's probabilities, by checkpoint; the others are the distances
-        of the hidden states of M layers to the classes, of none while `activations` is not fitted.
+        of hidden states to the classes, `Activations.VOICES` or, while that is not fitted, none.
         The second value is None without a tail.
         """
         with self.trunk.watching(inputs) as states:
@@ -257,7 +270,7 @@ class Guarded(nn.Module):
         return self.tail.head(rows).float().softmax(-1)
 
     def states(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return watched hidden states, shape (rows, M, D), and the victim's logits, (rows, C)."""
+        """Return watched hidden states, shape (rows, 3, D), and the victim's logits, (rows, C)."""
         with self.trunk.watching(inputs) as states, self.psim.disable_adapter():
             logits: torch.Tensor = self.victim(**inputs).logits
         return torch.stack(states, 1), logits

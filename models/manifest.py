@@ -44,8 +44,8 @@ class PsimRecord(_Record):
 class ActivationsRecord(_Record):
     """What the second screen watches."""
 
-    layers: list[int] = Field(min_length=1, max_length=16)
-    """Numbers of the layers, from 1."""
+    layers: list[int] = Field(min_length=3, max_length=3)
+    """Numbers of the layers, from 1, by `models.guarded.WATCHED_DEPTHS`."""
 
 
 class GroupRecord(_Record):
@@ -83,7 +83,7 @@ class FitRecord(_Record):
 class Manifest(_Record):
     """A bundle's table of contents."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     victim: VictimRecord
     labels: list[str] = Field(min_length=2)
     max_length: int = Field(ge=8)

@@ -34,8 +34,8 @@ class Verdict:
     it most extreme."""
     score: float
     """How extreme the voice that speaks finds the text: log-odds of a checkpoint's confidence, or
-    log-distance of hidden states, in standard deviations above those of clean texts of the same
-    class. The largest of all voices speaks."""
+    log-distance of hidden states, in standard deviations (of the upper tail, see
+    `models.calibrate`) above those of clean texts of the same class. The largest speaks."""
     voice: Voice
     """Which screen speaks."""
     threshold: float
@@ -76,7 +76,7 @@ class Norm:
     centre: NDArray[np.float64]
     """Means, shape (C, V)."""
     scale: NDArray[np.float64]
-    """Standard deviations, shape (C, V), positive."""
+    """Standard deviations of the upper tail, shape (C, V), positive."""
     checkpoints: int
     """K."""
 

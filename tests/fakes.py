@@ -81,7 +81,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
         classes=[0, 1], texts=99, threshold=THRESHOLD, rejected=0, frr_interval=(0.0, 0.05)
     )
     manifest = Manifest(
-        schema_version=3,
+        schema_version=4,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
         labels=["negative", "positive"],
         max_length=MAX_LENGTH,

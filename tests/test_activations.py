@@ -28,14 +28,18 @@ def test_states_are_those_that_the_classifier_builds_on(
 ) -> None:
     victim: Any = tiny_victim(kind)
     engine = engine_of(victim, tokenizer, layers=1)
-    assert engine.guarded.trunk.watched == [2]  # of three layers, the last one is adapted
+    assert engine.guarded.trunk.watched == [2, 2, 2]  # of three layers, the last one is adapted
     batch = engine.encode(["good", "a slow film was not bad", "the room"])
     inputs = collate(batch, 0, engine.device)
     with torch.inference_mode():
         states, logits = engine.guarded.states(inputs)
         whole = victim(**inputs, output_hidden_states=True)
     last = [len(text) - 1 if kind == "llama" else 0 for text in batch]
-    assert torch.equal(states[:, 0], whole.hidden_states[2][range(3), last])
+    hidden = whole.hidden_states[2]
+    assert torch.equal(states[:, 1], hidden[range(3), last])
+    assert torch.equal(states[:, 2], states[:, 1])
+    means = [row[: len(text)].mean(0) for row, text in zip(hidden, batch, strict=True)]
+    torch.testing.assert_close(states[:, 0], torch.stack(means))
     assert torch.equal(logits, whole.logits)
 
 
@@ -63,7 +67,6 @@ def test_a_victim_that_is_adapted_from_the_bottom_has_nothing_to_watch(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     engine = engine_of(tiny_victim("bert"), tokenizer, layers=3)
-    assert engine.guarded.trunk.watched == []
     texts = engine.encode(some_texts(20))
     assert fit_activations(engine, texts) is None
     assert engine.screen(texts).readings.shape == (20, 2, 3)
@@ -73,14 +76,18 @@ def test_distances_are_mahalanobis() -> None:
     rng = np.random.default_rng(0)
     covariance = np.cov(rng.normal(size=(4, 9)))
     factor = np.linalg.cholesky(np.linalg.inv(covariance))
-    means, states = rng.normal(size=(3, 4)), rng.normal(size=(5, 4))
-    expected = [
-        [np.sqrt((h - m) @ np.linalg.inv(covariance) @ (h - m)) for m in means] for h in states
-    ]
-    tensors = (torch.tensor(a, dtype=torch.float32) for a in (factor[None], (means @ factor)[None]))
-    found = Activations(*tensors).distances([torch.tensor(states, dtype=torch.float32)])
-    assert found.shape == (5, 1, 3)
-    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-4)
+    means, states = rng.normal(size=(3, 3, 4)), rng.normal(size=(3, 5, 4))
+    low, middle, top = (
+        np.array([[np.sqrt((h - m) @ np.linalg.inv(covariance) @ (h - m)) for m in ms] for h in hs])
+        for ms, hs in zip(means, states, strict=True)
+    )
+    tensors = (
+        torch.tensor(a, dtype=torch.float32) for a in (np.stack([factor] * 3), means @ factor)
+    )
+    found = Activations(*tensors).distances([torch.tensor(h, dtype=torch.float32) for h in states])
+    assert found.shape == (5, Activations.VOICES, 3)
+    np.testing.assert_allclose(found[:, 0], np.sqrt(low * middle), rtol=1e-4)
+    np.testing.assert_allclose(found[:, 1], top, rtol=1e-4)
 
 
 def test_few_texts_and_rare_classes_still_give_a_screen(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,8 +111,8 @@ def test_clean_texts_set_the_measure(tokenizer: PreTrainedTokenizerBase) -> None
     assert fitted is not None
     with torch.inference_mode():
         states, logits = engine.guarded.states(collate(texts, 0, engine.device))
-        found = fitted.distances(list(states.unbind(1)))[:, 0].numpy()
-    h, predicted = states[:, 0].double().numpy(), logits.argmax(1).numpy()
+        found = fitted.distances(list(states.unbind(1)))[:, 1].numpy()
+    h, predicted = states[:, 2].double().numpy(), logits.argmax(1).numpy()
     members = [predicted == c for c in range(3)]
     means = np.stack([h[m if m.sum() >= LEAST_FOR_MEAN else slice(None)].mean(0) for m in members])
     residuals = h - means[predicted]

@@ -235,3 +235,12 @@ def test_one_threshold_for_all_classes_is_there_for_comparison() -> None:
     assert group.classes == (0, 1)
     assert np.ptp(screen.norm.centre) == np.ptp(screen.norm.scale) == 0
     assert len(calibrate(rows, 1, 0.05).groups) == 2
+
+
+def test_a_voice_with_a_long_tail_does_not_drown_one_without() -> None:
+    rng = np.random.default_rng(0)
+    steady, restless = rng.normal(size=2000), np.exp(1.2 * rng.normal(size=2000))
+    odds = 3 + 0.3 * np.stack([steady, restless], 1)
+    screen = calibrate(probabilities(1 / (1 + np.exp(-odds)), np.arange(2000) % 2, 2), 2, 0.01)
+    odd = 3 + 0.3 * np.array([[4.5, np.median(restless)]])
+    assert screen.judge(probabilities(1 / (1 + np.exp(-odd)), [0], 2)[0]).poisoned

@@ -30,7 +30,7 @@ class Screening(NamedTuple):
     """What screening some texts gives."""
 
     readings: FloatArray
-    """Shape (n, K + M, C), see `models.guarded.Guarded.screen`."""
+    """Shape (n, V, C), see `models.guarded.Guarded.screen`."""
     states: Sequence[State]
     """One for each text, for `Engine.classify`."""
 

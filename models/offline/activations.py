@@ -21,27 +21,27 @@ LEAST_FOR_MEAN = 10
 
 
 def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activations | None:
-    """Fit class means and one covariance for each watched layer on clean texts.
+    """Fit class means and one covariance for each watched depth on clean texts.
 
     Class-conditional Gaussians with a tied covariance (Lee et al., NeurIPS 2018, section 2.1), by
     the class that the victim predicts; shrunk as by Ledoit and Wolf (2004), since there may be
     fewer texts than dimensions.
 
     Returns:
-        None if the victim has no layer below the adapter that is watched.
+        None if the victim has no layer below the adapter.
 
     Raises:
         VictimError: the states are not finite, or the same whatever the text is.
     """
-    if not engine.guarded.trunk.watched:
+    if not engine.guarded.trunk.length:
         return None
     states, logits = _states(engine, texts)
     if not np.isfinite(states).all():
         raise VictimError("the victim has NaN or infinite hidden states on the clean texts")
     predicted, classes = logits.argmax(1), logits.shape[1]
     whitening, means = [], []
-    for layer in range(states.shape[1]):
-        own = states[:, layer].astype(np.float64)
+    for depth in range(states.shape[1]):
+        own = states[:, depth].astype(np.float64)
         centres = np.stack([_mean(own, predicted == c) for c in range(classes)])
         precision = LedoitWolf(assume_centered=True).fit(own - centres[predicted]).precision_
         try:
@@ -64,7 +64,7 @@ def _mean(states: Array, members: NDArray[np.bool_]) -> Array:
 
 
 def _states(engine: TorchEngine, texts: Sequence[Encoding]) -> tuple[Array, Array]:
-    """Return hidden states, shape (n, M, D), and the victim's logits, (n, C), in any order."""
+    """Return hidden states, shape (n, 3, D), and the victim's logits, (n, C), in any order."""
     states: list[Array] = []
     logits: list[Array] = []
     batches = list(length_sorted_batches([len(text) for text in texts], BATCH_TOKENS))

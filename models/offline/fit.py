@@ -108,7 +108,7 @@ def fit(
         calibrations, readings = _calibrate(engine, split.calibrate, frr_budget)
         save_readings(partial, readings)
         manifest = Manifest(
-            schema_version=3,
+            schema_version=4,
             victim=_victim_record(victim, name, digest),
             labels=labels,
             max_length=engine.max_length,

@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic_core import to_jsonable_python
 
-VERSIONS = {"psim": 3}
+VERSIONS = {"psim": 4}
 """By kind of step, 1 where not named; part of its keys: a change of code that changes the results
 of a kind raises it."""
 
