@@ -9,10 +9,12 @@ from models.errors import CalibrationError
 from models.screen import (
     FloatArray,
     Group,
+    Measure,
     Norm,
     Screen,
     conformal_threshold,
     min_calibration_size,
+    strongest,
     voices,
 )
 
@@ -53,57 +55,51 @@ def calibrate(
         )
     classes = range(readings.shape[2])
     predicted, raw = voices(readings, checkpoints)
-    texts = [raw[predicted == c] if by_class else raw for c in classes]
-    behind = [own if len(own) >= LEAST_FOR_NORM else raw for own in texts]
-    norm = _norm(behind, checkpoints)
-    scores = _left_out(norm, np.array([len(own) for own in behind]), predicted, raw).max(1)
+    every, own = np.ones(len(predicted), np.bool_), [predicted == c for c in classes]
+    alike = [o if by_class and o.sum() >= LEAST_FOR_NORM else every for o in own]
+    each, standard = _measured(raw, predicted, alike)
+    together, parts = _measured(strongest(standard, checkpoints), predicted, alike)
+    scores = Norm.score(parts)
     counts = np.bincount(predicted, minlength=len(classes))
     groups = []
     for members in _pool(counts.tolist(), needed) if by_class else [tuple(classes)]:
         of_group = np.sort(scores[np.isin(predicted, members)])
         groups.append(Group(members, conformal_threshold(of_group, frr_budget), of_group))
-    return Screen(groups, norm)
+    return Screen(groups, Norm(each, together, checkpoints))
 
 
-def _norm(texts: Sequence[NDArray[np.float64]], checkpoints: int) -> Norm:
-    """Return centre and spread of what voices say, shape (n, V) for each class.
+def _measured(
+    raw: NDArray[np.float64], predicted: NDArray[np.intp], alike: Sequence[NDArray[np.bool_]]
+) -> tuple[Measure, NDArray[np.float64]]:
+    """Return the measure that texts give, and what each is by that of the others, shape (n, N).
 
     What a voice says of clean texts can have a long upper tail, which would set the threshold for
-    voices that have none. So the spread is that of the upper tail: by the fourth moment above the
-    mean, and a standard deviation if the voice is Gaussian.
+    voices that have none. So the deviation is that of the upper tail: by the fourth moment above
+    the mean, and the usual one if the voice is Gaussian.
+
+    A text pulls mean and deviation towards itself, so it would look less extreme than a new one
+    just like it. Without it the mean lies n / (n - 1) times as far from it; the deviation is taken
+    around the old mean. What is under the mean is left as it is.
+
+    Args:
+        raw: shape (n, N).
+        predicted: classes, shape (n,).
+        alike: the texts that each class is measured by, shape (n,) each.
     """
-    centre = np.stack([own.mean(0) for own in texts])
-    fourth = [_above(own - mean).mean(0) for own, mean in zip(texts, centre, strict=True)]
-    return Norm(centre, np.maximum(np.stack(fourth) ** 0.25, LEAST_SCALE), checkpoints)
+    centre = np.stack([raw[own].mean(0) for own in alike])
+    fourth = np.stack([_above(raw[own] - raw[own].mean(0)).mean(0) for own in alike])
+    measure = Measure(centre, np.maximum(fourth**0.25, LEAST_SCALE))
+    n = np.array([max(own.sum(), 2) for own in alike])[predicted, None]
+    away = raw - centre[predicted]
+    others = np.maximum(n * fourth[predicted] - _above(away), 0) / (n - 1)
+    left_out = n / (n - 1) * away / np.maximum(others**0.25, LEAST_SCALE)
+    return measure, np.maximum(measure(predicted, raw), left_out)
 
 
 def _above(deviations: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return fourth powers of what is above zero; of Gaussians, sigma ** 4 on average."""
     powers: NDArray[np.float64] = np.maximum(deviations, 0) ** 4 / 1.5
     return powers
-
-
-def _left_out(
-    norm: Norm, sizes: NDArray[np.intp], predicted: NDArray[np.intp], raw: NDArray[np.float64]
-) -> FloatArray:
-    """Return scores of texts by the norm that the other n - 1 texts give, shape (n, V).
-
-    A text pulls centre and spread towards itself, so it would look less extreme than a new one
-    just like it. Without it the mean lies n / (n - 1) times as far from it; the spread is taken
-    around the old mean. Scores under zero are left as they are.
-
-    Args:
-        norm: of all texts.
-        sizes: number of texts behind the norm of each class, shape (C,).
-        predicted: classes, shape (n,).
-        raw: what voices say, shape (n, V).
-    """
-    n = np.maximum(sizes[predicted], 2)[:, None]
-    away, spread = raw - norm.centre[predicted], norm.scale[predicted]
-    fourth = np.maximum(n * spread**4 - _above(away), 0) / (n - 1)
-    left_out = n / (n - 1) * away / np.maximum(fourth**0.25, LEAST_SCALE)
-    scores: FloatArray = np.maximum(norm.scores(predicted, raw), left_out.astype(np.float32))
-    return scores
 
 
 def _pool(counts: list[int], needed: int) -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ one class's clean texts can be as confident as another's poisoned ones, and on t
 adapter. So a confidence is compared only with clean texts of the same predicted class, as in
 class-conditional (Mondrian) split conformal prediction (Vovk et al., Algorithmic Learning in a
 Random World, section 4.5), and checkpoint by checkpoint. So are the distances of hidden states to
-the class, the second screen. Of all these voices the most extreme one speaks.
+the class, the second screen. What all these voices say is one number in the end.
 """
 
 import math
@@ -33,11 +33,10 @@ class Verdict:
     """Largest PSIM softmax probability, in [1/C, 1], never rounded; of the checkpoint that finds
     it most extreme."""
     score: float
-    """How extreme the voice that speaks finds the text: log-odds of a checkpoint's confidence, or
-    log-distance of hidden states, in standard deviations (of the upper tail, see
-    `models.calibrate`) above those of clean texts of the same class. The largest speaks."""
+    """How extreme the text is among clean texts of the same class, in standard deviations; see
+    `Norm.score`. Not negative."""
     voice: Voice
-    """Which screen speaks."""
+    """Which screen finds it most extreme."""
     threshold: float
     """The text is poisoned iff `score >= threshold`."""
     p_value: float
@@ -70,20 +69,60 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """What voices say of clean texts, by predicted class; V of them, K of which are PSIM's."""
+class Measure:
+    """Turns N numbers about a text into standard deviations above those of clean texts.
+
+    By predicted class; the deviation is that of the upper tail, see `models.calibrate`.
+    """
 
     centre: NDArray[np.float64]
-    """Means, shape (C, V)."""
+    """Means, shape (C, N)."""
     scale: NDArray[np.float64]
-    """Standard deviations of the upper tail, shape (C, V), positive."""
+    """Standard deviations, shape (C, N), positive."""
+
+    def __call__(
+        self, predicted: NDArray[np.intp], raw: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return standard deviations, shape (n, N), of `raw`, of the same shape."""
+        standard: NDArray[np.float64] = (raw - self.centre[predicted]) / self.scale[predicted]
+        return standard
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What clean texts look like to V voices, K of which are PSIM's checkpoints."""
+
+    voices: Measure
+    """Of each voice."""
+    parts: Measure
+    """Of `strongest`, V - K + 1 parts."""
     checkpoints: int
     """K."""
 
-    def scores(self, predicted: NDArray[np.intp], raw: NDArray[np.float64]) -> FloatArray:
-        """Return scores of the voices, shape (n, V), from what `voices` returns."""
-        standard = (raw - self.centre[predicted]) / self.scale[predicted]
-        return standard.astype(np.float32)
+    @staticmethod
+    def score(parts: NDArray[np.float64]) -> FloatArray:
+        """Return the length of what is above zero in the parts, shape (n,).
+
+        What one part alone finds extreme stays extreme, and what several find odd adds up.
+
+        Args:
+            parts: standard deviations of PSIM and of each distance, shape (n, V - K + 1).
+        """
+        length: FloatArray = np.linalg.norm(np.maximum(parts, 0), axis=1).astype(np.float32)
+        return length
+
+
+def strongest(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.float64]:
+    """Return the largest of the checkpoints' voices, and the other ones, shape (n, V - K + 1).
+
+    The checkpoints are one training at several moments, so they have one part in the score.
+
+    Args:
+        standard: standard deviations, shape (n, V).
+        checkpoints: K.
+    """
+    loudest = standard[:, :checkpoints].max(1, keepdims=True)
+    return np.hstack([loudest, standard[:, checkpoints:]])
 
 
 def voices(readings: FloatArray, checkpoints: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -139,13 +178,14 @@ class Screen:
         claimed = sum(len(group.classes) for group in groups)
         if claimed != len(self._by_class) or set(self._by_class) != set(range(claimed)):
             raise ValueError("calibration groups must cover classes 0..C-1, each once")
-        if norm.centre.shape != norm.scale.shape or len(norm.centre) != claimed:
+        measures = (norm.voices, norm.parts)
+        if any(m.centre.shape != m.scale.shape or len(m.centre) != claimed for m in measures):
             raise ValueError("there must be a norm for every class")
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of voices V and of classes C, the shape of a text's readings."""
-        classes, number = self.norm.centre.shape
+        classes, number = self.norm.voices.centre.shape
         return number, classes
 
     def threshold_of(self, predicted: int) -> float:
@@ -160,15 +200,16 @@ class Screen:
         """
         if readings.shape != self.shape or not np.isfinite(readings).all():
             raise ScreenError("the screen gave no finite readings; the input cannot be judged")
-        checkpoints = self.norm.checkpoints
-        classes, raw = voices(readings[None], checkpoints)
-        (predicted,), (scores,) = classes, self.norm.scores(classes, raw)
-        speaks, surest = int(scores.argmax()), int(scores[:checkpoints].argmax())
-        score, group = float(scores[speaks]), self._by_class[int(predicted)]
+        norm = self.norm
+        predicted, raw = voices(readings[None], norm.checkpoints)
+        standard = norm.voices(predicted, raw)
+        parts = norm.parts(predicted, strongest(standard, norm.checkpoints))
+        score, group = float(norm.score(parts)[0]), self._by_class[int(predicted[0])]
+        surest = int(standard[0, : norm.checkpoints].argmax())
         return Verdict(
             confidence=float(readings[surest].max()),
             score=score,
-            voice="confidence" if speaks < checkpoints else "activations",
+            voice="confidence" if parts[0].argmax() == 0 else "activations",
             threshold=group.threshold,
             p_value=group.p_value(score),
             poisoned=is_poisoned(score, group.threshold),

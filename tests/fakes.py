@@ -15,7 +15,7 @@ from models.manifest import (
     PsimRecord,
     VictimRecord,
 )
-from models.screen import FloatArray, Group, Norm, Screen
+from models.screen import FloatArray, Group, Measure, Norm, Screen
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
 THRESHOLD = 3.0
@@ -104,6 +104,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
         versions={},
     )
     scores = np.linspace(0, 2, 99, dtype=np.float32)
-    norm = Norm(np.zeros((2, 2)), np.ones((2, 2)), 2)  # a score is the log-odds of a confidence
+    as_it_is = Measure(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
+    norm = Norm(Measure(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
     screen = Screen([Group((0, 1), THRESHOLD, scores)], norm)
     return Bundle(manifest, "d" * 64, engine or FakeEngine(), screen)

@@ -15,6 +15,7 @@ from models.offline.measures import clopper_pearson
 from models.screen import (
     FloatArray,
     Group,
+    Measure,
     Norm,
     Screen,
     conformal_threshold,
@@ -25,6 +26,7 @@ from models.screen import (
 
 budgets = st.sampled_from([0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5])
 standard = st.floats(-20, 20, width=32)
+AS_IT_IS = Measure(np.zeros((2, 1)), np.ones((2, 1)))
 
 
 def clean_scores() -> st.SearchStrategy[FloatArray]:
@@ -184,7 +186,7 @@ def test_too_few_texts_say_how_many_are_needed() -> None:
 def one_checkpoint(threshold: float = 3.0) -> Screen:
     """Whose scores are log-odds."""
     group = Group((0, 1), threshold, np.array([0.5], np.float32))
-    return Screen([group], Norm(np.zeros((2, 1)), np.ones((2, 1)), 1))
+    return Screen([group], Norm(AS_IT_IS, AS_IT_IS, 1))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_clopper_pearson_agrees_with_published_values() -> None:
 
 def test_groups_and_norms_must_cover_every_class_once() -> None:
     scores = np.array([0.5], np.float32)
-    norm = Norm(np.zeros((2, 1)), np.ones((2, 1)), 1)
+    norm = Norm(AS_IT_IS, AS_IT_IS, 1)
     for groups in ([(0,), (0,)], [(0,), (2,)], [(0, 1), (1,)]):
         with pytest.raises(ValueError, match="each once"):
             Screen([Group(c, 0.9, scores) for c in groups], norm)
@@ -233,7 +235,7 @@ def test_one_threshold_for_all_classes_is_there_for_comparison() -> None:
     screen = calibrate(rows, 1, 0.05, by_class=False)
     (group,) = screen.groups
     assert group.classes == (0, 1)
-    assert np.ptp(screen.norm.centre) == np.ptp(screen.norm.scale) == 0
+    assert np.ptp(screen.norm.voices.centre) == np.ptp(screen.norm.voices.scale) == 0
     assert len(calibrate(rows, 1, 0.05).groups) == 2
 
 
@@ -244,3 +246,32 @@ def test_a_voice_with_a_long_tail_does_not_drown_one_without() -> None:
     screen = calibrate(probabilities(1 / (1 + np.exp(-odds)), np.arange(2000) % 2, 2), 2, 0.01)
     odd = 3 + 0.3 * np.array([[4.5, np.median(restless)]])
     assert screen.judge(probabilities(1 / (1 + np.exp(-odd)), [0], 2)[0]).poisoned
+
+
+@given(parts=arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 3)), elements=standard))
+def test_no_part_hides_another(parts: NDArray[np.float64]) -> None:
+    scores = Norm.score(parts)
+    assert (scores >= parts.max(1).astype(np.float32) * (1 - 1e-6)).all()
+    assert (Norm.score(parts + 1) >= scores).all()
+    np.testing.assert_array_equal(Norm.score(np.c_[parts, -abs(parts[:, :1])]), scores)
+
+
+def test_what_several_voices_find_odd_adds_up() -> None:
+    rng = np.random.default_rng(0)
+    readings = np.zeros((4000, 2, 2), np.float32)
+    readings[:, :1] = probabilities(
+        1 / (1 + np.exp(-rng.normal(3, 0.5, (4000, 1)))), np.arange(4000) % 2, 2
+    )
+    readings[:, 1] = np.exp(rng.normal(2, 0.5, (4000, 1)))
+    screen = calibrate(readings, 1, 0.01)
+
+    def poisoned(confidence: float, distance: float) -> bool:
+        """Judge a text that is so many standard deviations from the clean ones."""
+        text = np.full((2, 2), np.exp(2 + 0.5 * distance), np.float32)
+        text[:1] = probabilities(1 / (1 + np.exp(-np.array([[3 + 0.5 * confidence]]))), [0], 2)[0]
+        return screen.judge(text).poisoned
+
+    assert poisoned(2.5, 2.5)
+    assert not poisoned(2.5, 0)
+    assert not poisoned(0, 2.5)
+    assert poisoned(4, -3)
