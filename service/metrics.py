@@ -69,7 +69,7 @@ class Metrics:
         )
         self.overload = Counter("psim_overload", "Refused for load", ["reason"], registry=r)
         self.worker_restarts = Counter(
-            "psim_worker_restarts", "Restarts of the inference worker", registry=r
+            "psim_worker_restarts", "Attempts to restart the inference worker", registry=r
         )
         self.fail_open = Counter(
             "psim_fail_open", "Inputs classified although screening failed", registry=r
