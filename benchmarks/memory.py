@@ -1,12 +1,11 @@
 """Resident memory of the service over many requests of random lengths.
 
 A server in a process of its own, over loopback. Texts are random tokens of the bundle's vocabulary,
-of 3 tokens to the model's maximum with a density that falls as length**-1.5: every length comes, and
-short ones dominate, as in traffic. How many callers ask at once is drawn anew, from 1 to 64, every
-hundredth or so of the run, so that batches have all shapes. Shadow mode, so that everything is
-screened and classified.
+of 3 tokens to the model's maximum with a density that falls as length**-2: every length comes, and
+short ones dominate, as in traffic. How many callers ask at once is drawn anew for each 200th of the
+run, from 1 to 64, so that batches have all shapes. Shadow mode: all is screened and classified.
 
-    python benchmarks/memory.py BUNDLE --out FOLDER
+    python benchmarks/memory.py BUNDLE OUT
 """
 
 import asyncio
@@ -67,9 +66,9 @@ def is_ready(url: str) -> bool:
 def random_texts(bundle: Path, count: int, rng: np.random.Generator) -> Iterator[str]:
     """Yield texts by inverse transform sampling of their lengths in tokens."""
     tokenizer: Any = AutoTokenizer.from_pretrained(bundle / "tokenizer")
-    low, high = SHORTEST**-0.5, read_manifest(bundle)[0].max_length ** -0.5
+    short, long = 1 / SHORTEST, 1 / read_manifest(bundle)[0].max_length
     for u in rng.random(count):
-        length = round((low - u * (low - high)) ** -2)
+        length = round(1 / (short - u * (short - long)))
         ids = rng.integers(0, len(tokenizer), length - 2)
         yield tokenizer.decode(ids, skip_special_tokens=True).strip() or "word"
 
