@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import typer
 from matplotlib.figure import Figure
+from numpy.polynomial import Polynomial
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -105,8 +106,8 @@ def resident(process: psutil.Process) -> float:
 
 def growth(points: list[tuple[int, float]]) -> float:
     """Return MB per 100,000 requests in the second half, by least squares."""
-    half = [point for point in points if point[0] >= points[-1][0] / 2]
-    return 1e5 * float(np.polyfit(*zip(*half, strict=True), 1)[0])
+    requests, resident = np.array(points[len(points) // 2 :]).T
+    return 1e5 * float(Polynomial.fit(requests, resident, 1).convert().coef[1])
 
 
 def plot(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
