@@ -7,7 +7,7 @@ run, from 1 to 64, so that batches have all shapes. Shadow mode: all is screened
 
     python benchmarks/memory.py BUNDLE OUT
 
-With ONEDNN_PRIMITIVE_CACHE_CAPACITY=1024 in the environment it is as oneDNN has it.
+The server has the environment of this command: ONEDNN_PRIMITIVE_CACHE_CAPACITY=64, say, is tried so.
 """
 
 import asyncio

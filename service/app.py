@@ -1,7 +1,6 @@
 """The composition root: settings, bundle, gateway, application. The only place that wires."""
 
 import logging
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -22,10 +21,6 @@ from service.victim import LocalVictim
 
 log = logging.getLogger(__name__)
 
-ONEDNN_PRIMITIVES = 64
-"""Kernels that oneDNN keeps; one for each shape of a batch. Its own 1,024 of them cut the heap into
-pieces that are never given back: hundreds of MB (docs/performance.md)."""
-
 
 def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     """Load the bundle that `settings` name, unless one is given, and build the application.
@@ -33,8 +28,6 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     Raises:
         BundleError: the bundle cannot be served.
     """
-    # Read when the first of them is made, so before the bundle is tried.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_PRIMITIVES))
     torch.set_num_threads(settings.threads or usable_cpus())
     bundle = bundle or load_bundle(settings.bundle, settings.dtype)
     metrics = Metrics(bundle, settings.mode)
