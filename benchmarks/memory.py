@@ -7,7 +7,7 @@ run, from 1 to 64, so that batches have all shapes. Shadow mode: all is screened
 
     python benchmarks/memory.py BUNDLE OUT
 
-The server has the environment of this command: ONEDNN_PRIMITIVE_CACHE_CAPACITY=64, say, is tried so.
+The server has the environment of this command, such as ONEDNN_PRIMITIVE_CACHE_CAPACITY.
 """
 
 import asyncio

@@ -235,7 +235,7 @@ class Batcher:
         ]
 
     def _run_screen(self, batch: list[tuple[_ScreenJob, Encoding]]) -> None:
-        jobs = [job for job, _ in batch]
+        self._taken = jobs = [job for job, _ in batch]
         encodings = [encoding for _, encoding in batch]
         self._start(jobs, encodings)
 
@@ -257,6 +257,7 @@ class Batcher:
             return Screened(None, state)
 
     def _run_classify(self, waiting: list[_ClassifyJob]) -> None:
+        self._taken = waiting
         lengths = [len(job.given) for job in waiting]
         for batch in length_sorted_batches(lengths, self._settings.batch_tokens):
             jobs = [waiting[i] for i in batch if not waiting[i].future.cancelled()]
@@ -266,8 +267,7 @@ class Batcher:
             self._post([(job, _probabilities(row)) for job, row in zip(jobs, rows, strict=True)])
 
     def _start(self, jobs: Sequence[_Job[Any, Any]], states: Sequence[State]) -> None:
-        """Note that a batch is in hand, how long it has waited, and its size."""
-        self._taken = jobs
+        """Note how long the inputs of a batch have waited, and its size."""
         if not jobs:
             return
         now = time.perf_counter()

@@ -263,6 +263,26 @@ def test_an_engine_that_fails_on_everything_is_given_up_and_nobody_is_left_waiti
     run(check)
 
 
+def test_a_worker_that_dies_while_classifying_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine, batch_tokens=2, restarts=1) as batcher:
+            screened = [timed.value for timed in await batcher.screen(["a b"] * 5)]
+
+            def die(batch: object) -> None:
+                raise SystemExit
+
+            monkeypatch.setattr(engine, "classify", die)
+            with pytest.raises(NotReady):  # five batches, of which the first one kills it
+                await batcher.classify([one.state for one in screened])
+            monkeypatch.undo()
+            await batcher.screen(["c"])
+
+    run(check)
+
+
 def test_an_engine_that_recovers_is_served_again() -> None:
     async def check() -> None:
         engine = FakeEngine()
