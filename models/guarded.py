@@ -253,7 +253,8 @@ class Guarded(nn.Module):
         read = self.trunk.read_positions(mask)
         rows = self.tail(hidden, mask, read, self.checkpoints, rotation)
         logits = self.tail.head(rows[:, :-1].flatten(0, 1))
-        return logits.view(len(rows), len(self.checkpoints), -1), rows[:, -1]
+        # Copied, since a view would keep those of all branches alive until it is classified.
+        return logits.view(len(rows), len(self.checkpoints), -1), rows[:, -1].clone()
 
     def _by_whole_passes(self, inputs: Inputs) -> tuple[torch.Tensor, None]:
         logits = []

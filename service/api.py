@@ -149,14 +149,14 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
 
     @router.get("/live")
     async def live() -> dict[str, str]:
-        """Say that the process answers."""
+        """Say that the process answers; 503 when only a new process helps."""
+        _require(not gateway.health.beyond_repair, gateway)
         return {"status": "live"}
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:
         """Say whether PSIM and the classifier answer: 503 while not."""
-        if not gateway.ready:
-            raise NotReady("the inference worker is starting, has died, or is draining")
+        _require(gateway.ready, gateway)
         return {"status": "ready"}
 
     @router.get("/info")
@@ -183,6 +183,11 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
         return Response(encode(metrics.registry), headers={"content-type": content_type})
 
     return router
+
+
+def _require(fit: bool, gateway: Gateway) -> None:
+    if not fit:
+        raise NotReady(f"the inference worker {gateway.health}")
 
 
 async def _while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:

@@ -1,16 +1,17 @@
 """Dynamic batches in one inference thread: engine and tokenizer are not thread-safe.
 
-Batches form while the device is busy: whatever waits when it is free is taken, sorted by length and
-cut into batches by a token budget. Nothing waits for company. Classifying goes before screening,
-since it finishes requests.
+Batches form while the device is busy; nothing waits for company. Callers take turns, text by text,
+in a window of texts that are tokenized. Of what waits there, sorted by length and cut by a token
+budget, the batch of the shortest and that of the oldest text run in turns: a short text does not
+wait for long ones, and no text waits for ever. Classifying goes before screening, since it finishes
+requests.
 """
 
 import asyncio
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -19,14 +20,15 @@ from models.bundle import Bundle
 from models.engines import Encoding, State
 from models.errors import ScreenError
 from models.screen import FloatArray, Verdict
-from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed
+from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
 from service.metrics import Metrics
 from service.settings import Settings
+from service.worker import Health, Worker
 
 log = logging.getLogger(__name__)
 
-MAX_TAKEN = 64
-"""Inputs taken from the queue at once, so that a long queue does not keep classifying waiting."""
+WINDOW = 64
+"""Texts among which a batch is chosen, and states that are classified before more are screened."""
 
 Given = TypeVar("Given")
 Answer = TypeVar("Answer")
@@ -69,19 +71,24 @@ class Batcher:
 
     Raises from `screen` and `classify`:
         Overloaded: the queue is full; nothing was queued.
-        NotReady: the worker is not running.
+        NotReady: the worker does not run, or died with the input in hand.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics) -> None:
         self._engine, self._screen = bundle.engine, bundle.screen
         self._settings, self._metrics = settings, metrics
         self._inputs = self._chars = 0
-        self._to_screen: deque[_ScreenJob] = deque()
+        self._to_screen: deque[deque[_ScreenJob]] = deque()
+        """By caller; the next one first."""
         self._to_classify: deque[_ClassifyJob] = deque()
-        self._taken: Sequence[_ScreenJob | _ClassifyJob] = ()
-        self._wake = threading.Condition()
-        self._closing = False
-        self._worker = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._window: list[tuple[_ScreenJob, Encoding]] = []
+        """Oldest first. Only the worker changes it."""
+        self._taken: Sequence[_Job[Any, Any]] = ()
+        self._oldest_next = False
+        self._recent: deque[float] = deque([0.0], maxlen=16)
+        self._worker = Worker(
+            self._step, self._probe, self._answer_taken, self._answer_all, settings, metrics
+        )
 
     def start(self) -> None:
         """Start the inference thread, from the event loop that will call."""
@@ -89,28 +96,33 @@ class Batcher:
         self._worker.start()
 
     @property
+    def health(self) -> Health:
+        """How the inference thread is."""
+        return self._worker.health
+
+    @property
     def alive(self) -> bool:
-        """True while the worker takes jobs."""
-        return self._worker.is_alive() and not self._closing
+        """True while the worker answers."""
+        return self.health is Health.RUNNING
 
     async def close(self) -> None:
         """Answer what is queued, then stop the worker; later calls raise `NotReady`."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        await asyncio.to_thread(self._worker.join)
-        await asyncio.sleep(0)  # lets the answers that the worker posted reach their futures
+        await self._worker.close(self._settings.drain_s)
 
     async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
-        """Screen texts; one that cannot even be tokenized fails the call with `ScreenFailed`."""
+        """Screen texts; one that cannot even be tokenized fails the call with `ScreenFailed`.
+
+        Raises:
+            TimedOut: the queue was so long that the answer would have been late.
+        """
         chars = sum(map(len, texts))
         self._admit(len(texts), chars)
         jobs = [_ScreenJob(text, self._loop.create_future()) for text in texts]
         try:
-            self._enqueue(self._to_screen, jobs)
+            self._enqueue(self._to_screen, [deque(jobs)])
             return await _all(jobs)
         finally:
-            self._release(len(texts), chars)
+            self._account(-len(texts), -chars)
 
     async def classify(self, states: Sequence[State]) -> list[Timed[FloatArray]]:
         """Return the victim's probabilities, each of shape (C,); any failure fails the call."""
@@ -128,77 +140,114 @@ class Batcher:
                 raise Overloaded(reason)
         self._account(inputs, chars)
 
-    def _release(self, inputs: int, chars: int) -> None:
-        self._account(-inputs, -chars)
-
     def _account(self, inputs: int, chars: int) -> None:
         self._inputs += inputs
         self._chars += chars
         self._metrics.queue_inputs.set(self._inputs)
         self._metrics.queue_characters.set(self._chars)
 
-    def _enqueue(
-        self, queue: "deque[_Job[Given, Answer]]", jobs: "list[_Job[Given, Answer]]"
-    ) -> None:
-        with self._wake:
-            if not self.alive:
-                raise NotReady("the inference worker is not running")
-            queue.extend(jobs)
-            self._wake.notify()
+    def _enqueue(self, queue: "deque[_In]", items: "Iterable[_In]") -> None:
+        with self._worker.wake:
+            # A worker that is being restarted will soon be back, or answer everybody.
+            if self.health not in (Health.RUNNING, Health.RESTARTING):
+                raise NotReady(f"the inference worker {self.health}")
+            queue.extend(items)
+            self._worker.wake.notify()
 
     # Everything below runs in the inference thread.
 
-    def _work(self) -> None:
-        try:
-            while self._step():
-                pass
-        except BaseException:
-            log.exception("the inference worker died")
-        finally:
-            with self._wake:
-                self._closing = True
-                left: list[_Job[Any, Any]] = [
-                    *self._taken,
-                    *self._to_classify,
-                    *self._to_screen,
-                ]
-                self._to_classify.clear()
-                self._to_screen.clear()
-            for job in left:
-                self._post([(job, NotReady("the inference worker stopped"))])
-
     def _step(self) -> bool:
-        """Take what waits and answer it; return False when closed and nothing is left."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._to_classify or self._to_screen or self._closing)
-            classify, screen = _take(self._to_classify), []
-            if not classify:
-                screen = _take(self._to_screen)
-            self._taken = classify or screen
-            finished = self._closing and not self._taken
-        self._run_classify(classify)
-        self._run_screen(screen)
+        """Classify what waits, or else screen a batch; return False when closed and all is done."""
+        worker = self._worker
+        with worker.wake:
+            if not self._window:
+                worker.wake.wait_for(lambda: self._to_classify or self._to_screen or worker.closing)
+            states = self._next_states()
+            fresh = [] if states else self._next_texts(WINDOW - len(self._window))
+        started = time.perf_counter()
+        if states:
+            self._run_classify(states)
+        else:
+            self._tokenize(fresh)
+            self._run_screen(self._next_batch())
         self._taken = ()
-        return not finished
+        self._recent.append(time.perf_counter() - started)
+        return bool(states or fresh or self._window) or not worker.closing
 
-    def _run_screen(self, jobs: list[_ScreenJob]) -> None:
-        self._start_clock(jobs)
+    def _next_states(self) -> list[_ClassifyJob]:
+        queue = self._to_classify
+        return [queue.popleft() for _ in range(min(WINDOW, len(queue)))]
+
+    def _next_texts(self, most: int) -> list[_ScreenJob]:
+        """Take texts off the queue, one of each caller in turn, so that nobody waits for a crowd.
+
+        Those whose caller has gone are dropped before they cost anything.
+        """
+        taken: list[_ScreenJob] = []
+        while self._to_screen and len(taken) < most:
+            caller = self._to_screen.popleft()
+            job = caller.popleft()
+            if caller:
+                self._to_screen.append(caller)
+            if not job.future.cancelled():
+                taken.append(job)
+        return taken
+
+    def _tokenize(self, jobs: list[_ScreenJob]) -> None:
+        self._taken = jobs
         texts = [job.given for job in jobs]
+        encodings = self._outputs("tokenize", jobs, texts, self._engine.encode)
         refused = ScreenFailed("an input could not be tokenized")
-        encodings = self._answer(jobs, texts, self._engine.encode, "tokenize", lambda _: refused)
+        for job, encoding in zip(jobs, encodings, strict=True):
+            if encoding is None:
+                self._post([(job, refused)])
+            else:
+                self._window.append((job, encoding))
 
-        def judge(indices: list[int]) -> None:
-            batch = [encodings[i] for i in indices]
-            chosen = [jobs[i] for i in indices]
-            rows: dict[int, tuple[FloatArray, State]] = self._answer(
-                chosen, batch, self._screen_rows, "screen", lambda one: Screened(None, one)
-            )
-            self._post([(chosen[i], self._judge(batch[i], *row)) for i, row in rows.items()])
+    def _next_batch(self) -> list[tuple[_ScreenJob, Encoding]]:
+        """Take from the window the batch that is to run, which may be none."""
+        self._drop_the_gone_and_the_late()
+        lengths = [len(encoding) for _, encoding in self._window]
+        batches = list(length_sorted_batches(lengths, self._settings.batch_tokens))
+        if not batches:
+            return []
+        self._oldest_next = not self._oldest_next
+        chosen = next(b for b in batches if 0 in b) if self._oldest_next else batches[-1]
+        batch = [self._window[i] for i in chosen]
+        self._window = [one for i, one in enumerate(self._window) if i not in set(chosen)]
+        return batch
 
-        self._in_batches(jobs, encodings, judge)
+    def _drop_the_gone_and_the_late(self) -> None:
+        """Spend nothing on answers that come too late: under overload all of them would.
 
-    def _screen_rows(self, batch: Sequence[Encoding]) -> Iterable[tuple[FloatArray, State]]:
-        return zip(*self._engine.screen(batch), strict=True)
+        A text may need two steps more, and of others that go first.
+        """
+        limit = self._settings.request_timeout_s
+        born = time.perf_counter() - limit + min(2 * max(self._recent), limit / 2)
+        late = [
+            (job, TimedOut("the queue is too long")) for job, _ in self._window if job.queued < born
+        ]
+        self._post(late)
+        self._window = [
+            (job, encoding)
+            for job, encoding in self._window
+            if job.queued >= born and not job.future.cancelled()
+        ]
+
+    def _run_screen(self, batch: list[tuple[_ScreenJob, Encoding]]) -> None:
+        self._taken = jobs = [job for job, _ in batch]
+        encodings = [encoding for _, encoding in batch]
+        self._start(jobs, encodings)
+
+        def screen(inputs: Sequence[Encoding]) -> Iterable[tuple[FloatArray, State]]:
+            return zip(*self._engine.screen(inputs), strict=True)
+
+        rows = self._outputs("screen", jobs, encodings, screen)
+        judged = [
+            Screened(None, encoding) if row is None else self._judge(encoding, *row)
+            for encoding, row in zip(encodings, rows, strict=True)
+        ]
+        self._post(list(zip(jobs, judged, strict=True)))
 
     def _judge(self, encoding: Encoding, readings: FloatArray, state: State) -> Screened:
         try:
@@ -207,76 +256,92 @@ class Batcher:
             log.error("screen gave no finite readings")
             return Screened(None, state)
 
-    def _run_classify(self, jobs: list[_ClassifyJob]) -> None:
-        self._start_clock(jobs)
+    def _run_classify(self, waiting: list[_ClassifyJob]) -> None:
+        self._taken = waiting
+        lengths = [len(job.given) for job in waiting]
+        for batch in length_sorted_batches(lengths, self._settings.batch_tokens):
+            jobs = [waiting[i] for i in batch if not waiting[i].future.cancelled()]
+            states = [job.given for job in jobs]
+            self._start(jobs, states)
+            rows = self._outputs("classify", jobs, states, self._engine.classify)
+            self._post([(job, _probabilities(row)) for job, row in zip(jobs, rows, strict=True)])
 
-        def classify(indices: list[int]) -> None:
-            chosen = [jobs[i] for i in indices]
-            batch = [job.given for job in chosen]
-            failed = ClassifyFailed("the classifier failed on an input")
-            rows = self._answer(chosen, batch, self._engine.classify, "classify", lambda _: failed)
-            self._post([(chosen[i], self._finite(row)) for i, row in rows.items()])
-
-        self._in_batches(jobs, {i: job.given for i, job in enumerate(jobs)}, classify)
-
-    @staticmethod
-    def _finite(row: FloatArray) -> FloatArray | Exception:
-        if not (row == row).all():
-            return ClassifyFailed("the classifier gave no finite probabilities")
-        return row
-
-    def _start_clock(self, jobs: Sequence[_ScreenJob | _ClassifyJob]) -> None:
+    def _start(self, jobs: Sequence[_Job[Any, Any]], states: Sequence[State]) -> None:
+        """Note how long the inputs of a batch have waited, and its size."""
+        if not jobs:
+            return
         now = time.perf_counter()
         for job in jobs:
-            waited = now - job.queued
+            waited = now - job.queued - job.stages.get("tokenize", 0.0)
             self._metrics.stage_seconds.labels("queue").observe(waited)
             job.stages["queue"] = waited
+        self._metrics.batch_inputs.observe(len(jobs))
+        self._metrics.batch_tokens.observe(len(jobs) * max(map(len, states)))
 
-    def _in_batches(
+    def _outputs(
         self,
-        jobs: Sequence[_ScreenJob | _ClassifyJob],
-        encodings: Mapping[int, State],
-        run: Callable[[list[int]], None],
-    ) -> None:
-        """Call `run` with indices of jobs, batch by batch, leaving out callers that have gone."""
-        keys = list(encodings)
-        lengths = [len(encodings[key]) for key in keys]
-        for batch in length_sorted_batches(lengths, self._settings.batch_tokens):
-            waiting = [i for i in batch if not jobs[keys[i]].future.cancelled()]
-            if waiting:
-                self._metrics.batch_inputs.observe(len(waiting))
-                self._metrics.batch_tokens.observe(len(waiting) * max(lengths[i] for i in waiting))
-                run([keys[i] for i in waiting])
-
-    def _answer(
-        self,
-        jobs: "Sequence[_Job[Given, Answer]]",
-        inputs: "Sequence[_In]",
-        forward: "Callable[[Sequence[_In]], Iterable[_Out]]",
         stage: str,
-        fallback: "Callable[[_In], Answer | Exception]",
-    ) -> "dict[int, _Out]":
-        """Return outputs by index; where a batch fails, each row is tried alone, and the rows that
-        fail again are answered with `fallback`."""
+        jobs: Sequence[_Job[Any, Any]],
+        inputs: Sequence[_In],
+        run: Callable[[Sequence[_In]], Iterable[_Out]],
+    ) -> list[_Out | None]:
+        """Return what the engine makes of a batch; if it fails, each row is tried alone.
+
+        None is for rows that fail again, and for those whose caller has gone meanwhile. Tokenizers
+        in Rust panic past `Exception`.
+
+        Raises:
+            BaseException: every row failed, and a text that is known to be good did too.
+        """
+        if not inputs:
+            return []
         started = time.perf_counter()
-        outputs: dict[int, _Out] = {}
-        failed: list[int] = []
+        outputs: list[_Out | None]
         try:
-            outputs = dict(enumerate(forward(inputs))) if inputs else {}
-        except Exception:
-            for index, one in enumerate(inputs):
-                try:
-                    outputs[index] = next(iter(forward([one])))
-                except Exception as error:
-                    # The type only: messages of tokenizers may quote the text.
-                    log.error("%s failed for one input: %s", stage, type(error).__name__)
-                    failed.append(index)
+            with self._worker.busy():
+                outputs = list(run(inputs))
+        except BaseException:
+            outputs = [
+                None if job.future.cancelled() else self._alone(stage, one, run)
+                for job, one in zip(jobs, inputs, strict=True)
+            ]
+            if all(output is None for output in outputs):
+                self._probe()
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds.labels(stage).observe(seconds)
         for job in jobs:
             job.stages[stage] = seconds
-        self._post([(jobs[i], fallback(inputs[i])) for i in failed])
         return outputs
+
+    def _alone(
+        self, stage: str, one: _In, run: Callable[[Sequence[_In]], Iterable[_Out]]
+    ) -> _Out | None:
+        try:
+            with self._worker.busy():
+                return next(iter(run([one])))
+        except BaseException as error:
+            # The type only: messages of tokenizers may quote the text.
+            log.error("%s failed for one input: %s", stage, type(error).__name__)
+            return None
+
+    def _probe(self) -> None:
+        """Raise unless the engine screens and classifies a text that is known to be good."""
+        with self._worker.busy():
+            readings, states = self._engine.screen(self._engine.encode(["warm up"]))
+            self._screen.judge(readings[0])
+            self._engine.classify(states)
+
+    def _answer_taken(self) -> None:
+        self._post([(job, NotReady("the inference worker died")) for job in self._taken])
+        self._taken = ()
+
+    def _answer_all(self) -> None:
+        with self._worker.wake:
+            waiting = [job for caller in self._to_screen for job in caller]
+            left = [*self._taken, *(job for job, _ in self._window), *waiting, *self._to_classify]
+            self._to_screen.clear()
+            self._to_classify.clear()
+        self._post([(job, NotReady("the inference worker stopped")) for job in left])
 
     def _post(self, answers: "Sequence[tuple[_Job[Given, Answer], Answer | Exception]]") -> None:
         if not answers:
@@ -287,6 +352,14 @@ class Batcher:
             log.warning("the event loop is gone; %d answers have no taker", len(answers))
 
 
+def _probabilities(row: FloatArray | None) -> FloatArray | Exception:
+    if row is None:
+        return ClassifyFailed("the classifier failed on an input")
+    if not (row == row).all():
+        return ClassifyFailed("the classifier gave no finite probabilities")
+    return row
+
+
 async def _all(jobs: "Sequence[_Job[Given, Answer]]") -> "list[Timed[Answer]]":
     """Await all answers; the first failure is raised once every one is there."""
     answers = await asyncio.gather(*(job.future for job in jobs), return_exceptions=True)
@@ -294,16 +367,6 @@ async def _all(jobs: "Sequence[_Job[Given, Answer]]") -> "list[Timed[Answer]]":
         if isinstance(answer, BaseException):
             raise answer
     return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-
-def _take(queue: "deque[_Job[Given, Answer]]") -> "list[_Job[Given, Answer]]":
-    """Take jobs off a queue; those whose caller has gone are dropped before they cost anything."""
-    jobs: list[_Job[Given, Answer]] = []
-    while queue and len(jobs) < MAX_TAKEN:
-        job = queue.popleft()
-        if not job.future.cancelled():
-            jobs.append(job)
-    return jobs
 
 
 def _deliver(answers: "Sequence[tuple[_Job[Given, Answer], Answer | Exception]]") -> None:

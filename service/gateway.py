@@ -28,6 +28,7 @@ from service.schemas import (
 )
 from service.settings import Mode, Settings
 from service.victim import Victim
+from service.worker import Health
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,11 @@ class Gateway:
         ready = self._warm and self._batcher.alive
         self._metrics.ready.set(ready)
         return ready
+
+    @property
+    def health(self) -> Health:
+        """How the inference worker is."""
+        return self._batcher.health
 
     async def _screened(self, entry: Entry, texts: Sequence[str]) -> list[Screened]:
         answers = await self._batcher.screen(texts)

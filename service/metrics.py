@@ -68,6 +68,9 @@ class Metrics:
             "psim_queue_characters", "Characters waiting or running", registry=r
         )
         self.overload = Counter("psim_overload", "Refused for load", ["reason"], registry=r)
+        self.worker_restarts = Counter(
+            "psim_worker_restarts", "Attempts to restart the inference worker", registry=r
+        )
         self.fail_open = Counter(
             "psim_fail_open", "Inputs classified although screening failed", registry=r
         )

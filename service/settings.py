@@ -54,6 +54,10 @@ class Settings(BaseSettings):
     batch_tokens: int = Field(4096, ge=1)
     """Padded tokens per forward pass."""
     request_timeout_s: float = Field(30, gt=0)
+    restarts: int = Field(5, ge=0)
+    """Deaths of the inference thread within a minute after which it is started again."""
+    stall_s: float = Field(60, gt=0)
+    """A forward pass that takes longer hangs."""
     drain_s: int = Field(20, ge=0)
     """Time for running requests to end after SIGTERM."""
     threads: int = Field(0, ge=0)

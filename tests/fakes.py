@@ -18,8 +18,14 @@ from models.manifest import (
 from models.screen import FloatArray, Group, Measure, Norm, Screen
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
+PANIC, CLASSLESS = "panic", "noclass"
+"""Words that have screening fail past `Exception`, and that have classifying fail."""
 THRESHOLD = 3.0
 MAX_LENGTH = 32
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise."""
 
 
 class FakeEngine:
@@ -31,6 +37,7 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.batches: list[int] = []
+        self.screened: list[tuple[int, ...]] = []
         self.classified: list[tuple[int, ...]] = []
         self.dies = False
 
@@ -44,12 +51,15 @@ class FakeEngine:
         if self.dies:
             raise SystemExit
         self.batches.append(len(batch))
-        _refuse_broken(batch)
+        _refuse(batch, BROKEN, RuntimeError)
+        _refuse(batch, PANIC, PanicException)
+        self.screened += [e.input_ids for e in batch]
         top = [_confidence(e) for e in batch]
         readings = np.array([[[0.5, 0.5], [p, 1 - p]] for p in top], np.float32)
         return Screening(readings, batch)
 
     def classify(self, batch: Sequence[State]) -> FloatArray:
+        _refuse([e for e in batch if isinstance(e, Encoding)], CLASSLESS, RuntimeError)
         self.classified += [e.input_ids for e in batch if isinstance(e, Encoding)]
         return np.array([[0.2, 0.8] if len(e) % 2 else [0.7, 0.3] for e in batch], np.float32)
 
@@ -64,9 +74,9 @@ def _code(word: str) -> int:
     return int.from_bytes(word.encode()[:6], "big")
 
 
-def _refuse_broken(batch: Sequence[Encoding]) -> None:
-    if any(_code(BROKEN) in e.input_ids for e in batch):
-        raise RuntimeError("broken")
+def _refuse(batch: Sequence[Encoding], word: str, error: type[BaseException]) -> None:
+    if any(_code(word) in e.input_ids for e in batch):
+        raise error(word)
 
 
 def _confidence(encoding: Encoding) -> float:

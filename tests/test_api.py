@@ -348,18 +348,42 @@ def test_an_answer_that_takes_too_long_is_a_504() -> None:
     asyncio.run(run())
 
 
-def test_ready_turns_503_when_the_worker_dies_and_nothing_hangs() -> None:
+async def fitness(client: httpx.AsyncClient) -> list[int]:
+    answers = [await client.get(path) for path in ("/ready", "/live")]
+    for answer in answers:
+        assert answer.is_success or "the inference worker" in answer.json()["detail"]
+    assert await metric(client, "psim_ready") == answers[0].is_success
+    return [answer.status_code for answer in answers]
+
+
+def test_ready_turns_503_while_the_worker_restarts_and_live_when_that_does_not_help() -> None:
     async def run() -> None:
         engine = FakeEngine()
-        async with client_of(engine) as client:
-            assert (await client.get("/ready")).status_code == 200
+        async with client_of(engine, restarts=2) as client:
+            assert await fitness(client) == [200, 200]
             engine.dies = True
             answer = await client.post("/classify", json={"inputs": CLEAN})
-            assert answer.status_code == 503
-            assert (await client.get("/ready")).status_code == 503
-            assert (await client.get("/live")).status_code == 200
-            assert await metric(client, "psim_ready") == 0
-            assert (await client.post("/classify", json={"inputs": CLEAN})).status_code == 503
+            assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+            assert await fitness(client) == [503, 200]
+            answer = await client.post("/classify", json={"inputs": CLEAN})
+            assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+            assert await fitness(client) == [503, 503]
+            assert await metric(client, "psim_worker_restarts_total") == 2
+
+    asyncio.run(run())
+
+
+def test_ready_and_live_turn_503_while_a_forward_pass_hangs() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        async with client_of(engine, stall_s=0.1, request_timeout_s=0.3) as client:
+            engine.gate.clear()
+            answer = await client.post("/classify", json={"inputs": CLEAN})
+            assert answer.status_code == 504
+            assert await fitness(client) == [503, 503]
+            engine.gate.set()
+            await asyncio.sleep(0.05)
+            assert await fitness(client) == [200, 200]
 
     asyncio.run(run())
 

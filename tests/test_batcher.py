@@ -1,36 +1,52 @@
 """The batcher: every caller gets the answer to its own text, whatever the others do."""
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import BROKEN, TRIGGER, FakeEngine, fake_bundle
+from fakes import BROKEN, CLASSLESS, NAN, PANIC, TRIGGER, UNREADABLE, FakeEngine, fake_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.batching import length_sorted_batches
 from service.batcher import Batcher, Screened
-from service.errors import NotReady, Overloaded
+from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
 from service.metrics import Metrics
 from service.settings import Mode, Settings
+from service.worker import Health
 
-words = st.sampled_from(["film", "quiet", TRIGGER, BROKEN, "x"])
+SPECIAL = [TRIGGER, BROKEN, NAN, PANIC, CLASSLESS]
+words = st.sampled_from(["film", "quiet", "x", *SPECIAL])
 texts = st.lists(words, min_size=1, max_size=12).map(" ".join)
 
 
 @asynccontextmanager
 async def running(engine: FakeEngine, **changes: Any) -> AsyncIterator[Batcher]:
     bundle = fake_bundle(engine)
-    batcher = Batcher(
-        bundle, Settings(bundle=Path("unused"), **changes), Metrics(bundle, Mode.ENFORCE)
-    )
+    metrics = Metrics(bundle, Mode.ENFORCE)
+    batcher = Batcher(bundle, Settings(bundle=Path("unused"), **changes), metrics)
     batcher.start()
-    yield batcher
-    engine.gate.set()
-    await batcher.close()
+    try:
+        yield batcher
+        engine.gate.set()
+        await batcher.close()
+        assert value(batcher, "psim_queue_inputs") == value(batcher, "psim_queue_characters") == 0
+    finally:
+        engine.gate.set()
+
+
+def value(batcher: Batcher, metric: str) -> float | None:
+    return batcher._metrics.registry.get_sample_value(metric)
+
+
+async def until(true: Callable[[], object]) -> None:
+    while not true():
+        await asyncio.sleep(0.002)
 
 
 def run(check: Callable[[], Awaitable[None]]) -> None:
@@ -41,37 +57,72 @@ def run(check: Callable[[], Awaitable[None]]) -> None:
 
 
 def is_answer_to(text: str, screened: Screened) -> bool:
-    if BROKEN in text:
+    if any(word in text for word in (BROKEN, NAN, PANIC)):
         return screened.verdict is None
     verdict = screened.verdict
     return verdict is not None and verdict.poisoned == (TRIGGER in text)
 
 
-@settings(max_examples=60, deadline=None)
-@given(calls=st.lists(st.tuples(st.lists(texts, min_size=1, max_size=5), st.booleans())))
-def test_every_text_gets_its_own_answer_among_cancelled_and_broken_mates(
-    calls: list[tuple[list[str], bool]],
+calls = st.tuples(st.lists(texts, min_size=1, max_size=6), st.booleans(), st.booleans())
+steps = st.one_of(
+    calls, st.integers(0, 9), st.sampled_from(["open", "close", "pause"]), st.just("pause")
+)
+
+
+async def outcome(batcher: Batcher, inputs: list[str], classify: bool) -> None:
+    """Screen, perhaps classify, and check that what comes is due to these inputs alone."""
+    unreadable = any(UNREADABLE in text for text in inputs)
+    classless = classify and any(CLASSLESS in text for text in inputs)
+    try:
+        screened = [timed.value for timed in await batcher.screen(inputs)]
+        assert not unreadable
+        assert len(screened) == len(inputs)
+        assert all(map(is_answer_to, inputs, screened))
+        rows = await batcher.classify([one.state for one in screened] if classify else [])
+        assert not classless
+        for text, row in zip(inputs, rows, strict=False):
+            assert row.value.argmax() == len(text.split()) % 2
+    except Overloaded:
+        pass
+    except ScreenFailed:
+        assert unreadable
+    except ClassifyFailed:
+        assert classless
+
+
+@settings(max_examples=80, deadline=None)
+@given(schedule=st.lists(steps, max_size=30), batch_tokens=st.integers(8, 64))
+def test_every_caller_gets_its_own_answer_once_in_any_order_of_events(
+    schedule: list[Any], batch_tokens: int
 ) -> None:
+    """Callers that come and go, texts that fail in every way, a device that stops and goes on."""
+
     async def check() -> None:
         engine = FakeEngine()
-        async with running(engine, batch_tokens=24) as batcher:
-            engine.gate.clear()
-            tasks = [asyncio.create_task(batcher.screen(inputs)) for inputs, _ in calls]
-            await asyncio.sleep(0.001)
-            for task, (_, cancelled) in zip(tasks, calls, strict=True):
-                if cancelled:
-                    task.cancel()
+        tasks: list[asyncio.Task[None]] = []
+        async with running(engine, batch_tokens=batch_tokens, queue_inputs=16) as batcher:
+            for number, step in enumerate(schedule):
+                match step:
+                    case (inputs, unreadable, classify):
+                        own = [f"{text} t{number}-{i}" for i, text in enumerate(inputs)]
+                        own += [f"{UNREADABLE} t{number}"] * unreadable
+                        tasks.append(asyncio.create_task(outcome(batcher, own, classify)))
+                    case "open":
+                        engine.gate.set()
+                    case "close":
+                        engine.gate.clear()
+                    case "pause":
+                        await asyncio.sleep(0.001)
+                    case _ if tasks:
+                        tasks[step % len(tasks)].cancel()
             engine.gate.set()
-            for task, (inputs, cancelled) in zip(tasks, calls, strict=True):
-                if cancelled:
-                    with pytest.raises(asyncio.CancelledError):
-                        await task
-                else:
-                    answers = [timed.value for timed in await task]
-                    assert all(map(is_answer_to, inputs, answers))
-                    assert len(answers) == len(inputs)
-            # Cancelled or not, every place in the queue is free again.
-            assert batcher._inputs == batcher._chars == 0
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            assert not [e for e in ended if isinstance(e, Exception)]
+            assert batcher.alive
+            assert value(batcher, "psim_worker_restarts_total") == 0
+            screened = Counter(engine.screened)
+            del screened[engine.encode(["warm up"])[0].input_ids]  # how the engine is probed
+            assert max(screened.values(), default=1) == 1, "a text was screened twice"
 
     run(check)
 
@@ -161,10 +212,42 @@ def test_closing_answers_what_is_queued_and_refuses_what_comes_after() -> None:
     run(check)
 
 
-def test_a_dead_worker_leaves_nobody_waiting() -> None:
+def test_a_worker_that_dies_is_started_again_and_only_what_it_held_is_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def check() -> None:
         engine = FakeEngine()
         async with running(engine) as batcher:
+            judge, failures = batcher._screen.judge, iter([ValueError("hunter" + str(2))])
+
+            def fail_once(*args: Any) -> Any:
+                for error in failures:
+                    raise error
+                return judge(*args)
+
+            monkeypatch.setattr(batcher._screen, "judge", fail_once)
+            engine.gate.clear()
+            held = asyncio.create_task(batcher.screen(["one"]))
+            await until(lambda: batcher._taken)
+            queued = asyncio.create_task(batcher.screen(["two"]))
+            await asyncio.sleep(0)
+            engine.gate.set()
+            with pytest.raises(NotReady):
+                await held
+            assert is_answer_to("two", (await queued)[0].value)
+            assert batcher.health is Health.RUNNING
+            assert value(batcher, "psim_worker_restarts_total") == 1
+
+    run(check)
+    (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert "fail_once" in record.__dict__["where"]
+    assert "hunter2" not in str(record.__dict__)
+
+
+def test_an_engine_that_fails_on_everything_is_given_up_and_nobody_is_left_waiting() -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine, restarts=2) as batcher:
             engine.gate.clear()
             engine.dies = True
             calls = [asyncio.create_task(batcher.screen(["a"])) for _ in range(4)]
@@ -172,7 +255,114 @@ def test_a_dead_worker_leaves_nobody_waiting() -> None:
             engine.gate.set()
             answers = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(answer, NotReady) for answer in answers)
+            await until(lambda: batcher.health is Health.DEAD)
+            assert value(batcher, "psim_worker_restarts_total") == 2
+            with pytest.raises(NotReady):
+                await batcher.screen(["late"])
+
+    run(check)
+
+
+def test_a_worker_that_dies_while_classifying_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine, batch_tokens=2, restarts=1) as batcher:
+            screened = [timed.value for timed in await batcher.screen(["a b"] * 5)]
+
+            def die(batch: object) -> None:
+                raise SystemExit
+
+            monkeypatch.setattr(engine, "classify", die)
+            with pytest.raises(NotReady):  # five batches, of which the first one kills it
+                await batcher.classify([one.state for one in screened])
+            monkeypatch.undo()
+            await batcher.screen(["c"])
+
+    run(check)
+
+
+def test_an_engine_that_recovers_is_served_again() -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine) as batcher:
+            engine.dies = True
+            with pytest.raises(NotReady):
+                await batcher.screen(["a"])
             assert not batcher.alive
+            waits = asyncio.create_task(batcher.screen(["b"]))
+            await asyncio.sleep(0)
+            engine.dies = False
+            await waits
+            assert batcher.alive
+
+    run(check)
+
+
+def test_a_forward_pass_that_hangs_is_noticed_and_does_not_hold_up_the_end() -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine, stall_s=0.05, drain_s=0) as batcher:
+            engine.gate.clear()
+            hangs = asyncio.create_task(batcher.screen(["a"]))
+            await until(lambda: batcher.health is Health.STALLED)
+            with pytest.raises(NotReady):
+                await batcher.screen(["b"])
+            engine.gate.set()
+            await hangs
+            assert batcher.health is Health.RUNNING
+            engine.gate.clear()
+            hangs = asyncio.create_task(batcher.screen(["c"]))
+            await until(lambda: batcher.health is Health.STALLED)
+            await batcher.close()
+            with pytest.raises(NotReady):
+                await hangs
+
+    run(check)
+
+
+def test_what_would_be_answered_too_late_is_not_screened() -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine, request_timeout_s=0.4) as batcher:
+            engine.gate.clear()
+            first = asyncio.create_task(batcher.screen(["one"]))
+            await until(lambda: batcher._taken)
+            late = asyncio.create_task(batcher.screen(["two"]))
+            await asyncio.sleep(0.3)  # so long does a step take, and 0.1 s is left to the second
+            engine.gate.set()
+            await first
+            with pytest.raises(TimedOut):
+                await late
+            await batcher.screen(["three"])
+            assert engine.batches == [1, 1]
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("lone", "crowd", "most"),
+    [
+        ("short", "long text " * 8, 4),  # two batches of two
+        ("long text " * 8, "short", 150),  # of 300
+    ],
+)
+def test_a_short_text_does_not_wait_for_a_crowd_nor_a_long_one_for_short_ones(
+    lone: str, crowd: str, most: int
+) -> None:
+    async def check() -> None:
+        engine = FakeEngine()
+        async with running(engine, batch_tokens=32) as batcher:
+            engine.gate.clear()
+            first = asyncio.create_task(batcher.screen([f"{i} {crowd}" for i in range(300)]))
+            await until(lambda: batcher._taken)
+            second = asyncio.create_task(batcher.screen([lone]))
+            await asyncio.sleep(0)
+            engine.gate.set()
+            await asyncio.gather(first, second)
+            (encoding,) = engine.encode([lone])
+            assert engine.screened.index(encoding.input_ids) <= most
 
     run(check)
 

@@ -1,0 +1,82 @@
+"""How long a lone short request waits beside bulk load, and what the bulk gets.
+
+Callers with 128 long texts each keep the batcher busy, in a closed loop; beside them one asks for a
+short text every now and then. No HTTP, which does not queue.
+
+    python benchmarks/fairness.py BUNDLE
+"""
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from models.bundle import load_bundle
+from service.batcher import Batcher
+from service.metrics import Metrics
+from service.settings import Mode, Settings
+
+SHORT, LONG = "a quiet film", "the film was a quiet one and nobody minded " * 15
+BULK, PAUSE_S = 128, 0.05
+
+
+async def measure(
+    batcher: Batcher, callers: int, seconds: float
+) -> tuple[list[float], list[float], float]:
+    """Return seconds of lone requests, those of bulk requests, and texts per second."""
+    end = time.perf_counter() + seconds
+
+    async def ask(texts: list[str]) -> float:
+        started = time.perf_counter()
+        screened = await batcher.screen(texts)
+        await batcher.classify([answer.value.state for answer in screened])
+        return time.perf_counter() - started
+
+    async def repeat(texts: list[str], pause: float) -> list[float]:
+        times = []
+        while time.perf_counter() < end:
+            times.append(await ask(texts))
+            await asyncio.sleep(pause)
+        return times
+
+    started = time.perf_counter()
+    lone, *bulk = await asyncio.gather(
+        repeat([SHORT], PAUSE_S), *(repeat([LONG] * BULK, 0) for _ in range(callers))
+    )
+    took = time.perf_counter() - started
+    bulk_times = [one for times in bulk for one in times]
+    return lone, bulk_times, (len(lone) + BULK * len(bulk_times)) / took
+
+
+def main(
+    bundle: Path,
+    dtype: str = "float32",
+    seconds: float = 60,
+    threads: int = torch.get_num_threads(),
+) -> None:
+    torch.set_num_threads(threads)
+    table = Table("bulk callers", "lone p50, ms", "lone p99, ms", "bulk p50, ms", "texts/s")
+
+    async def run() -> None:
+        loaded = load_bundle(bundle, dtype)
+        settings = Settings(bundle=bundle, request_timeout_s=600)
+        batcher = Batcher(loaded, settings, Metrics(loaded, Mode.SHADOW))
+        batcher.start()
+        for callers in (0, 1, 4):
+            lone, bulk, rate = await measure(batcher, callers, seconds)
+            p50, p99 = 1000 * np.percentile(lone, [50, 99])
+            of_bulk = f"{1000 * np.median(bulk):.0f}" if bulk else "-"
+            table.add_row(str(callers), f"{p50:.0f}", f"{p99:.0f}", of_bulk, f"{rate:.0f}")
+        await batcher.close()
+
+    asyncio.run(run())
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
