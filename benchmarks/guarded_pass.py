@@ -10,8 +10,9 @@ PEFT runs it, checkpoint by checkpoint on a shared trunk, and then the victim.
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import torch
 import typer
 from harness import Result, Setup, in_turn, pin, ratios, split_cpus, spread
 from rich.console import Console
@@ -19,7 +20,6 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-import torch
 from models.bundle import load_bundle
 from models.engines import Encoding, Engine
 from models.engines.pytorch import DTYPES, TorchEngine, collate

@@ -84,7 +84,9 @@ def run(spec: dict[str, Any], level: dict[str, Any], bodies: "itertools.cycle[by
     gevent.sleep(level["seconds"])
     ended = time.perf_counter()
     runner.quit()  # what was sent is still answered
-    counted = [(end, took, status) for end, took, status in answers if started <= end - took < ended]
+    counted = [
+        (end, took, status) for end, took, status in answers if started <= end - took < ended
+    ]
     return {
         **level,
         "per_second": sum(started <= end < ended for end, _, _ in answers) / (ended - started),

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import typer
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import pipeline
 
-import torch
 from models.offline.defences import Strip
 from models.screen import FloatArray, is_poisoned, min_calibration_size
 

@@ -1,6 +1,6 @@
 """LitServe with a transformers pipeline; runs in LitServe's own environment.
 
-    python benchmarks/peers/litserve_server.py VICTIM DTYPE PORT THREADS
+python benchmarks/peers/litserve_server.py VICTIM DTYPE PORT THREADS
 """
 
 import sys
