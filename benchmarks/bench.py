@@ -1,7 +1,7 @@
 """`make bench`: every figure of docs/performance.md, in one run on one machine.
 
-Each stage leaves a JSON file below `--build`; the tables and plots are made of all that are there,
-so that one stage can be measured anew with `--only`. With `--docs` they go into docs/performance.md,
+Each stage leaves a JSON file below `--build`; tables and plots are made of all that are there, so
+that one stage can be measured anew with `--only`. With `--docs` they go into docs/performance.md,
 between the markers that it has for them, and into docs/img; without, beside the JSON.
 
     python benchmarks/bench.py --texts sst-2/test.jsonl --docs
@@ -9,6 +9,7 @@ between the markers that it has for them, and into docs/img; without, beside the
 """
 
 import json
+import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -89,9 +90,11 @@ def main(
         build=build_folder,
         quick=quick,
     )
+    allowed = os.sched_getaffinity(0)
     for stage in only or list(Stage):
         before, started = machine(), time.time()
         result = MEASURES[stage](setup)
+        os.sched_setaffinity(0, allowed)
         result |= {
             "setup": described(setup, texts),
             "machine": before,

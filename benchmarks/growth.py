@@ -4,17 +4,17 @@ Models are MiniLM-wide BERTs by config, with random weights, adapters and distan
 does not depend on what they know. Run by PyTorch, whatever the service's engine is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from guarded_pass import guarded
+from guarded_pass import bare, guarded
 from harness import Result, Setup, in_turn, pin
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from models.engines import Encoding
-from models.engines.pytorch import DTYPES, TorchEngine, collate
+from models.engines.pytorch import DTYPES, TorchEngine
 from models.guarded import Activations, guard, lora_config
 
 LAYERS, LENGTHS, BATCHES = (6, 12, 24), (16, 64, 128, 256, 512), (1, 8, 32)
@@ -33,9 +33,8 @@ def guarded_engine(setup: Setup, layers: int, dtype: str) -> TorchEngine:
     model = BertForSequenceClassification(config(layers))
     module = guard(model, lora_config(model, 1), CHECKPOINTS)
     watched, size = len(module.trunk.watched), model.config.hidden_size
-    module.activations = Activations(
-        torch.eye(size).repeat(watched, 1, 1), torch.randn(watched, model.config.num_labels, size)
-    )
+    means = torch.randn(watched, int(model.config.num_labels or 0), size)
+    module.activations = Activations(torch.eye(size).repeat(watched, 1, 1), means)
     tokenizer = AutoTokenizer.from_pretrained(setup.bundle / "tokenizer")
     return TorchEngine(module, tokenizer, max(LENGTHS), dtype)
 
@@ -44,24 +43,17 @@ def measure(setup: Setup) -> Result:
     """Return seconds per batch of guarded and of bare, by layers, length, batch and round."""
     pin(setup)
     dtype, rows = setup.dtypes[-1], []
-    grid = [(length, size) for length in LENGTHS for size in BATCHES]
-    all_layers = LAYERS
-    if setup.quick:
-        all_layers, grid = (2,), grid[:2]
-    for layers in all_layers:
+    grid = [(length, size) for length in LENGTHS[: 1 if setup.quick else None] for size in BATCHES]
+    for layers in LAYERS[:1] if setup.quick else LAYERS:
         engine = guarded_engine(setup, layers, dtype)
-        bare = BertForSequenceClassification(config(layers)).to(DTYPES[dtype]).eval()
-
-        def unguarded(
-            batch: Sequence[Encoding], model: torch.nn.Module = bare, pad_id: int = engine.pad_id
-        ) -> None:
-            with torch.inference_mode():
-                inputs = collate(batch, pad_id, torch.device("cpu"))
-                model(**inputs).logits.float().softmax(-1).numpy()
-
+        model = BertForSequenceClassification(config(layers)).to(DTYPES[dtype])  # type: ignore[arg-type]
+        unguarded = bare(model)
         for length, size in tqdm(grid, desc=f"growth, {layers} layers"):
             batch = [Encoding(tuple(range(1000, 1000 + length)), truncated=False)] * size
-            ways = {"guarded": partial(guarded, engine, batch), "bare": partial(unguarded, batch)}
+            ways: dict[str, Callable[[], object]] = {
+                "guarded": partial(guarded, engine, batch),
+                "bare": partial(unguarded, batch),
+            }
             rows += [
                 {"layers": layers, "tokens": length, "batch": size, "way": way, "seconds": found}
                 for way, found in in_turn(ways, setup.rounds).items()

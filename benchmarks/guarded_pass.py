@@ -3,27 +3,20 @@
 Bare is what transformers makes of the victim in the same dtype; two passes is that run twice, once
 for PSIM as a model of its own; own unguarded is our engine without PSIM; by whole passes is PSIM as
 PEFT runs it, checkpoint by checkpoint on a shared trunk, and then the victim.
-
-    python benchmarks/guarded_pass.py BUNDLE TEXTS.jsonl
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import typer
-from harness import Result, Setup, in_turn, pin, ratios, split_cpus, spread
-from rich.console import Console
-from rich.table import Table
+from harness import Result, Setup, in_turn, pin
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from models.bundle import load_bundle
 from models.engines import Encoding, Engine
 from models.engines.pytorch import DTYPES, TorchEngine, collate
-from models.offline.data import load_samples
 
 SIZES, TEXTS = (1, 8, 32), 128
 Run = Callable[[Sequence[Encoding]], object]
@@ -39,10 +32,10 @@ def guarded(engine: Engine, batch: Sequence[Encoding]) -> None:
     engine.classify(engine.screen(batch).states)
 
 
-def bare_model(victim: Path, dtype: str) -> Run:
-    """Return the victim as transformers runs it."""
-    model = AutoModelForSequenceClassification.from_pretrained(victim, dtype=DTYPES[dtype]).eval()
-    pad_id = model.config.pad_token_id or 0
+def bare(model: Any) -> Run:
+    """Return a model as transformers runs it."""
+    model.eval()
+    pad_id = int(model.config.pad_token_id or 0)
 
     def run(batch: Sequence[Encoding]) -> None:
         with torch.inference_mode():
@@ -84,13 +77,14 @@ def measure(setup: Setup) -> Result:
     rows = []
     for dtype in setup.dtypes:
         engine = load_engine(setup, dtype)
-        bare = bare_model(setup.bundle / "victim", dtype)
+        victim = setup.bundle / "victim"
+        run = bare(AutoModelForSequenceClassification.from_pretrained(victim, dtype=DTYPES[dtype]))
 
-        def two_passes(batch: Sequence[Encoding], bare: Run = bare) -> None:
-            bare(batch)
-            bare(batch)
+        def two_passes(batch: Sequence[Encoding], run: Run = run) -> None:
+            run(batch)
+            run(batch)
 
-        ways = {"bare": bare, "two passes": two_passes} | whole_runs(engine)
+        ways = {"bare": run, "two passes": two_passes} | whole_runs(engine)
         encodings = engine.encode(setup.texts[:TEXTS])
         for size in tqdm(SIZES, desc=f"engine, {dtype}"):
             batches = [encodings[i : i + size] for i in range(0, len(encodings), size)]
@@ -118,37 +112,7 @@ def rates_of(
     return {way: [count / s for s in found] for way, found in seconds.items()}
 
 
-def table(result: Result) -> Table:
-    """Return the figures as a table, with the ratios that matter."""
-    ways = list(dict.fromkeys(row["way"] for row in result["rows"]))
-    shown = Table("dtype", "batch", *ways, "guarded / bare", "guarded / own unguarded")
-    for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in result["rows"]):
-        rates = rates_at(result, dtype, batch)
-        shown.add_row(
-            dtype, str(batch), *(spread(rates[way], 0) for way in ways),
-            spread(ratios(rates["guarded"], rates["bare"])),
-            spread(ratios(rates["guarded"], rates["own unguarded"])),
-        )  # fmt: skip
-    return shown
-
-
 def rates_at(result: Result, dtype: str, batch: int) -> dict[str, list[float]]:
     """Return the rates by way of one dtype and batch."""
     rows = result["rows"]
     return {r["way"]: r["rates"] for r in rows if (r["dtype"], r["batch"]) == (dtype, batch)}
-
-
-def main(
-    bundle: Path,
-    texts: str,
-    rounds: int = 5,
-    threads: Annotated[int, typer.Option(help="CPUs to use.")] = 1,
-) -> None:
-    samples = tuple(s.text for s in load_samples(texts, drop_empty=True))
-    cpus = tuple(split_cpus()[0][:threads])
-    setup = Setup(bundle, samples, ("float32", "bfloat16"), rounds=rounds, server_cpus=cpus)
-    Console().print(table(measure(setup)))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -87,9 +87,9 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Return the median of the rounds, and the least and the most of them in brackets."""
     if not values:
-        return "–"
+        return "-"
     low, middle, high = (f"{v:.{digits}f}" for v in (min(values), median(values), max(values)))
-    return middle if low == high else f"{middle} ({low}–{high})"
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def versions() -> dict[str, str]:

@@ -8,10 +8,6 @@ which a request was due.
     python benchmarks/locust_load.py < spec.json > results.json
 """
 
-import gevent.monkey
-
-gevent.monkey.patch_all()
-
 import itertools
 import json
 import random
@@ -28,7 +24,7 @@ GIVE_UP_S = 60.0
 """For answers that never come: a hung server is a result too."""
 
 
-class Sender(FastHttpUser):
+class Sender(FastHttpUser):  # type: ignore[misc]
     """One connection."""
 
     connection_timeout = network_timeout = GIVE_UP_S
@@ -51,7 +47,7 @@ class Sender(FastHttpUser):
         self.due += random.expovariate(self.rate)
         return max(0.0, self.due - time.perf_counter())
 
-    @locust.task
+    @locust.task  # type: ignore[untyped-decorator]
     def post(self) -> None:
         """Send one request."""
         started = time.perf_counter() if self.rate is None else self.due

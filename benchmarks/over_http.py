@@ -95,17 +95,18 @@ def measure(setup: Setup) -> Result:
             missing[f"{peer.name}, {dtype}"] = str(error)
             continue
         rows.append({"peer": peer.name, "dtype": dtype, "round": number, **found})
+    ran = [peer for peer in peers if peer.name in pythons]
     return {
         "engine": next(iter(engines.values())).name,
         "generator": f"Locust {version_of(locust, 'locust')}",
-        "versions": {p.name: version_of(pythons[p.name], p.package) for p in peers if p.name in pythons},
+        "versions": {p.name: version_of(pythons[p.name], p.package) for p in ran},
         "packages": {p.name: p.package for p in peers},
         "guards": [p.name for p in peers if p.guards],
         "weights_mb": {dtype: weights_mb(setup.bundle, dtype) for dtype in setup.dtypes},
         "missing": missing,
         "own": own,
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def weights_mb(bundle: Path, dtype: str) -> float:

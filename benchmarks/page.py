@@ -1,6 +1,5 @@
 """Tables and plots of what was measured, as docs/performance.md shows them."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -50,7 +49,7 @@ def engine_section(result: Result) -> str:
 
 def best(row: dict[str, Any]) -> float:
     """Return a server's throughput at saturation: the best over the numbers of connections."""
-    return max(level["per_second"] for level in row["levels"])
+    return max(float(level["per_second"]) for level in row["levels"])
 
 
 def of_peer(result: Result, peer: str, dtype: str) -> Rows:
@@ -76,14 +75,14 @@ def http_section(result: Result) -> str:
 
         def over_levels(key: str, rows: Rows = rows) -> str:
             by_level = zip(*(row["levels"] for row in rows), strict=True)
-            return " / ".join(f"{median(at[key] for at in level):.0f}" for level in by_level)
+            return " / ".join(f"{median(at[key] for at in level):.3g}" for level in by_level)
 
         own, its = saturated(result, GATEWAY, dtype), saturated(result, peer, dtype)
         guarded = " (guarded)" if peer in result["guards"] else ""
         lines.append([
             f"{peer}{guarded}, {result['packages'][peer]} {result['versions'][peer]}", dtype,
             over_levels("per_second"), over_levels("p50_ms"), over_levels("p99_ms"),
-            spread(its, 0), spread(ratios(own, its)) if len(own) == len(its) else "–",
+            spread(its, 0), spread(ratios(own, its)) if len(own) == len(its) else "-",
             f"{max(row['peak_mb'] for row in rows):.0f}",
             spread([row["start_s"] for row in rows], 1),
         ])  # fmt: skip
@@ -112,7 +111,7 @@ def growth_section(result: Result) -> str:
     def cell(layers: int, tokens: int, batch: int) -> str:
         guarded, bare = (cells.get((layers, tokens, batch, way)) for way in ("guarded", "bare"))
         if guarded is None or bare is None:
-            return "–"
+            return "-"
         return f"{1000 * median(guarded) / batch:.1f} ({median(ratios(guarded, bare)):.2f})"
 
     lines = [
@@ -140,7 +139,7 @@ def roofline_section(result: Result) -> str:
 def gemm_peak(result: Result, dtype: str) -> float:
     """Return the best median of the square products, in GFLOP/s."""
     rows = [r for r in result["rows"] if r["dtype"] == dtype and r["what"].startswith("GEMM")]
-    return max(median(row["gflops"]) for row in rows)
+    return max(float(median(row["gflops"])) for row in rows)
 
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
@@ -243,10 +242,11 @@ def targets(found: dict[str, Result]) -> str:
     for name, where, target, at_least, values in target_lines(found):
         middles = [median(v) for v in values if v]
         met = all(m >= target if at_least else m <= target for m in middles)
+        verdict = "met" if met and middles else "**not met**"
         digits = 0 if target >= 100 else 2
         lines.append([
             name, where, f"{'≥' if at_least else '≤'} {target:g}",
-            " / ".join(spread(v, digits) for v in values), "met" if met and middles else "**not met**",
+            " / ".join(spread(v, digits) for v in values), verdict,
         ])  # fmt: skip
     return markdown(["figure", "measured on", "target", "measured", ""], lines)
 
@@ -321,11 +321,10 @@ def write(found: dict[str, Result], folder: Path) -> None:
     page = folder / "performance.md"
     text = page.read_text() if page.exists() else "".join(map(marked, ("targets", *SECTIONS)))
     for name, part in parts.items():
-        text = re.sub(
-            rf"(<!-- bench:{name} -->\n).*?(<!-- /bench -->)",
-            lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}",
-            text, flags=re.DOTALL,
-        )  # fmt: skip
+        before, start, rest = text.partition(f"<!-- bench:{name} -->\n")
+        if start:
+            end = "<!-- /bench -->"
+            text = f"{before}{start}\n{part}\n\n{end}{rest.partition(end)[2]}"
     page.write_text(text)
     print(f"written to {page}")
 

@@ -3,6 +3,7 @@
 The peak is that of `torch.matmul` in the same dtype, on the same threads, in the same rounds.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ def trunk_flops(config: PretrainedConfig, rows: int, tokens: int, layers: int) -
     Per token and layer 2 (4 H² + 2 H I) in the matrices, and 4 T H in the attention: Kaplan et al.,
     Scaling Laws for Neural Language Models (2020), table 1, with H = d_model = d_attn, I = d_ff.
     """
-    h, wide = config.hidden_size, config.intermediate_size
+    h, wide = int(config.hidden_size), int(config.intermediate_size)
     return rows * tokens * layers * (2 * (4 * h * h + 2 * h * wide) + 4 * tokens * h)
 
 
@@ -34,13 +35,17 @@ def guarded_flops(
     """Return the operations of a guarded pass whose adapters are in the last layer.
 
     The trunk as above, and for each row the last layer as `models.tail` computes it, for N branches
-    (the checkpoints, and the victim): a query, 2 H²; the key folded into the queries, 2 N H²; scores
-    and attended states of A heads, 4 N A T H; values, output projection and the feed-forward,
-    N (4 H² + 4 H I); what the adapters add, 2 r (2 H + H + A H) each; pooler and classifier,
+    (the checkpoints, and the victim): a query, 2 H²; the key folded into the queries, 2 N H²;
+    scores and attended states of A heads, 4 N A T H; values, output projection and feed-forward,
+    N (4 H² + 4 H I); what the adapters add, 2 r (3 H + A H) each; pooler and classifier,
     N (2 H² + 2 H C). And M distances to C classes, M (2 H² + 3 C H).
     """
-    h, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    classes, n = config.num_labels, checkpoints + 1
+    h, wide = int(config.hidden_size), int(config.intermediate_size)
+    heads, classes, n = (
+        int(config.num_attention_heads),
+        int(config.num_labels or 0),
+        checkpoints + 1,
+    )
     tail = 2 * h * h + n * (2 * h * h + 4 * heads * tokens * h + 4 * h * h + 4 * h * wide)
     tail += checkpoints * 2 * rank * (3 * h + heads * h) + n * (2 * h * h + 2 * h * classes)
     tail += watched * (2 * h * h + 3 * classes * h)
@@ -56,7 +61,8 @@ def measure(setup: Setup) -> Result:
     rows = []
     for dtype in tqdm(setup.dtypes, desc="roofline"):
         engine = load_engine(setup, dtype)
-        ways, flops = {}, {}
+        ways: dict[str, Callable[[], object]] = {}
+        flops: dict[str, float] = {}
         for size in GEMMS:
             a, b = (torch.randn(size, size, dtype=DTYPES[dtype]) for _ in range(2))
             ways[f"GEMM {size}"], flops[f"GEMM {size}"] = partial(torch.matmul, a, b), 2.0 * size**3

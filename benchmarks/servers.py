@@ -139,8 +139,8 @@ def _infinity(python: str, setup: Setup, dtype: str, port: int) -> list[str]:
 PEERS = (
     Peer("PSIM Gateway", _gateway, "psim-gateway", guards=True, variables=_gateway_variables),
     Peer("transformers + FastAPI", _fastapi("none"), "transformers"),
-    Peer("transformers + FastAPI, two passes", _fastapi("second-pass"), "transformers", guards=True),
-    Peer("transformers + FastAPI, STRIP", _fastapi("strip"), "transformers", guards=True),
+    Peer("two passes + FastAPI", _fastapi("second-pass"), "transformers", guards=True),
+    Peer("STRIP + FastAPI", _fastapi("strip"), "transformers", guards=True),
     Peer("LitServe", _litserve, "litserve", "litserve", constrained=True, ready="/health"),
     Peer(
         "infinity", _infinity, "infinity-emb", "infinity", ready="/health",
