@@ -65,7 +65,7 @@ def main(
     engine: Annotated[str | None, typer.Option(help="The service's default unless given.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Servers by name; all.")] = None,
     rounds: int = 3,
-    seconds: Annotated[float, typer.Option(help="Of load, by server, level and round.")] = 4,
+    seconds: Annotated[float, typer.Option(help="Of load, by server, level and round.")] = 3,
     server_cpus: Annotated[str | None, typer.Option(help="Such as 0,1; all but one.")] = None,
     load_cpus: Annotated[str | None, typer.Option(help="Of the generator; the last one.")] = None,
     quick: Annotated[bool, typer.Option(help="Smoke test; the figures mean nothing.")] = False,

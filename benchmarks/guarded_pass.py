@@ -24,7 +24,8 @@ Run = Callable[[Sequence[Encoding]], object]
 
 def load_engine(setup: Setup, dtype: str) -> Engine:
     """Return the bundle's engine; the one place that chooses it."""
-    return load_bundle(setup.bundle, dtype).engine
+    chosen: dict[str, Any] = {"engine": setup.engine} if setup.engine else {}
+    return load_bundle(setup.bundle, dtype, **chosen).engine
 
 
 def guarded(engine: Engine, batch: Sequence[Encoding]) -> None:

@@ -26,7 +26,7 @@ class Setup:
     engine: str | None = None
     """None takes the service's default."""
     rounds: int = 3
-    seconds: float = 4
+    seconds: float = 3
     """Of load for each number of connections, in each round."""
     connections: tuple[int, ...] = (1, 8, 32, 128)
     server_cpus: tuple[int, ...] = (0,)

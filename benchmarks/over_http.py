@@ -20,7 +20,7 @@ from models.engines import Engine
 
 ANSWERED = {200, 403}
 """403 is how the gateway answers a text that it rejects."""
-WARM_UP_S, OPEN_CONNECTIONS, SHARE = 1.0, 128, 0.7
+WARM_UP_S, OPEN_CONNECTIONS, SHARE = 0.5, 128, 0.7
 
 
 def summary(level: dict[str, Any]) -> Result:

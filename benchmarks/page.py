@@ -276,9 +276,10 @@ def http_plot(result: Result) -> Figure:
 
 
 def growth_plot(result: Result) -> Figure:
-    """Plot ms per text, and guarded / bare, over tokens, by layers, in the largest batch."""
+    """Plot ms per text, and guarded / bare, over tokens, by layers, in batches of every length."""
     rows = result["rows"]
-    batch = max(r["batch"] for r in rows)
+    longest = max(r["tokens"] for r in rows)
+    batch = max(r["batch"] for r in rows if r["tokens"] == longest)
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for layers in sorted({r["layers"] for r in rows}):
@@ -317,7 +318,9 @@ def write(found: dict[str, Result], folder: Path) -> None:
     images.mkdir(exist_ok=True)
     for stage, plot in PLOTS.items():
         if stage in found:
-            plot(found[stage]).savefig(images / f"performance-{stage}.png", dpi=110)
+            file = f"performance-{stage}.png"
+            plot(found[stage]).savefig(images / file, dpi=110)
+            parts[stage] += f"\n\n![The same as a plot](img/{file})"
     page = folder / "performance.md"
     text = page.read_text() if page.exists() else "".join(map(marked, ("targets", *SECTIONS)))
     for name, part in parts.items():
