@@ -19,7 +19,7 @@ import psutil
 from harness import Setup
 
 HERE = Path(__file__).parent
-START_S, STOP_S = 180, 10
+START_S, STOP_S = 180, 3
 Body = dict[str, Any]
 
 
@@ -246,6 +246,9 @@ def load(
     """Put load on a server, level by level; see `locust_load.py`.
 
     Every text is a request of its own, and they are taken in turn.
+
+    Raises:
+        CannotRunError: the load generator failed.
     """
     spec = {
         "host": f"http://127.0.0.1:{server.port}",
@@ -260,6 +263,6 @@ def load(
         os.sched_setaffinity(generator.pid, setup.load_cpus)
         output, errors = generator.communicate(json.dumps(spec))
     if generator.returncode:
-        raise RuntimeError(f"the load generator failed: {errors[-2000:]}")
+        raise CannotRunError(f"the load generator failed: {errors[-500:]}")
     found: list[dict[str, Any]] = json.loads(output)["levels"]
     return found

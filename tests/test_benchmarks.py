@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from guarded_pass import guarded
 from harness import Setup, spread
 from roofline import guarded_flops
+from servers import CannotRunError, Peer, running
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.engines import Encoding
@@ -85,6 +88,35 @@ def test_a_peer_that_cannot_run_is_on_the_page() -> None:
     http["missing"] = {"infinity": "pip: ERROR: no such package"}
     http["setup"] = {"load_cpus": [1], "seconds": 1}
     assert "Not measured: infinity: pip: ERROR: no such package" in page.http_section(http)
+
+
+def test_a_server_is_watched_while_it_runs_and_stopped_then(tmp_path: Path) -> None:
+    def command(python: str, setup: Setup, dtype: str, port: int) -> list[str]:
+        return [python, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+
+    setup = Setup(tmp_path, (), (), build=tmp_path)
+    peer = Peer("files", command, "none", ready="/")
+    with running(peer, Path(sys.executable), setup, "float32") as server:
+        assert server.start_s > 0
+        deadline = time.monotonic() + 10
+        while not server.peak_mb and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert server.peak_mb > 1
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port), 5)
+
+
+def test_a_server_that_stops_at_once_is_reported_and_not_awaited(tmp_path: Path) -> None:
+    def command(python: str, setup: Setup, dtype: str, port: int) -> list[str]:
+        return [python, "-c", "raise SystemExit(3)"]
+
+    setup = Setup(tmp_path, (), (), build=tmp_path)
+    peer = Peer("none", command, "none")
+    with (
+        pytest.raises(CannotRunError, match="code 3"),
+        running(peer, Path(sys.executable), setup, "float32"),
+    ):
+        pass
 
 
 def test_the_page_keeps_its_prose(tmp_path: Path) -> None:
