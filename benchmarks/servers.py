@@ -207,12 +207,12 @@ def _await_ready(process: psutil.Popen, url: str, log: Path) -> None:
     deadline = time.perf_counter() + START_S
     while time.perf_counter() < deadline:
         if process.poll() is not None:
-            raise CannotRunError(f"stopped with code {process.returncode}; see {log}")
+            raise CannotRunError(f"stopped with code {process.returncode}; see logs/{log.name}")
         with contextlib.suppress(OSError):
             if urllib.request.urlopen(url, timeout=5).status == 200:
                 return
         time.sleep(0.02)
-    raise CannotRunError(f"not ready after {START_S} s; see {log}")
+    raise CannotRunError(f"not ready after {START_S} s; see logs/{log.name}")
 
 
 def _family(process: psutil.Popen) -> list[psutil.Process]:
