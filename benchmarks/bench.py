@@ -22,6 +22,7 @@ import page
 import roofline
 import typer
 from harness import Setup, machine, split_cpus, versions
+from servers import PEERS
 
 from models.offline.data import load_samples
 from models.offline.demo import build
@@ -36,12 +37,12 @@ class Stage(StrEnum):
 
     ENGINE = "engine"
     """The guarded pass beside the bare model, without HTTP."""
-    HTTP = "http"
-    """The gateway beside its peers."""
     GROWTH = "growth"
     """Over length, layers and batch."""
     ROOFLINE = "roofline"
     """FLOP/s beside the peak of matrix products."""
+    HTTP = "http"
+    """The gateway beside its peers; last, since it takes longest and depends on most."""
 
 
 MEASURES = {
@@ -72,6 +73,9 @@ def main(
     build_folder: Annotated[Path, typer.Option("--build")] = ROOT / "build" / "bench",
     docs: Annotated[bool, typer.Option(help="Write docs/performance.md and docs/img.")] = False,
 ) -> None:
+    known = [one.name for one in PEERS]
+    if unknown := set(peer or ()) - set(known):
+        raise typer.BadParameter(f"no such server: {', '.join(unknown)}; there are {known}")
     build_folder.mkdir(parents=True, exist_ok=True)
     demo = (bundle.parent if bundle else build().parent) / "test.jsonl"
     samples = load_samples(texts or str(demo), drop_empty=True)

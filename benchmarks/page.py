@@ -64,7 +64,7 @@ def saturated(result: Result, peer: str, dtype: str) -> list[float]:
 
 def http_section(result: Result) -> str:
     """Return throughput, times, memory and start-up by server, dtype and connections."""
-    connections = [level["connections"] for level in result["rows"][0]["levels"]]
+    connections = [level["connections"] for row in result["rows"][:1] for level in row["levels"]]
     header = [
         "server", "dtype", "texts/s at " + " / ".join(map(str, connections)),
         "p50, ms", "p99, ms", "best, texts/s", "gateway / it", "peak, MB", "start, s",
@@ -254,13 +254,13 @@ def targets(found: dict[str, Result]) -> str:
 def http_plot(result: Result) -> Figure:
     """Plot throughput and p99 over connections by server, in the last dtype."""
     dtype = list(result["weights_mb"])[-1]
+    at = sorted({level["connections"] for row in result["rows"] for level in row["levels"]})
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for peer in result["versions"]:
         rows = of_peer(result, peer, dtype)
         if not rows:
             continue
-        at = [level["connections"] for level in rows[0]["levels"]]
         for axes, key in ((left, "per_second"), (right, "p99_ms")):
             by_round = [[level[key] for level in row["levels"]] for row in rows]
             middle = [median(values) for values in zip(*by_round, strict=True)]
