@@ -270,6 +270,7 @@ def http_plot(result: Result) -> Figure:
     for axes in (left, right):
         axes.set(xscale="log", xlabel="connections")
         axes.set_xticks(at, map(str, at))
+        axes.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
         axes.grid(alpha=0.3)
     left.legend(fontsize="small")
     return figure
