@@ -62,6 +62,11 @@ def saturated(result: Result, peer: str, dtype: str) -> list[float]:
     return [best(row) for row in of_peer(result, peer, dtype)]
 
 
+def short(value: float) -> str:
+    """Return a number in three digits, or without decimals if it has more before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def http_section(result: Result) -> str:
     """Return throughput, times, memory and start-up by server, dtype and connections."""
     connections = [level["connections"] for row in result["rows"][:1] for level in row["levels"]]
@@ -75,7 +80,7 @@ def http_section(result: Result) -> str:
 
         def over_levels(key: str, rows: Rows = rows) -> str:
             by_level = zip(*(row["levels"] for row in rows), strict=True)
-            return " / ".join(f"{median(at[key] for at in level):.3g}" for level in by_level)
+            return " / ".join(short(median(at[key] for at in level)) for level in by_level)
 
         own, its = saturated(result, GATEWAY, dtype), saturated(result, peer, dtype)
         guarded = " (guarded)" if peer in result["guards"] else ""
