@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 PYTHON ?= python3.11
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help dev demo test lint clean
+.PHONY: help dev demo bench test lint clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,6 +21,9 @@ dev: $(READY) ## set up .venv
 demo: $(READY) ## poison a victim, guard it, serve it; cached afterwards
 	$(BIN)/psim demo
 
+bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/performance.md
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
 test: lint ## all checks and tests
 	$(BIN)/python -m pytest --cov=service --cov=models --cov-report=term
 
@@ -31,4 +34,4 @@ lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/lint-imports
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) build/bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -1,84 +1,119 @@
-"""What the guard costs: texts per second, beside the bare model and a guard of whole passes.
+"""What the guard costs: texts per second, beside the bare model and guards of whole passes.
 
-Bare is what transformers makes of the victim in the same dtype; by whole passes is PSIM as PEFT
-runs it, checkpoint by checkpoint on a shared trunk, and then the victim. Best of several rounds,
-taken in turns, so that what else the machine does hits all of them.
-
-    python benchmarks/guarded_pass.py BUNDLE TEXTS.jsonl
+Bare is what transformers makes of the victim in the same dtype; two passes is that run twice, once
+for PSIM as a model of its own; own unguarded is our engine without PSIM; by whole passes is PSIM as
+PEFT runs it, checkpoint by checkpoint on a shared trunk, and then the victim.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from functools import partial
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
+from harness import Result, Setup, in_turn, pin
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from models.bundle import load_bundle
-from models.engines import Encoding
+from models.engines import Encoding, Engine
 from models.engines.pytorch import DTYPES, TorchEngine, collate
-from models.offline.data import load_samples
 
-ROUNDS, SIZES = 5, (1, 8, 32)
+SIZES, TEXTS = (1, 8, 32), 128
 Run = Callable[[Sequence[Encoding]], object]
 
 
-def runs(bundle: Path, dtype: str) -> tuple[TorchEngine, dict[str, Run]]:
-    engine: Any = load_bundle(bundle, dtype).engine
-    victim = bundle / "victim"
-    bare = AutoModelForSequenceClassification.from_pretrained(victim, dtype=DTYPES[dtype])
-    bare.eval().to(engine.device)
-    tail = engine.guarded.tail
+def load_engine(setup: Setup, dtype: str) -> Engine:
+    """Return the bundle's engine; the one place that chooses it."""
+    chosen: dict[str, Any] = {"engine": setup.engine} if setup.engine else {}
+    return load_bundle(setup.bundle, dtype, **chosen).engine
 
-    def guarded(batch: Sequence[Encoding]) -> None:
-        engine.guarded.tail = tail
-        engine.classify(engine.screen(batch).states)
+
+def guarded(engine: Engine, batch: Sequence[Encoding]) -> None:
+    """Screen and classify."""
+    engine.classify(engine.screen(batch).states)
+
+
+def bare(model: Any) -> Run:
+    """Return a model as transformers runs it."""
+    model.eval()
+    pad_id = int(model.config.pad_token_id or 0)
+
+    def run(batch: Sequence[Encoding]) -> None:
+        with torch.inference_mode():
+            inputs = collate(batch, pad_id, torch.device("cpu"))
+            model(**inputs).logits.float().softmax(-1).numpy()
+
+    return run
+
+
+def whole_runs(engine: Engine) -> dict[str, Run]:
+    """Return the engine's ways: guarded, unguarded, and where it can by whole passes."""
+    if not isinstance(engine, TorchEngine) or engine.guarded.tail is None:
+        return {"guarded": partial(guarded, engine), "own unguarded": engine.classify}
+    module, tail = engine.guarded, engine.guarded.tail
+
+    def own_unguarded(batch: Sequence[Encoding]) -> None:
+        with torch.inference_mode():
+            inputs = collate(batch, engine.pad_id, engine.device)
+            mask = inputs["attention_mask"]
+            hidden, rotation = module.trunk.output(lambda: module.victim(**inputs))
+            rows = tail(hidden, mask, module.trunk.read_positions(mask), [], rotation)
+            module.classify_rows(rows[:, 0]).cpu().numpy()
 
     def by_whole_passes(batch: Sequence[Encoding]) -> None:
-        engine.guarded.tail = None
-        engine.classify(engine.screen(batch).states)
+        module.tail = None
+        guarded(engine, batch)
+        module.tail = tail
 
-    def unguarded(batch: Sequence[Encoding]) -> None:
-        with torch.inference_mode():
-            bare(**collate(batch, engine.pad_id, engine.device)).logits.float().softmax(-1).numpy()
+    return {
+        "guarded": partial(guarded, engine),
+        "own unguarded": own_unguarded,
+        "by whole passes": by_whole_passes,
+    }
 
-    return engine, {"bare": unguarded, "guarded": guarded, "by whole passes": by_whole_passes}
 
+def measure(setup: Setup) -> Result:
+    """Return texts per second by dtype, batch and way, a figure for each round."""
+    pin(setup)
+    rows = []
+    for dtype in setup.dtypes:
+        engine = load_engine(setup, dtype)
+        victim = setup.bundle / "victim"
+        run = bare(AutoModelForSequenceClassification.from_pretrained(victim, dtype=DTYPES[dtype]))
 
-def main(
-    bundle: Path,
-    texts: str,
-    most: Annotated[int, typer.Option(help="Texts in a round.")] = 256,
-    threads: int = torch.get_num_threads(),
-) -> None:
-    torch.set_num_threads(threads)
-    table = Table("dtype", "batch", "bare", "guarded", "by whole passes", "guarded / bare", "gain")
-    for dtype in ("float32", "bfloat16"):
-        engine, ways = runs(bundle, dtype)
-        encodings = engine.encode([s.text for s in load_samples(texts, drop_empty=True)][:most])
-        for size in SIZES:
+        def two_passes(batch: Sequence[Encoding], run: Run = run) -> None:
+            run(batch)
+            run(batch)
+
+        ways = {"bare": run, "two passes": two_passes} | whole_runs(engine)
+        encodings = engine.encode(setup.texts[:TEXTS])
+        for size in tqdm(SIZES, desc=f"engine, {dtype}"):
             batches = [encodings[i : i + size] for i in range(0, len(encodings), size)]
             if size == 1:
-                batches = batches[: most // 4]
-            count, best = sum(map(len, batches)), dict.fromkeys(ways, float("inf"))
-            for _ in range(ROUNDS):
-                for name, run in ways.items():
-                    started = time.perf_counter()
-                    for batch in batches:
-                        run(batch)
-                    best[name] = min(best[name], time.perf_counter() - started)
-            rates = {name: count / seconds for name, seconds in best.items()}
-            table.add_row(
-                dtype, str(size), *(f"{rate:.0f}" for rate in rates.values()),
-                f"{rates['guarded'] / rates['bare']:.2f}",
-                f"{rates['guarded'] / rates['by whole passes']:.2f}",
-            )  # fmt: skip
-    Console().print(table)
+                batches = batches[: max(1, len(batches) // 4)]
+            rates = rates_of(ways, batches, setup.rounds)
+            rows += [
+                {"dtype": dtype, "batch": size, "way": way, "rates": found}
+                for way, found in rates.items()
+            ]
+    return {"engine": engine.name, "threads": setup.threads, "rows": rows}
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def rates_of(
+    ways: dict[str, Run], batches: Sequence[Sequence[Encoding]], rounds: int
+) -> dict[str, list[float]]:
+    """Return texts per second by way and round."""
+
+    def over(run: Run) -> None:
+        for batch in batches:
+            run(batch)
+
+    count = sum(map(len, batches))
+    seconds = in_turn({way: partial(over, run) for way, run in ways.items()}, rounds)
+    return {way: [count / s for s in found] for way, found in seconds.items()}
+
+
+def rates_at(result: Result, dtype: str, batch: int) -> dict[str, list[float]]:
+    """Return the rates by way of one dtype and batch."""
+    rows = result["rows"]
+    return {r["way"]: r["rates"] for r in rows if (r["dtype"], r["batch"]) == (dtype, batch)}
