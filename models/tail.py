@@ -57,7 +57,7 @@ class Tail:
             adapters: names of the adapters.
             rotation: of a decoder's queries and keys.
         """
-        rows = torch.arange(len(hidden), device=hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
         x = self.before(hidden)
         own = x[rows, read]
         q = _base(self.query)(own)[:, None] + _deltas(self.query, own, adapters)
@@ -73,7 +73,7 @@ class Tail:
             scores = folded.flatten(1, 3) @ x.transpose(1, 2)
         else:
             k = self.key(x).unflatten(-1, (groups, size)).transpose(1, 2)  # (rows, groups, T, d)
-            at = [part.expand(len(hidden), -1, -1) for part in rotation]
+            at = [part.expand(hidden.shape[0], -1, -1) for part in rotation]
             _, k = apply_rotary_pos_emb(k, k, *at)
             cos, sin = (part[rows, read][:, None] for part in at)
             q, _ = apply_rotary_pos_emb(q.flatten(1, 2)[:, :, None], k[:, :, :1], cos, sin)
@@ -113,7 +113,7 @@ def _adapted(module: nn.Module, adapters: Sequence[str]) -> list[tuple[Any, Any]
 
 def _deltas(module: nn.Module, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
     """Return what the adapters add to a projection of x, (rows, in), by branch; zeros last."""
-    added = x.new_zeros(len(x), len(adapters) + 1, _base(module).weight.shape[0])
+    added = x.new_zeros(x.shape[0], len(adapters) + 1, _base(module).weight.shape[0])
     for number, (a, b) in enumerate(_adapted(module, adapters)):
         added[:, number] = x @ a.T @ b.T
     return added

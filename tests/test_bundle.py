@@ -20,6 +20,7 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
 
 from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, file_digest, load_bundle
+from models.engines.catalogue import REFERENCE
 from models.errors import BundleError, CalibrationError, DataError, VictimError
 from models.guarded import guard, lora_config, transformer_of
 from models.offline.fit import fit, split_texts
@@ -72,12 +73,14 @@ def test_every_family_comes_back_bit_for_bit(
         unguarded = np.vstack([victim(**i).logits.softmax(-1).numpy() for i in inputs])
     path = fit_tiny(victim, tokenizer, tmp_path / "bundle")
 
-    bundle = load_bundle(path)
     # The stored scores were computed by the model that was trained, before it was saved.
-    calibration = bundle.engine.encode(split_texts(texts, 0).calibrate)
-    probabilities = predict(bundle.engine, calibration)
-    stored = load_arrays(path / READINGS)["torch/float32"]
-    assert np.array_equal(probabilities, stored)
+    stored = load_arrays(path / READINGS)
+    default = load_bundle(path).manifest.default.runtime
+    for runtime in {default, REFERENCE}:
+        bundle = load_bundle(path, runtime.dtype, runtime.engine)
+        calibration = bundle.engine.encode(split_texts(texts, 0).calibrate)
+        assert np.array_equal(predict(bundle.engine, calibration), stored[str(runtime)])
+    bundle = load_bundle(path, *reversed(REFERENCE))
     # With the adapter off, the victim is what it was.
     batch = bundle.engine.encode(texts[:5])
     np.testing.assert_allclose(bundle.engine.classify(batch), unguarded, atol=1e-6)
