@@ -149,7 +149,8 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
     """Return the calibration of the runtime to take; thresholds of another are never used.
 
     That is the bundle's default, if it is what was asked for and runs here; else `REFERENCE`; else
-    another one, by the default's engine first.
+    another one, by the default's engine first. What does not agree with the reference has to be
+    asked for.
 
     Raises:
         BundleError: there is none.
@@ -163,14 +164,12 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
     wanted = [
         own
         for own in sorted(manifest.calibrations, key=rank)
-        if engine in (None, own.engine) and dtype in (None, own.dtype)
+        if engine in (None, own.engine)
+        and dtype in (None, own.dtype)
+        and (engine or dtype or own.parity.passes)
     ]
-    # What was asked for by name is not taken for something else: it loads, or says why not.
-    for own in wanted:
-        if (engine and dtype) or runs_here(own.runtime):
-            return own
-    if wanted and engine:
-        return wanted[0]
+    if wanted:  # if nothing of it runs here, loading it says why
+        return next((own for own in wanted if runs_here(own.runtime)), wanted[0])
     asked = f"{engine or REFERENCE.engine}/{dtype or REFERENCE.dtype}"
     known = ", ".join(str(own.runtime) for own in manifest.calibrations)
     raise BundleError(

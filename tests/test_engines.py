@@ -1,0 +1,195 @@
+"""OpenVINO says what PyTorch says, whatever the batch is; and what runs a bundle is chosen safely."""
+
+import json
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import VOCABULARY, tiny_victim
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_bundle import fit_tiny, forge, some_texts
+from test_tail import TAILED, build
+from transformers import PreTrainedTokenizerBase
+
+from models.bundle import load_bundle
+from models.engines import Encoding, catalogue
+from models.engines.catalogue import REFERENCE, Runtime, make_engine
+from models.engines.openvino import GuardedGraph
+from models.engines.pytorch import LastState, TorchEngine, collate
+from models.errors import BundleError, EngineError
+from models.guarded import Activations, Guarded, guard, lora_config
+from models.manifest import Manifest
+from models.offline.fit import fit
+from models.screen import FloatArray
+
+CPU = torch.device("cpu")
+
+
+@cache
+def pair(family: str) -> tuple[Guarded, GuardedGraph]:
+    """Return a module whose both screens matter, and its graph."""
+    guarded = build(family)
+    layers, size = len(guarded.trunk.watched), guarded.config.hidden_size
+    guarded.activations = Activations(torch.randn(layers, size, size), torch.randn(layers, 3, size))
+    return guarded, GuardedGraph(guarded, "float32")
+
+
+@pytest.mark.parametrize("family", TAILED)
+@settings(max_examples=20, deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40), min_size=1, max_size=5
+    )
+)
+@torch.inference_mode()
+def test_the_graph_agrees_with_the_module(family: str, texts: list[list[int]]) -> None:
+    guarded, graph = pair(family)
+    inputs = collate([Encoding(tuple(text), False) for text in texts], 0, CPU)
+    (readings, rows), (expected, _) = graph.screen(inputs), guarded.screen(inputs)
+    torch.testing.assert_close(readings, expected, rtol=1e-4, atol=1e-4)
+    for classified in (graph.classify_rows(rows), graph.classify(inputs)):
+        torch.testing.assert_close(classified, guarded.classify(inputs), rtol=0, atol=1e-4)
+    # And a text does not mind its batch-mates.
+    for number, text in enumerate(texts):
+        alone, _ = graph.screen(collate([Encoding(tuple(text), False)], 0, CPU))
+        torch.testing.assert_close(readings[number], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedTokenizerBase) -> None:
+    victim = tiny_victim("deberta")
+    with pytest.raises(EngineError, match="cannot run this deberta model.*use the engine torch"):
+        make_engine(
+            Runtime("openvino", "float32"), guard(victim, lora_config(victim, 1)), tokenizer, 64
+        )
+    guarded = build("bert")
+    engine = make_engine(Runtime("openvino", "float32"), guarded, tokenizer, 64)
+    batch = engine.encode(["good", "a slow film was not bad"])
+    states = engine.screen(batch).states
+    assert all(isinstance(state, LastState) for state in states)
+    expected = TorchEngine(guarded, tokenizer, 64).classify(batch)
+    for weights in guarded.parameters():
+        weights.data = torch.empty(0)
+    np.testing.assert_allclose(engine.classify(states), expected, atol=1e-5)
+    np.testing.assert_allclose(engine.classify(batch), expected, atol=1e-5)
+
+
+def test_openvino_reports_to_nobody() -> None:
+    code = (
+        "import sys, models.engines.openvino as o; "
+        "assert not any(m.startswith('openvino_telemetry') and sys.modules[m] for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def fitted(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit_tiny(tiny_victim("bert"), tokenizer, tmp_path_factory.mktemp("fitted") / "bundle")
+
+
+@pytest.fixture
+def bundle(fitted: Path, tmp_path: Path) -> Path:
+    """Return a copy that a test may damage."""
+    return Path(shutil.copytree(fitted, tmp_path / "bundle"))
+
+
+def record_of(bundle: Path) -> Any:
+    return json.loads((bundle / "manifest.json").read_text())
+
+
+def with_default(bundle: Path, engine: str, dtype: str) -> None:
+    forge(bundle, default={"engine": engine, "dtype": dtype})
+
+
+def test_fitting_compares_all_engines_and_takes_the_fastest_that_agrees(bundle: Path) -> None:
+    manifest = Manifest.model_validate_json((bundle / "manifest.json").read_bytes())
+    by_runtime = {own.runtime: own.parity for own in manifest.calibrations}
+    assert {REFERENCE, Runtime("openvino", "float32")} <= by_runtime.keys()
+    assert by_runtime[REFERENCE].largest_difference == 0
+    assert by_runtime[Runtime("openvino", "float32")].decisions_agree == 1
+    assert 0 < by_runtime[Runtime("openvino", "float32")].largest_difference < 1e-4
+    passing = {runtime: p.texts_per_s for runtime, p in by_runtime.items() if p.passes}
+    assert passing[manifest.default.runtime] == max(passing.values())
+
+
+def test_a_bundle_decides_alike_by_both_engines(bundle: Path) -> None:
+    texts = some_texts(60, seed=5)
+
+    def judged(engine: str) -> list[bool]:
+        loaded = load_bundle(bundle, "float32", engine)
+        assert (loaded.engine.name, loaded.engine.dtype) == (engine, "float32")
+        readings: FloatArray = loaded.engine.screen(loaded.engine.encode(texts)).readings
+        return [loaded.screen.judge(row).poisoned for row in readings]
+
+    assert judged("openvino") == judged("torch")
+
+
+@pytest.mark.parametrize(
+    ("default", "dtype", "engine", "chosen"),
+    [
+        ("openvino/float32", None, None, "openvino/float32"),
+        ("torch/bfloat16", None, None, "torch/bfloat16"),
+        ("openvino/float32", None, "torch", "torch/float32"),
+        ("torch/bfloat16", "float32", None, "torch/float32"),
+        ("openvino/float32", "float32", None, "openvino/float32"),
+        ("torch/float32", "float32", "openvino", "openvino/float32"),
+    ],
+)
+def test_what_is_asked_for_goes_before_the_default(
+    bundle: Path, default: str, dtype: str | None, engine: str | None, chosen: str
+) -> None:
+    with_default(bundle, *default.split("/"))
+    loaded = load_bundle(bundle, dtype, engine).engine
+    assert f"{loaded.name}/{loaded.dtype}" == chosen
+
+
+def test_without_the_engine_of_its_default_a_bundle_runs_by_torch(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_default(bundle, "openvino", "float32")
+    monkeypatch.setattr(catalogue, "find_spec", lambda name: None if name == "openvino" else name)
+    loaded = load_bundle(bundle).engine
+    assert (loaded.name, loaded.dtype) == REFERENCE
+    with pytest.raises(BundleError, match=r"not installed: pip install 'psim-gateway\[openvino\]'"):
+        load_bundle(bundle, engine="openvino")
+    with pytest.raises(EngineError, match="not installed"):
+        fit(tiny_victim("bert"), None, [], bundle, name="x", engine="openvino")  # type: ignore[arg-type]
+
+
+def test_a_forged_manifest_chooses_nothing_that_it_cannot_prove(bundle: Path) -> None:
+    with_default(bundle, "os", "float32")
+    with pytest.raises(BundleError, match=r"default\.engine"):
+        load_bundle(bundle)
+    calibrations = record_of(bundle)["calibrations"]
+    with_default(bundle, "openvino", "float32")
+    # A default without thresholds is passed over.
+    forge(bundle, calibrations=[c for c in calibrations if c["engine"] == "torch"])
+    assert load_bundle(bundle).engine.name == "torch"
+    with pytest.raises(BundleError, match="no calibration for openvino/float32; the bundle has"):
+        load_bundle(bundle, engine="openvino")
+    # One that does not agree with the reference is not run unless somebody asks for it.
+    for own in calibrations:
+        own["parity"]["decisions_agree"] = 0.5
+    forge(bundle, calibrations=calibrations)
+    assert load_bundle(bundle).engine.name == "torch"
+    assert load_bundle(bundle, engine="openvino").engine.name == "openvino"
+
+
+def test_a_victim_without_a_tail_is_fitted_for_torch_or_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    manifest = Manifest.model_validate_json(
+        (fit_tiny(tiny_victim("deberta"), tokenizer, tmp_path / "a") / "manifest.json").read_bytes()
+    )
+    assert {own.engine for own in manifest.calibrations} == {"torch"}
+    with pytest.raises(EngineError, match="openvino cannot run this victim"):
+        fit(
+            tiny_victim("deberta"), tokenizer, some_texts(160), tmp_path / "b", name="x",
+            frr_budget=0.05, engine="openvino",
+        )  # fmt: skip
