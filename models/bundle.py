@@ -177,32 +177,34 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
     )
 
 
-def _load_screen(path: Path, manifest: Manifest, calibration: Calibration) -> Screen:
-    """Calibrate again, and compare with the reference again; the manifest must say the same.
+def _load_screen(path: Path, manifest: Manifest, chosen: Calibration) -> Screen:
+    """Calibrate all runtimes again; the manifest must say the same.
 
     A threshold that was altered, or that is beyond what any text can reach, would let everything
-    pass.
+    pass. And the one that is chosen must agree with the reference as the manifest says it does.
     """
     checkpoints = len(manifest.psim.checkpoints)
     watched = len(manifest.activations.layers) if manifest.activations else 0
     shape = checkpoints + watched, len(manifest.labels)
+    screens: dict[Runtime, Screen] = {}
     try:
-        stored = load_arrays(path / READINGS)
-        readings, reference = stored[str(calibration.runtime)], stored[str(REFERENCE)]
-        for one in (readings, reference):
-            if one.dtype != np.float32 or one.shape[1:] != shape or len(one) != len(reference):
+        readings = load_arrays(path / READINGS)
+        reference = readings[str(REFERENCE)]
+        for own in manifest.calibrations:
+            given = readings[str(own.runtime)]
+            if given.dtype != np.float32 or given.shape != (len(reference), *shape):
                 raise ValueError
-        screen = calibrate(readings, checkpoints, calibration.frr_budget)
-        found = parity(reference, readings, checkpoints, calibration.frr_budget)
+            screens[own.runtime] = calibrate(given, checkpoints, own.frr_budget)
+        given = readings[str(chosen.runtime)]
+        found = parity(reference, given, checkpoints, chosen.frr_budget)
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
         raise BundleError(f"{path}: {READINGS} does not hold the calibration") from error
-    if not _agree(screen, calibration):
+    if not all(_agree(screens[own.runtime], own) for own in manifest.calibrations):
         raise BundleError(f"{path}: a threshold is not what its calibration texts give")
-    recorded = calibration.parity
     # A text or two at a threshold may be rounded to the other side on other processors.
-    if found.decisions_agree < recorded.decisions_agree - 2.5 / len(readings):
-        raise BundleError(f"{path}: {calibration.runtime} agrees less than the manifest says")
-    return screen
+    if found.decisions_agree < chosen.parity.decisions_agree - 2.5 / len(reference):
+        raise BundleError(f"{path}: {chosen.runtime} agrees less than the manifest says")
+    return screens[chosen.runtime]
 
 
 def _agree(screen: Screen, calibration: Calibration) -> bool:

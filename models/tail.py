@@ -104,7 +104,7 @@ def _base(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def _adapted(module: Any, adapters: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def _adapted(module: Any, adapters: Sequence[str]) -> tuple[Any, Any]:
     """Return A, shape (N - 1, r, in), and scaled B, (N - 1, out, r), of the adapters."""
     a, b = (
         torch.stack([getattr(module, weights)[name].weight for name in adapters])
@@ -132,8 +132,9 @@ def _attended_deltas(
         groups: number of heads that have values of their own.
     """
     a, b = _adapted(module, adapters)
-    low = torch.einsum("rnhi,nji->rnhj", attended[:, :-1], a).unflatten(2, (groups, -1))
-    added = torch.einsum("rngsj,ngdj->rngsd", low, b.unflatten(1, (groups, -1)))
+    low: Any = torch.einsum("rnhi,nji->rnhj", attended[:, :-1], a)
+    by_group = low.unflatten(2, (groups, -1))
+    added = torch.einsum("rngsj,ngdj->rngsd", by_group, b.unflatten(1, (groups, -1)))
     return nn.functional.pad(added.flatten(2, 3), (0, 0, 0, 0, 0, 1))
 
 

@@ -28,8 +28,8 @@ from models.engines.pytorch import LastState, TorchEngine, collate
 from models.errors import BundleError, EngineError
 from models.guarded import Activations, Guarded, guard, lora_config
 from models.manifest import Manifest, RuntimeRecord
-from models.offline.fit import fit
-from models.screen import FloatArray
+from models.offline.fit import fit, split_texts
+from models.offline.predict import predict
 
 CPU = torch.device("cpu")
 
@@ -83,13 +83,15 @@ def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedToke
 
 
 def test_openvino_reports_to_nobody() -> None:
-    assert sys.modules["openvino_telemetry"] is None
+    modules: dict[str, object] = dict(sys.modules)
+    assert modules["openvino_telemetry"] is None
     assert "openvino.tools.ovc.telemetry_stub" in sys.modules
 
 
 @pytest.fixture(scope="module")
 def fitted(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_tiny(tiny_victim("bert"), tokenizer, tmp_path_factory.mktemp("fitted") / "bundle")
+    folder = tmp_path_factory.mktemp("fitted")
+    return fit_tiny(tiny_victim("bert"), tokenizer, folder / "bundle", engine="auto")
 
 
 @pytest.fixture
@@ -128,16 +130,17 @@ def test_fitting_compares_all_engines_and_takes_the_fastest_that_agrees(bundle: 
     assert passing[manifest.default.runtime] == max(passing.values())
 
 
-def test_a_bundle_decides_alike_by_both_engines(bundle: Path) -> None:
-    texts = some_texts(60, seed=5)
-
-    def judged(engine: str) -> list[bool]:
+def test_a_bundle_comes_back_bit_for_bit_and_decides_alike_by_both_engines(bundle: Path) -> None:
+    texts, decisions = split_texts(some_texts(160), 0).calibrate, []
+    stored = load_arrays(bundle / READINGS)
+    for engine in ("openvino", "torch"):
         loaded = load_bundle(bundle, "float32", engine)
         assert (loaded.engine.name, loaded.engine.dtype) == (engine, "float32")
-        readings: FloatArray = loaded.engine.screen(loaded.engine.encode(texts)).readings
-        return [loaded.screen.judge(row).poisoned for row in readings]
-
-    assert judged("openvino") == judged("torch")
+        readings = predict(loaded.engine, loaded.engine.encode(texts))
+        assert np.array_equal(readings, stored[f"{engine}/float32"])
+        decisions.append([loaded.screen.judge(row).poisoned for row in readings])
+    assert decisions[0] == decisions[1]
+    assert 0 < sum(decisions[0]) < len(texts)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +208,9 @@ def test_a_forged_manifest_chooses_nothing_that_it_cannot_prove(bundle: Path) ->
 def test_a_victim_without_a_tail_is_fitted_for_torch_or_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    manifest = Manifest.model_validate_json(
-        (fit_tiny(tiny_victim("deberta"), tokenizer, tmp_path / "a") / "manifest.json").read_bytes()
-    )
+    out = fit_tiny(tiny_victim("deberta"), tokenizer, tmp_path / "a", engine="auto")
+    manifest = Manifest.model_validate_json((out / "manifest.json").read_bytes())
     assert {own.engine for own in manifest.calibrations} == {"torch"}
     with pytest.raises(EngineError, match="openvino cannot run this victim"):
-        fit(
-            tiny_victim("deberta"), tokenizer, some_texts(160), tmp_path / "b", name="x",
-            frr_budget=0.05, engine="openvino",
-        )  # fmt: skip
+        fit_tiny(tiny_victim("deberta"), tokenizer, tmp_path / "b", engine="openvino")
+    assert not (tmp_path / "b").exists()

@@ -8,6 +8,7 @@ float32 whatever the graph computes in.
 import sys
 import warnings
 from collections.abc import Sequence
+from logging import ERROR
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def computes_bfloat16() -> bool:
 
 def _traced(module: nn.Module, example: Any) -> Any:
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # tracing reads all there is, and transformers comments on it
+    logging.set_verbosity(ERROR)  # tracing reads all there is, and transformers comments on it
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # Of what depends on the shape of the example, which the tests compare with others.
