@@ -106,9 +106,10 @@ def _base(module: nn.Module) -> Any:
 
 def _adapted(module: Any, adapters: Sequence[str]) -> tuple[Any, Any]:
     """Return A, shape (N - 1, r, in), and scaled B, (N - 1, out, r), of the adapters."""
+    # Not kept from call to call: they may be trained, converted or loaded in between.
     a, b = (
-        torch.stack([getattr(module, weights)[name].weight for name in adapters])
-        for weights in ("lora_A", "lora_B")
+        torch.stack([by_name[name].weight for name in adapters])
+        for by_name in (module.lora_A, module.lora_B)
     )
     return a, b * b.new_tensor([module.scaling[name] for name in adapters])[:, None, None]
 
