@@ -32,6 +32,8 @@ from models.offline.fit import fit, split_texts
 from models.offline.predict import predict
 
 CPU = torch.device("cpu")
+LONGEST = 129
+"""Tokens that the tiny RoBERTa has positions for; no multiple of what lengths are padded to."""
 
 
 @cache
@@ -40,7 +42,7 @@ def pair(family: str) -> tuple[Guarded, GuardedGraph]:
     guarded = build(family)
     layers, size = len(guarded.trunk.watched), guarded.config.hidden_size
     guarded.activations = Activations(torch.randn(layers, size, size), torch.randn(layers, 3, size))
-    return guarded, GuardedGraph(guarded, "float32")
+    return guarded, GuardedGraph(guarded, "float32", LONGEST)
 
 
 @pytest.mark.parametrize("family", TAILED)
@@ -62,6 +64,22 @@ def test_the_graph_agrees_with_the_module(family: str, texts: list[list[int]]) -
     for number, text in enumerate(texts):
         alone, _ = graph.screen(collate([Encoding(tuple(text), False)], 0, CPU))
         torch.testing.assert_close(readings[number], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", TAILED)
+@torch.inference_mode()
+def test_the_longest_texts_and_answers_that_are_kept(family: str) -> None:
+    guarded, graph = pair(family)
+    long, short = (
+        collate([Encoding(tuple(range(5, 5 + length)), False)], 0, CPU) for length in (LONGEST, 9)
+    )
+    readings, rows = graph.screen(long)
+    graph.screen(short)  # a later call leaves the rows of an earlier one alone
+    torch.testing.assert_close(readings, guarded.screen(long)[0], rtol=1e-4, atol=1e-4)
+    classified = graph.classify_rows(rows)
+    torch.testing.assert_close(classified, guarded.classify(long), rtol=0, atol=1e-4)
+    graph.classify_rows(graph.screen(short)[1])
+    torch.testing.assert_close(classified, guarded.classify(long), rtol=0, atol=1e-4)
 
 
 def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedTokenizerBase) -> None:

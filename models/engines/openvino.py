@@ -60,7 +60,7 @@ class OpenVinoEngine(ModuleEngine):
         dtype: str = "float32",
     ) -> None:
         self.dtype = dtype
-        graph = GuardedGraph(guarded, dtype)
+        graph = GuardedGraph(guarded, dtype, max_length)
         super().__init__(graph, tokenizer, max_length, torch.device("cpu"))
 
 
@@ -69,7 +69,7 @@ class GuardedGraph:
 
     passes = 1.0
 
-    def __init__(self, guarded: Guarded, dtype: str) -> None:
+    def __init__(self, guarded: Guarded, dtype: str, max_length: int) -> None:
         if guarded.tail is None:
             raise EngineError(
                 f"OpenVINO cannot run this {guarded.config.model_type} model, since its last layer "
@@ -89,12 +89,14 @@ class GuardedGraph:
         rows = torch.zeros(2, guarded.config.hidden_size)
         self._run = core.compile_model(_traced(_Run(guarded), EXAMPLE), "CPU", settings)
         self._head = core.compile_model(_traced(_Head(guarded), rows), "CPU", settings)
-        self._activations = guarded.activations
+        self._activations, self._max_length = guarded.activations, max_length
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Guarded.screen`."""
-        # Padding is masked, so that it may be token 0 whatever the tokenizer's is.
-        more = -inputs["input_ids"].shape[1] % LENGTH_STEP
+        # Padding is masked, so that it may be token 0 whatever the tokenizer's is; but it takes
+        # positions, of which there may be no more.
+        length = inputs["input_ids"].shape[1]
+        more = min(-length % LENGTH_STEP, self._max_length - length)
         padded = (nn.functional.pad(inputs[name], (0, more)) for name in INPUTS)
         logits, rows, *states = _call(self._run, *padded)
         return readings_of(logits, states, self._activations), rows
@@ -153,4 +155,6 @@ def _traced(module: nn.Module, example: Any) -> Any:
 
 def _call(model: Any, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
     arrays = [np.ascontiguousarray(tensor.numpy()) for tensor in inputs]
-    return [torch.from_numpy(array) for array in model(arrays).values()]
+    # Not shared with the next call: rows are kept until they are classified.
+    outputs = model(arrays, share_inputs=True, share_outputs=False)
+    return [torch.from_numpy(array) for array in outputs.values()]
