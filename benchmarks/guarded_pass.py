@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 from harness import Result, Setup, in_turn, pin
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from models.bundle import load_bundle
 from models.engines import Encoding, Engine
-from models.engines.pytorch import DTYPES, TorchEngine, collate
+from models.engines.pytorch import DTYPES, ModuleEngine, TorchEngine, collate
+from models.guarded import Guarded, Inputs
 
 SIZES, TEXTS = (1, 8, 32), 128
 Run = Callable[[Sequence[Encoding]], object]
 
 
-def load_engine(setup: Setup, dtype: str) -> Engine:
-    """Return the bundle's engine; the one place that chooses it."""
-    chosen: dict[str, Any] = {"engine": setup.engine} if setup.engine else {}
-    return load_bundle(setup.bundle, dtype, **chosen).engine
+def load_engine(setup: Setup, dtype: str, name: str | None = None) -> Any:
+    """Return an engine of the bundle, by default the one that is measured."""
+    return load_bundle(setup.bundle, dtype, name or setup.engine).engine
 
 
 def guarded(engine: Engine, batch: Sequence[Encoding]) -> None:
@@ -46,30 +47,62 @@ def bare(model: Any) -> Run:
     return run
 
 
-def whole_runs(engine: Engine) -> dict[str, Run]:
-    """Return the engine's ways: guarded, unguarded, and where it can by whole passes."""
-    if not isinstance(engine, TorchEngine) or engine.guarded.tail is None:
-        return {"guarded": partial(guarded, engine), "own unguarded": engine.classify}
+class Unguarded(nn.Module):
+    """Our trunk and last layer with one branch: the engine without PSIM and the second screen."""
+
+    def __init__(self, guarded: Guarded) -> None:
+        super().__init__()
+        self.guarded = guarded
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        module, inputs = self.guarded, {"input_ids": input_ids, "attention_mask": attention_mask}
+        assert module.tail is not None
+        hidden, rotation = module.trunk.output(lambda: module.victim(**inputs))
+        read = module.trunk.read_positions(attention_mask)
+        rows = module.tail(hidden, attention_mask, read, [], rotation)
+        return module.tail.head(rows[:, 0])
+
+
+def own_unguarded(engine: ModuleEngine, module: Guarded) -> Run:
+    """Return `Unguarded` as the engine would run it; `module` is what the engine was made of."""
+    victim = Unguarded(module).eval()
+    logits = _by_openvino(victim, engine) if engine.name == "openvino" else lambda i: victim(**i)
+
+    def run(batch: Sequence[Encoding]) -> None:
+        with torch.inference_mode():
+            logits(collate(batch, engine.pad_id, engine.device)).float().softmax(-1).numpy()
+
+    return run
+
+
+def _by_openvino(victim: Unguarded, engine: ModuleEngine) -> Callable[[Inputs], torch.Tensor]:
+    from models.engines import openvino
+
+    graph = openvino.compiled(victim, openvino.EXAMPLE, engine.dtype)
+    return lambda inputs: openvino.call(graph, *openvino.padded(inputs, engine.max_length))[0]
+
+
+def by_whole_passes(engine: TorchEngine) -> Run:
+    """Return the guard as it is without a tail."""
     module, tail = engine.guarded, engine.guarded.tail
 
-    def own_unguarded(batch: Sequence[Encoding]) -> None:
-        with torch.inference_mode():
-            inputs = collate(batch, engine.pad_id, engine.device)
-            mask = inputs["attention_mask"]
-            hidden, rotation = module.trunk.output(lambda: module.victim(**inputs))
-            rows = tail(hidden, mask, module.trunk.read_positions(mask), [], rotation)
-            module.classify_rows(rows[:, 0]).cpu().numpy()
-
-    def by_whole_passes(batch: Sequence[Encoding]) -> None:
+    def run(batch: Sequence[Encoding]) -> None:
         module.tail = None
         guarded(engine, batch)
         module.tail = tail
 
-    return {
-        "guarded": partial(guarded, engine),
-        "own unguarded": own_unguarded,
-        "by whole passes": by_whole_passes,
-    }
+    return run
+
+
+def own_runs(engine: Any, setup: Setup) -> dict[str, Run]:
+    """Return the engine's ways: guarded, unguarded, and where it can by whole passes."""
+    ways: dict[str, Run] = {"guarded": partial(guarded, engine)}
+    of = engine if isinstance(engine, TorchEngine) else load_engine(setup, "float32", "torch")
+    if of.guarded.tail is not None:
+        ways["own unguarded"] = own_unguarded(engine, of.guarded)
+    if of is engine:
+        ways["by whole passes"] = by_whole_passes(engine)
+    return ways
 
 
 def measure(setup: Setup) -> Result:
@@ -85,7 +118,7 @@ def measure(setup: Setup) -> Result:
             run(batch)
             run(batch)
 
-        ways = {"bare": run, "two passes": two_passes} | whole_runs(engine)
+        ways = {"bare": run, "two passes": two_passes} | own_runs(engine, setup)
         encodings = engine.encode(setup.texts[:TEXTS])
         for size in tqdm(SIZES, desc=f"engine, {dtype}"):
             batches = [encodings[i : i + size] for i in range(0, len(encodings), size)]

@@ -37,9 +37,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.calibrate import calibrate
+from models.calibrate import calibrate, parity
 from models.engines import Engine
-from models.engines.pytorch import DTYPES, TorchEngine
+from models.engines.catalogue import REFERENCE, Runtime, make_engine, runs_here
 from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 from models.guarded import Activations, Guarded, guard, lora_config
 from models.manifest import ActivationsRecord, Calibration, Manifest
@@ -79,18 +79,24 @@ class Bundle:
     screen: Screen
 
 
-def load_bundle(path: Path, dtype: str = "float32") -> Bundle:
+def load_bundle(path: Path, dtype: str | None = None, engine: str | None = None) -> Bundle:
     """Check every file of the bundle, load it, and try it on one text.
+
+    Args:
+        path: folder of the bundle.
+        dtype: what to compute in, such as `float32`; None leaves it to the bundle.
+        engine: what to compute by, such as `torch`; None leaves it to the bundle, see `choose`.
 
     Raises:
         BundleError: anything about the bundle is not as its manifest says, or it has no
-            calibration for this dtype.
+            calibration for this dtype and engine.
     """
     manifest, digest = read_manifest(path)
     check_files(path, manifest)
-    screen = _load_screen(path, manifest, dtype)
+    calibration = choose(manifest, engine, dtype)
+    screen = _load_screen(path, manifest, calibration)
     try:
-        bundle = Bundle(manifest, digest, _load_engine(path, manifest, dtype), screen)
+        bundle = Bundle(manifest, digest, _load_engine(path, manifest, calibration.runtime), screen)
         _self_test(bundle)
     except PsimError as error:
         raise BundleError(f"{path}: {error}") from error
@@ -139,35 +145,66 @@ def check_files(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path}: {name} was altered: its SHA-256 is not the manifest's")
 
 
-def calibration_for(manifest: Manifest, engine: str, dtype: str) -> Calibration:
-    """Return the calibration for one engine and dtype; a threshold of another is never used."""
-    for calibration in manifest.calibrations:
-        if (calibration.engine, calibration.dtype) == (engine, dtype):
-            return calibration
-    known = ", ".join(f"{c.engine}/{c.dtype}" for c in manifest.calibrations)
-    raise BundleError(f"no calibration for {engine}/{dtype}; the bundle has {known}")
+def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibration:
+    """Return the calibration of the runtime to take; thresholds of another are never used.
+
+    That is the bundle's default, if it is what was asked for and runs here; else `REFERENCE`; else
+    another one, by the default's engine first. What does not agree with the reference has to be
+    asked for.
+
+    Raises:
+        BundleError: there is none.
+    """
+    default = manifest.default
+
+    def rank(own: Calibration) -> tuple[bool, ...]:
+        away = own.runtime != default.runtime, own.runtime != REFERENCE
+        return (*away, own.engine != default.engine)
+
+    wanted = [
+        own
+        for own in sorted(manifest.calibrations, key=rank)
+        if engine in (None, own.engine)
+        and dtype in (None, own.dtype)
+        and (engine or dtype or own.parity.passes)
+    ]
+    if wanted:  # if nothing of it runs here, loading it says why
+        return next((own for own in wanted if runs_here(own.runtime)), wanted[0])
+    asked = f"{engine or REFERENCE.engine}/{dtype or REFERENCE.dtype}"
+    known = ", ".join(str(own.runtime) for own in manifest.calibrations)
+    raise BundleError(
+        f"no calibration for {asked}; the bundle has {known}. Run `psim fit` where it is installed"
+    )
 
 
-def _load_screen(path: Path, manifest: Manifest, dtype: str) -> Screen:
-    """Calibrate again; the manifest must say the same.
+def _load_screen(path: Path, manifest: Manifest, chosen: Calibration) -> Screen:
+    """Calibrate all runtimes again; the manifest must say the same.
 
     A threshold that was altered, or that is beyond what any text can reach, would let everything
-    pass.
+    pass. And the one that is chosen must agree with the reference as the manifest says it does.
     """
-    calibration = calibration_for(manifest, TorchEngine.name, dtype)
+    checkpoints = len(manifest.psim.checkpoints)
+    distances = Activations.VOICES if manifest.activations else 0
+    shape = checkpoints + distances, len(manifest.labels)
+    screens: dict[Runtime, Screen] = {}
     try:
-        readings = load_arrays(path / READINGS)[readings_key(calibration.engine, dtype)]
-        checkpoints = len(manifest.psim.checkpoints)
-        distances = Activations.VOICES if manifest.activations else 0
-        shape = checkpoints + distances, len(manifest.labels)
-        if readings.dtype != np.float32 or readings.shape[1:] != shape:
-            raise ValueError
-        screen = calibrate(readings, checkpoints, calibration.frr_budget)
+        readings = load_arrays(path / READINGS)
+        reference = readings[str(REFERENCE)]
+        for own in manifest.calibrations:
+            given = readings[str(own.runtime)]
+            if given.dtype != np.float32 or given.shape != (len(reference), *shape):
+                raise ValueError
+            screens[own.runtime] = calibrate(given, checkpoints, own.frr_budget)
+        given = readings[str(chosen.runtime)]
+        found = parity(reference, given, checkpoints, chosen.frr_budget)
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
         raise BundleError(f"{path}: {READINGS} does not hold the calibration") from error
-    if not _agree(screen, calibration):
+    if not all(_agree(screens[own.runtime], own) for own in manifest.calibrations):
         raise BundleError(f"{path}: a threshold is not what its calibration texts give")
-    return screen
+    # A text or two at a threshold may be rounded to the other side on other processors.
+    if found.decisions_agree < chosen.parity.decisions_agree - 2.5 / len(reference):
+        raise BundleError(f"{path}: {chosen.runtime} agrees less than the manifest says")
+    return screens[chosen.runtime]
 
 
 def _agree(screen: Screen, calibration: Calibration) -> bool:
@@ -179,18 +216,13 @@ def _agree(screen: Screen, calibration: Calibration) -> bool:
     )
 
 
-def readings_key(engine: str, dtype: str) -> str:
-    """Return the tensor name of the calibration texts' readings."""
-    return f"{engine}/{dtype}"
-
-
-def _load_engine(path: Path, manifest: Manifest, dtype: str) -> TorchEngine:
+def _load_engine(path: Path, manifest: Manifest, runtime: Runtime) -> Engine:
     model, report = AutoModelForSequenceClassification.from_pretrained(
         path / "victim",
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        dtype=DTYPES["float32"],
+        dtype=torch.float32,
         output_loading_info=True,
     )
     if any(report.get(kind) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")):
@@ -207,7 +239,7 @@ def _load_engine(path: Path, manifest: Manifest, dtype: str) -> TorchEngine:
     tokenizer = AutoTokenizer.from_pretrained(
         path / "tokenizer", trust_remote_code=False, local_files_only=True
     )
-    return TorchEngine(guarded, tokenizer, manifest.max_length, dtype)
+    return make_engine(runtime, guarded, tokenizer, manifest.max_length)
 
 
 def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
@@ -310,7 +342,7 @@ def _save_prompt(victim: PeftModel, folder: Path) -> None:
 
 
 def save_readings(path: Path, readings: Mapping[str, FloatArray]) -> None:
-    """Write the readings of the calibration texts, by `readings_key`."""
+    """Write the readings of the calibration texts, by `ENGINE/DTYPE`."""
     save_arrays(dict(readings), path / READINGS)
 
 

@@ -1,6 +1,7 @@
 """A screen from clean texts alone: one threshold per predicted class, for a rejection budget."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,32 @@ def calibrate(
         of_group = np.sort(scores[np.isin(predicted, members)])
         groups.append(Group(members, conformal_threshold(of_group, frr_budget), of_group))
     return Screen(groups, Norm(each, together, checkpoints))
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How what one engine says of some clean texts compares with what the reference says."""
+
+    decisions_agree: float
+    """Share of the texts that both call poisoned, or neither, each by its own thresholds."""
+    largest_difference: float
+    """Of a probability."""
+
+
+def parity(reference: FloatArray, own: FloatArray, checkpoints: int, frr_budget: float) -> Parity:
+    """Compare an engine's readings with the reference's of the same texts, shape (n, V, C) each.
+
+    Raises:
+        CalibrationError: see `calibrate`.
+    """
+
+    def decisions(readings: FloatArray) -> NDArray[np.bool_]:
+        screen = calibrate(readings, checkpoints, frr_budget)
+        return np.array([screen.judge(row).poisoned for row in readings])
+
+    agree = decisions(reference) == decisions(own)
+    difference = np.abs(reference - own)[:, :checkpoints].max()
+    return Parity(float(agree.mean()), float(difference))
 
 
 def _measured(

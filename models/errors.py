@@ -13,6 +13,10 @@ class VictimError(PsimError):
     """A victim model that cannot be loaded safely or cannot be guarded."""
 
 
+class EngineError(PsimError):
+    """An engine that is not installed, or cannot run this victim."""
+
+
 class ScreenError(PsimError):
     """Screening gave no usable probabilities (NaN, infinite): never to be read as clean."""
 

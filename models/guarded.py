@@ -76,7 +76,7 @@ class Trunk:
         if not self._reads_last:
             return hidden[:, 0].float()
         last = _last(self._mask) + prompts
-        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last].float()
 
     def read_positions(self, mask: torch.Tensor) -> torch.Tensor:
         """Return where the classifier reads, shape (rows,), in inputs without prompts."""
@@ -178,6 +178,16 @@ class Activations:
         return torch.stack([(tokens * read).sqrt(), top], 1)
 
 
+def readings_of(
+    logits: torch.Tensor, states: Sequence[torch.Tensor], activations: Activations | None
+) -> torch.Tensor:
+    """Return what `Guarded.screen` does of what `Guarded.run` returns, in float32."""
+    readings = logits.float().softmax(-1)
+    if activations is None:
+        return readings
+    return torch.cat([readings, activations.distances(states)], 1)
+
+
 class Guarded(nn.Module):
     """Victim and PSIM in one module.
 
@@ -238,12 +248,20 @@ class Guarded(nn.Module):
         of hidden states to the classes, `Activations.VOICES` or, while that is not fitted, none.
         The second value is None without a tail.
         """
+        logits, rows, states = self.run(inputs)
+        return readings_of(logits, states, self.activations), rows
+
+    def run(
+        self, inputs: Inputs
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]]:
+        """Do what `screen` does in the victim's dtype, which other runtimes can do in its place.
+
+        Returns logits by checkpoint, shape (rows, K, C), what `classify_rows` needs, and the
+        watched states.
+        """
         with self.trunk.watching(inputs) as states:
             logits, rows = self._by_tail(inputs) if self.tail else self._by_whole_passes(inputs)
-        readings = logits.float().softmax(-1)
-        if self.activations is not None:
-            readings = torch.cat([readings, self.activations.distances(states)], 1)
-        return readings, rows
+        return logits, rows, states
 
     def _by_tail(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits by checkpoint, (rows, K, C), and the victim's last states, (rows, H)."""
@@ -254,7 +272,7 @@ class Guarded(nn.Module):
         rows = self.tail(hidden, mask, read, self.checkpoints, rotation)
         logits = self.tail.head(rows[:, :-1].flatten(0, 1))
         # Copied, since a view would keep those of all branches alive until it is classified.
-        return logits.view(len(rows), len(self.checkpoints), -1), rows[:, -1].clone()
+        return logits.view(rows.shape[0], len(self.checkpoints), -1), rows[:, -1].clone()
 
     def _by_whole_passes(self, inputs: Inputs) -> tuple[torch.Tensor, None]:
         logits = []
@@ -298,7 +316,10 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     on_top = trunk.length == len(stack) - 1 and not config.modules_to_save
     # Prompts come as embeddings, or as keys and values that a tail knows nothing of.
     tail = tail_of(model) if on_top and not isinstance(victim, PeftModel) else None
-    return Guarded(victim, psim, trunk, tail)
+    guarded = Guarded(victim, psim, trunk, tail)
+    if tail is not None:
+        guarded.config.use_cache = False  # a decoder would fill it in vain
+    return guarded
 
 
 def _trunk(model: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trunk]:
@@ -332,7 +353,7 @@ def read_last_token(model: nn.Module) -> None:
         if "mask" not in seen or hidden.shape[1] == 1:
             return None
         last = _last(seen["mask"])
-        return (hidden[torch.arange(len(hidden), device=hidden.device), last][:, None],)
+        return (hidden[torch.arange(hidden.shape[0], device=hidden.device), last][:, None],)
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     model.get_submodule("score").register_forward_pre_hook(pick)

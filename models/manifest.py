@@ -4,10 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.engines.catalogue import DtypeName, EngineName, Runtime
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 LEAST_BUDGET = 1e-6
 Budget = Annotated[float, Field(ge=LEAST_BUDGET, lt=1)]
 """A false-rejection budget; less than that no number of texts can support."""
+LEAST_AGREEMENT = 0.999
+"""Share of clean texts on which a runtime decides like the reference, if it is to be chosen."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -60,13 +64,39 @@ class GroupRecord(_Record):
     """Clopper-Pearson interval, 95 %, of the false rejection rate that this threshold has."""
 
 
-class Calibration(_Record):
-    """Thresholds for one engine and dtype."""
+class RuntimeRecord(_Record):
+    """An engine and the dtype that it computes in."""
 
-    engine: str
-    dtype: str
+    engine: EngineName
+    dtype: DtypeName
+
+    @property
+    def runtime(self) -> Runtime:
+        """Both, to be compared and made."""
+        return Runtime(self.engine, self.dtype)
+
+
+class ParityRecord(_Record):
+    """How a runtime compares with torch/float32 on the calibration texts."""
+
+    decisions_agree: Probability
+    largest_difference: Probability
+    """Of a probability."""
+    texts_per_s: float = Field(gt=0)
+    """By the machine that fitted."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether a runtime is as good as the reference, but for its speed."""
+        return self.decisions_agree >= LEAST_AGREEMENT
+
+
+class Calibration(RuntimeRecord):
+    """Thresholds for one runtime."""
+
     frr_budget: Budget
     groups: list[GroupRecord] = Field(min_length=1)
+    parity: ParityRecord
 
 
 class FitRecord(_Record):
@@ -91,6 +121,8 @@ class Manifest(_Record):
     activations: ActivationsRecord | None
     """None if the victim has no layer that can be watched."""
     calibrations: list[Calibration] = Field(min_length=1)
+    default: RuntimeRecord
+    """The fastest runtime of those that agree with the reference, where it was fitted."""
     fit: FitRecord
     files: dict[str, Digest]
     versions: dict[str, str]

@@ -57,10 +57,12 @@ class Tail:
             adapters: names of the adapters.
             rotation: of a decoder's queries and keys.
         """
-        rows = torch.arange(len(hidden), device=hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
         x = self.before(hidden)
         own = x[rows, read]
-        q = _base(self.query)(own)[:, None] + _deltas(self.query, own, adapters)
+        q = _base(self.query)(own)[:, None].expand(-1, len(adapters) + 1, -1)
+        if adapters and isinstance(self.query, LoraLayer):
+            q = q + _deltas(self.query, own, adapters)
         q = q.unflatten(-1, (self.heads, -1))  # (rows, N, heads, d)
         shape = q.shape
         weight, bias = _base(self.value).weight, _base(self.value).bias
@@ -73,7 +75,7 @@ class Tail:
             scores = folded.flatten(1, 3) @ x.transpose(1, 2)
         else:
             k = self.key(x).unflatten(-1, (groups, size)).transpose(1, 2)  # (rows, groups, T, d)
-            at = [part.expand(len(hidden), -1, -1) for part in rotation]
+            at = [part.expand(hidden.shape[0], -1, -1) for part in rotation]
             _, k = apply_rotary_pos_emb(k, k, *at)
             cos, sin = (part[rows, read][:, None] for part in at)
             q, _ = apply_rotary_pos_emb(q.flatten(1, 2)[:, :, None], k[:, :, :1], cos, sin)
@@ -88,7 +90,8 @@ class Tail:
         ).flatten(2, 3)
         if bias is not None:
             values = values + bias.unflatten(0, (groups, size)).repeat_interleave(shared, 0)
-        values = values + _attended_deltas(self.value, attended, adapters, groups)
+        if adapters and isinstance(self.value, LoraLayer):
+            values = values + _attended_deltas(self.value, attended, adapters, groups)
         return self.after(values.flatten(2), hidden[rows, read][:, None])
 
 
@@ -101,35 +104,39 @@ def _base(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def _adapted(module: nn.Module, adapters: Sequence[str]) -> list[tuple[Any, Any]]:
-    """Return A, (r, in), and scaled B, (out, r), of each adapter."""
-    if not isinstance(module, LoraLayer):
-        return []
-    return [
-        (module.lora_A[name].weight, module.lora_B[name].weight * module.scaling[name])
-        for name in adapters
-    ]
+def _adapted(module: Any, adapters: Sequence[str]) -> tuple[Any, Any]:
+    """Return A, shape (N - 1, r, in), and scaled B, (N - 1, out, r), of the adapters."""
+    # Not kept from call to call: they may be trained, converted or loaded in between.
+    a, b = (
+        torch.stack([by_name[name].weight for name in adapters])
+        for by_name in (module.lora_A, module.lora_B)
+    )
+    return a, b * b.new_tensor([module.scaling[name] for name in adapters])[:, None, None]
 
 
 def _deltas(module: nn.Module, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
     """Return what the adapters add to a projection of x, (rows, in), by branch; zeros last."""
-    added = x.new_zeros(len(x), len(adapters) + 1, _base(module).weight.shape[0])
-    for number, (a, b) in enumerate(_adapted(module, adapters)):
-        added[:, number] = x @ a.T @ b.T
-    return added
+    a, b = _adapted(module, adapters)
+    low = (x @ a.flatten(0, 1).T).unflatten(1, a.shape[:2])
+    return nn.functional.pad(torch.einsum("rnj,noj->rno", low, b), (0, 0, 0, 1))
 
 
 def _attended_deltas(
     module: nn.Module, attended: torch.Tensor, adapters: Sequence[str], groups: int
 ) -> torch.Tensor:
-    """Return what the adapters add to attended values, shape (rows, N, heads, head size)."""
-    rows, branches, heads, _ = attended.shape
-    size = _base(module).weight.shape[0] // groups
-    added = attended.new_zeros(rows, branches, heads, size)
-    for number, (a, b) in enumerate(_adapted(module, adapters)):
-        by_head = b.unflatten(0, (groups, size)).repeat_interleave(heads // groups, 0)
-        added[:, number] = torch.einsum("rhk,hdk->rhd", attended[:, number] @ a.T, by_head)
-    return added
+    """Return what the adapters add to attended values, shape (rows, N, heads, head size).
+
+    Args:
+        module: the projection of values.
+        attended: what the heads of each branch attend to, shape (rows, N, heads, in).
+        adapters: names of N - 1 adapters; nothing is added for the last branch.
+        groups: number of heads that have values of their own.
+    """
+    a, b = _adapted(module, adapters)
+    low: Any = torch.einsum("rnhi,nji->rnhj", attended[:, :-1], a)
+    by_group = low.unflatten(2, (groups, -1))
+    added = torch.einsum("rngsj,ngdj->rngsd", by_group, b.unflatten(1, (groups, -1)))
+    return nn.functional.pad(added.flatten(2, 3), (0, 0, 0, 0, 0, 1))
 
 
 def tail_of(model: Any) -> Tail | None:

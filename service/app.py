@@ -29,7 +29,7 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
         BundleError: the bundle cannot be served.
     """
     torch.set_num_threads(settings.threads or usable_cpus())
-    bundle = bundle or load_bundle(settings.bundle, settings.dtype)
+    bundle = bundle or load_bundle(settings.bundle, settings.dtype, settings.engine)
     metrics = Metrics(bundle, settings.mode)
     batcher = Batcher(bundle, settings, metrics)
     victim = LocalVictim(batcher)

@@ -11,6 +11,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.engines.catalogue import DtypeName, EngineName
+
 PREFIX = "PSIM_"
 
 
@@ -34,7 +36,10 @@ class Settings(BaseSettings):
 
     bundle: Path
     mode: Mode = Mode.ENFORCE
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    engine: EngineName | None = None
+    """What runs the model; None takes the bundle's choice, or PyTorch where that is missing."""
+    dtype: DtypeName | None = None
+    """What it computes in; None takes the bundle's choice."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -12,7 +12,9 @@ from models.manifest import (
     FitRecord,
     GroupRecord,
     Manifest,
+    ParityRecord,
     PsimRecord,
+    RuntimeRecord,
     VictimRecord,
 )
 from models.screen import FloatArray, Group, Measure, Norm, Screen
@@ -90,6 +92,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
     group = GroupRecord(
         classes=[0, 1], texts=99, threshold=THRESHOLD, rejected=0, frr_interval=(0.0, 0.05)
     )
+    parity = ParityRecord(decisions_agree=1.0, largest_difference=0.0, texts_per_s=1.0)
     manifest = Manifest(
         schema_version=4,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
@@ -106,7 +109,12 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
             curve=[],
         ),
         activations=None,
-        calibrations=[Calibration(engine="fake", dtype="float32", frr_budget=0.01, groups=[group])],
+        calibrations=[
+            Calibration(
+                engine="torch", dtype="float32", frr_budget=0.01, groups=[group], parity=parity
+            )
+        ],
+        default=RuntimeRecord(engine="torch", dtype="float32"),
         fit=FitRecord(
             created="", texts_train=1, texts_stop=1, texts_calibrate=1, seconds=0, peak_memory_mb=0
         ),

@@ -105,18 +105,18 @@ def test_a_line_that_cannot_be_screened_stops_no_other(folder: Path) -> None:
 def test_scores_that_are_no_numbers_are_an_error_of_their_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.engines.pytorch import TorchEngine
+    from models.engines.pytorch import ModuleEngine
 
-    original = TorchEngine.screen
+    original = ModuleEngine.screen
     loaded = load_bundle(folder / "bundle")
     bad = loaded.engine.encode(["bad"])[0]
 
-    def screen(self: TorchEngine, batch: list[Encoding]) -> Screening:
+    def screen(self: ModuleEngine, batch: list[Encoding]) -> Screening:
         answer = original(self, batch)
         answer.readings[[i for i, encoding in enumerate(batch) if encoding == bad]] = np.nan
         return answer
 
-    monkeypatch.setattr(TorchEngine, "screen", screen)
+    monkeypatch.setattr(ModuleEngine, "screen", screen)
     stdin = '{"text": "good"}\n{"text": "bad"}\n{"text": "good"}\n'
     result = psim("screen", "-", "--bundle", folder / "bundle", stdin=stdin)
     assert ["error" in json.loads(line) for line in result.stdout.splitlines()] == [

@@ -174,7 +174,7 @@ def test_a_victim_may_be_a_base_with_a_lora_adapter_as_peft_saves_it(
     bundle = tmp_path / "bundle"
     config = PsimConfig(max_steps=10)
     fit(loaded, tokenizer, some_texts(160), bundle, name="x", frr_budget=0.05, config=config)
-    engine = load_bundle(bundle).engine
+    engine = load_bundle(bundle, "float32").engine
     got = engine.classify(engine.encode(["good film"]))
     np.testing.assert_allclose(got, expected.softmax(-1).numpy(), atol=1e-6)
 
@@ -243,7 +243,7 @@ def test_a_decoder_s_score_does_not_depend_on_its_batch_mates(
         model, loaded = load_classifier(str(folder / "victim"))
         config = PsimConfig(max_steps=10)
         fit(model, loaded, some_texts(160), folder / "b", name="x", frr_budget=0.05, config=config)
-        engine = load_bundle(folder / "b").engine
+        engine = load_bundle(folder / "b", "float32").engine
         batch = engine.encode(["good film", "a good film that is quite long and very slow", "good"])
         readings = np.vstack([engine.screen([one]).readings for one in batch])
         np.testing.assert_allclose(engine.screen(batch).readings, readings, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -28,35 +29,52 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class TorchEngine:
-    """Runs a guarded module; converts it in place to `dtype`.
+class Module(Protocol):
+    """What a runtime has to do with tensors: a `models.guarded.Guarded`, or what stands for one."""
+
+    @property
+    def passes(self) -> float:
+        """See `Guarded.passes`."""
+
+    def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Guarded.screen`."""
+
+    def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `Guarded.classify_rows`."""
+
+    def classify(self, inputs: Inputs) -> torch.Tensor:
+        """See `Guarded.classify`."""
+
+
+class ModuleEngine:
+    """An engine that tokenizes for a module, and takes its answers apart; has a name and a dtype.
 
     Args:
-        guarded: the module; owned by the engine from now on.
+        module: what computes; owned by the engine from now on.
         tokenizer: the victim's tokenizer, with a padding token.
         max_length: tokens per text, special tokens included.
-        dtype: `float32` or `bfloat16`.
+        device: where the module wants its inputs.
     """
 
-    name = "torch"
+    name: str
+    dtype: str
 
     def __init__(
         self,
-        guarded: Guarded,
+        module: Module,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
-        dtype: str = "float32",
+        device: torch.device,
     ) -> None:
-        self.device = best_device()
-        self.dtype = dtype
-        self.guarded = guarded.to(self.device, DTYPES[dtype]).eval()
+        self._module = module
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.device = device
 
     @property
     def passes(self) -> float:
         """What `screen` and `classify` cost together, in forward passes of the victim."""
-        return self.guarded.passes
+        return self._module.passes
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to `max_length` tokens."""
@@ -80,7 +98,7 @@ class TorchEngine:
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         """Screen texts; the victim has nothing left to do but its head where there is a tail."""
         with torch.inference_mode():
-            readings, rows = self.guarded.screen(collate(batch, self.pad_id, self.device))
+            readings, rows = self._module.screen(collate(batch, self.pad_id, self.device))
         states = batch if rows is None else [LastState(row) for row in rows]
         return Screening(_float32(readings), states)
 
@@ -92,13 +110,38 @@ class TorchEngine:
             raise TypeError("give encodings, or states that this engine returned, and not both")
         with torch.inference_mode():
             if states:
-                return _float32(self.guarded.classify_rows(torch.stack(states)))
-            return _float32(self.guarded.classify(collate(encodings, self.pad_id, self.device)))
+                return _float32(self._module.classify_rows(torch.stack(states)))
+            return _float32(self._module.classify(collate(encodings, self.pad_id, self.device)))
 
     @property
     def pad_id(self) -> int:
         """Token that fills batches."""
         return int(self.tokenizer.pad_token_id or 0)
+
+
+class TorchEngine(ModuleEngine):
+    """Runs a guarded module; converts it in place to `dtype`.
+
+    Args:
+        guarded: the module; owned by the engine from now on.
+        tokenizer: the victim's tokenizer, with a padding token.
+        max_length: tokens per text, special tokens included.
+        dtype: `float32` or `bfloat16`.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        guarded: Guarded,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        dtype: str = "float32",
+    ) -> None:
+        device = best_device()
+        self.dtype = dtype
+        self.guarded = guarded.to(device, DTYPES[dtype]).eval()
+        super().__init__(self.guarded, tokenizer, max_length, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,14 @@ from datetime import timedelta
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
 from tqdm import tqdm
 
 from models.bundle import check_files, load_bundle, read_manifest
+from models.engines.catalogue import DtypeName, EngineName
 from models.errors import DataError, PsimError
 from models.manifest import LEAST_BUDGET
 from models.offline import demo as demo_bundle
@@ -58,7 +59,12 @@ Texts = Annotated[str, typer.Option(help="JSONL, CSV, TSV, Parquet, data set fol
 TextColumn_ = Annotated[str, typer.Option(help="Column that holds the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="Column that holds the labels.")]
 Target = Annotated[str, typer.Option(help="Label that the attacker chose.")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Dtype = Annotated[
+    DtypeName | None, typer.Option(help="What to compute in; the bundle's choice by default.")
+]
+Engine = Annotated[
+    EngineName | None, typer.Option(help="What to compute by; the bundle's choice by default.")
+]
 
 
 @contextmanager
@@ -102,6 +108,10 @@ def fit_command(
     out: Out,
     frr_budget: Annotated[float, typer.Option(help="Share of clean texts you can lose.")] = 0.01,
     layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
+    engine: Annotated[
+        Literal["auto", EngineName],
+        typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
+    ] = "auto",
     seed: Seed = 0,
     text_column: TextColumn_ = "text",
     label_column: LabelColumn = "label",
@@ -122,6 +132,7 @@ def fit_command(
             name=Path(victim).name if Path(victim).exists() else victim,
             frr_budget=frr_budget,
             config=config,
+            engine=engine,
         )
         Console().print(manifest_table(manifest))
         stderr.print(f"wrote {out}; next: psim serve --bundle {out}", highlight=False)
@@ -257,7 +268,8 @@ def evaluate_command(
     ],
     target_label: Target,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plot.")] = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
+    engine: Engine = None,
     text_column: TextColumn_ = "text",
     label_column: LabelColumn = "label",
 ) -> None:
@@ -268,7 +280,7 @@ def evaluate_command(
             for source in (clean, poisoned)
         )
         evaluation = evaluate(
-            load_bundle(bundle, dtype), clean_samples, poisoned_samples, target_label
+            load_bundle(bundle, dtype, engine), clean_samples, poisoned_samples, target_label
         )
         Console().print(evaluation_table(evaluation))
         if out is not None:
@@ -328,11 +340,12 @@ def screen_command(
     file: Annotated[Path, typer.Argument(help="JSONL with one text per line; - reads stdin.")],
     bundle: Annotated[Path, typer.Option(help="Bundle to screen with.")],
     text_column: TextColumn_ = "text",
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
+    engine: Engine = None,
 ) -> None:
     """Screen a JSONL stream: one verdict per line, in order, on stdout."""
     with errors_for_people():
-        loaded = load_bundle(bundle, dtype)
+        loaded = load_bundle(bundle, dtype, engine)
         with _open(file) as lines:
             # No bar between verdicts on a terminal, and none where nobody would see it.
             watched = tqdm(lines, unit=" lines", disable=sys.stdout.isatty() or None)
@@ -349,14 +362,15 @@ def triggers_command(
     out: Annotated[Path | None, typer.Option(help="JSON file for the phrases.")] = None,
     most: Annotated[int, typer.Option(help="Phrases to show.", min=1)] = 10,
     text_column: TextColumn_ = "text",
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
+    engine: Engine = None,
 ) -> None:
     """Screen traffic, and say what the flagged texts have in common that the others have not."""
     with errors_for_people():
         if out is not None and out.exists():
             raise DataError(f"{out} exists already; choose another --out")
         samples = load_samples(texts, text_column=text_column, drop_empty=True)
-        by_verdict = split_by_verdict(load_bundle(bundle, dtype), [s.text for s in samples])
+        by_verdict = split_by_verdict(load_bundle(bundle, dtype, engine), [s.text for s in samples])
         phrases = common_phrases(*by_verdict, most)
         flagged, passed = map(len, by_verdict)
         Console().print(phrase_table(phrases, flagged, passed))

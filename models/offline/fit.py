@@ -5,7 +5,7 @@ import random
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +20,21 @@ from models.bundle import (
     MANIFEST,
     hash_files,
     load_bundle,
-    readings_key,
     save_activations,
     save_readings,
     save_weights,
 )
-from models.calibrate import calibrate
-from models.engines import Encoding, Engine
-from models.engines.pytorch import DTYPES, TorchEngine, max_input_length
-from models.errors import DataError, VictimError
+from models.calibrate import calibrate, parity
+from models.engines.catalogue import (
+    REFERENCE,
+    RUNTIMES,
+    Runtime,
+    is_installed,
+    make_engine,
+    runs_here,
+)
+from models.engines.pytorch import TorchEngine, max_input_length
+from models.errors import DataError, EngineError, VictimError
 from models.guarded import Guarded, Inputs, guard, lora_config, transformer_of, with_adapters
 from models.manifest import (
     ActivationsRecord,
@@ -36,13 +42,15 @@ from models.manifest import (
     FitRecord,
     GroupRecord,
     Manifest,
+    ParityRecord,
     PsimRecord,
+    RuntimeRecord,
     VictimRecord,
 )
 from models.offline.activations import fit_activations
 from models.offline.folders import replaced
 from models.offline.measures import clopper_pearson
-from models.offline.predict import predict
+from models.offline.predict import predict, texts_per_second
 from models.offline.psim import PsimConfig, Training, train_psim
 from models.screen import FloatArray, Screen, allowed_rejections
 
@@ -51,6 +59,8 @@ from models.screen import FloatArray, Screen, allowed_rejections
 TRAIN_SHARE, HELD_OUT_SHARE = 0.4, 0.1
 MAX_TRAIN, MAX_HELD_OUT, MAX_CALIBRATE = 3000, 300, 20_000
 PROMPT_TOKENS = 5
+AUTO = "auto"
+"""Instead of an engine's name: any."""
 VERSIONS_OF = ("psim-gateway", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -88,36 +98,47 @@ def fit(
     name: str,
     frr_budget: float = 0.01,
     config: PsimConfig | None = None,
+    engine: str = AUTO,
 ) -> Manifest:
     """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
+
+    The bundle can be run by every engine that is installed, or by PyTorch and the one named. Its
+    default is the fastest of those, or of the one named, that agrees with PyTorch in float32.
 
     `out` is replaced, and only when the new bundle is complete. The victim's weights are left as
     they were, but the module itself is used up: it carries the adapters afterwards.
 
     Raises:
-        VictimError, DataError, CalibrationError: as their messages say; nothing is written then.
+        VictimError, DataError, CalibrationError, EngineError: as their messages say; nothing is
+            written then.
     """
     started, config = time.perf_counter(), config or PsimConfig()
+    if engine != AUTO and not is_installed(engine):
+        raise EngineError(
+            f"the engine {engine} is not installed: pip install 'psim-gateway[{engine}]'"
+        )
     labels = labels_of(victim)
     split = split_texts(texts, config.seed)
-    engine, training = train(victim, tokenizer, split, config)
+    trained, training = train(victim, tokenizer, split, config)
     with replaced(out) as partial:
-        digest = save_weights(partial, victim, engine.guarded, tokenizer)
-        if engine.guarded.activations:
-            save_activations(partial, engine.guarded.activations)
-        calibrations, readings = _calibrate(engine, split.calibrate, frr_budget)
+        digest = save_weights(partial, victim, trained.guarded, tokenizer)
+        if trained.guarded.activations:
+            save_activations(partial, trained.guarded.activations)
+        runtimes = _runtimes(trained.guarded, engine)
+        calibrations, readings = _calibrate(trained, runtimes, split.calibrate, frr_budget)
         save_readings(partial, readings)
         manifest = Manifest(
             schema_version=4,
             victim=_victim_record(victim, name, digest),
             labels=labels,
-            max_length=engine.max_length,
+            max_length=trained.max_length,
             psim=_psim_record(config, training),
-            activations=_activations_record(engine.guarded),
+            activations=_activations_record(trained.guarded),
             calibrations=calibrations,
+            default=_fastest(calibrations, engine),
             fit=_fit_record(split, started),
             files=hash_files(partial),
-            versions={p: version(p) for p in VERSIONS_OF} | {"python": platform.python_version()},
+            versions=_versions(),
         )
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         load_bundle(partial)  # nobody should learn from the service that it does not load
@@ -185,22 +206,51 @@ def _heads(victim: nn.Module) -> list[str]:
     ]
 
 
+def _runtimes(guarded: Guarded, engine: str) -> list[Runtime]:
+    """Return the runtimes to calibrate."""
+    wanted = [r for r in RUNTIMES if engine in (AUTO, r.engine) or r.engine == REFERENCE.engine]
+    if guarded.tail is None:
+        if engine not in (AUTO, REFERENCE.engine):
+            raise EngineError(f"{engine} cannot run this victim, or these adapters; use torch")
+        wanted = [r for r in wanted if r.engine == REFERENCE.engine]
+    # PyTorch computes in any dtype, if slowly.
+    return [r for r in wanted if r.engine == REFERENCE.engine or runs_here(r)]
+
+
 def _calibrate(
-    engine: TorchEngine, texts: Sequence[str], frr_budget: float
+    trained: TorchEngine, runtimes: Sequence[Runtime], texts: Sequence[str], frr_budget: float
 ) -> tuple[list[Calibration], Mapping[str, FloatArray]]:
-    """Calibrate every dtype; returns the readings too, by `readings_key`.
+    """Calibrate every runtime, `REFERENCE` first; returns the readings too, by `ENGINE/DTYPE`.
 
     Converts the engine's module, so the weights are saved before.
     """
-    encodings: list[Encoding] = engine.encode(texts)
+    encodings, guarded = trained.encode(texts), trained.guarded
     calibrations: list[Calibration] = []
     readings: dict[str, FloatArray] = {}
-    for dtype in DTYPES:
-        engine = TorchEngine(engine.guarded, engine.tokenizer, engine.max_length, dtype)
-        own = readings[readings_key(engine.name, dtype)] = predict(engine, encodings)
-        screen = calibrate(own, len(engine.guarded.checkpoints), frr_budget)
-        calibrations.append(_calibration_record(engine, screen, frr_budget))
+    for runtime in runtimes:
+        engine = make_engine(runtime, guarded, trained.tokenizer, trained.max_length)
+        own = readings[str(runtime)] = predict(engine, encodings)
+        checkpoints = len(guarded.checkpoints)
+        screen = calibrate(own, checkpoints, frr_budget)
+        compared = parity(readings[str(REFERENCE)], own, checkpoints, frr_budget)
+        record = ParityRecord(**asdict(compared), texts_per_s=texts_per_second(engine, encodings))
+        calibrations.append(_calibration_record(runtime, screen, frr_budget, record))
     return calibrations, readings
+
+
+def _fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
+    """Return the fastest runtime of an engine, or of all, that is as good as the reference."""
+    chosen = max(
+        (c for c in calibrations if c.parity.passes and engine in (AUTO, c.engine)),
+        key=lambda c: c.parity.texts_per_s,
+        default=calibrations[0],
+    )
+    return RuntimeRecord(engine=chosen.engine, dtype=chosen.dtype)
+
+
+def _versions() -> dict[str, str]:
+    packages = [*VERSIONS_OF, *(r.engine for r in RUNTIMES if is_installed(r.engine))]
+    return {p: version(p) for p in packages} | {"python": platform.python_version()}
 
 
 def labels_of(victim: nn.Module) -> list[str]:
@@ -242,11 +292,14 @@ def _victim_record(victim: nn.Module, name: str, digest: str) -> VictimRecord:
     )
 
 
-def _calibration_record(engine: Engine, screen: Screen, frr_budget: float) -> Calibration:
+def _calibration_record(
+    runtime: Runtime, screen: Screen, frr_budget: float, compared: ParityRecord
+) -> Calibration:
     return Calibration(
-        engine=engine.name,
-        dtype=engine.dtype,
+        engine=runtime.engine,
+        dtype=runtime.dtype,
         frr_budget=frr_budget,
+        parity=compared,
         groups=[
             GroupRecord(
                 classes=list(group.classes),

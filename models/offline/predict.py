@@ -1,5 +1,6 @@
 """Running many texts through an engine."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,8 @@ from tqdm import tqdm
 from models.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines import Encoding, Engine
 from models.screen import FloatArray
+
+SPEED_TEXTS, SPEED_BATCH, SPEED_ROUNDS, SPEED_SECONDS = 64, 8, 5, 3.0
 
 
 def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = False) -> FloatArray:
@@ -31,3 +34,21 @@ def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = Fal
         bar.update(len(batch))
     bar.close()
     return np.stack(rows)
+
+
+def texts_per_second(engine: Engine, texts: Sequence[Encoding]) -> float:
+    """Return how many texts an engine screens a second, as a service under some load would.
+
+    The best of several rounds over a few batches; takes seconds.
+    """
+    batches = [texts[i : i + SPEED_BATCH] for i in range(0, SPEED_TEXTS, SPEED_BATCH)]
+    batches = [batch for batch in batches if batch]
+    best, started = float("inf"), time.perf_counter()
+    for _ in range(SPEED_ROUNDS):
+        before = time.perf_counter()
+        for batch in batches:
+            engine.screen(batch)
+        best = min(best, time.perf_counter() - before)
+        if time.perf_counter() - started > SPEED_SECONDS:
+            break
+    return sum(map(len, batches)) / best

@@ -124,10 +124,17 @@ def manifest_table(manifest: Manifest) -> Table:
             pooled = " (pooled: too few texts each)" if len(group.classes) > 1 else ""
             low, high = group.frr_interval
             table.add_row(
-                f"threshold {calibration.engine}/{calibration.dtype}",
+                f"threshold {calibration.runtime}",
                 f"{names}{pooled}: {group.threshold:.6f}, budget {calibration.frr_budget:.1%}, "
                 f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
             )
+        parity = calibration.parity
+        default = ", the default" if calibration.runtime == manifest.default.runtime else ""
+        table.add_row(
+            f"parity {calibration.runtime}",
+            f"{parity.decisions_agree:.2%} of decisions as torch/float32, largest difference "
+            f"{parity.largest_difference:.1g}, {parity.texts_per_s:.0f} texts/s{default}",
+        )
     table.add_row("cost", f"{fit.seconds} s, peak memory {fit.peak_memory_mb} MB")
     for warning in warnings_of(manifest):
         table.add_row("[bold red]warning[/]", warning)
