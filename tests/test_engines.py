@@ -86,7 +86,7 @@ def test_the_longest_texts_and_answers_that_are_kept(family: str) -> None:
 @torch.inference_mode()
 def test_lengths_are_not_rounded_up_beyond_the_positions_of_the_victim() -> None:
     config = FAMILIES["bert"].to_dict() | {"max_position_embeddings": LONGEST}
-    victim: Any = BertForSequenceClassification(BertConfig(**config)).eval()
+    victim: Any = BertForSequenceClassification(BertConfig(**config))
     guarded = trained(guard(victim, lora_config(victim, 1), 3))
     graph = GuardedGraph(guarded, "float32", LONGEST)
     inputs = collate([Encoding(tuple(range(5, 5 + LONGEST)), False)], 0, CPU)
