@@ -5,19 +5,20 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fakes import fake_bundle
-from families import VOCABULARY, tiny_victim
+from families import FAMILIES, VOCABULARY, tiny_victim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from test_bundle import fit_tiny, forge, rehash, some_texts
-from test_tail import TAILED, build
-from transformers import PreTrainedTokenizerBase
+from test_tail import TAILED, build, trained
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
 from models import bundle as bundles
 from models.bundle import READINGS, choose, load_bundle
@@ -33,7 +34,7 @@ from models.offline.predict import predict
 
 CPU = torch.device("cpu")
 LONGEST = 129
-"""Tokens that the tiny RoBERTa has positions for; no multiple of what lengths are padded to."""
+"""Tokens of the longest text; no multiple of what lengths are rounded up to."""
 
 
 @cache
@@ -80,6 +81,17 @@ def test_the_longest_texts_and_answers_that_are_kept(family: str) -> None:
     torch.testing.assert_close(classified, guarded.classify(long), rtol=0, atol=1e-4)
     graph.classify_rows(graph.screen(short)[1])
     torch.testing.assert_close(classified, guarded.classify(long), rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_lengths_are_not_rounded_up_beyond_the_positions_of_the_victim() -> None:
+    config = FAMILIES["bert"].to_dict() | {"max_position_embeddings": LONGEST}
+    victim: Any = BertForSequenceClassification(BertConfig(**config))
+    guarded = trained(guard(victim, lora_config(victim, 1), 3))
+    graph = GuardedGraph(guarded, "float32", LONGEST)
+    inputs = collate([Encoding(tuple(range(5, 5 + LONGEST)), False)], 0, CPU)
+    readings, expected = graph.screen(inputs)[0], guarded.screen(inputs)[0]
+    torch.testing.assert_close(readings, expected, rtol=0, atol=1e-4)
 
 
 def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedTokenizerBase) -> None:
