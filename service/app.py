@@ -31,6 +31,8 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     torch.set_num_threads(settings.threads or usable_cpus())
     bundle = bundle or load_bundle(settings.bundle, settings.dtype)
     metrics = Metrics(bundle, settings.mode)
+    metrics.queue_inputs_limit.set(settings.queue_inputs)
+    metrics.queue_characters_limit.set(settings.queue_chars)
     batcher = Batcher(bundle, settings, metrics)
     victim = LocalVictim(batcher)
     explainer = Explainer(batcher, metrics, settings.searches)

@@ -67,6 +67,12 @@ class Metrics:
         self.queue_characters = Gauge(
             "psim_queue_characters", "Characters waiting or running", registry=r
         )
+        self.queue_inputs_limit = Gauge(
+            "psim_queue_inputs_limit", "Inputs above which requests are refused", registry=r
+        )
+        self.queue_characters_limit = Gauge(
+            "psim_queue_characters_limit", "Characters above which requests are refused", registry=r
+        )
         self.overload = Counter("psim_overload", "Refused for load", ["reason"], registry=r)
         self.fail_open = Counter(
             "psim_fail_open", "Inputs classified although screening failed", registry=r
