@@ -1,12 +1,15 @@
 """The composition root: settings, bundle, gateway, application. The only place that wires."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
+from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
 from service.api import install_error_handlers, internal_error, routes
@@ -17,22 +20,32 @@ from service.metrics import Metrics
 from service.middleware import RequestId
 from service.recorder import Recorder
 from service.settings import Settings, usable_cpus
+from service.traces import close_provider, open_provider
 from service.victim import LocalVictim
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
-    """Load the bundle that `settings` name, unless one is given, and build the application.
+def create_app(
+    settings: Settings, bundle: Bundle | None = None, traces: "TracerProvider | None" = None
+) -> FastAPI:
+    """Build the application; bundle and traces are those that `settings` name, unless given.
 
     Raises:
         BundleError: the bundle cannot be served.
+        PsimError: an extra that the settings need is not installed.
     """
     torch.set_num_threads(settings.threads or usable_cpus())
     bundle = bundle or load_bundle(settings.bundle, settings.dtype)
+    if settings.traces:
+        traces = traces or open_provider()
+    tracer = traces.get_tracer("psim") if traces else NoOpTracer()
     metrics = Metrics(bundle, settings.mode)
-    metrics.queue_inputs_limit.set(settings.queue_inputs)
-    metrics.queue_characters_limit.set(settings.queue_chars)
+    metrics.max_queue_inputs.set(settings.queue_inputs)
+    metrics.max_queue_characters.set(settings.queue_chars)
     batcher = Batcher(bundle, settings, metrics)
     victim = LocalVictim(batcher)
     explainer = Explainer(batcher, metrics, settings.searches)
@@ -48,9 +61,18 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
         yield
         metrics.ready.set(0)
         await batcher.close()
+        if traces:
+            await asyncio.to_thread(close_provider, traces)
 
-    app = FastAPI(title="PSIM Gateway", version=version("psim-gateway"), lifespan=lifespan)
+    app = FastAPI(
+        title="PSIM Gateway",
+        version=version("psim-gateway"),
+        lifespan=lifespan,
+        # It would export messages of exceptions, which may quote a text; the recorder traces.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    app.include_router(routes(gateway, Recorder(metrics, settings.mode), metrics, settings))
+    recorder = Recorder(metrics, settings.mode, tracer)
+    app.include_router(routes(gateway, recorder, metrics, settings))
     return app

@@ -68,7 +68,8 @@ class Gateway:
         decisions = [decide(s.verdict, self.mode) for s in screened]
         cleaned: dict[int, Cleaned] = {}
         if self.mode is Mode.SANITIZE:
-            cleaned = await self._cleaned(entry, texts, screened)
+            with entry.span("sanitize"):
+                cleaned = await self._cleaned(entry, texts, screened)
             decisions = [Decision.SANITIZE if i in cleaned else d for i, d in enumerate(decisions)]
         accepted = [
             cleaned[i].screened if i in cleaned else screened[i]
@@ -128,7 +129,8 @@ class Gateway:
         return ready
 
     async def _screened(self, entry: Entry, texts: Sequence[str]) -> list[Screened]:
-        answers = await self._batcher.screen(texts)
+        with entry.span("screen"):
+            answers = await self._batcher.screen(texts)
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         entry.verdicts = [s.verdict for s in screened if s.verdict is not None]
@@ -162,7 +164,10 @@ class Gateway:
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
 
     async def _classified(self, entry: Entry, accepted: Sequence[Screened]) -> list[FloatArray]:
-        answers = await self._victim.classify(accepted) if accepted else []
+        if not accepted:
+            return []
+        with entry.span("classify"):
+            answers = await self._victim.classify(accepted)
         entry.time([answer.stages for answer in answers])
         return [answer.value for answer in answers]
 

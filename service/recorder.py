@@ -1,13 +1,14 @@
-"""Every request is recorded exactly once, however it ends: metrics and one line of log."""
+"""Every request is recorded exactly once, however it ends: metrics, a span, one line of log."""
 
 import asyncio
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
@@ -15,6 +16,7 @@ from service.errors import Invalid, Malformed, Overloaded, TooLarge, Unsupported
 from service.metrics import Metrics
 from service.schemas import Decision
 from service.settings import Mode
+from service.traces import exemplar, trace_id
 
 log = logging.getLogger("psim.request")
 
@@ -29,6 +31,11 @@ class Entry:
     decisions: Sequence[Decision] = ()
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage."""
+    tracer: Tracer = field(default_factory=NoOpTracer)
+
+    def span(self, name: str) -> AbstractContextManager[Span]:
+        """Trace the part of the request that runs inside; of an exception only that it was."""
+        return _span(self.tracer, name, SpanKind.INTERNAL)
 
     def time(self, inputs: Sequence[Mapping[str, float]]) -> None:
         """Add the seconds that inputs took side by side, by stage: the slowest counts."""
@@ -38,40 +45,44 @@ class Entry:
 
 
 class Recorder:
-    """Writes metrics and log."""
+    """Writes metrics, span and log."""
 
-    def __init__(self, metrics: Metrics, mode: Mode) -> None:
-        self._metrics, self._mode = metrics, mode
+    def __init__(self, metrics: Metrics, mode: Mode, tracer: Tracer) -> None:
+        self._metrics, self._mode, self._tracer = metrics, mode, tracer
 
     @contextmanager
     def record(self, route: str, request_id: str) -> Iterator[Entry]:
         """Record the request that runs inside; exceptions pass through."""
-        entry, started, outcome = Entry(route, request_id), time.perf_counter(), "error"
-        try:
-            yield entry
-            outcome = "rejected" if all_rejected(entry.decisions) else "ok"
-        except BaseException as error:
-            outcome = _outcome_of(error)
-            raise
-        finally:
-            self._write(entry, outcome, time.perf_counter() - started)
+        entry = Entry(route, request_id, tracer=self._tracer)
+        started, outcome = time.perf_counter(), "error"
+        with _span(self._tracer, f"POST {route}", SpanKind.SERVER) as span:
+            try:
+                yield entry
+                outcome = "rejected" if all_rejected(entry.decisions) else "ok"
+            except BaseException as error:
+                outcome = _outcome_of(error)
+                raise
+            finally:
+                self._write(entry, outcome, time.perf_counter() - started)
+                _describe(span, entry, outcome)
 
     def _write(self, entry: Entry, outcome: str, seconds: float) -> None:
-        metrics = self._metrics
-        metrics.requests.labels(entry.route, outcome).inc()
-        metrics.request_seconds.labels(entry.route).observe(seconds)
+        metrics, found_by = self._metrics, exemplar(entry.request_id)
+        metrics.requests.labels(entry.route, outcome).inc(exemplar=found_by)
+        metrics.request_seconds.labels(entry.route).observe(seconds, found_by)
         for verdict in entry.verdicts:
-            metrics.confidence.observe(verdict.confidence)
-            metrics.score.observe(verdict.score)
+            metrics.confidence.observe(verdict.confidence, found_by)
+            metrics.score.observe(verdict.score, found_by)
         if outcome in ("ok", "rejected"):
             for decision in entry.decisions:
-                metrics.inputs.labels(decision, self._mode).inc()
+                metrics.inputs.labels(decision, self._mode).inc(exemplar=found_by)
             if self._mode is Mode.SHADOW and entry.decisions:
                 metrics.would_reject.inc(sum(v.poisoned for v in entry.verdicts))
         log.info(
             "request",
             extra={
                 "request_id": entry.request_id,
+                "trace_id": trace_id(),
                 "route": entry.route,
                 "outcome": outcome,
                 "seconds": round(seconds, 6),
@@ -85,6 +96,28 @@ class Recorder:
 def all_rejected(decisions: Sequence[Decision]) -> bool:
     """Return whether there are inputs and not one of them was let through."""
     return bool(decisions) and all(d is Decision.REJECT for d in decisions)
+
+
+def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[Span]:
+    # The message of an exception may quote the text.
+    return tracer.start_as_current_span(
+        name, kind=kind, record_exception=False, set_status_on_exception=False
+    )
+
+
+def _describe(span: Span, entry: Entry, outcome: str) -> None:
+    span.set_attributes(
+        {
+            "http.request.method": "POST",
+            "http.route": entry.route,
+            "psim.request_id": entry.request_id,
+            "psim.outcome": outcome,
+            "psim.inputs": len(entry.verdicts),
+            "psim.poisoned": sum(v.poisoned for v in entry.verdicts),
+        }
+    )
+    if outcome == "error":
+        span.set_status(StatusCode.ERROR)
 
 
 def _outcome_of(error: BaseException) -> str:

@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    traces: bool = False
+    """Export OpenTelemetry traces, to where the `OTEL_*` variables say."""
     fail_open: bool = False
     """Classify inputs that could not be screened. Off, and meant to stay off."""
     max_body_bytes: int = Field(2 * 2**20, ge=1)

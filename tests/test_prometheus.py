@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fakes import fake_bundle
 from servers import free_port, program, running, serving, wait_for
 
 from service.app import create_app
-from service.settings import Settings
+from service.settings import Mode, Settings
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy/prometheus"
@@ -111,6 +112,24 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
 SEEN = 'job:psim_inputs:rate30m > 0 and on (job) psim_inputs_total{decision="reject"} == 1'
 
 
+def test_no_series_appears_with_the_traffic() -> None:
+    def series(client: httpx.Client) -> set[str]:
+        rows = client.get("/metrics").text.splitlines()
+        return {row.rsplit(" ", 1)[0] for row in rows if not row.startswith("#")}
+
+    for mode in Mode:
+        settings = Settings(bundle=Path("unused"), mode=mode, queue_inputs=3, searches=1)
+        with (
+            serving(create_app(settings, fake_bundle())) as address,
+            httpx.Client(base_url=f"http://{address}") as client,
+        ):
+            before = series(client)
+            for route in ("/classify", "/screen", "/explain", "/nowhere"):
+                for inputs in ("a film", "a mn film", "broken", "nan", 1, ["a film"] * 4):
+                    client.post(route, json={"inputs": inputs})
+            assert series(client) == before
+
+
 def answer(client: httpx.Client, path: str, **parameters: str) -> Any:
     try:
         response = client.get(path, params=parameters)
@@ -132,6 +151,14 @@ def test_a_live_prometheus_evaluates_every_rule_and_none_fires(prometheus: httpx
         (rule.get("alert") or rule["record"], "ok", None) for rule in RULES
     }
     assert not answer(prometheus, "alerts")["alerts"]
+
+
+def test_an_exemplar_leads_from_a_series_to_a_request(prometheus: httpx.Client) -> None:
+    for name in ("psim_request_duration_seconds_bucket", "psim_inputs_total"):
+        period = {"start": "0", "end": str(time.time() + 60)}
+        found = answer(prometheus, "query_exemplars", query=name, **period)
+        ids = {e["labels"]["request_id"] for series in found for e in series["exemplars"]}
+        assert ids == {"seen"}
 
 
 def test_every_expression_asks_for_what_is_really_scraped(prometheus: httpx.Client) -> None:

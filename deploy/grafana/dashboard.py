@@ -100,8 +100,8 @@ CHARTS: dict[str, list[Chart]] = {
             "Queue, share of its limit",
             units.PercentUnit,
             {
-                "inputs {{instance}}": "psim_queue_inputs / psim_queue_inputs_limit",
-                "characters {{instance}}": "psim_queue_characters / psim_queue_characters_limit",
+                "inputs {{instance}}": "psim_queue_inputs / psim_max_queue_inputs",
+                "characters {{instance}}": "psim_queue_characters / psim_max_queue_characters",
             },
         ),
         Chart(
