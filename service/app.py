@@ -13,6 +13,8 @@ from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
 from service.api import install_error_handlers, internal_error, routes
+from service.audit.store import Store
+from service.audit.writer import Writer
 from service.batcher import Batcher
 from service.explainer import Explainer
 from service.gateway import Gateway
@@ -36,7 +38,7 @@ def create_app(
 
     Raises:
         BundleError: the bundle cannot be served.
-        PsimError: an extra that the settings need is not installed.
+        PsimError: the audit cannot be opened, or an extra that the settings need is not installed.
     """
     torch.set_num_threads(settings.threads or usable_cpus())
     bundle = bundle or load_bundle(settings.bundle, settings.dtype)
@@ -46,6 +48,7 @@ def create_app(
     metrics = Metrics(bundle, settings.mode)
     metrics.max_queue_inputs.set(settings.queue_inputs)
     metrics.max_queue_characters.set(settings.queue_chars)
+    audit = _audit(settings, metrics)
     batcher = Batcher(bundle, settings, metrics)
     victim = LocalVictim(batcher)
     explainer = Explainer(batcher, metrics, settings.searches)
@@ -55,12 +58,16 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if settings.fail_open:
             log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
+        if audit:
+            audit.start()
         batcher.start()
         await gateway.warm_up()
         log.info("ready", extra={"bundle": bundle.digest, "mode": settings.mode})
         yield
         metrics.ready.set(0)
         await batcher.close()
+        if audit:
+            await asyncio.to_thread(audit.close)
         if traces:
             await asyncio.to_thread(close_provider, traces)
 
@@ -73,6 +80,20 @@ def create_app(
     )
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    recorder = Recorder(metrics, settings.mode, tracer)
+    recorder = Recorder(metrics, settings.mode, bundle.digest, tracer, audit)
     app.include_router(routes(gateway, recorder, metrics, settings))
     return app
+
+
+def _audit(settings: Settings, metrics: Metrics) -> Writer | None:
+    if settings.audit_url is None:
+        return None
+    key = settings.audit_key and settings.audit_key.get_secret_value().encode()
+    return Writer(
+        Store(settings.audit_url.get_secret_value()),
+        metrics,
+        limit=settings.audit_queue,
+        days=settings.audit_days,
+        key=key,
+        keep_text=settings.audit_text,
+    )

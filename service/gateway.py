@@ -80,10 +80,12 @@ class Gateway:
         self._count_unscreened(accepted)
         entry.decisions = decisions
         removed = [_removed(text, cleaned.get(i)) for i, text in enumerate(texts)]
-        return [
+        results = [
             self._result(*known, rows, top_k)
             for known in zip(screened, decisions, removed, strict=True)
         ]
+        entry.labels = [result.label for result in results]
+        return results
 
     async def screen(self, entry: Entry, texts: Sequence[str]) -> list[ScreenResult]:
         """Screen the texts and stop there.
@@ -133,8 +135,8 @@ class Gateway:
             answers = await self._batcher.screen(texts)
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
-        entry.verdicts = [s.verdict for s in screened if s.verdict is not None]
-        if len(entry.verdicts) < len(screened) and not self._settings.fail_open:
+        entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
+        if None in entry.verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
         return screened
 

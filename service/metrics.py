@@ -78,6 +78,10 @@ class Metrics:
         self.fail_open = Counter(
             "psim_fail_open", "Inputs classified although screening failed", registry=r
         )
+        self.audit_dropped = Counter("psim_audit_dropped", "Inputs the audit lacks", registry=r)
+        self.audit_failures = Counter(
+            "psim_audit_failures", "Times that the audit store could not be used", registry=r
+        )
         self.ready = Gauge("psim_ready", "1 if requests are served", registry=r)
         self._initialise(mode)
         self._describe(bundle)

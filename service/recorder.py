@@ -1,4 +1,4 @@
-"""Every request is recorded exactly once, however it ends: metrics, a span, one line of log."""
+"""Every request is recorded exactly once, however it ends: metrics, span, line of log, audit."""
 
 import asyncio
 import logging
@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
+from service.audit.rows import Row
+from service.audit.writer import Writer
 from service.errors import Invalid, Malformed, Overloaded, TooLarge, UnsupportedMedia
 from service.metrics import Metrics
 from service.schemas import Decision
@@ -27,11 +30,20 @@ class Entry:
 
     route: str
     request_id: str
-    verdicts: Sequence[Verdict] = ()
+    texts: Sequence[str] = ()
+    verdicts: Sequence[Verdict | None] = ()
+    """By text; None if screening failed."""
     decisions: Sequence[Decision] = ()
+    labels: Sequence[str | None] = ()
+    """What the classifier said of each text; None if it was not asked."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage."""
     tracer: Tracer = field(default_factory=NoOpTracer)
+
+    @property
+    def judged(self) -> list[Verdict]:
+        """The verdicts that there are."""
+        return [verdict for verdict in self.verdicts if verdict is not None]
 
     def span(self, name: str) -> AbstractContextManager[Span]:
         """Trace the part of the request that runs inside; of an exception only that it was."""
@@ -45,10 +57,13 @@ class Entry:
 
 
 class Recorder:
-    """Writes metrics, span and log."""
+    """Writes metrics, span, log, and the audit if there is one; `digest` is that of the bundle."""
 
-    def __init__(self, metrics: Metrics, mode: Mode, tracer: Tracer) -> None:
-        self._metrics, self._mode, self._tracer = metrics, mode, tracer
+    def __init__(
+        self, metrics: Metrics, mode: Mode, digest: str, tracer: Tracer, audit: Writer | None
+    ) -> None:
+        self._metrics, self._mode, self._digest = metrics, mode, digest
+        self._tracer, self._audit = tracer, audit
 
     @contextmanager
     def record(self, route: str, request_id: str) -> Iterator[Entry]:
@@ -70,14 +85,16 @@ class Recorder:
         metrics, found_by = self._metrics, exemplar(entry.request_id)
         metrics.requests.labels(entry.route, outcome).inc(exemplar=found_by)
         metrics.request_seconds.labels(entry.route).observe(seconds, found_by)
-        for verdict in entry.verdicts:
+        for verdict in entry.judged:
             metrics.confidence.observe(verdict.confidence, found_by)
             metrics.score.observe(verdict.score, found_by)
         if outcome in ("ok", "rejected"):
             for decision in entry.decisions:
                 metrics.inputs.labels(decision, self._mode).inc(exemplar=found_by)
             if self._mode is Mode.SHADOW and entry.decisions:
-                metrics.would_reject.inc(sum(v.poisoned for v in entry.verdicts))
+                metrics.would_reject.inc(sum(v.poisoned for v in entry.judged))
+            if self._audit is not None:
+                self._audit.add(self._rows(entry))
         log.info(
             "request",
             extra={
@@ -88,9 +105,40 @@ class Recorder:
                 "seconds": round(seconds, 6),
                 "stages": {stage: round(s, 6) for stage, s in entry.stages.items()},
                 "decisions": dict(Counter(entry.decisions)),
-                "poisoned": sum(v.poisoned for v in entry.verdicts),
+                "poisoned": sum(v.poisoned for v in entry.judged),
             },
         )
+
+    def _rows(self, entry: Entry) -> list[Row]:
+        now, nothing = datetime.now(UTC), [None] * len(entry.texts)
+        inputs = zip(
+            entry.texts,
+            entry.verdicts,
+            entry.decisions or nothing,
+            entry.labels or nothing,
+            strict=True,
+        )
+        return [
+            Row(
+                time=now,
+                request_id=entry.request_id,
+                number=number,
+                route=entry.route,
+                decision=decision,
+                mode=self._mode,
+                voice=verdict and verdict.voice,
+                confidence=verdict and verdict.confidence,
+                score=verdict and verdict.score,
+                threshold=verdict and verdict.threshold,
+                p_value=verdict and verdict.p_value,
+                poisoned=verdict and verdict.poisoned,
+                truncated=verdict and verdict.truncated,
+                label=label,
+                digest=self._digest,
+                text=text,
+            )
+            for number, (text, verdict, decision, label) in enumerate(inputs)
+        ]
 
 
 def all_rejected(decisions: Sequence[Decision]) -> bool:
@@ -113,7 +161,7 @@ def _describe(span: Span, entry: Entry, outcome: str) -> None:
             "psim.request_id": entry.request_id,
             "psim.outcome": outcome,
             "psim.inputs": len(entry.verdicts),
-            "psim.poisoned": sum(v.poisoned for v in entry.verdicts),
+            "psim.poisoned": sum(v.poisoned for v in entry.judged),
         }
     )
     if outcome == "error":

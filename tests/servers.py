@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -60,6 +61,33 @@ def serving(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(20)
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """Run PostgreSQL on an empty folder; yield the URL of a database, and the server.
+
+    It refuses to run as root: then it is the user that Debian's package makes.
+    """
+    user = "postgres" if os.geteuid() == 0 else None
+    initdb, server = program("initdb", "postgresql"), program("postgres", "postgresql")
+    if user:
+        shutil.chown(folder, user)
+    data = folder / "data"
+    command = [initdb, "-D", data, "-U", "psim", "-A", "trust", "-E", "UTF8", "--no-locale"]
+    subprocess.run([*command, "--no-sync"], user=user, cwd=folder, check=True, capture_output=True)
+    port = free_port()
+    command = [server, "-D", data, "-p", str(port), "-k", folder, "-F", "-h", "127.0.0.1"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, user=user, cwd=folder, stdout=log, stderr=log)
+    url = f"postgresql://psim@127.0.0.1:{port}/postgres"
+    try:
+        wait_for(lambda: (data / "postmaster.pid").read_text().rstrip().endswith("ready"))
+        yield url, process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)  # a fast shutdown
+        process.wait(20)
 
 
 @contextmanager
