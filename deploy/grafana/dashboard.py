@@ -118,6 +118,18 @@ CHARTS: dict[str, list[Chart]] = {
         ),
         Chart("Memory", units.BytesIEC, {"{{instance}}": "process_resident_memory_bytes"}),
     ],
+    "Audit": [
+        Chart(
+            "Inputs that the audit lacks",
+            units.CountsPerSecond,
+            {"{{instance}}": f"rate(psim_audit_dropped_total{RATE})"},
+        ),
+        Chart(
+            "Times that its store could not be used",
+            units.CountsPerSecond,
+            {"{{instance}}": f"rate(psim_audit_failures_total{RATE})"},
+        ),
+    ],
     "Replicas": [
         Chart("Ready", units.Short, {"{{instance}}": "psim_ready"}),
         Chart(
