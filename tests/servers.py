@@ -74,7 +74,18 @@ def postgres(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     if user:
         shutil.chown(folder, user)
     data = folder / "data"
-    command: list[str | Path] = [initdb, "-D", data, "-U", "psim", "-A", "trust", "-E", "UTF8", "--no-locale"]
+    command: list[str | Path] = [
+        initdb,
+        "-D",
+        data,
+        "-U",
+        "psim",
+        "-A",
+        "trust",
+        "-E",
+        "UTF8",
+        "--no-locale",
+    ]
     subprocess.run([*command, "--no-sync"], user=user, cwd=folder, check=True, capture_output=True)
     port = free_port()
     command = [server, "-D", data, "-p", str(port), "-k", folder, "-F", "-h", "127.0.0.1"]

@@ -1,11 +1,13 @@
 """Rules and dashboard against a real Prometheus that scrapes a running service."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import httpx
 import pytest
 import yaml
 from fakes import fake_bundle
+from pydantic import SecretStr
 from servers import free_port, program, running, serving, wait_for
 
 from service.app import create_app
@@ -21,6 +24,7 @@ from service.settings import Mode, Settings
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy/prometheus"
 DASHBOARD = ROOT / "deploy/grafana/dashboards/psim.json"
+RUNBOOK = (ROOT / "docs/runbook.md").read_text()
 RULES: list[dict[str, Any]] = [
     rule
     for group in yaml.safe_load((DEPLOY / "rules.yml").read_text())["groups"]
@@ -77,12 +81,27 @@ def test_compose_shows_the_dashboard_on_the_prometheus_that_it_runs() -> None:
     assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
 
 
+@dataclass(frozen=True)
+class Live:
+    """A running service, its audit, and the Prometheus that scrapes it."""
+
+    prometheus: httpx.Client
+    address: str
+    audit: str
+
+
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def prometheus(live: Live) -> httpx.Client:
+    return live.prometheus
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """Run Prometheus with the rules of the project on a service that had a few requests."""
     server, folder = program("prometheus", "prometheus"), tmp_path_factory.mktemp("prometheus")
-    app = create_app(Settings(bundle=Path("unused")), fake_bundle())
-    with serving(app) as address:
+    audit = f"sqlite:///{folder}/audit.db"
+    settings = Settings(bundle=Path("unused"), audit_url=SecretStr(audit))
+    with serving(create_app(settings, fake_bundle())) as address:
         config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "200ms", "evaluation_interval": "400ms"}
         config["scrape_configs"][0]["static_configs"][0]["targets"] = [address]
@@ -106,10 +125,20 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
                 service.post("/classify", json={"inputs": text}, headers={"x-request-id": "seen"})
             wait_for(lambda: answer(client, "query", query=SEEN)["result"])
             wait_for(lambda: all(rule["health"] != "unknown" for rule in live_rules(client)))
-            yield client
+            yield Live(client, address, audit)
 
 
 SEEN = 'job:psim_inputs:rate30m > 0 and on (job) psim_inputs_total{decision="reject"} == 1'
+
+
+def test_every_alert_has_its_section_in_the_runbook() -> None:
+    sections = re.findall(r"^## (\w+)$", RUNBOOK, re.M)
+    assert sorted(sections) == sorted(rule["alert"] for rule in RULES if "alert" in rule)
+    for rule in RULES:
+        if "alert" in rule:
+            link = rule["annotations"]["runbook"]
+            assert link == f"docs/runbook.md#{rule['alert'].lower()}"
+            assert rule["labels"]["severity"] in ("page", "warning")
 
 
 def test_no_series_appears_with_the_traffic() -> None:
@@ -176,3 +205,27 @@ def test_every_expression_asks_for_what_is_really_scraped(prometheus: httpx.Clie
         assert asked <= there, expression
         query = expression.replace("$__rate_interval", "1m")
         answer(prometheus, "query", query=query)
+
+
+def test_every_command_of_the_runbook_runs(live: Live, tmp_path: Path) -> None:
+    commands = re.findall(r"^ *\$ (.*)$", RUNBOOK, re.M)
+    assert len(commands) > 20
+    here = {
+        "localhost:9090": f"127.0.0.1:{live.prometheus.base_url.port}",
+        "localhost:8000": live.address,
+        "2026-11-25": "2000-01-01",
+        "psim audit": f"{sys.executable} -m service.audit",
+    }
+    environment = os.environ | {"PSIM_AUDIT_URL": live.audit}
+    for command in commands:
+        if command.startswith("psim triggers"):
+            continue  # needs a bundle: tests/test_triggers.py
+        for there, replacement in here.items():
+            command = command.replace(there, replacement)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert not done.stderr, f"{command}: {done.stderr}"
+        assert done.returncode == (1 if "grep '\"score\": null'" in command else 0), command
+        assert "error" not in done.stdout.split(), f"{command}: {done.stdout}"
+    assert (tmp_path / "rejected.csv").read_text().count("\n") == 1 + 1
