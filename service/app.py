@@ -88,12 +88,11 @@ def create_app(
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:
     if settings.audit_url is None:
         return None
-    key = settings.audit_key and settings.audit_key.get_secret_value().encode()
     return Writer(
         Store(settings.audit_url.get_secret_value()),
         metrics,
         limit=settings.audit_queue,
         days=settings.audit_days,
-        key=key,
+        key=settings.audit_key.get_secret_value().encode() if settings.audit_key else None,
         keep_text=settings.audit_text,
     )

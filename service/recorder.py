@@ -6,8 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from typing import Any
 
 from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
@@ -126,16 +127,10 @@ class Recorder:
                 route=entry.route,
                 decision=decision,
                 mode=self._mode,
-                voice=verdict and verdict.voice,
-                confidence=verdict and verdict.confidence,
-                score=verdict and verdict.score,
-                threshold=verdict and verdict.threshold,
-                p_value=verdict and verdict.p_value,
-                poisoned=verdict and verdict.poisoned,
-                truncated=verdict and verdict.truncated,
                 label=label,
                 digest=self._digest,
                 text=text,
+                **_readings(verdict),
             )
             for number, (text, verdict, decision, label) in enumerate(inputs)
         ]
@@ -144,6 +139,11 @@ class Recorder:
 def all_rejected(decisions: Sequence[Decision]) -> bool:
     """Return whether there are inputs and not one of them was let through."""
     return bool(decisions) and all(d is Decision.REJECT for d in decisions)
+
+
+def _readings(verdict: Verdict | None) -> dict[str, Any]:
+    """Return what a verdict says by name; all None if screening failed."""
+    return {f.name: getattr(verdict, f.name, None) for f in fields(Verdict)}
 
 
 def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[Span]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -202,6 +202,24 @@ def test_a_bad_row_is_dropped_and_its_mates_are_written(url: str) -> None:
     assert value(metrics, "psim_audit_dropped_total") == 1
 
 
+class SlowStore(Store):
+    def insert(self, rows: Sequence[Row]) -> None:
+        time.sleep(0.2)
+        super().insert(rows)
+
+
+def test_what_still_waits_at_the_end_is_written(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_writer, "BATCH", 3)
+    writer, metrics = writer_of(SlowStore(url))
+    writer.start()
+    writer.add([replace(ROW, id=uuid4()) for _ in range(10)])
+    writer.close()
+    assert len(rows(url)) == 10
+    assert value(metrics, "psim_audit_dropped_total") == 0
+    writer.add([ROW])
+    assert value(metrics, "psim_audit_dropped_total") == 1
+
+
 def test_texts_that_wait_are_bounded_by_their_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,9 +355,9 @@ def test_a_url_that_cannot_be_used_refuses_to_start(url: str, message: str) -> N
 def test_settings_of_an_audit_that_is_off_and_short_keys_are_refused() -> None:
     for changes in ({"audit_text": True}, {"audit_key": KEY}):
         with pytest.raises(ValidationError, match="need PSIM_AUDIT_URL"):
-            Settings(bundle=Path("unused"), **changes)  # type: ignore[arg-type]
+            Settings(bundle=Path("unused"), **changes)
     with pytest.raises(ValidationError, match="at least 32"):
-        Settings(bundle=Path("unused"), audit_url="sqlite:///x", audit_key="short")  # type: ignore[arg-type]
+        Settings(bundle=Path("unused"), audit_url="sqlite:///x", audit_key="short")
 
 
 def test_only_its_owner_may_read_the_file(tmp_path: Path) -> None:
