@@ -19,7 +19,8 @@ def load_settings() -> Settings:
         settings = Settings()
     except ValidationError as error:
         complaints += [
-            f"{PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()
+            f"{PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" if e["loc"] else e["msg"]
+            for e in error.errors()
         ]
     if complaints:
         sys.stderr.write("".join(f"error: {complaint}\n" for complaint in complaints))

@@ -69,7 +69,8 @@ class Gateway:
         decisions = [decide(s.verdict, self.mode) for s in screened]
         cleaned: dict[int, Cleaned] = {}
         if self.mode is Mode.SANITIZE:
-            cleaned = await self._cleaned(entry, texts, screened)
+            with entry.span("sanitize"):
+                cleaned = await self._cleaned(entry, texts, screened)
             decisions = [Decision.SANITIZE if i in cleaned else d for i, d in enumerate(decisions)]
         accepted = [
             cleaned[i].screened if i in cleaned else screened[i]
@@ -80,10 +81,12 @@ class Gateway:
         self._count_unscreened(accepted)
         entry.decisions = decisions
         removed = [_removed(text, cleaned.get(i)) for i, text in enumerate(texts)]
-        return [
+        results = [
             self._result(*known, rows, top_k)
             for known in zip(screened, decisions, removed, strict=True)
         ]
+        entry.labels = [result.label for result in results]
+        return results
 
     async def screen(self, entry: Entry, texts: Sequence[str]) -> list[ScreenResult]:
         """Screen the texts and stop there.
@@ -134,11 +137,12 @@ class Gateway:
         return self._batcher.health
 
     async def _screened(self, entry: Entry, texts: Sequence[str]) -> list[Screened]:
-        answers = await self._batcher.screen(texts)
+        with entry.span("screen"):
+            answers = await self._batcher.screen(texts)
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
-        entry.verdicts = [s.verdict for s in screened if s.verdict is not None]
-        if len(entry.verdicts) < len(screened) and not self._settings.fail_open:
+        entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
+        if None in entry.verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
         return screened
 
@@ -168,7 +172,10 @@ class Gateway:
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
 
     async def _classified(self, entry: Entry, accepted: Sequence[Screened]) -> list[FloatArray]:
-        answers = await self._victim.classify(accepted) if accepted else []
+        if not accepted:
+            return []
+        with entry.span("classify"):
+            answers = await self._victim.classify(accepted)
         entry.time([answer.stages for answer in answers])
         return [answer.value for answer in answers]
 

@@ -20,7 +20,8 @@ STAGES = ("queue", "tokenize", "screen", "sanitize", "classify")
 OVERLOADS = ("inputs", "characters", "searches")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
-SCORES = (-1, 0, 1, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 15, 20)
+# None under 0: a histogram with such buckets has no sum, and strict OpenMetrics parsers refuse it.
+SCORES = (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 15, 20)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -67,12 +68,22 @@ class Metrics:
         self.queue_characters = Gauge(
             "psim_queue_characters", "Characters waiting or running", registry=r
         )
+        self.max_queue_inputs = Gauge(
+            "psim_max_queue_inputs", "Inputs above which requests are refused", registry=r
+        )
+        self.max_queue_characters = Gauge(
+            "psim_max_queue_characters", "Characters above which requests are refused", registry=r
+        )
         self.overload = Counter("psim_overload", "Refused for load", ["reason"], registry=r)
         self.worker_restarts = Counter(
             "psim_worker_restarts", "Attempts to restart the inference worker", registry=r
         )
         self.fail_open = Counter(
             "psim_fail_open", "Inputs classified although screening failed", registry=r
+        )
+        self.audit_dropped = Counter("psim_audit_dropped", "Inputs the audit lacks", registry=r)
+        self.audit_failures = Counter(
+            "psim_audit_failures", "Times that the audit store could not be used", registry=r
         )
         self.ready = Gauge("psim_ready", "1 if requests are served", registry=r)
         self._initialise(mode)

@@ -1,4 +1,4 @@
-"""What every response has: a request id, and no guessing of its type."""
+"""What every request has: a request id, the caller's trace, and no guessing of types."""
 
 import logging
 import re
@@ -8,6 +8,8 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.traces import caller_trace
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class RequestId:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            with caller_trace(Headers(scope=scope)):
+                await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception as error:

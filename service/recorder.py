@@ -1,20 +1,26 @@
-"""Every request is recorded exactly once, however it ends: metrics and one line of log."""
+"""Every request is recorded exactly once, however it ends: metrics, span, line of log, audit."""
 
 import asyncio
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
 
+from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
+from service.audit.rows import Row
+from service.audit.writer import Writer
 from service.errors import Invalid, Malformed, Overloaded, TooLarge, UnsupportedMedia
 from service.metrics import Metrics
 from service.schemas import Decision
 from service.settings import Mode
+from service.traces import exemplar, trace_id
 
 log = logging.getLogger("psim.request")
 
@@ -25,10 +31,24 @@ class Entry:
 
     route: str
     request_id: str
-    verdicts: Sequence[Verdict] = ()
+    texts: Sequence[str] = ()
+    verdicts: Sequence[Verdict | None] = ()
+    """By text; None if screening failed."""
     decisions: Sequence[Decision] = ()
+    labels: Sequence[str | None] = ()
+    """What the classifier said of each text; None if it was not asked."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage."""
+    tracer: Tracer = field(default_factory=NoOpTracer)
+
+    @property
+    def judged(self) -> list[Verdict]:
+        """The verdicts that there are."""
+        return [verdict for verdict in self.verdicts if verdict is not None]
+
+    def span(self, name: str) -> AbstractContextManager[Span]:
+        """Trace the part of the request that runs inside; of an exception only that it was."""
+        return _span(self.tracer, name, SpanKind.INTERNAL)
 
     def time(self, inputs: Sequence[Mapping[str, float]]) -> None:
         """Add the seconds that inputs took side by side, by stage: the slowest counts."""
@@ -38,53 +58,114 @@ class Entry:
 
 
 class Recorder:
-    """Writes metrics and log."""
+    """Writes metrics, span, log, and the audit if there is one; `digest` is that of the bundle."""
 
-    def __init__(self, metrics: Metrics, mode: Mode) -> None:
-        self._metrics, self._mode = metrics, mode
+    def __init__(
+        self, metrics: Metrics, mode: Mode, digest: str, tracer: Tracer, audit: Writer | None
+    ) -> None:
+        self._metrics, self._mode, self._digest = metrics, mode, digest
+        self._tracer, self._audit = tracer, audit
 
     @contextmanager
     def record(self, route: str, request_id: str) -> Iterator[Entry]:
         """Record the request that runs inside; exceptions pass through."""
-        entry, started, outcome = Entry(route, request_id), time.perf_counter(), "error"
-        try:
-            yield entry
-            outcome = "rejected" if all_rejected(entry.decisions) else "ok"
-        except BaseException as error:
-            outcome = _outcome_of(error)
-            raise
-        finally:
-            self._write(entry, outcome, time.perf_counter() - started)
+        entry = Entry(route, request_id, tracer=self._tracer)
+        started, outcome = time.perf_counter(), "error"
+        with _span(self._tracer, f"POST {route}", SpanKind.SERVER) as span:
+            try:
+                yield entry
+                outcome = "rejected" if all_rejected(entry.decisions) else "ok"
+            except BaseException as error:
+                outcome = _outcome_of(error)
+                raise
+            finally:
+                self._write(entry, outcome, time.perf_counter() - started)
+                _describe(span, entry, outcome)
 
     def _write(self, entry: Entry, outcome: str, seconds: float) -> None:
-        metrics = self._metrics
-        metrics.requests.labels(entry.route, outcome).inc()
-        metrics.request_seconds.labels(entry.route).observe(seconds)
-        for verdict in entry.verdicts:
-            metrics.confidence.observe(verdict.confidence)
-            metrics.score.observe(verdict.score)
+        metrics, found_by = self._metrics, exemplar(entry.request_id)
+        metrics.requests.labels(entry.route, outcome).inc(exemplar=found_by)
+        metrics.request_seconds.labels(entry.route).observe(seconds, found_by)
+        for verdict in entry.judged:
+            metrics.confidence.observe(verdict.confidence, found_by)
+            metrics.score.observe(verdict.score, found_by)
         if outcome in ("ok", "rejected"):
             for decision in entry.decisions:
-                metrics.inputs.labels(decision, self._mode).inc()
+                metrics.inputs.labels(decision, self._mode).inc(exemplar=found_by)
             if self._mode is Mode.SHADOW and entry.decisions:
-                metrics.would_reject.inc(sum(v.poisoned for v in entry.verdicts))
+                metrics.would_reject.inc(sum(v.poisoned for v in entry.judged))
+            if self._audit is not None:
+                self._audit.add(self._rows(entry))
         log.info(
             "request",
             extra={
                 "request_id": entry.request_id,
+                "trace_id": trace_id(),
                 "route": entry.route,
                 "outcome": outcome,
                 "seconds": round(seconds, 6),
                 "stages": {stage: round(s, 6) for stage, s in entry.stages.items()},
                 "decisions": dict(Counter(entry.decisions)),
-                "poisoned": sum(v.poisoned for v in entry.verdicts),
+                "poisoned": sum(v.poisoned for v in entry.judged),
             },
         )
+
+    def _rows(self, entry: Entry) -> list[Row]:
+        now, nothing = datetime.now(UTC), [None] * len(entry.texts)
+        inputs = zip(
+            entry.texts,
+            entry.verdicts,
+            entry.decisions or nothing,
+            entry.labels or nothing,
+            strict=True,
+        )
+        return [
+            Row(
+                time=now,
+                request_id=entry.request_id,
+                number=number,
+                route=entry.route,
+                decision=decision,
+                mode=self._mode,
+                label=label,
+                digest=self._digest,
+                text=text,
+                **_readings(verdict),
+            )
+            for number, (text, verdict, decision, label) in enumerate(inputs)
+        ]
 
 
 def all_rejected(decisions: Sequence[Decision]) -> bool:
     """Return whether there are inputs and not one of them was let through."""
     return bool(decisions) and all(d is Decision.REJECT for d in decisions)
+
+
+def _readings(verdict: Verdict | None) -> dict[str, Any]:
+    """Return what a verdict says by name; all None if screening failed."""
+    return {f.name: getattr(verdict, f.name, None) for f in fields(Verdict)}
+
+
+def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[Span]:
+    # The message of an exception may quote the text.
+    return tracer.start_as_current_span(
+        name, kind=kind, record_exception=False, set_status_on_exception=False
+    )
+
+
+def _describe(span: Span, entry: Entry, outcome: str) -> None:
+    span.set_attributes(
+        {
+            "http.request.method": "POST",
+            "http.route": entry.route,
+            "psim.request_id": entry.request_id,
+            "psim.outcome": outcome,
+            "psim.inputs": len(entry.verdicts),
+            "psim.poisoned": sum(v.poisoned for v in entry.judged),
+        }
+    )
+    if outcome == "error":
+        span.set_status(StatusCode.ERROR)
 
 
 def _outcome_of(error: BaseException) -> str:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.engines.catalogue import DtypeName, EngineName
@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    traces: bool = False
+    """Export OpenTelemetry traces, to where the `OTEL_*` variables say."""
     fail_open: bool = False
     """Classify inputs that could not be screened. Off, and meant to stay off."""
     max_body_bytes: int = Field(2 * 2**20, ge=1)
@@ -65,8 +67,24 @@ class Settings(BaseSettings):
     """A forward pass that takes longer hangs."""
     drain_s: int = Field(20, ge=0)
     """Time for running requests to end after SIGTERM."""
+    audit_url: SecretStr | None = None
+    """Where decisions are kept, SQLite or PostgreSQL; nothing is kept without."""
+    audit_text: bool = False
+    """Keep the texts too."""
+    audit_key: SecretStr | None = Field(None, min_length=32)
+    """Key of the HMAC by which a text can be found in the audit; no HMAC without."""
+    audit_days: float = Field(30, gt=0)
+    """How long it is all kept."""
+    audit_queue: int = Field(10_000, ge=1)
+    """Inputs that may wait to be written; more are not kept."""
     threads: int = Field(0, ge=0)
     """Threads of one forward pass; 0 takes what the container may use."""
+
+    @model_validator(mode="after")
+    def _audit_needs_a_store(self) -> Self:
+        if self.audit_url is None and (self.audit_text or self.audit_key):
+            raise ValueError("PSIM_AUDIT_TEXT and PSIM_AUDIT_KEY need PSIM_AUDIT_URL")
+        return self
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:

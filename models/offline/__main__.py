@@ -415,6 +415,20 @@ def serve_command(
     os.execve(sys.executable, [sys.executable, "-m", "service"], os.environ | settings)  # noqa: S606
 
 
+@app.command(
+    "audit",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def audit_command(context: typer.Context) -> None:
+    """Export what a service decided, by time and decision, as JSONL or CSV."""
+    command = [sys.executable, "-m", "service.audit", *context.args]
+    os.execve(sys.executable, command, os.environ)  # noqa: S606 - as for serve
+
+
 @app.command("demo")
 def demo_command(
     serve: Annotated[bool, typer.Option(help="Serve the bundle when it is built.")] = True,

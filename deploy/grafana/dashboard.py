@@ -1,0 +1,168 @@
+"""Writes the Grafana dashboard.
+
+`python deploy/grafana/dashboard.py > deploy/grafana/dashboards/psim.json` after every change here.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from grafana_foundation_sdk.builders.common import VizLegendOptions
+from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.builders.prometheus import Dataquery
+from grafana_foundation_sdk.builders.timeseries import Panel
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import units
+from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement
+from grafana_foundation_sdk.models.dashboard import DataSourceRef
+
+SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
+RATE = "[$__rate_interval]"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A time series panel."""
+
+    title: str
+    unit: str
+    queries: dict[str, str]
+    """Expressions by legend."""
+    exemplars: bool = False
+    """Whether to show single requests, by their ids."""
+
+
+def quantiles(metric: str, by: str = "") -> dict[str, str]:
+    """Return queries for the median and the 99th percentile of a histogram."""
+    labels, legend = (f"le, {by}", f" {{{{{by}}}}}") if by else ("le", "")
+    return {
+        f"{name}{legend}": (
+            f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket{RATE})))"
+        )
+        for name, q in (("p50", 0.5), ("p99", 0.99))
+    }
+
+
+CHARTS: dict[str, list[Chart]] = {
+    "Screen": [
+        Chart(
+            "Inputs by decision",
+            units.CountsPerSecond,
+            {"{{decision}}": f"sum by (decision) (rate(psim_inputs_total{RATE}))"},
+        ),
+        Chart(
+            "Share found poisoned, and the day before",
+            units.PercentUnit,
+            {
+                "last 30 min": "job:psim_flagged:ratio_rate30m",
+                "day before": "job:psim_flagged:ratio_rate1d",
+            },
+        ),
+        Chart(
+            "Found poisoned in shadow mode; passed unscreened",
+            units.CountsPerSecond,
+            {
+                "shadow": f"sum(rate(psim_would_reject_total{RATE}))",
+                "fail open": f"sum(rate(psim_fail_open_total{RATE}))",
+            },
+        ),
+        Chart("Score, standard deviations", units.NoUnit, quantiles("psim_screen_score")),
+        Chart("PSIM confidence", units.PercentUnit, quantiles("psim_screen_confidence")),
+        Chart(
+            "Threshold, standard deviations",
+            units.NoUnit,
+            {"{{label}}": "max by (label) (psim_threshold)"},
+        ),
+    ],
+    "Requests": [
+        Chart(
+            "Requests by outcome",
+            units.RequestsPerSecond,
+            {"{{outcome}}": f"sum by (outcome) (rate(psim_requests_total{RATE}))"},
+        ),
+        Chart(
+            "Share failed; the objective is 0.1 %",
+            units.PercentUnit,
+            {
+                "last hour": "job:psim_request_errors:ratio_rate1h",
+                "last 6 hours": "job:psim_request_errors:ratio_rate6h",
+            },
+        ),
+        Chart(
+            "Request time",
+            units.Seconds,
+            quantiles("psim_request_duration_seconds", "route"),
+            exemplars=True,
+        ),
+        Chart("Time by stage", units.Seconds, quantiles("psim_stage_duration_seconds", "stage")),
+    ],
+    "Load": [
+        Chart(
+            "Queue, share of its limit",
+            units.PercentUnit,
+            {
+                "inputs {{instance}}": "psim_queue_inputs / psim_max_queue_inputs",
+                "characters {{instance}}": "psim_queue_characters / psim_max_queue_characters",
+            },
+        ),
+        Chart(
+            "Refused for load",
+            units.RequestsPerSecond,
+            {"{{reason}}": f"sum by (reason) (rate(psim_overload_total{RATE}))"},
+        ),
+        Chart("Inputs per forward pass", units.Short, quantiles("psim_batch_inputs")),
+        Chart("Padded tokens per forward pass", units.Short, quantiles("psim_batch_tokens")),
+        Chart(
+            "Processor time",
+            units.Short,
+            {"{{instance}}": f"rate(process_cpu_seconds_total{RATE})"},
+        ),
+        Chart("Memory", units.BytesIEC, {"{{instance}}": "process_resident_memory_bytes"}),
+    ],
+    "Audit": [
+        Chart(
+            "Inputs that the audit lacks",
+            units.CountsPerSecond,
+            {"{{instance}}": f"rate(psim_audit_dropped_total{RATE})"},
+        ),
+        Chart(
+            "Times that its store could not be used",
+            units.CountsPerSecond,
+            {"{{instance}}": f"rate(psim_audit_failures_total{RATE})"},
+        ),
+    ],
+    "Replicas": [
+        Chart("Ready", units.Short, {"{{instance}}": "psim_ready"}),
+        Chart(
+            "Replicas by bundle",
+            units.Short,
+            {"{{digest}}": "count by (digest, engine, dtype, model) (psim_bundle_info)"},
+        ),
+    ],
+}
+
+
+def panel(chart: Chart) -> Panel:
+    """Return the panel of a chart."""
+    legend = VizLegendOptions().display_mode(LegendDisplayMode.LIST)
+    legend = legend.placement(LegendPlacement.BOTTOM).show_legend(True)
+    built = Panel().title(chart.title).unit(chart.unit).datasource(SOURCE).legend(legend)
+    built = built.height(8).span(12)
+    for letter, (name, expression) in zip("ABCD", chart.queries.items(), strict=False):
+        query = Dataquery().ref_id(letter).expr(expression).legend_format(name)
+        built = built.with_target(query.exemplar(chart.exemplars))
+    return built
+
+
+def dashboard() -> Dashboard:
+    """Return the whole dashboard."""
+    built = Dashboard("PSIM Gateway").uid("psim-gateway").tags(["psim"]).readonly()
+    built = built.refresh("10s").time("now-1h", "now").timezone("browser")
+    for title, charts in CHARTS.items():
+        built = built.with_row(Row(title))
+        for chart in charts:
+            built = built.with_panel(panel(chart))
+    return built
+
+
+if __name__ == "__main__":
+    sys.stdout.write(JSONEncoder(sort_keys=True, indent=1).encode(dashboard().build()) + "\n")

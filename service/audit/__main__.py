@@ -1,0 +1,93 @@
+"""`python -m service.audit`, also `psim audit`: export what was decided, as JSONL or CSV."""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import TextIO
+
+from service.audit.rows import NAMES, Row, as_dict
+from service.audit.store import AuditError, Store
+from service.schemas import Decision
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""A cell that starts with one of these is run by spreadsheets, and a text is its sender's."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the rows that are asked for to stdout; exit with code 2 if there is no audit."""
+    given = _parser().parse_args(arguments)
+    write = _write_csv if given.format == "csv" else _write_jsonl
+    try:
+        if not given.url:
+            raise AuditError("set PSIM_AUDIT_URL to that of the service, or give --url")
+        with closing(Store(given.url, read_only=True)) as store:
+            rows = store.read(given.since, given.until, given.decision, given.request_id)
+            write(rows, sys.stdout)
+            sys.stdout.flush()
+    except AuditError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # `psim audit | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="psim audit",
+        description="Export what the service decided about inputs, oldest first, to stdout.",
+    )
+    when = "%(metavar)s is ISO 8601, such as 2026-11-25 or 2026-11-25T14:30; UTC if it has no zone"
+    parser.add_argument(
+        "--since", type=_time, metavar="TIME", help=f"leave out what is older; {when}"
+    )
+    parser.add_argument(
+        "--until", type=_time, metavar="TIME", help="leave out what is as new or newer"
+    )
+    parser.add_argument(
+        "--decision",
+        action="append",
+        default=[],
+        choices=[str(decision) for decision in Decision],
+        help="only these; may be given several times",
+    )
+    parser.add_argument("--request-id", metavar="ID", help="only this request")
+    parser.add_argument("--format", choices=("jsonl", "csv"), default="jsonl")
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("PSIM_AUDIT_URL"),
+        help="of the store; by default what PSIM_AUDIT_URL says",
+    )
+    return parser
+
+
+def _time(value: str) -> datetime:
+    parsed = datetime.fromisoformat(value)
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def _write_jsonl(rows: Iterable[Row], out: TextIO) -> None:
+    for row in rows:
+        out.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+
+
+def _write_csv(rows: Iterable[Row], out: TextIO) -> None:
+    writer = csv.DictWriter(out, NAMES, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = _plain(row)
+        if row.text and row.text.startswith(FORMULA):
+            plain["text"] = f"'{row.text}"
+        writer.writerow(plain)
+
+
+def _plain(row: Row) -> dict[str, object]:
+    return as_dict(row) | {"id": str(row.id), "time": row.time.isoformat()}
+
+
+if __name__ == "__main__":
+    main()

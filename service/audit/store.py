@@ -1,0 +1,199 @@
+"""The table of the audit, in SQLite or PostgreSQL; used from one thread."""
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, StatementError
+
+from models.errors import PsimError
+from service.audit.rows import NAMES, Row, as_dict
+
+
+class AuditError(PsimError):
+    """The audit cannot be opened or read."""
+
+
+class BadRow(Exception):
+    """The store answers, but will never take a row."""
+
+
+class Utc(sa.TypeDecorator[datetime]):
+    """A time in UTC; SQLite knows no time zones."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Write every time as UTC."""
+        return value and value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Read every time as UTC."""
+        return value and (value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC))
+
+
+metadata = sa.MetaData()
+inputs = sa.Table(
+    "psim_audit",
+    metadata,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("time", Utc, nullable=False, index=True),
+    sa.Column("request_id", sa.Text, nullable=False, index=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("route", sa.Text, nullable=False),
+    sa.Column("decision", sa.Text),
+    sa.Column("mode", sa.Text, nullable=False),
+    sa.Column("voice", sa.Text),
+    sa.Column("confidence", sa.Double),
+    sa.Column("score", sa.Double),
+    sa.Column("threshold", sa.Double),
+    sa.Column("p_value", sa.Double),
+    sa.Column("poisoned", sa.Boolean),
+    sa.Column("truncated", sa.Boolean),
+    sa.Column("label", sa.Text),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("text", sa.Text),
+    sa.Column("text_hmac", sa.Text, index=True),
+    sa.Column("mark", sa.Text),
+    sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
+)
+
+
+class Store:
+    """Opens nothing until it is used.
+
+    Raises:
+        AuditError: the URL cannot be used.
+    """
+
+    def __init__(self, url: str, read_only: bool = False) -> None:
+        parsed = _parsed(url)
+        self._file = Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
+        if self._file and read_only:
+            if not self._file.is_file():
+                raise AuditError(f"{self._file}: there is no such audit")
+            query = {"mode": "ro", "uri": "true"}
+            parsed = parsed.set(database=self._file.absolute().as_uri(), query=query)
+        self._engine = _engine(parsed)
+        insert = sqlite.insert if self._file else postgresql.insert
+        self._insert = insert(inputs).on_conflict_do_nothing(index_elements=["id"])
+        if self._file:
+            _prepare_sqlite(self._engine, read_only)
+
+    def migrate(self) -> None:
+        """Bring the table to the form that this version knows."""
+        if self._file:
+            self._file.touch(mode=0o600)  # it may hold texts
+        config = Config()
+        config.set_main_option("script_location", "service.audit:migrations")
+        config.set_main_option("path_separator", "os")
+        with self._engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Write all rows or none; one that is there already is left as it is.
+
+        Raises:
+            BadRow: one of them will never be taken.
+        """
+        if not rows:
+            return
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(self._insert, [as_dict(row) for row in rows])
+        except (DataError, IntegrityError, UnicodeError) as error:
+            raise BadRow(type(error).__name__) from None
+        except StatementError as error:
+            if isinstance(error, DBAPIError):
+                raise
+            raise BadRow(type(error).__name__) from None
+
+    def purge(self, before: datetime, most: int) -> int:
+        """Delete rows older than a time, as many as may be at once; return how many."""
+        old = sa.select(inputs.c.id).where(inputs.c.time < before).limit(most)
+        with self._engine.begin() as connection:
+            return connection.execute(sa.delete(inputs).where(inputs.c.id.in_(old))).rowcount
+
+    def read(
+        self,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        decisions: Sequence[str] = (),
+        request_id: str | None = None,
+    ) -> Iterator[Row]:
+        """Yield rows in the order of time, from `since` until before `until`.
+
+        Raises:
+            AuditError: there is no audit, or none that this version can read.
+        """
+        query = sa.select(*(inputs.c[name] for name in NAMES))
+        query = query.order_by(inputs.c.time, inputs.c.request_id, inputs.c.number)
+        if since is not None:
+            query = query.where(inputs.c.time >= since)
+        if until is not None:
+            query = query.where(inputs.c.time < until)
+        if decisions:
+            query = query.where(inputs.c.decision.in_(decisions))
+        if request_id is not None:
+            query = query.where(inputs.c.request_id == request_id)
+        try:
+            with self._engine.connect() as connection:
+                for found in connection.execution_options(yield_per=1000).execute(query):
+                    yield Row(**found._mapping)
+        except DBAPIError as error:
+            raise AuditError(f"the audit cannot be read: {error.orig}") from None
+
+    def close(self) -> None:
+        """Let go of all connections; the next use makes new ones."""
+        self._engine.dispose()
+
+
+def _parsed(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError:  # its message may hold a password
+        raise AuditError("the URL of the audit cannot be parsed") from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        wanted = "sqlite:////folder/file or postgresql://user@host/database"
+        raise AuditError(f"{parsed.drivername} is no store for an audit; use {wanted}")
+    if parsed.database in (None, "", ":memory:"):
+        raise AuditError("the URL of the audit names no file or database")
+    return parsed
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    options: dict[str, Any] = {"poolclass": sa.NullPool}  # a file that was removed is made again
+    if url.get_backend_name() == "postgresql":
+        # A host that has vanished is noticed within a minute.
+        alive = {"keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3}
+        timeouts = {"connect_timeout": 5, "tcp_user_timeout": 30_000}
+        options = {"pool_size": 1, "pool_pre_ping": True, "connect_args": alive | timeouts}
+    try:
+        return sa.create_engine(url, hide_parameters=True, **options)
+    except ModuleNotFoundError as error:
+        raise AuditError(
+            f"PostgreSQL needs {error.name}: pip install 'psim-gateway[postgres]'"
+        ) from error
+
+
+def _prepare_sqlite(engine: sa.Engine, read_only: bool) -> None:
+    def on_connect(connection: Any, record: object) -> None:
+        # Transactions are begun below: Python's driver would leave changes of tables out of them.
+        connection.isolation_level = None
+        if not read_only:  # a reader does not keep the service from writing
+            connection.execute("PRAGMA journal_mode=WAL")
+
+    def on_begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    sa.event.listen(engine, "connect", on_connect)
+    sa.event.listen(engine, "begin", on_begin)

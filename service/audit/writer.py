@@ -1,0 +1,182 @@
+"""Writes the audit in a thread of its own: a store that is slow or gone slows and fails no request.
+
+Rows wait in a bounded queue; those that find it full are dropped and counted. While the store
+fails, what waits is kept and tried again, and a row that was written twice is there once.
+"""
+
+import hmac
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import islice, takewhile
+
+from service.audit.rows import Row
+from service.audit.store import BadRow, Store
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+BATCH = 500
+"""Rows written at once."""
+PURGE = 5000
+"""Rows deleted at once."""
+PURGE_EVERY_S = 3600
+MAX_CHARS = 32_000_000
+"""Of texts that wait."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+CLOSE_S = 5.0
+"""Time that rows which still wait at the end have to be written."""
+
+
+class Writer:
+    """Takes rows from one event loop; `limit` is how many may wait, `days` how long rows are kept,
+    `key` that of the HMAC."""
+
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        *,
+        limit: int,
+        days: float,
+        key: bytes | None,
+        keep_text: bool,
+    ) -> None:
+        self._store, self._metrics = store, metrics
+        self._limit, self._age = limit, timedelta(days=days)
+        self._key, self._keep_text = key, keep_text
+        self._rows: deque[Row] = deque()
+        self._chars = 0
+        self._wake = threading.Condition()
+        self._closing = self._given_up = False
+        self._failing = self._dropping = self._migrated = False
+        self._purge_at = 0.0
+        self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Queue rows, or drop those for which there is no room; never waits for the store."""
+        protected = [self._protect(row) for row in rows]
+        with self._wake:
+            taken = list(takewhile(self._take, protected))
+            self._wake.notify()
+        self._drop(len(protected) - len(taken))
+
+    def close(self) -> None:
+        """Write what waits, within `CLOSE_S`; what is not written by then is dropped."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(CLOSE_S)
+        with self._wake:
+            self._given_up = True
+            left = len(self._rows)
+            self._rows.clear()
+        self._drop(left)
+
+    def _take(self, row: Row) -> bool:
+        chars = self._chars + _chars(row)
+        if self._given_up or len(self._rows) >= self._limit or chars > MAX_CHARS:
+            return False
+        self._rows.append(row)
+        self._chars = chars
+        return True
+
+    def _protect(self, row: Row) -> Row:
+        """Leave of the text what the settings allow."""
+        if row.text is None:
+            return row
+        raw = row.text.encode("utf-8", "replace")
+        digest = hmac.digest(self._key, raw, "sha256").hex() if self._key else None
+        # PostgreSQL takes no NUL.
+        text = raw.decode().replace("\0", "\ufffd") if self._keep_text else None
+        return replace(row, text=text, text_hmac=digest)
+
+    def _drop(self, rows: int) -> None:
+        if not rows:
+            return
+        self._metrics.audit_dropped.inc(rows)
+        if not self._dropping:
+            log.error("the audit drops rows; psim_audit_dropped_total counts them")
+        self._dropping = True
+
+    # Everything below runs in the thread.
+
+    def _work(self) -> None:
+        wait = FIRST_WAIT_S
+        while True:
+            with self._wake:
+                self._wake.wait_for(self._has_work, max(0.0, self._purge_at - time.monotonic()))
+                batch = list(islice(self._rows, BATCH))
+                if self._given_up or (self._closing and not batch):
+                    break
+            try:
+                self._step(batch)
+            except Exception as error:
+                self._fail(error)
+                with self._wake:
+                    # At the end it is tried as often as time allows.
+                    self._wake.wait_for(self._hurries, FIRST_WAIT_S if self._closing else wait)
+                wait = min(2 * wait, LONGEST_WAIT_S)
+            else:
+                wait = FIRST_WAIT_S
+        self._store.close()
+
+    def _hurries(self) -> bool:
+        return self._given_up or self._closing
+
+    def _has_work(self) -> bool:
+        return bool(self._rows) or self._closing
+
+    def _step(self, batch: Sequence[Row]) -> None:
+        if not self._migrated:
+            self._store.migrate()
+            self._migrated = True
+        self._write(batch)
+        with self._wake:
+            for row in batch:
+                if self._rows:  # else they were given up
+                    self._rows.popleft()
+                    self._chars -= _chars(row)
+        if self._failing:
+            log.info("the audit store answers again")
+        self._failing = self._dropping = False
+        self._purge()
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        """Write rows; where one is bad, each is tried alone and only that one is dropped."""
+        try:
+            self._store.insert(rows)
+        except BadRow as error:
+            if len(rows) > 1:
+                for row in rows:
+                    self._write([row])
+                return
+            log.error("the audit store refuses a row", extra={"error": str(error)})
+            self._metrics.audit_dropped.inc()
+
+    def _purge(self) -> None:
+        if time.monotonic() < self._purge_at:
+            return
+        if self._store.purge(datetime.now(UTC) - self._age, PURGE) < PURGE:
+            self._purge_at = time.monotonic() + PURGE_EVERY_S
+
+    def _fail(self, error: Exception) -> None:
+        self._metrics.audit_failures.inc()
+        self._migrated = False  # the table may be gone with the rest
+        self._store.close()
+        if not self._failing:
+            # The type only: messages may quote a row.
+            log.error("the audit store fails", extra={"error": type(error).__name__})
+        self._failing = True
+
+
+def _chars(row: Row) -> int:
+    return len(row.text or "")
