@@ -28,7 +28,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fakes import BROKEN, fake_bundle
 from pydantic import ValidationError
-from servers import postgres, serving, wait_for
+from real_servers import postgres, serving, wait_for
 from typer.testing import CliRunner
 
 from models.offline.__main__ import app

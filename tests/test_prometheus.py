@@ -16,7 +16,7 @@ import pytest
 import yaml
 from fakes import fake_bundle
 from pydantic import SecretStr
-from servers import free_port, program, running, serving, wait_for
+from real_servers import free_port, program, running, serving, wait_for
 
 from service.app import create_app
 from service.settings import Mode, Settings
