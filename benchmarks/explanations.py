@@ -52,6 +52,9 @@ class Found:
 
     heaviest: bool
     covered: float
+    """Share of the trigger's characters that are removed."""
+    more: float
+    """Share of the other characters that are removed."""
     cleaned: str | None
     original: str
     screened: int
@@ -68,6 +71,7 @@ def examine(judge: Judge, text: str, original: str, verdict: Verdict, trigger: s
     return Found(
         heaviest=max(found.words, key=lambda word: word.weight).start in span,
         covered=len(removed & set(span)) / len(span),
+        more=len(removed - set(span)) / max(len(text) - len(span), 1),
         cleaned=found.cleaned,
         original=original,
         screened=judge.screened - before,
@@ -116,6 +120,7 @@ def main(
     table.add_row("a word of the trigger weighs most", share([f.heaviest for f in found]))
     table.add_row("all of the trigger removed", share([f.covered == 1 for f in found]))
     table.add_row("of its characters, removed", f"{100 * np.mean([f.covered for f in found]):.1f}")
+    table.add_row("of other characters, removed", f"{100 * np.mean([f.more for f in found]):.1f}")
     table.add_row("passes without what was removed", share([f.cleaned is not None for f in found]))
     table.add_row("and gets the label of the clean original", share(same.tolist()))
     table.add_row("clean texts left as they are", share([not v.poisoned for v in clean_verdicts]))

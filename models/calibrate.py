@@ -19,7 +19,7 @@ from models.screen import (
     voices,
 )
 
-LEAST_FOR_NORM = 30
+LEAST_FOR_NORM = 60
 """Texts that a class needs for a centre and a spread of its own."""
 LEAST_SCALE = 1e-3
 """Classes whose clean texts are all alike would have none."""
