@@ -9,14 +9,19 @@ import torch
 from fastapi import FastAPI
 
 from models.bundle import Bundle, load_bundle
-from service.api import install_error_handlers, internal_error, routes
+from service import api, front
 from service.batcher import Batcher
+from service.dialects.dialect import Served
+from service.dialects.known import SERVED, dialects
 from service.explainer import Explainer
+from service.front import Front
 from service.gateway import Gateway
 from service.metrics import Metrics
 from service.middleware import RequestId
 from service.recorder import Recorder
+from service.responses import install_error_handlers, internal_error
 from service.settings import Settings, usable_cpus
+from service.upstream import Upstream
 from service.victim import LocalVictim
 
 log = logging.getLogger(__name__)
@@ -32,23 +37,45 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     bundle = bundle or load_bundle(settings.bundle, settings.dtype)
     metrics = Metrics(bundle, settings.mode)
     batcher = Batcher(bundle, settings, metrics)
-    victim = LocalVictim(batcher)
+    served = served_by(bundle, settings)
+    victim = victim_of(settings, batcher, served, metrics)
     explainer = Explainer(batcher, metrics, settings.searches)
-    gateway = Gateway(bundle, batcher, victim, explainer, metrics, settings)
+    gateway = Gateway(bundle, served, batcher, victim, explainer, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if settings.fail_open:
             log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
         batcher.start()
-        await gateway.warm_up()
+        await gateway.start()
         log.info("ready", extra={"bundle": bundle.digest, "mode": settings.mode})
         yield
         metrics.ready.set(0)
+        await gateway.close()
         await batcher.close()
 
     app = FastAPI(title="PSIM Gateway", version=version("psim-gateway"), lifespan=lifespan)
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    app.include_router(routes(gateway, Recorder(metrics, settings.mode), metrics, settings))
+    recorder = Recorder(metrics, settings.mode)
+    app.include_router(api.routes(gateway, recorder, metrics, settings))
+    app.include_router(front.routes(Front(gateway, recorder, settings), SERVED))
     return app
+
+
+def served_by(bundle: Bundle, settings: Settings) -> Served:
+    """Return what is behind the routes."""
+    name = settings.model or bundle.manifest.victim.name.rsplit("/", 1)[-1]
+    return Served(name, bundle.digest, bundle.manifest.labels)
+
+
+def victim_of(
+    settings: Settings, batcher: Batcher, served: Served, metrics: Metrics
+) -> LocalVictim | Upstream:
+    """Return the classifier: the bundle's, or the one that is deployed elsewhere."""
+    if settings.upstream is None:
+        return LocalVictim(batcher, served.labels)
+    known = dialects(settings.upstream_input)
+    one = settings.upstream_dialect
+    candidates = list(known.values()) if one == "auto" else [known[one]]
+    return Upstream(settings, candidates, served, metrics)

@@ -17,8 +17,9 @@ ROUND = 8
 class Cleaned:
     """A text that passes without what carried its trigger."""
 
+    text: str
     screened: Screened
-    """Of the cleaned text."""
+    """Of this text."""
     removed: tuple[Span, ...]
     """In characters of the original text."""
 
@@ -59,7 +60,9 @@ class Explainer:
         if found.cleaned is None or not found.cleaned.strip():
             return None
         (screened,) = await self._screened([found.cleaned])
-        return None if _verdict(screened).poisoned else Cleaned(screened, found.removed)
+        return (
+            None if _verdict(screened).poisoned else Cleaned(found.cleaned, screened, found.removed)
+        )
 
     async def _run(self, search: Search) -> Explanation:
         try:

@@ -6,13 +6,15 @@ Fail-closed by shape: an exception while screening leaves `handle` before the vi
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from models.bundle import Bundle
 from models.explain import Span
-from models.screen import FloatArray, Verdict
+from models.screen import Verdict
 from service.batcher import Batcher, Screened
+from service.dialects.dialect import Served
 from service.errors import Overloaded, ScreenFailed
 from service.explainer import Cleaned, Explainer
 from service.metrics import Metrics
@@ -27,7 +29,7 @@ from service.schemas import (
     WeightedWord,
 )
 from service.settings import Mode, Settings
-from service.victim import Victim
+from service.victim import Call, Input, Reply, Victim
 
 log = logging.getLogger(__name__)
 
@@ -39,50 +41,79 @@ def decide(verdict: Verdict | None, mode: Mode) -> Decision:
     return Decision.FLAG if mode is Mode.FLAG else Decision.REJECT
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a request."""
+
+    results: Sequence[Result]
+    """Of each input; without scores if there is a reply."""
+    rejected: Sequence[int]
+    """Numbers of the rejected inputs, from 0."""
+    refused: bool
+    """True if nothing of the request is answered, because of what was rejected."""
+    reply: Reply | None = None
+    """The upstream's answer, ready-made in the caller's dialect."""
+
+
 class Gateway:
     """Screens every input before the victim sees it."""
 
     def __init__(
         self,
         bundle: Bundle,
+        served: Served,
         batcher: Batcher,
         victim: Victim,
         explainer: Explainer,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
-        self.bundle, self.mode = bundle, settings.mode
+        self.bundle, self.served, self.mode = bundle, served, settings.mode
         self._batcher, self._victim, self._explainer = batcher, victim, explainer
         self._metrics, self._settings = metrics, settings
         self._warm = False
 
-    async def handle(
-        self, entry: Entry, texts: Sequence[str], top_k: int | None = None
-    ) -> list[Result]:
+    async def handle(self, entry: Entry, call: Call) -> Outcome:
         """Screen the texts, classify those that may pass, and answer in their order.
 
         Raises:
-            Overloaded, NotReady, ScreenFailed, ClassifyFailed: nothing of the request is answered.
+            ServiceError: nothing of the request is answered.
         """
+        texts = call.asked.texts
         screened = await self._screened(entry, texts)
         decisions = [decide(s.verdict, self.mode) for s in screened]
         cleaned: dict[int, Cleaned] = {}
         if self.mode is Mode.SANITIZE:
             cleaned = await self._cleaned(entry, texts, screened)
             decisions = [Decision.SANITIZE if i in cleaned else d for i, d in enumerate(decisions)]
+        rejected = [i for i, d in enumerate(decisions) if d is Decision.REJECT]
+        if rejected and (len(rejected) == len(texts) or not call.dialect.gaps):
+            # The others get no answer either, so they do not count as allowed.
+            entry.decisions = [Decision.REJECT] * len(rejected)
+            results = [_result(*known, None, []) for known in zip(screened, decisions, strict=True)]
+            return Outcome(results, rejected, refused=True)
         accepted = [
-            cleaned[i].screened if i in cleaned else screened[i]
-            for i, decision in enumerate(decisions)
-            if decision is not Decision.REJECT
+            Input(cleaned[i].text, cleaned[i].screened) if i in cleaned else Input(text, one)
+            for i, (text, one, d) in enumerate(zip(texts, screened, decisions, strict=True))
+            if d is not Decision.REJECT
         ]
-        rows = iter(await self._classified(entry, accepted))
+        answer = await self._victim.classify(call, accepted)
+        entry.time(answer.stages)
         self._count_unscreened(accepted)
         entry.decisions = decisions
-        removed = [_removed(text, cleaned.get(i)) for i, text in enumerate(texts)]
-        return [
-            self._result(*known, rows, top_k)
-            for known in zip(screened, decisions, removed, strict=True)
+        rows = iter(answer.scores)
+        results = [
+            _result(
+                screened[i],
+                decision,
+                _removed(texts[i], cleaned.get(i)),
+                []
+                if decision is Decision.REJECT or answer.reply
+                else next(rows)[: call.asked.limit],
+            )
+            for i, decision in enumerate(decisions)
         ]
+        return Outcome(results, rejected, refused=False, reply=answer.reply)
 
     async def screen(self, entry: Entry, texts: Sequence[str]) -> list[ScreenResult]:
         """Screen the texts and stop there.
@@ -113,17 +144,26 @@ class Gateway:
             removed=_parts(text, found.removed),
         )
 
-    async def warm_up(self) -> None:
+    async def start(self) -> None:
         """Prove with real forward passes that PSIM and the classifier answer; then be ready."""
-        screened = await self._screened(Entry("", ""), ["warm up"])
-        await self._classified(Entry("", ""), screened)
+        await self._screened(Entry("", ""), ["warm up"])
+        await self._victim.start()
         self._warm = True
         self._metrics.ready.set(1)
+
+    async def close(self) -> None:
+        """Let go of the victim."""
+        await self._victim.close()
+
+    @property
+    def speaks(self) -> str | None:
+        """The dialect of the upstream; None if there is none, or while it is not known."""
+        return self._victim.speaks
 
     @property
     def ready(self) -> bool:
         """True if the gateway has proved to work and its worker lives."""
-        ready = self._warm and self._batcher.alive
+        ready = self._warm and self._batcher.alive and self._victim.ready
         self._metrics.ready.set(ready)
         return ready
 
@@ -155,43 +195,26 @@ class Gateway:
         entry.time([{"sanitize": seconds}])
         return cleaned
 
-    def _count_unscreened(self, classified: Sequence[Screened]) -> None:
-        unscreened = sum(s.verdict is None for s in classified)
+    def _count_unscreened(self, classified: Sequence[Input]) -> None:
+        unscreened = sum(one.screened.verdict is None for one in classified)
         if unscreened:
             self._metrics.fail_open.inc(unscreened)
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
 
-    async def _classified(self, entry: Entry, accepted: Sequence[Screened]) -> list[FloatArray]:
-        answers = await self._victim.classify(accepted) if accepted else []
-        entry.time([answer.stages for answer in answers])
-        return [answer.value for answer in answers]
 
-    def _result(
-        self,
-        screened: Screened,
-        decision: Decision,
-        removed: list[Removed] | None,
-        rows: Iterator[FloatArray],
-        top_k: int | None,
-    ) -> Result:
-        screen = None if screened.verdict is None else _wire(screened.verdict)
-        if decision is Decision.REJECT:
-            return Result(decision=decision, screen=screen, label=None, scores=None)
-        labels = self.bundle.manifest.labels
-        scores = sorted(
-            (
-                Score(label=label, score=float(p))
-                for label, p in zip(labels, next(rows), strict=True)
-            ),
-            key=lambda score: -score.score,
-        )
-        return Result(
-            decision=decision,
-            screen=screen,
-            label=scores[0].label,
-            scores=scores[:top_k],
-            removed=removed,
-        )
+def _result(
+    screened: Screened,
+    decision: Decision,
+    removed: list[Removed] | None,
+    scores: Sequence[Score],
+) -> Result:
+    return Result(
+        decision=decision,
+        screen=None if screened.verdict is None else _wire(screened.verdict),
+        label=scores[0].label if scores else None,
+        scores=list(scores) or None,
+        removed=removed,
+    )
 
 
 def _removed(text: str, cleaned: Cleaned | None) -> list[Removed] | None:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
-from service.errors import Invalid, Malformed, Overloaded, TooLarge, UnsupportedMedia
+from service.errors import (
+    Invalid,
+    Malformed,
+    Overloaded,
+    TooLarge,
+    UnknownModel,
+    UnsupportedMedia,
+    UpstreamRefused,
+)
 from service.metrics import Metrics
 from service.schemas import Decision
 from service.settings import Mode
@@ -93,6 +101,13 @@ def _outcome_of(error: BaseException) -> str:
             return "cancelled"
         case Overloaded():
             return "overloaded"
-        case Malformed() | Invalid() | TooLarge() | UnsupportedMedia():
+        case (
+            Malformed()
+            | Invalid()
+            | TooLarge()
+            | UnknownModel()
+            | UnsupportedMedia()
+            | UpstreamRefused()
+        ):
             return "client_error"
     return "error"

@@ -8,10 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, HttpUrl, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "PSIM_"
+
+
+Dialects = Literal["auto", "tei", "oip", "vllm", "sglang", "native", "hf"]
 
 
 class Mode(StrEnum):
@@ -34,6 +37,20 @@ class Settings(BaseSettings):
 
     bundle: Path
     mode: Mode = Mode.ENFORCE
+    model: str | None = Field(None, min_length=1)
+    """Name of the classifier in dialects that name one; None takes the bundle's."""
+    upstream: HttpUrl | None = None
+    """Base URL of the classifier, if it is not the bundle's in this process."""
+    upstream_dialect: Dialects = "auto"
+    """What the upstream speaks; `auto` tries."""
+    upstream_input: str = Field("text", min_length=1)
+    """What an upstream that speaks Open Inference calls the input with the texts."""
+    upstream_authorization: SecretStr | None = None
+    """Sent to the upstream as `Authorization`, in place of the caller's."""
+    upstream_timeout_s: float = Field(10, gt=0)
+    upstream_connections: int = Field(64, ge=1)
+    upstream_retry_s: float = Field(5, gt=0)
+    """How long an upstream that is down is left alone before it is asked again."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)

@@ -320,12 +320,12 @@ def test_a_bug_is_answered_and_logged_without_the_text(
     def fail(entry: object) -> str:
         raise RuntimeError("hunter" + str(2))  # a traceback quotes its source
 
-    monkeypatch.setattr("service.api._server_timing", fail)
+    monkeypatch.setattr("service.front.server_timing", fail)
     response = ask("/classify", {"inputs": CLEAN})
     assert (response.status_code, response.json()["code"]) == (500, "internal")
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert record.__dict__["request_id"] == response.headers["x-request-id"]
-    assert "_server_timing" in record.__dict__["where"]
+    assert "server_timing" in record.__dict__["where"]
     assert "hunter2" not in str(record.__dict__)
 
 

@@ -1,0 +1,21 @@
+"""All dialects."""
+
+from service.dialects.dialect import Dialect
+from service.dialects.hf import HuggingFace
+from service.dialects.native import Native
+from service.dialects.oip import OpenInference
+from service.dialects.tei import Tei
+from service.dialects.vllm import Sglang, Vllm
+
+SERVED: tuple[Dialect, ...] = (Native(), Tei(), OpenInference(), Vllm(), HuggingFace())
+"""What clients are answered in; where two share a route, the first one is the default."""
+
+
+def dialects(input_name: str = "text") -> dict[str, Dialect]:
+    """Return what an upstream may speak, by name, in the order in which it is tried.
+
+    Args:
+        input_name: what an upstream that speaks Open Inference calls the input with the texts.
+    """
+    known = (Tei(), OpenInference(input_name), Vllm(), Sglang(), Native(), HuggingFace())
+    return {dialect.name: dialect for dialect in known}
