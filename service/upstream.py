@@ -6,6 +6,7 @@ its status; when in doubt the call fails.
 """
 
 import asyncio
+import io
 import logging
 import math
 import time
@@ -160,7 +161,8 @@ class Upstream:
         self._metrics.stage_seconds.labels("upstream").observe(seconds)
         if reply.status != HTTPStatus.OK:
             raise self._refusal(reply, own)
-        ready_made = own and len(texts) == len(call.asked.texts)
+        every = len(texts) == len(call.asked.texts)
+        ready_made = own and every and call.dialect.relays
         scores = self._checked(self.dialect, call, reply, len(texts), ready_made)
         return Classified(scores, [{"upstream": seconds}], reply=reply if ready_made else None)
 
@@ -195,9 +197,12 @@ class Upstream:
                 _check_labels(scores, self._served.labels, call.dialect.needs_all)
             return scores
         except BadAnswer as error:
-            self._count("answer")
-            log.error("the upstream's answer cannot be used: %s", error)
-            raise UpstreamFailed("the upstream's answer cannot be used; see the log") from None
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: BadAnswer) -> UpstreamFailed:
+        self._count("answer")
+        log.error("the upstream's answer cannot be used: %s", error)
+        return UpstreamFailed("the upstream's answer cannot be used; see the log")
 
     async def _send(self, path: str, headers: CIMultiDict[str], body: bytes) -> Reply:
         """Return the upstream's answer, of any status; tell the breaker whether there is one."""
@@ -210,7 +215,9 @@ class Upstream:
         except aiohttp.ClientConnectorError as error:
             self._failed("connect")
             raise UpstreamFailed("the upstream cannot be reached") from error
-        except (aiohttp.ClientError, BadAnswer) as error:
+        except BadAnswer as error:
+            raise self._unusable(error) from None
+        except aiohttp.ClientError as error:
             self._failed("broken")
             raise UpstreamFailed("the connection to the upstream broke off") from error
         self._breaker.record(failed=reply.status in DOWN)
@@ -227,7 +234,7 @@ class Upstream:
         for tries_left in reversed(range(CONNECT_TRIES)):
             try:
                 async with self._session.post(
-                    self._base + path, data=body, headers=headers, allow_redirects=False
+                    self._base + path, data=io.BytesIO(body), headers=headers, allow_redirects=False
                 ) as response:
                     content = await _limited(response)
                     pairs = [(k.lower(), v) for k, v in response.headers.items()]

@@ -73,6 +73,8 @@ class Dialect(ABC):
     """Whether an answer can leave out an input; if not, one rejected input refuses the request."""
     needs_all: ClassVar[bool] = False
     """Whether its answers need a score for every class."""
+    relays: ClassVar[bool] = True
+    """Whether an upstream's answer for all inputs can be passed on as it is."""
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"

@@ -59,6 +59,7 @@ class Native(Dialect):
     name = "native"
     routes = ("/classify",)
     asks = ClassifyRequest
+    relays = False  # what the screen says is part of the answer
     error_media = "application/problem+json"
 
     def error(self, status: int, code: str, detail: str, **more: Any) -> Any:
