@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from models.bundle import Bundle, load_bundle
 from service import api, front
-from service.batcher import Batcher
+from service.batcher import Batcher, Screener
 from service.dialects.dialect import Served
 from service.dialects.known import SERVED, dialects
 from service.explainer import Explainer
@@ -23,6 +23,7 @@ from service.responses import install_error_handlers, internal_error
 from service.settings import Settings, usable_cpus
 from service.upstream import Upstream
 from service.victim import LocalVictim
+from service.windows import WholeTexts
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,11 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     batcher = Batcher(bundle, settings, metrics)
     served = served_by(bundle, settings)
     victim = victim_of(settings, batcher, served, metrics)
-    explainer = Explainer(batcher, metrics, settings.searches)
-    gateway = Gateway(bundle, served, batcher, victim, explainer, metrics, settings)
+    screener: Screener = batcher
+    if settings.upstream is not None:  # it may read more than our model does
+        screener = WholeTexts(batcher, bundle.manifest.max_length, settings.max_windows)
+    explainer = Explainer(screener, metrics, settings.searches)
+    gateway = Gateway(bundle, served, screener, victim, explainer, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

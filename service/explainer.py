@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from models.explain import Explanation, Search, Span, explain
 from models.screen import Verdict
-from service.batcher import Batcher, Screened
+from service.batcher import Screened, Screener
 from service.errors import Overloaded, ScreenFailed
 from service.metrics import Metrics
 
@@ -27,8 +27,8 @@ class Cleaned:
 class Explainer:
     """Runs a few searches at a time, and refuses others: each costs many screening passes."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, searches: int) -> None:
-        self._batcher, self._metrics = batcher, metrics
+    def __init__(self, screener: Screener, metrics: Metrics, searches: int) -> None:
+        self._screener, self._metrics = screener, metrics
         self._free = searches
 
     async def explain(
@@ -77,7 +77,7 @@ class Explainer:
         return [
             answer.value
             for start in range(0, len(texts), ROUND)
-            for answer in await self._batcher.screen(texts[start : start + ROUND])
+            for answer in await self._screener.screen(texts[start : start + ROUND])
         ]
 
 

@@ -115,7 +115,10 @@ def _pack(call: Call, outcome: Outcome, entry: Entry, gateway: Gateway) -> Respo
 
 
 def _why(outcome: Outcome) -> str:
+    screens = [outcome.results[i].screen for i in outcome.rejected]
     found = "PSIM finds a backdoor trigger in it"
+    if not all(screen and screen.poisoned for screen in screens):
+        found += ", or it is longer than PSIM reads"
     if len(outcome.rejected) == len(outcome.results):
         return f"every input was rejected: {found}"
     numbers = ", ".join(map(str, outcome.rejected))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from models.bundle import Bundle
 from models.explain import Span
 from models.screen import Verdict
-from service.batcher import Batcher, Screened
+from service.batcher import Screened, Screener
 from service.dialects.dialect import Served
 from service.errors import Overloaded, ScreenFailed
 from service.explainer import Cleaned, Explainer
@@ -34,9 +34,13 @@ from service.victim import Call, Input, Reply, Victim
 log = logging.getLogger(__name__)
 
 
-def decide(verdict: Verdict | None, mode: Mode) -> Decision:
-    """Return what to do with an input; without a verdict it got here only by failing open."""
-    if verdict is None or not verdict.poisoned or mode is Mode.SHADOW:
+def decide(verdict: Verdict | None, mode: Mode, whole: bool = False) -> Decision:
+    """Return what to do with an input; without a verdict it got here only by failing open.
+
+    If `whole`, an input that the screen has not read to its end is as bad as a poisoned one.
+    """
+    suspicious = verdict is not None and (verdict.poisoned or (verdict.truncated and whole))
+    if not suspicious or mode is Mode.SHADOW:
         return Decision.ALLOW
     return Decision.FLAG if mode is Mode.FLAG else Decision.REJECT
 
@@ -62,15 +66,16 @@ class Gateway:
         self,
         bundle: Bundle,
         served: Served,
-        batcher: Batcher,
+        screener: Screener,
         victim: Victim,
         explainer: Explainer,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
         self.bundle, self.served, self.mode = bundle, served, settings.mode
-        self._batcher, self._victim, self._explainer = batcher, victim, explainer
+        self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
+        self._whole = settings.upstream is not None and settings.unread == "reject"
         self._warm = False
 
     async def handle(self, entry: Entry, call: Call) -> Outcome:
@@ -81,7 +86,7 @@ class Gateway:
         """
         texts = call.asked.texts
         screened = await self._screened(entry, texts)
-        decisions = [decide(s.verdict, self.mode) for s in screened]
+        decisions = [decide(s.verdict, self.mode, self._whole) for s in screened]
         cleaned: dict[int, Cleaned] = {}
         if self.mode is Mode.SANITIZE:
             cleaned = await self._cleaned(entry, texts, screened)
@@ -163,12 +168,12 @@ class Gateway:
     @property
     def ready(self) -> bool:
         """True if the gateway has proved to work and its worker lives."""
-        ready = self._warm and self._batcher.alive and self._victim.ready
+        ready = self._warm and self._screener.alive and self._victim.ready
         self._metrics.ready.set(ready)
         return ready
 
     async def _screened(self, entry: Entry, texts: Sequence[str]) -> list[Screened]:
-        answers = await self._batcher.screen(texts)
+        answers = await self._screener.screen(texts)
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         entry.verdicts = [s.verdict for s in screened if s.verdict is not None]
@@ -188,12 +193,16 @@ class Gateway:
                     if one.verdict is None or not one.verdict.poisoned:
                         continue
                     with suppress(Overloaded, ScreenFailed):
-                        if found := await self._explainer.clean(text, one.verdict):
+                        found = await self._explainer.clean(text, one.verdict)
+                        if found and not self._is_suspicious(found.screened.verdict):
                             cleaned[number] = found
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds.labels("sanitize").observe(seconds)
         entry.time([{"sanitize": seconds}])
         return cleaned
+
+    def _is_suspicious(self, verdict: Verdict | None) -> bool:
+        return decide(verdict, Mode.ENFORCE, self._whole) is not Decision.ALLOW
 
     def _count_unscreened(self, classified: Sequence[Input]) -> None:
         unscreened = sum(one.screened.verdict is None for one in classified)

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     """Base URL of the classifier, if it is not the bundle's in this process."""
     upstream_dialect: Dialects = "auto"
     """What the upstream speaks; `auto` tries."""
+    unread: Literal["reject", "allow"] = "reject"
+    """What becomes of a text that is longer than `max_windows` let the screen read, if the
+    classifier is elsewhere and may read on."""
+    max_windows: int = Field(128, ge=1)
+    """Windows per text, see `service.windows`."""
     upstream_input: str = Field("text", min_length=1)
     """What an upstream that speaks Open Inference calls the input with the texts."""
     upstream_authorization: SecretStr | None = None

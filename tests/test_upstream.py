@@ -51,7 +51,7 @@ async def behind(peer: Peer, **changes: Any) -> AsyncIterator[httpx.AsyncClient]
     kept = peer.body, peer.status, peer.headers, peer.wait_s
     peer.body, peer.status, peer.headers, peer.wait_s = SOUND, 200, {}, 0
     app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
-    settings = {"upstream_dialect": "tei", "upstream_retry_s": 60} | changes
+    settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_retry_s": 60} | changes
     async with listening(app) as url, client_of(upstream=url, **settings) as client:
         peer.body, peer.status, peer.headers, peer.wait_s = kept
         peer.asked.clear()
@@ -265,7 +265,7 @@ def free_port() -> int:
 def test_an_upstream_that_is_not_there_yet_is_waited_for() -> None:
     async def run() -> None:
         port = free_port()
-        settings = {"upstream": f"http://127.0.0.1:{port}", "upstream_retry_s": 0.1}
+        settings: dict[str, Any] = {"upstream": f"http://127.0.0.1:{port}", "upstream_retry_s": 0.1}
         async with client_of(**settings) as client:
             assert (await client.get("/ready")).status_code == 503
             assert (await client.get("/live")).status_code == 200
