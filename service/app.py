@@ -9,13 +9,14 @@ import torch
 from fastapi import FastAPI
 
 from models.bundle import Bundle, load_bundle
-from service import api, front
+from service import api, front, guards, health
 from service.batcher import Batcher, Screener
 from service.dialects.dialect import Served
-from service.dialects.known import SERVED, dialects
+from service.dialects.known import dialects
 from service.explainer import Explainer
 from service.front import Front
 from service.gateway import Gateway
+from service.guards import Guards
 from service.metrics import Metrics
 from service.middleware import RequestId
 from service.recorder import Recorder
@@ -40,11 +41,11 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     batcher = Batcher(bundle, settings, metrics)
     served = served_by(bundle, settings)
     victim = victim_of(settings, batcher, served, metrics)
-    screener: Screener = batcher
-    if settings.upstream is not None:  # it may read more than our model does
-        screener = WholeTexts(batcher, bundle.manifest.max_length, settings.max_windows)
+    whole_texts = WholeTexts(batcher, bundle.manifest.max_length, settings.max_windows)
+    # A classifier elsewhere may read more than our model does.
+    screener: Screener = batcher if settings.upstream is None else whole_texts
     explainer = Explainer(screener, metrics, settings.searches)
-    gateway = Gateway(bundle, served, screener, victim, explainer, metrics, settings)
+    gateway = Gateway(bundle, served, screener, whole_texts, victim, explainer, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,7 +64,9 @@ def create_app(settings: Settings, bundle: Bundle | None = None) -> FastAPI:
     install_error_handlers(app)
     recorder = Recorder(metrics, settings.mode)
     app.include_router(api.routes(gateway, recorder, metrics, settings))
-    app.include_router(front.routes(Front(gateway, recorder, settings), SERVED))
+    app.include_router(guards.routes(Guards(gateway, recorder, settings)))
+    app.include_router(health.routes(gateway))
+    app.include_router(front.routes(Front(gateway, recorder, settings)))
     return app
 
 

@@ -74,6 +74,12 @@ class UnknownModel(ServiceError):
     code = "unknown_model"
 
 
+class NotInspected(ServiceError):
+    """A proxy asks about a request that cannot be screened as its upstream would read it."""
+
+    code = "not_inspected"
+
+
 class UpstreamDown(ServiceError):
     """The classifier elsewhere is down, or says so; trying again later helps."""
 

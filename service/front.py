@@ -7,7 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.body import parse, read_json
-from service.dialects.dialect import Dialect
+from service.dialects.dialect import Dialect, Served
+from service.dialects.known import by_route
 from service.dialects.native import ClassifyRequest
 from service.errors import UnknownModel
 from service.gateway import Gateway, Outcome
@@ -56,12 +57,10 @@ class Front:
     async def _call(self, request: Request, dialects: Sequence[Dialect]) -> Call:
         optional = dialects[0].media_optional
         body, data = await read_json(request, self._settings, media_optional=optional)
-        dialect = next((d for d in reversed(dialects) if d.claims(data)), dialects[0])
+        dialect = choose(dialects, data)
         request.state.dialect = dialect
         asked = parse(data, dialect.asks, self._settings)
-        for name in (request.path_params.get("model"), asked.model_name):
-            if name not in (None, self._gateway.served.model):
-                raise UnknownModel(f"there is one model, {self._gateway.served.model}")
+        check_model(self._gateway.served, request.path_params.get("model"), asked.model_name)
         return Call(
             asked,
             dialect,
@@ -72,15 +71,22 @@ class Front:
         )
 
 
-def routes(front: Front, dialects: Sequence[Dialect]) -> APIRouter:
-    """Return the routes of all dialects; where they share one, the first one is the default."""
+def choose(dialects: Sequence[Dialect], data: object) -> Dialect:
+    """Return the dialect of a body, of those that share its route; the first one is the default."""
+    return next((d for d in reversed(dialects) if d.claims(data)), dialects[0])
+
+
+def check_model(served: Served, *names: str | None) -> None:
+    """Raise `UnknownModel` if any of the names that a request gives is of another model."""
+    if any(name not in (None, served.model) for name in names):
+        raise UnknownModel(f"there is one model, {served.model}")
+
+
+def routes(front: Front) -> APIRouter:
+    """Return the routes of all dialects."""
     router = APIRouter()
-    by_route: dict[str, list[Dialect]] = {}
-    for dialect in dialects:
-        for route in dialect.routes:
-            by_route.setdefault(route, []).append(dialect)
-    for route, served in by_route.items():
-        _add(router, front, route, served)
+    for route, dialects in by_route().items():
+        _add(router, front, route, dialects)
     return router
 
 

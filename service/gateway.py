@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from models.bundle import Bundle
 from models.explain import Span
@@ -67,11 +68,13 @@ class Gateway:
         bundle: Bundle,
         served: Served,
         screener: Screener,
+        whole_texts: Screener,
         victim: Victim,
         explainer: Explainer,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
+        self._whole_texts = whole_texts
         self.bundle, self.served, self.mode = bundle, served, settings.mode
         self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
@@ -104,7 +107,7 @@ class Gateway:
         ]
         answer = await self._victim.classify(call, accepted)
         entry.time(answer.stages)
-        self._count_unscreened(accepted)
+        self._count_unscreened([one.screened for one in accepted])
         entry.decisions = decisions
         rows = iter(answer.scores)
         results = [
@@ -130,6 +133,18 @@ class Gateway:
         if any(s.verdict is None for s in screened):
             raise ScreenFailed("an input could not be screened")
         return [_wire(s.verdict) for s in screened if s.verdict is not None]
+
+    async def judge(self, entry: Entry, texts: Sequence[str]) -> list[Decision]:
+        """Decide on texts that somebody else forwards, to a classifier that may read all of them.
+
+        Raises:
+            Overloaded, NotReady, ScreenFailed: no text may pass.
+        """
+        screened = await self._screened(entry, texts, self._whole_texts)
+        whole = self._settings.unread == "reject"
+        entry.decisions = [decide(s.verdict, self.mode, whole) for s in screened]
+        self._count_unscreened(screened)
+        return list(entry.decisions)
 
     async def explain(self, text: str) -> ExplainResponse:
         """Say which words of a text the screen minds.
@@ -165,6 +180,14 @@ class Gateway:
         """The dialect of the upstream; None if there is none, or while it is not known."""
         return self._victim.speaks
 
+    async def metadata(self, path: str) -> dict[str, Any] | None:
+        """Return what the upstream says of itself at a path of Open Inference, if it speaks that.
+
+        Raises:
+            UpstreamFailed, TimedOut: it says nothing that can be used.
+        """
+        return await self._victim.metadata(path)
+
     @property
     def ready(self) -> bool:
         """True if the gateway has proved to work and its worker lives."""
@@ -172,8 +195,10 @@ class Gateway:
         self._metrics.ready.set(ready)
         return ready
 
-    async def _screened(self, entry: Entry, texts: Sequence[str]) -> list[Screened]:
-        answers = await self._screener.screen(texts)
+    async def _screened(
+        self, entry: Entry, texts: Sequence[str], by: Screener | None = None
+    ) -> list[Screened]:
+        answers = await (by or self._screener).screen(texts)
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         entry.verdicts = [s.verdict for s in screened if s.verdict is not None]
@@ -204,8 +229,8 @@ class Gateway:
     def _is_suspicious(self, verdict: Verdict | None) -> bool:
         return decide(verdict, Mode.ENFORCE, self._whole) is not Decision.ALLOW
 
-    def _count_unscreened(self, classified: Sequence[Input]) -> None:
-        unscreened = sum(one.screened.verdict is None for one in classified)
+    def _count_unscreened(self, passed: Sequence[Screened]) -> None:
+        unscreened = sum(one.verdict is None for one in passed)
         if unscreened:
             self._metrics.fail_open.inc(unscreened)
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})

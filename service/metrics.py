@@ -24,6 +24,8 @@ ROUTES = (
     "/v1/classify",
     "/",
     "/models/{model:path}",
+    "/envoy/{path:path}",
+    "/beta/litellm_basic_guardrail_api",
 )
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")

@@ -14,6 +14,7 @@ from models.screen import Verdict
 from service.errors import (
     Invalid,
     Malformed,
+    NotInspected,
     Overloaded,
     TooLarge,
     UnknownModel,
@@ -104,6 +105,7 @@ def _outcome_of(error: BaseException) -> str:
         case (
             Malformed()
             | Invalid()
+            | NotInspected()
             | TooLarge()
             | UnknownModel()
             | UnsupportedMedia()

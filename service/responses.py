@@ -14,6 +14,7 @@ from service.errors import (
     ClassifyFailed,
     Invalid,
     Malformed,
+    NotInspected,
     NotReady,
     Overloaded,
     ScreenFailed,
@@ -29,6 +30,7 @@ from service.errors import (
 
 STATUS: dict[type[ServiceError], int] = {
     Malformed: 400,
+    NotInspected: 403,
     UnknownModel: 404,
     TooLarge: 413,
     UnsupportedMedia: 415,

@@ -12,11 +12,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from typing import Any
 
 import aiohttp
 from multidict import CIMultiDict
+from pydantic import TypeAdapter
 
-from service.dialects.dialect import BadAnswer, Dialect, Served
+from service.dialects.dialect import BadAnswer, Dialect, Served, parsed
+from service.dialects.oip import OpenInference
 from service.errors import (
     Invalid,
     NotReady,
@@ -53,6 +56,7 @@ KEEP_IDLE_S = 4.0
 """Less than the five seconds after which common servers close: else a request can meet a connection
 that is being closed, and it could not be said whether it was read."""
 MOST_BYTES = 32 * 2**20
+METADATA = TypeAdapter(dict[str, Any])
 
 
 class Breaker:
@@ -166,6 +170,16 @@ class Upstream:
         scores = self._checked(self.dialect, call, reply, len(texts), ready_made)
         return Classified(scores, [{"upstream": seconds}], reply=reply if ready_made else None)
 
+    async def metadata(self, path: str) -> dict[str, Any] | None:
+        """Return what an upstream that speaks Open Inference says at a path."""
+        if not isinstance(self.dialect, OpenInference):
+            return None
+        reply = await self._send(path, CIMultiDict(), b"", "GET")
+        try:
+            return parsed(METADATA, reply.body)
+        except BadAnswer as error:
+            raise self._unusable(error) from None
+
     def _body(self, call: Call, texts: Sequence[str], own: bool) -> bytes:
         if own and call.asked.verbatim and texts == call.asked.texts:
             return call.body
@@ -204,10 +218,12 @@ class Upstream:
         log.error("the upstream's answer cannot be used: %s", error)
         return UpstreamFailed("the upstream's answer cannot be used; see the log")
 
-    async def _send(self, path: str, headers: CIMultiDict[str], body: bytes) -> Reply:
+    async def _send(
+        self, path: str, headers: CIMultiDict[str], body: bytes, method: str = "POST"
+    ) -> Reply:
         """Return the upstream's answer, of any status; tell the breaker whether there is one."""
         try:
-            reply = await self._exchange(path, headers, body)
+            reply = await self._exchange(method, path, headers, body)
         except TimeoutError:
             self._failed("timeout")
             seconds = self._settings.upstream_timeout_s
@@ -229,12 +245,18 @@ class Upstream:
         self._breaker.record(failed=True)
         self._count(kind)
 
-    async def _exchange(self, path: str, headers: CIMultiDict[str], body: bytes) -> Reply:
+    async def _exchange(
+        self, method: str, path: str, headers: CIMultiDict[str], body: bytes
+    ) -> Reply:
         """Send a request; again only if there was no connection, so that nothing was sent."""
         for tries_left in reversed(range(CONNECT_TRIES)):
             try:
-                async with self._session.post(
-                    self._base + path, data=io.BytesIO(body), headers=headers, allow_redirects=False
+                async with self._session.request(
+                    method,
+                    self._base + path,
+                    data=io.BytesIO(body) if body else None,
+                    headers=headers,
+                    allow_redirects=False,
                 ) as response:
                     content = await _limited(response)
                     pairs = [(k.lower(), v) for k, v in response.headers.items()]

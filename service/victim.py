@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from service.batcher import Batcher, Screened
 from service.dialects.dialect import Asked, Dialect
@@ -70,6 +70,9 @@ class Victim(Protocol):
     def speaks(self) -> str | None:
         """Name of the dialect that it has to be asked in, if any and if known."""
 
+    async def metadata(self, path: str) -> dict[str, Any] | None:
+        """Return what it says of itself at a path of Open Inference; None if it does not."""
+
     async def classify(self, call: Call, inputs: Sequence[Input]) -> Classified:
         """Classify the inputs, which are those of the call or, in its order, some of them."""
 
@@ -94,6 +97,10 @@ class LocalVictim:
     def ready(self) -> bool:
         """As the worker is."""
         return self._batcher.alive
+
+    async def metadata(self, path: str) -> dict[str, Any] | None:
+        """Return None: what is served here is described by others."""
+        return None
 
     async def classify(self, call: Call, inputs: Sequence[Input]) -> Classified:
         """Classify what was screened, from where screening left it: nothing else can be read."""

@@ -8,7 +8,16 @@ from service.dialects.tei import Tei
 from service.dialects.vllm import Sglang, Vllm
 
 SERVED: tuple[Dialect, ...] = (Native(), Tei(), OpenInference(), Vllm(), HuggingFace())
-"""What clients are answered in; where two share a route, the first one is the default."""
+"""What clients are answered in."""
+
+
+def by_route() -> dict[str, list[Dialect]]:
+    """Return what is served at each route; where two share one, the first one is the default."""
+    found: dict[str, list[Dialect]] = {}
+    for dialect in SERVED:
+        for route in dialect.routes:
+            found.setdefault(route, []).append(dialect)
+    return found
 
 
 def dialects(input_name: str = "text") -> dict[str, Dialect]:

@@ -136,6 +136,20 @@ def _tensor(name: str, shape: list[int], datatype: str, data: list[Any]) -> dict
     return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 
 
+def metadata(served: Served) -> dict[str, Any]:
+    """Return what clients are told of a model before they ask it."""
+    text = {"name": "text", "datatype": "BYTES", "shape": [-1]}
+    label = {"name": LABEL, "datatype": "BYTES", "shape": [-1]}
+    scores = {"name": SCORES, "datatype": "FP32", "shape": [-1, len(served.labels)]}
+    return {
+        "name": served.model,
+        "versions": [],
+        "platform": "psim",
+        "inputs": [text],
+        "outputs": [label, scores],
+    }
+
+
 class _Output(BaseModel):
     name: str
     shape: Annotated[list[int], Field(min_length=1)]
