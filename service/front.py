@@ -1,5 +1,6 @@
 """The routes at which texts are classified, in every dialect: unpack, call the gateway, pack."""
 
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +20,8 @@ from service.settings import Settings
 from service.victim import Call
 from service.waiting import Deadline, while_connected
 
+VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
+"""What may become a part of a path of the upstream's."""
 SEVERITY = {decision: number for number, decision in enumerate(Decision)}
 
 
@@ -61,13 +64,16 @@ class Front:
         request.state.dialect = dialect
         asked = parse(data, dialect.asks, self._settings)
         check_model(self._gateway.served, request.path_params.get("model"), asked.model_name)
+        version = request.path_params.get("version")
+        if version is not None and not VERSION.fullmatch(version):
+            raise UnknownModel("there is no such version")
         return Call(
             asked,
             dialect,
             body,
             request.headers.raw,
             request.state.request_id,
-            request.path_params.get("version"),
+            version,
         )
 
 

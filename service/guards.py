@@ -71,6 +71,8 @@ class Guards:
                     raise NotInspected("the proxy has not sent the whole body to be screened")
                 if request.method in ("GET", "HEAD") and await _is_bare(request):
                     return Response()  # health and metadata: there is nothing to classify
+                if request.url.query:
+                    raise NotInspected("a query string is not screened; send none")
                 dialects, parameters = known.find(request.method, request.path_params["path"])
                 request.state.dialect = dialects[0]
                 _, data = await read_json(

@@ -84,7 +84,10 @@ def error_response(error: ServiceError, dialect: Dialect) -> Response:
 def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Response:
     """Return what an upstream said."""
     response = Response(body, status)
-    response.raw_headers[:0] = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers]
+    pairs = [(k.encode(), v.encode(errors="surrogateescape")) for k, v in headers]
+    response.raw_headers[:0] = pairs
+        (k.encode(), v.encode(errors="surrogateescape")) for k, v in headers
+    ]
     return response
 
 

@@ -189,7 +189,7 @@ class Upstream:
 
     def _headers(self, call: Call) -> CIMultiDict[str]:
         """Return the caller's end-to-end headers, and what is ours to say."""
-        pairs = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in call.headers]
+        pairs = [(k.decode("latin-1").lower(), v.decode(errors="replace")) for k, v in call.headers]
         headers = CIMultiDict(_end_to_end(pairs, NOT_FORWARDED))
         headers["content-type"] = "application/json"
         headers["accept-encoding"] = "identity"

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from service.batcher import Batcher, Screened
 from service.dialects.dialect import Asked, Dialect
-from service.errors import Invalid
+from service.errors import Invalid, UnknownModel
 from service.schemas import Score
 
 
@@ -104,6 +104,8 @@ class LocalVictim:
 
     async def classify(self, call: Call, inputs: Sequence[Input]) -> Classified:
         """Classify what was screened, from where screening left it: nothing else can be read."""
+        if call.version is not None:
+            raise UnknownModel("the model has no versions")
         if call.asked.special:
             raise Invalid(f"{call.asked.special}: the classifier behind the gateway has no such")
         answers = await self._batcher.classify([one.screened.state for one in inputs])

@@ -55,6 +55,7 @@ def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_dialec
         ("POST", "/embed", {}, 403),
         ("POST", "/v2/repository/models/x/load", {}, 403),
         ("GET", "/predict", {}, 403),  # with a body
+        ("POST", "/predict?inputs=mn", {}, 403),
         ("POST", "/v2/models/other/infer", {}, 422),
     ],
 )

@@ -163,13 +163,14 @@ def test_a_sanitized_text_is_what_the_upstream_gets() -> None:
 
 def test_headers_go_end_to_end_and_not_further() -> None:
     async def run() -> None:
-        peer = Peer()
+        peer = Peer(headers={"x-said": "Zoë".encode().decode("latin-1")})
         async with behind(peer) as client:
             sent = {
                 "x-request-id": "abc",
                 "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
                 "tracestate": "a=1",
                 "authorization": "Bearer mine",
+                "x-name": "Zoë",
                 "connection": "keep-alive, x-private",
                 "x-private": "1",
                 "te": "trailers",
@@ -177,8 +178,11 @@ def test_headers_go_end_to_end_and_not_further() -> None:
                 "x-http-method-override": "GET",
                 "accept-encoding": "gzip",
             }
-            answer = await client.post("/predict", json=ONE_TEI, headers=sent)
+            encoded = {name: value.encode() for name, value in sent.items()}
+            answer = await client.post("/predict", json=ONE_TEI, headers=encoded)
             _, got, _ = peer.asked[-1]
+            assert got["x-name"].encode("latin-1").decode() == "Zoë"
+            assert answer.headers["x-said"] == "Zoë"
             for name in ("x-request-id", "traceparent", "tracestate", "authorization"):
                 assert got[name] == sent[name]
             assert answer.headers["x-request-id"] == "abc"
@@ -407,6 +411,11 @@ def test_outputs_in_binary_form_are_asked_for_in_json() -> None:
             client_of(upstream=url, upstream_dialect="oip", model="m") as client,
         ):
             tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [[CLEAN]]}
+            for version in ("..", "3%3Fa", "3%23a", ".", "%0a"):
+                path = f"/v2/models/m/versions/{version}/infer"
+                url = client.base_url.copy_with(raw_path=path.encode())
+                got = await client.post(url, json={"inputs": [tensor]})
+                assert got.status_code == 404, path
             for more in (
                 {"parameters": {"binary_data_output": True}},
                 {"outputs": [{"name": "o", "parameters": {"binary_data": True}}]},
