@@ -86,8 +86,6 @@ def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Res
     response = Response(body, status)
     pairs = [(k.encode(), v.encode(errors="surrogateescape")) for k, v in headers]
     response.raw_headers[:0] = pairs
-        (k.encode(), v.encode(errors="surrogateescape")) for k, v in headers
-    ]
     return response
 
 
