@@ -227,7 +227,8 @@ def test_an_upstream_that_misbehaves_is_an_error_and_never_an_answer(
     peer: Peer, status: int, kind: str | None, path: str
 ) -> None:
     async def run() -> None:
-        async with behind(peer, upstream_timeout_s=0.3) as client:
+        limit = 0.3 if peer.wait_s else 10
+        async with behind(peer, upstream_timeout_s=limit) as client:
             name = "tei" if path == "/predict" else "native"
             answer = await client.post(path, json={"inputs": [[CLEAN]] if name == "tei" else CLEAN})
             assert answer.status_code == status
@@ -411,7 +412,7 @@ def test_outputs_in_binary_form_are_asked_for_in_json() -> None:
             client_of(upstream=url, upstream_dialect="oip", model="m") as client,
         ):
             tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [[CLEAN]]}
-            for version in ("..", "3%3Fa", "3%23a", ".", "%0a"):
+            for version in ("%2e%2e", "3%3Fa", "3%23a", "%0a"):
                 path = f"/v2/models/m/versions/{version}/infer"
                 url = client.base_url.copy_with(raw_path=path.encode())
                 got = await client.post(url, json={"inputs": [tensor]})
