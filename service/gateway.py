@@ -100,24 +100,24 @@ class Gateway:
             entry.decisions = [Decision.REJECT] * len(rejected)
             results = [_result(*known, None, []) for known in zip(screened, decisions, strict=True)]
             return Outcome(results, rejected, refused=True)
+        passed = [i for i in range(len(texts)) if i not in rejected]
         accepted = [
-            Input(cleaned[i].text, cleaned[i].screened) if i in cleaned else Input(text, one)
-            for i, (text, one, d) in enumerate(zip(texts, screened, decisions, strict=True))
-            if d is not Decision.REJECT
+            Input(cleaned[i].text, cleaned[i].screened)
+            if i in cleaned
+            else Input(texts[i], screened[i])
+            for i in passed
         ]
         answer = await self._victim.classify(call, accepted)
         entry.time(answer.stages)
         self._count_unscreened([one.screened for one in accepted])
         entry.decisions = decisions
-        rows = iter(answer.scores)
+        scores = {} if answer.reply else dict(zip(passed, answer.scores, strict=True))
         results = [
             _result(
                 screened[i],
                 decision,
                 _removed(texts[i], cleaned.get(i)),
-                []
-                if decision is Decision.REJECT or answer.reply
-                else next(rows)[: call.asked.limit],
+                scores.get(i, [])[: call.asked.limit],
             )
             for i, decision in enumerate(decisions)
         ]

@@ -178,7 +178,7 @@ def test_headers_go_end_to_end_and_not_further() -> None:
                 "x-http-method-override": "GET",
                 "accept-encoding": "gzip",
             }
-            encoded = {name: value.encode() for name, value in sent.items()}
+            encoded = [(name.encode(), value.encode()) for name, value in sent.items()]
             answer = await client.post("/predict", json=ONE_TEI, headers=encoded)
             _, got, _ = peer.asked[-1]
             assert got["x-name"].encode("latin-1").decode() == "Zoë"
@@ -414,8 +414,8 @@ def test_outputs_in_binary_form_are_asked_for_in_json() -> None:
             tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [[CLEAN]]}
             for version in ("%2e%2e", "3%3Fa", "3%23a", "%0a"):
                 path = f"/v2/models/m/versions/{version}/infer"
-                url = client.base_url.copy_with(raw_path=path.encode())
-                got = await client.post(url, json={"inputs": [tensor]})
+                address = client.base_url.copy_with(raw_path=path.encode())
+                got = await client.post(address, json={"inputs": [tensor]})
                 assert got.status_code == 404, path
             for more in (
                 {"parameters": {"binary_data_output": True}},
