@@ -12,18 +12,25 @@ from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
-from service.api import install_error_handlers, internal_error, routes
+from service import api, front, guards, health
 from service.audit.store import Store
 from service.audit.writer import Writer
-from service.batcher import Batcher
+from service.batcher import Batcher, Screener
+from service.dialects.dialect import Served
+from service.dialects.known import dialects
 from service.explainer import Explainer
+from service.front import Front
 from service.gateway import Gateway
+from service.guards import Guards
 from service.metrics import Metrics
 from service.middleware import RequestId
 from service.recorder import Recorder
+from service.responses import install_error_handlers, internal_error
 from service.settings import Settings, usable_cpus
 from service.traces import close_provider, open_provider
+from service.upstream import Upstream
 from service.victim import LocalVictim
+from service.windows import WholeTexts
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -50,9 +57,13 @@ def create_app(
     metrics.max_queue_characters.set(settings.queue_chars)
     audit = _audit(settings, metrics)
     batcher = Batcher(bundle, settings, metrics)
-    victim = LocalVictim(batcher)
-    explainer = Explainer(batcher, metrics, settings.searches)
-    gateway = Gateway(bundle, batcher, victim, explainer, metrics, settings)
+    served = served_by(bundle, settings)
+    victim = victim_of(settings, batcher, served, metrics)
+    whole_texts = WholeTexts(batcher, bundle.manifest.max_length, settings.max_windows)
+    # A classifier elsewhere may read more than our model does.
+    screener: Screener = batcher if settings.upstream is None else whole_texts
+    explainer = Explainer(screener, metrics, settings.searches)
+    gateway = Gateway(bundle, served, screener, whole_texts, victim, explainer, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,10 +72,11 @@ def create_app(
         if audit:
             audit.start()
         batcher.start()
-        await gateway.warm_up()
+        await gateway.start()
         log.info("ready", extra={"bundle": bundle.digest, "mode": settings.mode})
         yield
         metrics.ready.set(0)
+        await gateway.close()
         await batcher.close()
         if audit:
             await asyncio.to_thread(audit.close)
@@ -81,8 +93,29 @@ def create_app(
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
     recorder = Recorder(metrics, settings.mode, bundle.digest, tracer, audit)
-    app.include_router(routes(gateway, recorder, metrics, settings))
+    app.include_router(api.routes(gateway, recorder, metrics, settings))
+    app.include_router(guards.routes(Guards(gateway, recorder, settings)))
+    app.include_router(health.routes(gateway))
+    app.include_router(front.routes(Front(gateway, recorder, settings)))
     return app
+
+
+def served_by(bundle: Bundle, settings: Settings) -> Served:
+    """Return what is behind the routes."""
+    name = settings.model or bundle.manifest.victim.name.rsplit("/", 1)[-1]
+    return Served(name, bundle.digest, bundle.manifest.labels)
+
+
+def victim_of(
+    settings: Settings, batcher: Batcher, served: Served, metrics: Metrics
+) -> LocalVictim | Upstream:
+    """Return the classifier: the bundle's, or the one that is deployed elsewhere."""
+    if settings.upstream is None:
+        return LocalVictim(batcher, served.labels)
+    known = dialects(settings.upstream_input)
+    one = settings.upstream_dialect
+    candidates = list(known.values()) if one == "auto" else [known[one]]
+    return Upstream(settings, candidates, served, metrics)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from models.batching import length_sorted_batches
 from models.bundle import Bundle
@@ -64,6 +64,17 @@ class _Job(Generic[Given, Answer]):
 
 _ScreenJob = _Job[str, Screened]
 _ClassifyJob = _Job[State, FloatArray]
+
+
+class Screener(Protocol):
+    """Whoever screens texts."""
+
+    @property
+    def health(self) -> Health:
+        """How whoever does it is."""
+
+    async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
+        """Screen texts, as `Batcher.screen` does."""
 
 
 class Batcher:

@@ -7,10 +7,11 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from service.errors import Invalid, Malformed, TooLarge, UnsupportedMedia
-from service.schemas import ScreenRequest
+from service.schemas import TextsRequest
 from service.settings import Settings
 
-Model = TypeVar("Model", bound=ScreenRequest)
+Model = TypeVar("Model", bound=TextsRequest)
+BINARY_TENSORS = "inference-header-content-length"
 
 
 async def read(request: Request, model: type[Model], settings: Settings) -> Model:
@@ -19,8 +20,29 @@ async def read(request: Request, model: type[Model], settings: Settings) -> Mode
     Raises:
         UnsupportedMedia, TooLarge, Malformed, Invalid: none repeats anything of the body.
     """
-    _check_media(request)
-    data = _parse(await _limited_body(request, settings.max_body_bytes))
+    _, data = await read_json(request, settings)
+    return parse(data, model, settings)
+
+
+async def read_json(
+    request: Request, settings: Settings, media_optional: bool = False
+) -> tuple[bytes, object]:
+    """Return the request's body, as it is and as JSON.
+
+    Raises:
+        UnsupportedMedia, TooLarge, Malformed: none repeats anything of the body.
+    """
+    _check_media(request, media_optional)
+    body = await _limited_body(request, settings.max_body_bytes)
+    return body, _parse(body)
+
+
+def parse(data: object, model: type[Model], settings: Settings) -> Model:
+    """Return JSON as `model`.
+
+    Raises:
+        TooLarge, Invalid: none repeats anything of the body.
+    """
     try:
         parsed = model.model_validate(data)
     except ValidationError as error:
@@ -29,14 +51,16 @@ async def read(request: Request, model: type[Model], settings: Settings) -> Mode
     return parsed
 
 
-def _check_media(request: Request) -> None:
+def _check_media(request: Request, optional: bool) -> None:
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
-    if kind.strip().lower() != "application/json":
+    if kind.strip().lower() != "application/json" and (kind or not optional):
         raise UnsupportedMedia("the content type must be application/json")
     if parameters.strip().lower().replace('"', "") not in ("", "charset=utf-8"):
         raise UnsupportedMedia("the only charset is utf-8")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMedia("the body must not be compressed")
+    if BINARY_TENSORS in request.headers:
+        raise UnsupportedMedia("tensors must be in the JSON: set binary_data=False")
 
 
 async def _limited_body(request: Request, limit: int) -> bytes:
@@ -69,7 +93,7 @@ def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-def _describe(error: ValidationError, model: type[ScreenRequest]) -> str:
+def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
     """Say where the first error is and what is wanted; keys of the caller's making stay out."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     where = [str(p) for p in first["loc"] if isinstance(p, int) or p in model.model_fields]

@@ -1,4 +1,6 @@
-"""What can go wrong with a request, in the domain's terms; `service.api` knows the HTTP of it."""
+"""What can go wrong with a request, in the domain's terms; `service.responses` has their HTTP."""
+
+from collections.abc import Sequence
 
 
 class ServiceError(Exception):
@@ -64,3 +66,43 @@ class TimedOut(ServiceError):
     """The answer was not there in time."""
 
     code = "timeout"
+
+
+class UnknownModel(ServiceError):
+    """The request names a model that is not served."""
+
+    code = "unknown_model"
+
+
+class NotInspected(ServiceError):
+    """A proxy asks about a request that cannot be screened as its upstream would read it."""
+
+    code = "not_inspected"
+
+
+class UpstreamDown(ServiceError):
+    """The classifier elsewhere is down, or says so; trying again later helps."""
+
+    code = "upstream_down"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UpstreamFailed(ServiceError):
+    """The classifier elsewhere gave no answer, or none that can be used."""
+
+    code = "upstream_failed"
+
+
+class UpstreamRefused(ServiceError):
+    """The classifier elsewhere says that the request is at fault; its answer is passed on."""
+
+    code = "upstream_refused"
+
+    def __init__(
+        self, message: str, status: int, headers: Sequence[tuple[str, str]], body: bytes
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers, self.body = status, headers, body

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from models.explain import Explanation, Search, Span, explain
 from models.screen import Verdict
-from service.batcher import Batcher, Screened
+from service.batcher import Screened, Screener
 from service.errors import Overloaded, ScreenFailed
 from service.metrics import Metrics
 
@@ -17,8 +17,9 @@ ROUND = 8
 class Cleaned:
     """A text that passes without what carried its trigger."""
 
+    text: str
     screened: Screened
-    """Of the cleaned text."""
+    """Of this text."""
     removed: tuple[Span, ...]
     """In characters of the original text."""
 
@@ -26,8 +27,8 @@ class Cleaned:
 class Explainer:
     """Runs a few searches at a time, and refuses others: each costs many screening passes."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, searches: int) -> None:
-        self._batcher, self._metrics = batcher, metrics
+    def __init__(self, screener: Screener, metrics: Metrics, searches: int) -> None:
+        self._screener, self._metrics = screener, metrics
         self._free = searches
 
     async def explain(
@@ -59,7 +60,9 @@ class Explainer:
         if found.cleaned is None or not found.cleaned.strip():
             return None
         (screened,) = await self._screened([found.cleaned])
-        return None if _verdict(screened).poisoned else Cleaned(screened, found.removed)
+        return (
+            None if _verdict(screened).poisoned else Cleaned(found.cleaned, screened, found.removed)
+        )
 
     async def _run(self, search: Search) -> Explanation:
         try:
@@ -74,7 +77,7 @@ class Explainer:
         return [
             answer.value
             for start in range(0, len(texts), ROUND)
-            for answer in await self._batcher.screen(texts[start : start + ROUND])
+            for answer in await self._screener.screen(texts[start : start + ROUND])
         ]
 
 

@@ -6,13 +6,16 @@ Fail-closed by shape: an exception while screening leaves `handle` before the vi
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 from models.bundle import Bundle
 from models.explain import Span
-from models.screen import FloatArray, Verdict
-from service.batcher import Batcher, Screened
+from models.screen import Verdict
+from service.batcher import Screened, Screener
+from service.dialects.dialect import Served
 from service.errors import Overloaded, ScreenFailed
 from service.explainer import Cleaned, Explainer
 from service.metrics import Metrics
@@ -27,17 +30,35 @@ from service.schemas import (
     WeightedWord,
 )
 from service.settings import Mode, Settings
-from service.victim import Victim
+from service.victim import Call, Input, Reply, Victim
 from service.worker import Health
 
 log = logging.getLogger(__name__)
 
 
-def decide(verdict: Verdict | None, mode: Mode) -> Decision:
-    """Return what to do with an input; without a verdict it got here only by failing open."""
-    if verdict is None or not verdict.poisoned or mode is Mode.SHADOW:
+def decide(verdict: Verdict | None, mode: Mode, whole: bool = False) -> Decision:
+    """Return what to do with an input; without a verdict it got here only by failing open.
+
+    If `whole`, an input that the screen has not read to its end is as bad as a poisoned one.
+    """
+    suspicious = verdict is not None and (verdict.poisoned or (verdict.truncated and whole))
+    if not suspicious or mode is Mode.SHADOW:
         return Decision.ALLOW
     return Decision.FLAG if mode is Mode.FLAG else Decision.REJECT
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a request."""
+
+    results: Sequence[Result]
+    """Of each input; without scores if there is a reply."""
+    rejected: Sequence[int]
+    """Numbers of the rejected inputs, from 0."""
+    refused: bool
+    """True if nothing of the request is answered, because of what was rejected."""
+    reply: Reply | None = None
+    """The upstream's answer, ready-made in the caller's dialect."""
 
 
 class Gateway:
@@ -46,47 +67,65 @@ class Gateway:
     def __init__(
         self,
         bundle: Bundle,
-        batcher: Batcher,
+        served: Served,
+        screener: Screener,
+        whole_texts: Screener,
         victim: Victim,
         explainer: Explainer,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
-        self.bundle, self.mode = bundle, settings.mode
-        self._batcher, self._victim, self._explainer = batcher, victim, explainer
+        self._whole_texts = whole_texts
+        self.bundle, self.served, self.mode = bundle, served, settings.mode
+        self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
+        self._whole = settings.upstream is not None and settings.unread == "reject"
         self._warm = False
 
-    async def handle(
-        self, entry: Entry, texts: Sequence[str], top_k: int | None = None
-    ) -> list[Result]:
+    async def handle(self, entry: Entry, call: Call) -> Outcome:
         """Screen the texts, classify those that may pass, and answer in their order.
 
         Raises:
-            Overloaded, NotReady, ScreenFailed, ClassifyFailed: nothing of the request is answered.
+            ServiceError: nothing of the request is answered.
         """
+        texts = call.asked.texts
         screened = await self._screened(entry, texts)
-        decisions = [decide(s.verdict, self.mode) for s in screened]
+        decisions = [decide(s.verdict, self.mode, self._whole) for s in screened]
         cleaned: dict[int, Cleaned] = {}
         if self.mode is Mode.SANITIZE:
             with entry.span("sanitize"):
                 cleaned = await self._cleaned(entry, texts, screened)
             decisions = [Decision.SANITIZE if i in cleaned else d for i, d in enumerate(decisions)]
+        rejected = [i for i, d in enumerate(decisions) if d is Decision.REJECT]
+        if rejected and (len(rejected) == len(texts) or not call.dialect.gaps):
+            # The others get no answer either, so they do not count as allowed.
+            entry.decisions = [d if d is Decision.REJECT else None for d in decisions]
+            results = [_result(*known, None, []) for known in zip(screened, decisions, strict=True)]
+            return Outcome(results, rejected, refused=True)
+        passed = [i for i in range(len(texts)) if i not in rejected]
         accepted = [
-            cleaned[i].screened if i in cleaned else screened[i]
-            for i, decision in enumerate(decisions)
-            if decision is not Decision.REJECT
+            Input(cleaned[i].text, cleaned[i].screened)
+            if i in cleaned
+            else Input(texts[i], screened[i])
+            for i in passed
         ]
-        rows = iter(await self._classified(entry, accepted))
-        self._count_unscreened(accepted)
+        with entry.span("classify"):
+            answer = await self._victim.classify(call, accepted)
+        entry.time(answer.stages)
+        self._count_unscreened([one.screened for one in accepted])
         entry.decisions = decisions
-        removed = [_removed(text, cleaned.get(i)) for i, text in enumerate(texts)]
+        scores = {} if answer.reply else dict(zip(passed, answer.scores, strict=True))
         results = [
-            self._result(*known, rows, top_k)
-            for known in zip(screened, decisions, removed, strict=True)
+            _result(
+                screened[i],
+                decision,
+                _removed(texts[i], cleaned.get(i)),
+                scores.get(i, [])[: call.asked.limit],
+            )
+            for i, decision in enumerate(decisions)
         ]
         entry.labels = [result.label for result in results]
-        return results
+        return Outcome(results, rejected, refused=False, reply=answer.reply)
 
     async def screen(self, entry: Entry, texts: Sequence[str]) -> list[ScreenResult]:
         """Screen the texts and stop there.
@@ -98,6 +137,19 @@ class Gateway:
         if any(s.verdict is None for s in screened):
             raise ScreenFailed("an input could not be screened")
         return [_wire(s.verdict) for s in screened if s.verdict is not None]
+
+    async def judge(self, entry: Entry, texts: Sequence[str]) -> list[Decision]:
+        """Decide on texts that somebody else forwards, to a classifier that may read all of them.
+
+        Raises:
+            Overloaded, NotReady, ScreenFailed: no text may pass.
+        """
+        screened = await self._screened(entry, texts, self._whole_texts)
+        whole = self._settings.unread == "reject"
+        decisions = [decide(s.verdict, self.mode, whole) for s in screened]
+        entry.decisions = decisions
+        self._count_unscreened(screened)
+        return decisions
 
     async def explain(self, text: str) -> ExplainResponse:
         """Say which words of a text the screen minds.
@@ -117,28 +169,53 @@ class Gateway:
             removed=_parts(text, found.removed),
         )
 
-    async def warm_up(self) -> None:
+    async def start(self) -> None:
         """Prove with real forward passes that PSIM and the classifier answer; then be ready."""
-        screened = await self._screened(Entry("", ""), ["warm up"])
-        await self._classified(Entry("", ""), screened)
+        await self._screened(Entry("", ""), ["warm up"])
+        await self._victim.start()
         self._warm = True
         self._metrics.ready.set(1)
 
+    async def close(self) -> None:
+        """Let go of the victim."""
+        await self._victim.close()
+
     @property
-    def ready(self) -> bool:
-        """True if the gateway has proved to work and its worker lives."""
-        ready = self._warm and self._batcher.alive
-        self._metrics.ready.set(ready)
-        return ready
+    def speaks(self) -> str | None:
+        """The dialect of the upstream; None if there is none, or while it is not known."""
+        return self._victim.speaks
+
+    async def metadata(self, path: str) -> dict[str, Any] | None:
+        """Return what the upstream says of itself at a path of Open Inference, if it speaks that.
+
+        Raises:
+            UpstreamFailed, TimedOut: it says nothing that can be used.
+        """
+        return await self._victim.metadata(path)
 
     @property
     def health(self) -> Health:
         """How the inference worker is."""
-        return self._batcher.health
+        return self._screener.health
 
-    async def _screened(self, entry: Entry, texts: Sequence[str]) -> list[Screened]:
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are not served; None if they are."""
+        trouble = None
+        if self.health is not Health.RUNNING:
+            trouble = f"the inference worker {self.health}"
+        elif not self._warm:
+            trouble = "the gateway is starting"
+        elif not self._victim.ready:
+            trouble = "the upstream is down"
+        self._metrics.ready.set(trouble is None)
+        return trouble
+
+    async def _screened(
+        self, entry: Entry, texts: Sequence[str], by: Screener | None = None
+    ) -> list[Screened]:
         with entry.span("screen"):
-            answers = await self._batcher.screen(texts)
+            answers = await (by or self._screener).screen(texts)
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
@@ -158,53 +235,37 @@ class Gateway:
                     if one.verdict is None or not one.verdict.poisoned:
                         continue
                     with suppress(Overloaded, ScreenFailed):
-                        if found := await self._explainer.clean(text, one.verdict):
+                        found = await self._explainer.clean(text, one.verdict)
+                        if found and not self._is_suspicious(found.screened.verdict):
                             cleaned[number] = found
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds.labels("sanitize").observe(seconds)
         entry.time([{"sanitize": seconds}])
         return cleaned
 
-    def _count_unscreened(self, classified: Sequence[Screened]) -> None:
-        unscreened = sum(s.verdict is None for s in classified)
+    def _is_suspicious(self, verdict: Verdict | None) -> bool:
+        return decide(verdict, Mode.ENFORCE, self._whole) is not Decision.ALLOW
+
+    def _count_unscreened(self, passed: Sequence[Screened]) -> None:
+        unscreened = sum(one.verdict is None for one in passed)
         if unscreened:
             self._metrics.fail_open.inc(unscreened)
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
 
-    async def _classified(self, entry: Entry, accepted: Sequence[Screened]) -> list[FloatArray]:
-        if not accepted:
-            return []
-        with entry.span("classify"):
-            answers = await self._victim.classify(accepted)
-        entry.time([answer.stages for answer in answers])
-        return [answer.value for answer in answers]
 
-    def _result(
-        self,
-        screened: Screened,
-        decision: Decision,
-        removed: list[Removed] | None,
-        rows: Iterator[FloatArray],
-        top_k: int | None,
-    ) -> Result:
-        screen = None if screened.verdict is None else _wire(screened.verdict)
-        if decision is Decision.REJECT:
-            return Result(decision=decision, screen=screen, label=None, scores=None)
-        labels = self.bundle.manifest.labels
-        scores = sorted(
-            (
-                Score(label=label, score=float(p))
-                for label, p in zip(labels, next(rows), strict=True)
-            ),
-            key=lambda score: -score.score,
-        )
-        return Result(
-            decision=decision,
-            screen=screen,
-            label=scores[0].label,
-            scores=scores[:top_k],
-            removed=removed,
-        )
+def _result(
+    screened: Screened,
+    decision: Decision,
+    removed: list[Removed] | None,
+    scores: Sequence[Score],
+) -> Result:
+    return Result(
+        decision=decision,
+        screen=None if screened.verdict is None else _wire(screened.verdict),
+        label=scores[0].label if scores else None,
+        scores=list(scores) or None,
+        removed=removed,
+    )
 
 
 def _removed(text: str, cleaned: Cleaned | None) -> list[Removed] | None:

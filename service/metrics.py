@@ -14,10 +14,23 @@ from models.bundle import Bundle
 from service.schemas import Decision
 from service.settings import Mode
 
-ROUTES = ("/classify", "/screen", "/explain")
+ROUTES = (
+    "/classify",
+    "/screen",
+    "/explain",
+    "/predict",
+    "/v2/models/{model}/infer",
+    "/v2/models/{model}/versions/{version}/infer",
+    "/v1/classify",
+    "/",
+    "/models/{model:path}",
+    "/envoy/{path:path}",
+    "/beta/litellm_basic_guardrail_api",
+)
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
-STAGES = ("queue", "tokenize", "screen", "sanitize", "classify")
+STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
 OVERLOADS = ("inputs", "characters", "searches")
+UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 # None under 0: a histogram with such buckets has no sum, and strict OpenMetrics parsers refuse it.
@@ -85,6 +98,9 @@ class Metrics:
         self.audit_failures = Counter(
             "psim_audit_failures", "Times that the audit store could not be used", registry=r
         )
+        self.upstream_errors = Counter(
+            "psim_upstream_errors", "Failures of the classifier elsewhere", ["kind"], registry=r
+        )
         self.ready = Gauge("psim_ready", "1 if requests are served", registry=r)
         self._initialise(mode)
         self._describe(bundle)
@@ -100,6 +116,8 @@ class Metrics:
             self.stage_seconds.labels(stage)
         for reason in OVERLOADS:
             self.overload.labels(reason)
+        for kind in UPSTREAM_ERRORS:
+            self.upstream_errors.labels(kind)
 
     def _describe(self, bundle: Bundle) -> None:
         threshold = Gauge(

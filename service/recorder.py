@@ -16,7 +16,16 @@ from starlette.requests import ClientDisconnect
 from models.screen import Verdict
 from service.audit.rows import Row
 from service.audit.writer import Writer
-from service.errors import Invalid, Malformed, Overloaded, TooLarge, UnsupportedMedia
+from service.errors import (
+    Invalid,
+    Malformed,
+    NotInspected,
+    Overloaded,
+    TooLarge,
+    UnknownModel,
+    UnsupportedMedia,
+    UpstreamRefused,
+)
 from service.metrics import Metrics
 from service.schemas import Decision
 from service.settings import Mode
@@ -34,7 +43,8 @@ class Entry:
     texts: Sequence[str] = ()
     verdicts: Sequence[Verdict | None] = ()
     """By text; None if screening failed."""
-    decisions: Sequence[Decision] = ()
+    decisions: Sequence[Decision | None] = ()
+    """By text; None if it got no answer, because of another one that was rejected."""
     labels: Sequence[str | None] = ()
     """What the classifier said of each text; None if it was not asked."""
     stages: dict[str, float] = field(default_factory=dict)
@@ -90,7 +100,7 @@ class Recorder:
             metrics.confidence.observe(verdict.confidence, found_by)
             metrics.score.observe(verdict.score, found_by)
         if outcome in ("ok", "rejected"):
-            for decision in entry.decisions:
+            for decision in filter(None, entry.decisions):
                 metrics.inputs.labels(decision, self._mode).inc(exemplar=found_by)
             if self._mode is Mode.SHADOW and entry.decisions:
                 metrics.would_reject.inc(sum(v.poisoned for v in entry.judged))
@@ -105,7 +115,7 @@ class Recorder:
                 "outcome": outcome,
                 "seconds": round(seconds, 6),
                 "stages": {stage: round(s, 6) for stage, s in entry.stages.items()},
-                "decisions": dict(Counter(entry.decisions)),
+                "decisions": dict(Counter(filter(None, entry.decisions))),
                 "poisoned": sum(v.poisoned for v in entry.judged),
             },
         )
@@ -136,9 +146,9 @@ class Recorder:
         ]
 
 
-def all_rejected(decisions: Sequence[Decision]) -> bool:
+def all_rejected(decisions: Sequence[Decision | None]) -> bool:
     """Return whether there are inputs and not one of them was let through."""
-    return bool(decisions) and all(d is Decision.REJECT for d in decisions)
+    return bool(decisions) and {*decisions} <= {Decision.REJECT, None}
 
 
 def _readings(verdict: Verdict | None) -> dict[str, Any]:
@@ -174,6 +184,14 @@ def _outcome_of(error: BaseException) -> str:
             return "cancelled"
         case Overloaded():
             return "overloaded"
-        case Malformed() | Invalid() | TooLarge() | UnsupportedMedia():
+        case (
+            Malformed()
+            | Invalid()
+            | NotInspected()
+            | TooLarge()
+            | UnknownModel()
+            | UnsupportedMedia()
+            | UpstreamRefused()
+        ):
             return "client_error"
     return "error"

@@ -1,5 +1,6 @@
-"""The native wire format: requests and responses of `/classify` and `/screen`."""
+"""The native wire format; what dialects have in common is in its words too."""
 
+from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import Annotated
 
@@ -23,7 +24,16 @@ class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ScreenRequest(_Wire):
+class TextsRequest(_Wire, ABC):
+    """A request that is about texts."""
+
+    @property
+    @abstractmethod
+    def texts(self) -> list[str]:
+        """All that a classifier would read, in order."""
+
+
+class ScreenRequest(TextsRequest):
     """Texts to screen."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -32,13 +42,6 @@ class ScreenRequest(_Wire):
     def texts(self) -> list[str]:
         """The texts, as a list even if there is one."""
         return [self.inputs] if isinstance(self.inputs, str) else self.inputs
-
-
-class ClassifyRequest(ScreenRequest):
-    """Texts to screen and classify."""
-
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
-    """How many scores to return per text; null returns all."""
 
 
 class ScreenResult(_Wire):

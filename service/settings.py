@@ -8,12 +8,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.engines.catalogue import DtypeName, EngineName
 
 PREFIX = "PSIM_"
+
+
+Dialects = Literal["auto", "tei", "oip", "vllm", "sglang", "native", "hf"]
 
 
 class Mode(StrEnum):
@@ -40,6 +43,25 @@ class Settings(BaseSettings):
     """What runs the model; None takes the bundle's choice, or PyTorch where that is missing."""
     dtype: DtypeName | None = None
     """What it computes in; None takes the bundle's choice."""
+    model: str | None = Field(None, min_length=1)
+    """Name of the classifier in dialects that name one; None takes the bundle's."""
+    upstream: HttpUrl | None = None
+    """Base URL of the classifier, if it is not the bundle's in this process."""
+    upstream_dialect: Dialects = "auto"
+    """What the upstream speaks; `auto` tries."""
+    unread: Literal["reject", "allow"] = "reject"
+    """What becomes of a text that is longer than `max_windows` let the screen read, if the
+    classifier is elsewhere and may read on."""
+    max_windows: int = Field(128, ge=1)
+    """Windows per text, see `service.windows`."""
+    upstream_input: str = Field("text", min_length=1)
+    """What an upstream that speaks Open Inference calls the input with the texts."""
+    upstream_authorization: SecretStr | None = None
+    """Sent to the upstream as `Authorization`, in place of the caller's."""
+    upstream_timeout_s: float = Field(10, gt=0)
+    upstream_connections: int = Field(64, ge=1)
+    upstream_retry_s: float = Field(5, gt=0)
+    """How long an upstream that is down is left alone before it is asked again."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

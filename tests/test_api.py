@@ -262,15 +262,23 @@ def test_what_was_not_classified_did_not_fail_open() -> None:
 async def served(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
     """Serve over a real socket, for what only a socket can do."""
     app = create_app(Settings(bundle=Path("unused")), fake_bundle(engine))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as client:
+        yield client
+
+
+@asynccontextmanager
+async def listening(app: Any, port: int = 0) -> AsyncIterator[str]:
+    """Serve an ASGI application, on a free port unless one is given; yield its base URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
     running = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-        yield client
-    server.should_exit = True
-    await running
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await running
 
 
 async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
@@ -320,12 +328,12 @@ def test_a_bug_is_answered_and_logged_without_the_text(
     def fail(entry: object) -> str:
         raise RuntimeError("hunter" + str(2))  # a traceback quotes its source
 
-    monkeypatch.setattr("service.api._server_timing", fail)
+    monkeypatch.setattr("service.front.server_timing", fail)
     response = ask("/classify", {"inputs": CLEAN})
     assert (response.status_code, response.json()["code"]) == (500, "internal")
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert record.__dict__["request_id"] == response.headers["x-request-id"]
-    assert "_server_timing" in record.__dict__["where"]
+    assert "server_timing" in record.__dict__["where"]
     assert "hunter2" not in str(record.__dict__)
 
 

@@ -1,0 +1,1 @@
+"""Wire formats, served to clients and spoken to upstreams: one module each."""

@@ -1,0 +1,53 @@
+"""What clients of other servers ask before they infer: are you there, and what have you got?"""
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from service.dialects.oip import OpenInference, metadata
+from service.errors import NotReady, UnknownModel
+from service.gateway import Gateway
+
+
+def routes(gateway: Gateway) -> APIRouter:
+    """Return Open Inference's routes of health and metadata, and TEI's and vLLM's `/health`."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/health")
+    @router.get("/v2/health/ready")
+    async def ready() -> Response:
+        """Say by the status whether PSIM and the classifier answer."""
+        return Response(status_code=503 if gateway.trouble else 200)
+
+    @router.get("/v2/health/live")
+    async def live() -> Response:
+        """Say by the status whether the process is of any use."""
+        return Response(status_code=503 if gateway.health.beyond_repair else 200)
+
+    @router.get("/v2")
+    async def server() -> dict[str, Any]:
+        """Say what server this is, or what the upstream is."""
+        own = {"name": "psim-gateway", "version": version("psim-gateway"), "extensions": []}
+        return await gateway.metadata("/v2") or own
+
+    @router.get("/v2/models/{model}")
+    async def describe(request: Request, model: str) -> dict[str, Any]:
+        """Say what a model takes and gives."""
+        _check(request, model)
+        return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.served)
+
+    @router.get("/v2/models/{model}/ready")
+    async def model_ready(request: Request, model: str) -> Response:
+        """Say whether a model answers."""
+        _check(request, model)
+        if gateway.trouble:
+            raise NotReady(gateway.trouble)
+        return Response()
+
+    def _check(request: Request, model: str) -> None:
+        request.state.dialect = OpenInference()
+        if model != gateway.served.model:
+            raise UnknownModel(f"there is one model, {gateway.served.model}")
+
+    return router
