@@ -66,7 +66,9 @@ def serve(bundle: Path, port: int) -> None:
 @asynccontextmanager
 async def process(command: Sequence[str], url: str, **settings: str) -> AsyncIterator[str]:
     """Run a server until the block ends; begin when it answers."""
-    running = subprocess.Popen([sys.executable, *command], env=os.environ | settings, stderr=-3)
+    running = subprocess.Popen(
+        [sys.executable, *command], env=os.environ | settings, stderr=subprocess.DEVNULL
+    )
     try:
         async with aiohttp.ClientSession() as session:
             for _ in range(1200):
