@@ -14,7 +14,7 @@ MOST_VARIANTS, AT_ONCE = 400, 64
 """Texts that are screened for one explanation, and in one round of it."""
 MOST_WORDS = 1024
 """Words behind them are beyond what a model reads, and taken as they are."""
-REACH, PER_WORD = 5, 0.1
+REACH, PER_WORD = 5, 0.2
 """What is found is extended by up to so many words at either end, if each lowers the score by so
 much: the rest of a sentence may be no trigger any more, but it is no part of the text either."""
 _WORD = re.compile(r"\S+")
