@@ -101,6 +101,20 @@ def metric(client: httpx.Client, name: str) -> float:
     return value
 
 
+def test_an_input_without_an_answer_because_of_another_one_has_no_decision(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/audit.db"
+    tensor = {"name": "text", "shape": [2], "datatype": "BYTES", "data": [CLEAN, POISONED]}
+    with (
+        serving(service(url)) as address,
+        httpx.Client(base_url=f"http://{address}") as client,
+    ):
+        answer = client.post("/v2/models/fake/infer", json={"inputs": [tensor]})
+        assert answer.status_code == 403
+        assert metric(client, 'psim_inputs_total{decision="allow",mode="enforce"}') == 0
+        assert metric(client, 'psim_inputs_total{decision="reject",mode="enforce"}') == 1
+    assert [(row.number, row.decision) for row in rows(url)] == [(0, None), (1, "reject")]
+
+
 def test_every_input_that_was_answered_is_there_when_the_service_is_down(url: str) -> None:
     with (
         serving(service(url)) as address,

@@ -24,7 +24,7 @@ ROWS = {
     "poisoned passed, backdoor fires": "false_acceptance_rate_firing",
 }
 
-SHOWN_SCORES = (-3.0, 15.0)
+SHOWN_SCORES = (0.0, 15.0)
 """Scores beyond are shown in the outermost bars."""
 
 
