@@ -79,7 +79,10 @@ def _by_openvino(victim: Unguarded, engine: ModuleEngine) -> Callable[[Inputs], 
     from models.engines import openvino
 
     graph = openvino.compiled(victim, openvino.EXAMPLE, engine.dtype)
-    return lambda inputs: openvino.call(graph, *openvino.padded(inputs, engine.max_length))[0]
+    parts = openvino.parts_of
+    return lambda inputs: torch.cat(
+        [openvino.call(graph, *part)[0] for part in parts(inputs, engine.max_length)]
+    )
 
 
 def by_whole_passes(engine: TorchEngine) -> Run:

@@ -24,7 +24,7 @@ from models import bundle as bundles
 from models.bundle import READINGS, choose, load_bundle
 from models.engines import Encoding, catalogue
 from models.engines.catalogue import REFERENCE, RUNTIMES, Runtime, make_engine
-from models.engines.openvino import GuardedGraph
+from models.engines.openvino import GuardedGraph, parts_of, rounded
 from models.engines.pytorch import LastState, TorchEngine, collate
 from models.errors import BundleError, EngineError
 from models.guarded import Activations, Guarded, guard, lora_config
@@ -244,3 +244,20 @@ def test_a_victim_without_a_tail_is_fitted_for_torch_or_refused(
     with pytest.raises(EngineError, match="openvino cannot run this victim"):
         fit_tiny(tiny_victim("deberta"), tokenizer, tmp_path / "b", engine="openvino")
     assert not (tmp_path / "b").exists()
+
+
+@given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=70))
+def test_openvino_meets_few_shapes_and_every_token(lengths: list[int]) -> None:
+    ids = [[n + 1] * n + [0] * (max(lengths) - n) for n in lengths]
+    inputs = {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": (torch.tensor(ids) > 0).long(),
+    }
+    parts = list(parts_of(inputs, 512))
+    rows = [
+        row[: int(mask.sum())].tolist() for part in parts for row, mask in zip(*part, strict=True)
+    ]
+    assert rows == [[n + 1] * n for n in lengths]
+    assert {len(ids) for ids, _ in parts} <= {1, 2, 4, 8}
+    assert {ids.shape[1] for ids, _ in parts} <= {rounded(n) for n in range(1, 513)}
+    assert len({rounded(n) for n in range(1, 513)}) == 20

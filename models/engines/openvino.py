@@ -7,7 +7,7 @@ float32 whatever the graph computes in.
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from logging import ERROR
 from typing import Any
 
@@ -28,8 +28,10 @@ import openvino  # noqa: E402
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 INPUTS = "input_ids", "attention_mask"
-LENGTH_STEP = 8
-"""Lengths are rounded up to it: OpenVINO keeps 200 KB of code for each shape that it meets."""
+MOST_ROWS, LENGTH_STEP, STEPS = 8, 8, 8
+"""OpenVINO keeps code and buffers for each shape that it meets, a megabyte or more. So it meets
+few: batches of 8, 4, 2 and 1 rows (more at once are no faster, and sorted texts need less padding),
+and lengths rounded up to multiples of 8, which double whenever there have been eight of them."""
 EXAMPLE = {
     "input_ids": torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]),
     "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
@@ -85,7 +87,8 @@ class GuardedGraph:
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Guarded.screen`."""
-        logits, rows, *states = call(self._run, *padded(inputs, self._max_length))
+        parts = [call(self._run, *part) for part in parts_of(inputs, self._max_length)]
+        logits, rows, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return readings_of(logits, states, self._activations), rows
 
     def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -150,15 +153,27 @@ def compiled(module: nn.Module, example: Any, dtype: str) -> Any:
     return openvino.Core().compile_model(graph, "CPU", settings)
 
 
-def padded(inputs: Inputs, max_length: int) -> list[torch.Tensor]:
-    """Return `INPUTS` with lengths rounded up to `LENGTH_STEP`.
+def parts_of(inputs: Inputs, max_length: int) -> Iterator[list[torch.Tensor]]:
+    """Yield `INPUTS` row by row in order, in shapes of which there are few (see `MOST_ROWS`).
 
     Padding is masked, so that it may be token 0 whatever the tokenizer's is; but it takes
     positions, of which there may be no more.
     """
-    length = inputs["input_ids"].shape[1]
-    more = min(-length % LENGTH_STEP, max_length - length)
-    return [nn.functional.pad(inputs[name], (0, more)) for name in INPUTS]
+    lengths, start = inputs["attention_mask"].sum(1).tolist(), 0
+    while left := len(lengths) - start:
+        rows = slice(start, start + min(MOST_ROWS, 1 << (left.bit_length() - 1)))
+        length = min(rounded(max(lengths[rows])), max_length)
+        more = length - inputs["input_ids"].shape[1]  # cut where it is negative
+        yield [nn.functional.pad(inputs[name][rows], (0, more)) for name in INPUTS]
+        start = rows.stop
+
+
+def rounded(length: int) -> int:
+    """Return the next length that is met: multiples of 8 to 64, of 16 to 128, and so on."""
+    step = LENGTH_STEP
+    while length > STEPS * step:
+        step *= 2
+    return -(-length // step) * step
 
 
 def call(model: Any, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
