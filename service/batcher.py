@@ -223,9 +223,9 @@ class Batcher:
         if not batches:
             return []
         self._oldest_next = not self._oldest_next
-        chosen = set(next(b for b in batches if 0 in b) if self._oldest_next else batches[-1])
-        batch = [self._window[i] for i in chosen]
-        self._window = [one for i, one in enumerate(self._window) if i not in chosen]
+        chosen = next(b for b in batches if 0 in b) if self._oldest_next else batches[-1]
+        batch, taken = [self._window[i] for i in chosen], set(chosen)
+        self._window = [one for i, one in enumerate(self._window) if i not in taken]
         return batch
 
     def _drop_the_gone_and_the_late(self) -> None:
