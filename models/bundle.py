@@ -196,7 +196,8 @@ def _load_screen(path: Path, manifest: Manifest, chosen: Calibration) -> Screen:
                 raise ValueError
             screens[own.runtime] = calibrate(given, checkpoints, own.frr_budget)
         given = readings[str(chosen.runtime)]
-        found = parity(reference, given, checkpoints, chosen.frr_budget)
+        judge = screens.get(REFERENCE) or calibrate(reference, checkpoints, chosen.frr_budget)
+        found = parity((judge, reference), (screens[chosen.runtime], given))
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
         raise BundleError(f"{path}: {READINGS} does not hold the calibration") from error
     if not all(_agree(screens[own.runtime], own) for own in manifest.calibrations):

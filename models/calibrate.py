@@ -79,19 +79,19 @@ class Parity:
     """Of a probability."""
 
 
-def parity(reference: FloatArray, own: FloatArray, checkpoints: int, frr_budget: float) -> Parity:
-    """Compare an engine's readings with the reference's of the same texts, shape (n, V, C) each.
+Calibrated = tuple[Screen, FloatArray]
+"""A screen, and the readings that it was calibrated by, shape (n, V, C)."""
 
-    Raises:
-        CalibrationError: see `calibrate`.
-    """
 
-    def decisions(readings: FloatArray) -> NDArray[np.bool_]:
-        screen = calibrate(readings, checkpoints, frr_budget)
+def parity(reference: Calibrated, own: Calibrated) -> Parity:
+    """Compare an engine with the reference, on readings of the same texts."""
+
+    def decisions(screen: Screen, readings: FloatArray) -> NDArray[np.bool_]:
         return np.array([screen.judge(row).poisoned for row in readings])
 
-    agree = decisions(reference) == decisions(own)
-    difference = np.abs(reference - own)[:, :checkpoints].max()
+    agree = decisions(*reference) == decisions(*own)
+    checkpoints = own[0].norm.checkpoints
+    difference = np.abs(reference[1] - own[1])[:, :checkpoints].max()
     return Parity(float(agree.mean()), float(difference))
 
 
@@ -114,7 +114,7 @@ def _measured(
         alike: the texts that each class is measured by, shape (n,) each.
     """
     centre = np.stack([raw[own].mean(0) for own in alike])
-    fourth = np.stack([_above(raw[own] - raw[own].mean(0)).mean(0) for own in alike])
+    fourth = np.stack([_above(raw[o] - c).mean(0) for o, c in zip(alike, centre, strict=True)])
     measure = Measure(centre, np.maximum(fourth**0.25, LEAST_SCALE))
     n = np.array([max(own.sum(), 2) for own in alike])[predicted, None]
     away = raw - centre[predicted]

@@ -65,7 +65,7 @@ def explain(text: str, verdict: Verdict) -> Search:
     groups = _groups([text[start:end] for start, end in words])
     verdicts = yield [_without(text, words, group) for group in groups]
     weight_of = {
-        number: _margin(verdict) - _margin(without)
+        number: verdict.margin - without.margin
         for group, without in zip(groups, verdicts, strict=True)
         for number in group
     }
@@ -93,10 +93,6 @@ def explained(search: Search, screen: Callable[[list[str]], list[Verdict]]) -> E
         return result
 
 
-def _margin(verdict: Verdict) -> float:
-    return verdict.score - verdict.threshold
-
-
 def _groups(words: Sequence[str]) -> list[list[int]]:
     """Return numbers of words that are the same, or of neighbours where those are too many."""
     same: dict[str, list[int]] = {}
@@ -115,7 +111,7 @@ def _best(
 ) -> Words | None:
     """Return the option without which the text passes most clearly, each word at a price."""
     passing = [
-        (_margin(v) + per_word * len(options[number]), number)
+        (v.margin + per_word * len(options[number]), number)
         for number, v in enumerate(verdicts)
         if not v.poisoned
     ]

@@ -45,6 +45,14 @@ class Verdict:
     truncated: bool
     """True if neither PSIM nor the classifier read the whole text."""
 
+    @property
+    def margin(self) -> float:
+        """How far the score lies beyond the threshold; not negative iff poisoned.
+
+        By this verdicts of all classes compare.
+        """
+        return self.score - self.threshold
+
 
 def is_poisoned(score: float, threshold: float) -> bool:
     """The threshold rule, as the paper states it: extreme means poisoned."""

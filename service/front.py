@@ -15,14 +15,13 @@ from service.errors import UnknownModel
 from service.gateway import Gateway, Outcome
 from service.recorder import Entry, Recorder
 from service.responses import PROBLEM_JSON, STATUS, json_response, relayed
-from service.schemas import ClassifyResponse, Decision, Problem
+from service.schemas import ClassifyResponse, Problem, worst
 from service.settings import Settings
 from service.victim import Call
 from service.waiting import Deadline, while_connected
 
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
 """What may become a part of a path of the upstream's."""
-SEVERITY = {decision: number for number, decision in enumerate(Decision)}
 
 
 def documented(request: type[Any], response: type[Any], statuses: Sequence[int]) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _add(router: APIRouter, front: Front, route: str, dialects: Sequence[Dialect
 def _pack(call: Call, outcome: Outcome, entry: Entry, gateway: Gateway) -> Response:
     dialect, served = call.dialect, gateway.served
     headers = {
-        "x-psim-decision": max(filter(None, entry.decisions), key=SEVERITY.__getitem__),
+        "x-psim-decision": worst(entry.decisions),
         "server-timing": server_timing(entry),
     }
     if outcome.rejected:

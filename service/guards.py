@@ -19,7 +19,7 @@ from service.front import check_model, choose
 from service.gateway import Gateway
 from service.recorder import Recorder
 from service.responses import json_response
-from service.schemas import Decision, TextsRequest
+from service.schemas import Decision, TextsRequest, worst
 from service.settings import Settings
 from service.waiting import Deadline, while_connected
 
@@ -83,7 +83,7 @@ class Guards:
                 check_model(self._gateway.served, parameters.get("model"), asked.model_name)
                 work = self._gateway.judge(entry, asked.texts)
                 decisions = await while_connected(request, work)
-        headers = {"x-psim-decision": max(decisions, key=list(Decision).index)}
+        headers = {"x-psim-decision": worst(decisions)}
         if Decision.REJECT not in decisions:
             return Response(headers=headers)
         detail = f"an input was rejected: {FOUND}"

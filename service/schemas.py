@@ -1,6 +1,7 @@
 """The native wire format; what dialects have in common is in its words too."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated
 
@@ -18,6 +19,14 @@ class Decision(StrEnum):
     SANITIZE = "sanitize"
     FLAG = "flag"
     REJECT = "reject"
+
+
+SEVERITY = {decision: number for number, decision in enumerate(Decision)}
+
+
+def worst(decisions: Iterable[Decision | None]) -> Decision:
+    """Return the most severe of the decisions that were made."""
+    return max(filter(None, decisions), key=SEVERITY.__getitem__)
 
 
 class _Wire(BaseModel):
@@ -69,6 +78,11 @@ class Score(_Wire):
 
     label: str
     score: float
+
+
+def best_first(scores: Iterable[tuple[str, float]]) -> list[Score]:
+    """Return labels and their scores, the best first."""
+    return sorted((Score(label=label, score=s) for label, s in scores), key=lambda s: -s.score)
 
 
 class Result(_Wire):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from service.batcher import Batcher, Screened
 from service.dialects.dialect import Asked, Dialect
 from service.errors import Invalid, UnknownModel
-from service.schemas import Score
+from service.schemas import Score, best_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +110,6 @@ class LocalVictim:
             raise Invalid(f"{call.asked.special}: the classifier behind the gateway has no such")
         answers = await self._batcher.classify([one.screened.state for one in inputs])
         scores = [
-            sorted(
-                (
-                    Score(label=label, score=float(p))
-                    for label, p in zip(self._labels, answer.value, strict=True)
-                ),
-                key=lambda score: -score.score,
-            )
-            for answer in answers
+            best_first(zip(self._labels, answer.value.tolist(), strict=True)) for answer in answers
         ]
         return Classified(scores, [answer.stages for answer in answers])

@@ -100,4 +100,4 @@ def _worst(one: Verdict | None, other: Verdict | None) -> Verdict | None:
     """Return the more suspicious verdict; none at all is worse than any."""
     if one is None or other is None:
         return None
-    return max(one, other, key=lambda verdict: verdict.score - verdict.threshold)
+    return max(one, other, key=lambda verdict: verdict.margin)

@@ -24,7 +24,7 @@ from models.bundle import (
     save_readings,
     save_weights,
 )
-from models.calibrate import calibrate, parity
+from models.calibrate import Calibrated, calibrate, parity
 from models.engines.catalogue import (
     REFERENCE,
     RUNTIMES,
@@ -227,12 +227,13 @@ def _calibrate(
     encodings, guarded = trained.encode(texts), trained.guarded
     calibrations: list[Calibration] = []
     readings: dict[str, FloatArray] = {}
+    reference: Calibrated | None = None
     for runtime in runtimes:
         engine = make_engine(runtime, guarded, trained.tokenizer, trained.max_length)
         own = readings[str(runtime)] = predict(engine, encodings)
-        checkpoints = len(guarded.checkpoints)
-        screen = calibrate(own, checkpoints, frr_budget)
-        compared = parity(readings[str(REFERENCE)], own, checkpoints, frr_budget)
+        screen = calibrate(own, len(guarded.checkpoints), frr_budget)
+        reference = reference or (screen, own)
+        compared = parity(reference, (screen, own))
         record = ParityRecord(**asdict(compared), texts_per_s=texts_per_second(engine, encodings))
         calibrations.append(_calibration_record(runtime, screen, frr_budget, record))
     return calibrations, readings

@@ -160,7 +160,7 @@ def within_class_scores(verdicts: Sequence[Verdict]) -> FloatArray:
     By this the verdicts of all classes compare, and without the p-value's ties among the most
     extreme texts.
     """
-    return np.array([v.score - v.threshold for v in verdicts], np.float32)
+    return np.array([v.margin for v in verdicts], np.float32)
 
 
 def auroc(clean: FloatArray | None, poisoned: FloatArray | None) -> float | None:

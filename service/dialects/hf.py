@@ -15,7 +15,7 @@ from service.dialects.dialect import (
     checked_count,
     parsed,
 )
-from service.schemas import Result, Score, Text
+from service.schemas import Result, Score, Text, best_first
 
 
 class Parameters(Wire):
@@ -100,10 +100,7 @@ def predictions(body: bytes, flat_is_batch: bool = False) -> list[list[Score]]:
         rows = [[one] for one in flat] if flat_is_batch else [flat]
     if not rows or not all(rows):
         raise BadAnswer("no prediction for an input")
-    return [
-        sorted((Score(label=p.label, score=p.score) for p in row), key=lambda s: -s.score)
-        for row in rows
-    ]
+    return [best_first((p.label, p.score) for p in row) for row in rows]
 
 
 class HuggingFace(Dialect):

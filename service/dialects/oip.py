@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from service.dialects.dialect import Asked, BadAnswer, Dialect, Finite, Served, Wire, parsed
-from service.schemas import Result, Score, Text
+from service.schemas import Result, Score, Text, best_first
 
 LABEL, SCORES = "label", "scores"
 """Our outputs: the best class, shape [n], and all probabilities, shape [n, C]."""
@@ -253,8 +253,7 @@ def _rows(values: list[Any], count: int) -> list[list[float]]:
 def _by_label(row: Sequence[float], labels: Sequence[str]) -> list[Score]:
     if min(row) < 0 or abs(sum(row) - 1) > CLOSE:
         raise BadAnswer("floats that are no probabilities; have the model return its softmax")
-    scores = [Score(label=label, score=p) for label, p in zip(labels, row, strict=True)]
-    return sorted(scores, key=lambda s: -s.score)
+    return best_first(zip(labels, row, strict=True))
 
 
 def _predicted(value: Any) -> list[Score]:
@@ -262,4 +261,4 @@ def _predicted(value: Any) -> list[Score]:
     rows = found if isinstance(found, list) else [found] if found else []
     if not rows:
         raise BadAnswer("no prediction for an input")
-    return sorted((Score(label=p.label, score=p.score) for p in rows), key=lambda s: -s.score)
+    return best_first((p.label, p.score) for p in rows)

@@ -17,7 +17,7 @@ from service.dialects.dialect import (
     checked_count,
     parsed,
 )
-from service.schemas import Result, Score, Text
+from service.schemas import Result, Score, Text, best_first
 
 
 class Classification(Asked):
@@ -139,5 +139,4 @@ class Sglang(Vllm):
 def _by_label(probs: Sequence[float], labels: Sequence[str]) -> list[Score]:
     if len(probs) != len(labels):
         raise BadAnswer(f"{len(probs)} classes, but the bundle knows {len(labels)}")
-    scores = [Score(label=label, score=p) for label, p in zip(labels, probs, strict=True)]
-    return sorted(scores, key=lambda s: -s.score)
+    return best_first(zip(labels, probs, strict=True))
