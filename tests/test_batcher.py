@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -127,18 +128,22 @@ def test_every_caller_gets_its_own_answer_once_in_any_order_of_events(
     run(check)
 
 
-def test_what_waits_while_the_device_is_busy_becomes_one_batch() -> None:
+def test_what_waits_while_the_device_is_busy_becomes_one_batch_longest_first() -> None:
+    """In order, an engine that takes a batch apart has little to pad."""
+
     async def check() -> None:
         engine = FakeEngine()
+        lengths = random.Random(0).sample(range(1, 21), 20)
         async with running(engine) as batcher:
             engine.gate.clear()
             first = asyncio.create_task(batcher.screen(["one"]))
             await asyncio.sleep(0.05)
-            rest = [asyncio.create_task(batcher.screen(["a b"])) for _ in range(20)]
+            rest = [asyncio.create_task(batcher.screen(["a " * length])) for length in lengths]
             await asyncio.sleep(0.05)
             engine.gate.set()
             await asyncio.gather(first, *rest)
             assert engine.batches == [1, 20]
+            assert [len(ids) for ids in engine.screened[1:]] == sorted(lengths, reverse=True)
 
     run(check)
 
