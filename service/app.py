@@ -2,17 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
-from service import api, front, guards, health
+from service import admin, api, front, guards, health
 from service.audit.store import Store
 from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
@@ -27,6 +29,7 @@ from service.middleware import RequestId
 from service.models_file import settings_by_model
 from service.recorder import Recorder
 from service.registry import Model, Registry
+from service.reload import Reloader
 from service.responses import install_error_handlers, internal_error
 from service.settings import Settings, usable_cpus
 from service.traces import close_provider, open_provider
@@ -55,8 +58,13 @@ def create_app(
         traces = traces or open_provider()
     tracer = traces.get_tracer("psim") if traces else NoOpTracer()
     metrics = Metrics()
-    models = Registry([model_of(one, metrics, bundle) for one in settings_by_model(settings)])
-    metrics.describe({model.name: model.gateway.bundle for model in models})
+
+    def build() -> list[Model]:
+        return [model_of(one, metrics, bundle) for one in settings_by_model(settings)]
+
+    models = Registry(build())
+    metrics.describe(models.bundles)
+    reloader = Reloader(models, build, metrics)
     audit = _audit(settings, metrics)
 
     @asynccontextmanager
@@ -65,13 +73,11 @@ def create_app(
             log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
         if audit:
             audit.start()
-        for model in models:
-            await model.start()
-            said = {"model": model.name, "bundle": model.gateway.bundle.digest}
-            log.info("ready", extra=said | {"mode": model.gateway.mode})
-        yield
-        for model in models:
-            await model.close()
+        await models.start()
+        with _hangups(reloader):
+            yield
+        await reloader.close()
+        await models.close()
         if audit:
             await asyncio.to_thread(audit.close)
         if traces:
@@ -88,13 +94,9 @@ def create_app(
     install_error_handlers(app)
     recorder = Recorder(metrics, tracer, audit)
     app.include_router(api.process_routes(models, metrics))
-    by_model = (
-        api.routes(models, recorder, settings),
-        guards.routes(Guards(models, recorder, settings)),
-        health.routes(models),
-        front.routes(Front(models, recorder, settings)),
-    )
-    for router in by_model:
+    if settings.admin:
+        app.include_router(admin.routes(models, reloader))
+    for router in _about_models(models, recorder, settings):
         app.include_router(router)
         app.include_router(router, prefix=PREFIX, include_in_schema=False)
     return app
@@ -121,6 +123,13 @@ def model_of(settings: Settings, metrics: Metrics, bundle: Bundle | None = None)
     return Model(gateway, batcher)
 
 
+def _about_models(models: Registry, recorder: Recorder, settings: Settings) -> Iterator[APIRouter]:
+    yield api.routes(models, recorder, settings)
+    yield guards.routes(Guards(models, recorder, settings))
+    yield health.routes(models)
+    yield front.routes(Front(models, recorder, settings))
+
+
 def served_by(bundle: Bundle, settings: Settings) -> Served:
     """Return what is behind the routes."""
     name = settings.model or bundle.manifest.victim.name.rsplit("/", 1)[-1]
@@ -137,6 +146,20 @@ def victim_of(
     one = settings.upstream_dialect
     candidates = list(known.values()) if one == "auto" else [known[one]]
     return Upstream(settings, candidates, served, metrics)
+
+
+@contextmanager
+def _hangups(reloader: Reloader) -> Iterator[None]:
+    """Reload on SIGHUP; signals are only to be had in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reloader.on_signal)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

@@ -179,8 +179,9 @@ class Gateway:
         self._metrics.ready.set(1)
 
     async def close(self) -> None:
-        """Let go of the victim."""
-        await self._victim.close()
+        """Let go of the victim, if it was started."""
+        if self._warm:
+            await self._victim.close()
 
     @property
     def speaks(self) -> str | None:

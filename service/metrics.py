@@ -35,6 +35,7 @@ ROUTES = (
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
 OVERLOADS = ("inputs", "characters", "searches")
+RELOADS = ("done", "failed")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
@@ -62,6 +63,9 @@ class Metrics:
         self.audit_failures = Counter(
             "psim_audit_failures", "Times that the audit store could not be used", registry=r
         )
+        self.reloads = Counter("psim_reloads", "Reloads of the models", ["outcome"], registry=r)
+        for outcome in RELOADS:
+            self.reloads.labels(outcome)
         for route in ROUTES:
             self.request_seconds.labels(route)
             for outcome in OUTCOMES:

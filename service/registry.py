@@ -1,12 +1,16 @@
 """The models that are served. Which one a request is for is looked up anew at each request."""
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from models.bundle import Bundle
 from service.batcher import Batcher
 from service.errors import UnknownModel
 from service.gateway import Gateway
+
+log = logging.getLogger(__name__)
 
 
 class Model:
@@ -35,6 +39,8 @@ class Model:
         """Start the worker, and try whether all answers."""
         self._batcher.start()
         await self.gateway.start()
+        digest, mode = self.gateway.served.bundle, self.gateway.mode
+        log.info("ready", extra={"model": self.name, "bundle": digest, "mode": mode})
 
     async def retire(self) -> None:
         """Close once no request uses it."""
@@ -57,11 +63,26 @@ class Registry:
         """Serve these models from the next request on."""
         self._by_name = {model.name: model for model in models}
 
+    async def start(self) -> None:
+        """Start all."""
+        for model in self:
+            await model.start()
+
+    async def close(self) -> None:
+        """Close all."""
+        for model in self:
+            await model.close()
+
     def __iter__(self) -> Iterator[Model]:
         return iter(self._by_name.values())
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    @property
+    def bundles(self) -> dict[str, Bundle]:
+        """The bundles by the name of their model."""
+        return {model.name: model.gateway.bundle for model in self}
 
     def named(self, *names: str | None) -> Model:
         """Return the model of which a request gives the name, once or more; or the default one.

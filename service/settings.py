@@ -74,6 +74,8 @@ class Settings(ModelSettings, BaseSettings):
     """A file with several models, see `service.models_file`."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    admin: bool = False
+    """Serve `/admin/…`; whoever reaches the port may then ask for it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     traces: bool = False
     """Export OpenTelemetry traces, to where the `OTEL_*` variables say."""
