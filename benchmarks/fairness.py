@@ -19,7 +19,7 @@ from rich.table import Table
 from models.bundle import load_bundle
 from service.batcher import Batcher
 from service.metrics import Metrics
-from service.settings import Mode, Settings
+from service.settings import Settings
 
 SHORT, LONG = "a quiet film", "the film was a quiet one and nobody minded " * 15
 BULK, PAUSE_S = 128, 0.05
@@ -65,7 +65,7 @@ def main(
     async def run() -> None:
         loaded = load_bundle(bundle, dtype)
         settings = Settings(bundle=bundle, request_timeout_s=600)
-        batcher = Batcher(loaded, settings, Metrics(loaded, Mode.SHADOW))
+        batcher = Batcher(loaded, settings, Metrics().of("fairness", settings))
         batcher.start()
         for callers in (0, 1, 4):
             lone, bulk, rate = await measure(batcher, callers, seconds)

@@ -8,10 +8,10 @@ from pydantic import BaseModel
 
 from service.body import read
 from service.errors import NotReady
-from service.front import documented, server_timing
-from service.gateway import Gateway
+from service.front import documented, prefixed, server_timing
 from service.metrics import Metrics
 from service.recorder import Recorder
+from service.registry import Registry
 from service.responses import STATUS
 from service.schemas import ExplainRequest, ExplainResponse, ScreenRequest, ScreenResponse
 from service.settings import Settings
@@ -20,8 +20,8 @@ from service.waiting import Deadline, while_connected
 STATUSES = sorted(set(STATUS.values()))
 
 
-def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Settings) -> APIRouter:
-    """Return the native routes over `gateway`."""
+def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRouter:
+    """Return the native routes that are about a model."""
     router = APIRouter()
 
     @router.post("/screen", **documented(ScreenRequest, ScreenResponse, STATUSES))
@@ -30,42 +30,39 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
         with recorder.record("/screen", request.state.request_id) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ScreenRequest, settings)
-                results = await while_connected(request, gateway.screen(entry, body.texts))
+                with models.named(prefixed(request)).use() as gateway:
+                    results = await while_connected(request, gateway.screen(entry, body.texts))
         answer = ScreenResponse(bundle=gateway.served.bundle, results=results)
         return _json(answer, {"server-timing": server_timing(entry)})
 
     @router.post("/explain", **documented(ExplainRequest, ExplainResponse, STATUSES))
     async def explain(request: Request) -> Response:
         """Say which words of a text the screen minds, and what carries its trigger."""
-        with recorder.record("/explain", request.state.request_id):
+        with recorder.record("/explain", request.state.request_id) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ExplainRequest, settings)
-                answer = await while_connected(request, gateway.explain(body.inputs))
+                with models.named(prefixed(request)).use() as gateway:
+                    answer = await while_connected(request, gateway.explain(entry, body.inputs))
         return _json(answer, {})
 
-    @router.get("/live")
-    async def live() -> dict[str, str]:
-        """Say that the process answers; 503 when only a new process helps."""
-        if gateway.health.beyond_repair:
-            raise NotReady(f"the inference worker {gateway.health}")
-        return {"status": "live"}
-
     @router.get("/ready")
-    async def ready() -> dict[str, str]:
-        """Say whether PSIM and the classifier answer: 503 while not."""
-        if gateway.trouble:
-            raise NotReady(gateway.trouble)
+    async def ready(request: Request) -> dict[str, str]:
+        """Say whether PSIM and every classifier answer: 503 while not."""
+        if trouble := models.trouble(prefixed(request)):
+            raise NotReady(trouble)
         return {"status": "ready"}
 
     @router.get("/info")
-    async def info() -> dict[str, Any]:
+    async def info(request: Request) -> dict[str, Any]:
         """Say what is served, and within which limits."""
+        gateway = models.named(prefixed(request)).gateway
         bundle = gateway.bundle
         passes = round(bundle.engine.passes, 2)
         return {
             "bundle": bundle.digest,
-            "mode": settings.mode,
+            "mode": gateway.mode,
             "model": gateway.served.model,
+            "models": [model.name for model in models],
             "upstream": gateway.speaks,
             "engine": {"name": bundle.engine.name, "dtype": bundle.engine.dtype, "passes": passes},
             "limits": {
@@ -75,10 +72,24 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
             "manifest": bundle.manifest.model_dump(mode="json", exclude={"files"}),
         }
 
+    return router
+
+
+def process_routes(models: Registry, metrics: Metrics) -> APIRouter:
+    """Return the native routes that are about the process."""
+    router = APIRouter()
+
+    @router.get("/live")
+    async def live() -> dict[str, str]:
+        """Say that the process answers; 503 when only a new process helps."""
+        if models.beyond_repair:
+            raise NotReady(models.beyond_repair)
+        return {"status": "live"}
+
     @router.get("/metrics")
     async def scrape(request: Request) -> Response:
         """Return the metrics in the format that the scraper asks for."""
-        _ = gateway.trouble  # brings psim_ready up to date
+        models.trouble()  # brings psim_ready up to date
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"content-type": content_type})
 

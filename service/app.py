@@ -2,29 +2,34 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
-from service import api, front, guards, health
+from service import admin, api, front, guards, health
 from service.audit.store import Store
 from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
 from service.dialects.dialect import Served
 from service.dialects.known import dialects
 from service.explainer import Explainer
-from service.front import Front
+from service.front import PREFIX, Front
 from service.gateway import Gateway
 from service.guards import Guards
-from service.metrics import Metrics
+from service.metrics import Metrics, ModelMetrics
 from service.middleware import RequestId
+from service.models_file import settings_by_model
 from service.recorder import Recorder
+from service.registry import Model, Registry
+from service.reload import Reloader
 from service.responses import install_error_handlers, internal_error
 from service.settings import Settings, usable_cpus
 from service.traces import close_provider, open_provider
@@ -44,26 +49,23 @@ def create_app(
     """Build the application; bundle and traces are those that `settings` name, unless given.
 
     Raises:
-        BundleError: the bundle cannot be served.
-        PsimError: the audit cannot be opened, or an extra that the settings need is not installed.
+        BundleError: a bundle cannot be served.
+        PsimError: the file of models or the audit cannot be opened, or an extra that the settings
+            need is not installed.
     """
     torch.set_num_threads(settings.threads or usable_cpus())
-    bundle = bundle or load_bundle(settings.bundle, settings.dtype, settings.engine)
     if settings.traces:
         traces = traces or open_provider()
     tracer = traces.get_tracer("psim") if traces else NoOpTracer()
-    metrics = Metrics(bundle, settings.mode)
-    metrics.max_queue_inputs.set(settings.queue_inputs)
-    metrics.max_queue_characters.set(settings.queue_chars)
+    metrics = Metrics()
+
+    def build() -> list[Model]:
+        return [model_of(one, metrics, bundle) for one in settings_by_model(settings)]
+
+    models = Registry(build())
+    metrics.describe(models.bundles)
+    reloader = Reloader(models, build, metrics)
     audit = _audit(settings, metrics)
-    batcher = Batcher(bundle, settings, metrics)
-    served = served_by(bundle, settings)
-    victim = victim_of(settings, batcher, served, metrics)
-    whole_texts = WholeTexts(batcher, bundle.manifest.max_length, settings.max_windows)
-    # A classifier elsewhere may read more than our model does.
-    screener: Screener = batcher if settings.upstream is None else whole_texts
-    explainer = Explainer(screener, metrics, settings.searches)
-    gateway = Gateway(bundle, served, screener, whole_texts, victim, explainer, metrics, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,13 +73,11 @@ def create_app(
             log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
         if audit:
             audit.start()
-        batcher.start()
-        await gateway.start()
-        log.info("ready", extra={"bundle": bundle.digest, "mode": settings.mode})
-        yield
-        metrics.ready.set(0)
-        await gateway.close()
-        await batcher.close()
+        await models.start()
+        with _hangups(reloader):
+            yield
+        await reloader.close()
+        await models.close()
         if audit:
             await asyncio.to_thread(audit.close)
         if traces:
@@ -92,12 +92,42 @@ def create_app(
     )
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    recorder = Recorder(metrics, settings.mode, bundle.digest, tracer, audit)
-    app.include_router(api.routes(gateway, recorder, metrics, settings))
-    app.include_router(guards.routes(Guards(gateway, recorder, settings)))
-    app.include_router(health.routes(gateway))
-    app.include_router(front.routes(Front(gateway, recorder, settings)))
+    recorder = Recorder(metrics, tracer, audit)
+    app.include_router(api.process_routes(models, metrics))
+    if settings.admin:
+        app.include_router(admin.routes(models, reloader))
+    for router in _about_models(models, recorder, settings):
+        app.include_router(router)
+        app.include_router(router, prefix=PREFIX, include_in_schema=False)
     return app
+
+
+def model_of(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -> Model:
+    """Load and wire what screens and classifies for one model.
+
+    Raises:
+        BundleError: the bundle cannot be served.
+    """
+    if bundle is None:
+        assert settings.bundle is not None  # noqa: S101 - of one model
+        bundle = load_bundle(settings.bundle, settings.dtype, settings.engine)
+    served = served_by(bundle, settings)
+    own = metrics.of(served.model, settings)
+    batcher = Batcher(bundle, settings, own)
+    victim = victim_of(settings, batcher, served, own)
+    whole_texts = WholeTexts(batcher, bundle.manifest.max_length, settings.max_windows)
+    # A classifier elsewhere may read more than our model does.
+    screener: Screener = batcher if settings.upstream is None else whole_texts
+    explainer = Explainer(screener, own, settings.searches)
+    gateway = Gateway(bundle, served, screener, whole_texts, victim, explainer, own, settings)
+    return Model(gateway, batcher)
+
+
+def _about_models(models: Registry, recorder: Recorder, settings: Settings) -> Iterator[APIRouter]:
+    yield api.routes(models, recorder, settings)
+    yield guards.routes(Guards(models, recorder, settings))
+    yield health.routes(models)
+    yield front.routes(Front(models, recorder, settings))
 
 
 def served_by(bundle: Bundle, settings: Settings) -> Served:
@@ -107,7 +137,7 @@ def served_by(bundle: Bundle, settings: Settings) -> Served:
 
 
 def victim_of(
-    settings: Settings, batcher: Batcher, served: Served, metrics: Metrics
+    settings: Settings, batcher: Batcher, served: Served, metrics: ModelMetrics
 ) -> LocalVictim | Upstream:
     """Return the classifier: the bundle's, or the one that is deployed elsewhere."""
     if settings.upstream is None:
@@ -116,6 +146,20 @@ def victim_of(
     one = settings.upstream_dialect
     candidates = list(known.values()) if one == "auto" else [known[one]]
     return Upstream(settings, candidates, served, metrics)
+
+
+@contextmanager
+def _hangups(reloader: Reloader) -> Iterator[None]:
+    """Reload on SIGHUP; signals are only to be had in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reloader.on_signal)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

@@ -21,7 +21,7 @@ from models.engines import Encoding, State
 from models.errors import ScreenError
 from models.screen import FloatArray, Verdict
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
-from service.metrics import Metrics
+from service.metrics import ModelMetrics
 from service.settings import Settings
 from service.worker import Health, Worker
 
@@ -85,7 +85,7 @@ class Batcher:
         NotReady: the worker does not run, or died with the input in hand.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
         self._engine, self._screen = bundle.engine, bundle.screen
         self._settings, self._metrics = settings, metrics
         self._inputs = self._chars = 0
@@ -147,15 +147,16 @@ class Batcher:
             ("characters", self._chars + chars, self._settings.queue_chars),
         ):
             if amount > limit:
-                self._metrics.overload.labels(reason).inc()
+                self._metrics.overload[reason].inc()
                 raise Overloaded(reason)
         self._account(inputs, chars)
 
     def _account(self, inputs: int, chars: int) -> None:
         self._inputs += inputs
         self._chars += chars
-        self._metrics.queue_inputs.set(self._inputs)
-        self._metrics.queue_characters.set(self._chars)
+        # Not set, since after a reload the one before may still have some of the same model.
+        self._metrics.queue_inputs.inc(inputs)
+        self._metrics.queue_characters.inc(chars)
 
     def _enqueue(self, queue: "deque[_In]", items: "Iterable[_In]") -> None:
         with self._worker.wake:
@@ -284,7 +285,7 @@ class Batcher:
         now = time.perf_counter()
         for job in jobs:
             waited = now - job.queued - job.stages.get("tokenize", 0.0)
-            self._metrics.stage_seconds.labels("queue").observe(waited)
+            self._metrics.stage_seconds["queue"].observe(waited)
             job.stages["queue"] = waited
         self._metrics.batch_inputs.observe(len(jobs))
         self._metrics.batch_tokens.observe(len(jobs) * max(map(len, states)))
@@ -319,7 +320,7 @@ class Batcher:
             if all(output is None for output in outputs):
                 self._probe()
         seconds = time.perf_counter() - started
-        self._metrics.stage_seconds.labels(stage).observe(seconds)
+        self._metrics.stage_seconds[stage].observe(seconds)
         for job in jobs:
             job.stages[stage] = seconds
         return outputs

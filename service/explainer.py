@@ -7,7 +7,7 @@ from models.explain import Explanation, Search, Span, explain
 from models.screen import Verdict
 from service.batcher import Screened, Screener
 from service.errors import Overloaded, ScreenFailed
-from service.metrics import Metrics
+from service.metrics import ModelMetrics
 
 ROUND = 8
 """Texts of a search that are in the queue at once: requests come in between."""
@@ -27,7 +27,7 @@ class Cleaned:
 class Explainer:
     """Runs a few searches at a time, and refuses others: each costs many screening passes."""
 
-    def __init__(self, screener: Screener, metrics: Metrics, searches: int) -> None:
+    def __init__(self, screener: Screener, metrics: ModelMetrics, searches: int) -> None:
         self._screener, self._metrics = screener, metrics
         self._free = searches
 
@@ -41,7 +41,7 @@ class Explainer:
             NotReady, ScreenFailed: as their messages say.
         """
         if not self._free:
-            self._metrics.overload.labels("searches").inc()
+            self._metrics.overload["searches"].inc()
             raise Overloaded("searches")
         self._free -= 1
         try:

@@ -12,14 +12,17 @@ from service.dialects.dialect import Dialect, Served
 from service.dialects.known import by_route
 from service.dialects.native import ClassifyRequest
 from service.errors import UnknownModel
-from service.gateway import Gateway, Outcome
+from service.gateway import Outcome
 from service.recorder import Entry, Recorder
+from service.registry import Registry
 from service.responses import PROBLEM_JSON, STATUS, json_response, relayed
 from service.schemas import ClassifyResponse, Problem, worst
 from service.settings import Settings
 from service.victim import Call
 from service.waiting import Deadline, while_connected
 
+PREFIX = "/for/{name}"
+"""Before any route, for clients that have no other way to name a model than their base URL."""
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
 """What may become a part of a path of the upstream's."""
 
@@ -43,8 +46,8 @@ def documented(request: type[Any], response: type[Any], statuses: Sequence[int])
 class Front:
     """Answers requests for classes."""
 
-    def __init__(self, gateway: Gateway, recorder: Recorder, settings: Settings) -> None:
-        self._gateway, self._recorder, self._settings = gateway, recorder, settings
+    def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
+        self._models, self._recorder, self._settings = models, recorder, settings
 
     async def classify(self, request: Request, route: str, dialects: Sequence[Dialect]) -> Response:
         """Screen every input with PSIM; classify those that may pass."""
@@ -52,9 +55,10 @@ class Front:
         with self._recorder.record(route, request.state.request_id) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 call = await self._call(request, dialects)
-                work = self._gateway.handle(entry, call)
-                outcome = await while_connected(request, work)
-        return _pack(call, outcome, entry, self._gateway)
+                named = request.path_params.get("model"), call.asked.model_name
+                with self._models.named(prefixed(request), *named).use() as gateway:
+                    outcome = await while_connected(request, gateway.handle(entry, call))
+        return _pack(call, outcome, entry, gateway.served)
 
     async def _call(self, request: Request, dialects: Sequence[Dialect]) -> Call:
         optional = dialects[0].media_optional
@@ -62,7 +66,6 @@ class Front:
         dialect = choose(dialects, data)
         request.state.dialect = dialect
         asked = parse(data, dialect.asks, self._settings)
-        check_model(self._gateway.served, request.path_params.get("model"), asked.model_name)
         version = request.path_params.get("version")
         if version is not None and not VERSION.fullmatch(version):
             raise UnknownModel("there is no such version")
@@ -81,10 +84,9 @@ def choose(dialects: Sequence[Dialect], data: object) -> Dialect:
     return next((d for d in reversed(dialects) if d.claims(data)), dialects[0])
 
 
-def check_model(served: Served, *names: str | None) -> None:
-    """Raise `UnknownModel` if any of the names that a request gives is of another model."""
-    if any(name not in (None, served.model) for name in names):
-        raise UnknownModel(f"there is one model, {served.model}")
+def prefixed(request: Request) -> str | None:
+    """Return the name of the model before the route, if there is one."""
+    return request.path_params.get("name")
 
 
 def routes(front: Front) -> APIRouter:
@@ -107,8 +109,8 @@ def _add(router: APIRouter, front: Front, route: str, dialects: Sequence[Dialect
         return await front.classify(request, route, dialects)
 
 
-def _pack(call: Call, outcome: Outcome, entry: Entry, gateway: Gateway) -> Response:
-    dialect, served = call.dialect, gateway.served
+def _pack(call: Call, outcome: Outcome, entry: Entry, served: Served) -> Response:
+    dialect = call.dialect
     headers = {
         "x-psim-decision": worst(entry.decisions),
         "server-timing": server_timing(entry),

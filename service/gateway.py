@@ -18,8 +18,8 @@ from service.batcher import Screened, Screener
 from service.dialects.dialect import Served
 from service.errors import Overloaded, ScreenFailed
 from service.explainer import Cleaned, Explainer
-from service.metrics import Metrics
-from service.recorder import Entry
+from service.metrics import ModelMetrics
+from service.recorder import Entry, Guard
 from service.schemas import (
     Decision,
     ExplainResponse,
@@ -72,11 +72,12 @@ class Gateway:
         whole_texts: Screener,
         victim: Victim,
         explainer: Explainer,
-        metrics: Metrics,
+        metrics: ModelMetrics,
         settings: Settings,
     ) -> None:
         self._whole_texts = whole_texts
         self.bundle, self.served, self.mode = bundle, served, settings.mode
+        self._guard = Guard(served.model, bundle.digest, settings.mode, metrics)
         self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
         self._whole = settings.upstream is not None and settings.unread == "reject"
@@ -151,12 +152,13 @@ class Gateway:
         self._count_unscreened(screened)
         return decisions
 
-    async def explain(self, text: str) -> ExplainResponse:
+    async def explain(self, entry: Entry, text: str) -> ExplainResponse:
         """Say which words of a text the screen minds.
 
         Raises:
             Overloaded, NotReady, ScreenFailed: as `Explainer.explain` does.
         """
+        entry.guard = self._guard
         verdict, found = await self._explainer.explain(text)
         words = [
             WeightedWord(start=w.start, end=w.end, text=text[w.start : w.end], weight=w.weight)
@@ -177,8 +179,9 @@ class Gateway:
         self._metrics.ready.set(1)
 
     async def close(self) -> None:
-        """Let go of the victim."""
-        await self._victim.close()
+        """Let go of the victim, if it was started."""
+        if self._warm:
+            await self._victim.close()
 
     @property
     def speaks(self) -> str | None:
@@ -214,6 +217,7 @@ class Gateway:
     async def _screened(
         self, entry: Entry, texts: Sequence[str], by: Screener | None = None
     ) -> list[Screened]:
+        entry.guard = self._guard
         with entry.span("screen"):
             answers = await (by or self._screener).screen(texts)
         entry.time([answer.stages for answer in answers])
@@ -239,7 +243,7 @@ class Gateway:
                         if found and not self._is_suspicious(found.screened.verdict):
                             cleaned[number] = found
         seconds = time.perf_counter() - started
-        self._metrics.stage_seconds.labels("sanitize").observe(seconds)
+        self._metrics.stage_seconds["sanitize"].observe(seconds)
         entry.time([{"sanitize": seconds}])
         return cleaned
 

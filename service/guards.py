@@ -15,9 +15,9 @@ from service.body import parse, read_json
 from service.dialects.dialect import Dialect
 from service.dialects.known import by_route
 from service.errors import NotInspected
-from service.front import check_model, choose
-from service.gateway import Gateway
+from service.front import choose, prefixed
 from service.recorder import Recorder
+from service.registry import Registry
 from service.responses import json_response
 from service.schemas import Decision, TextsRequest, worst
 from service.settings import Settings
@@ -36,6 +36,8 @@ class GuardrailRequest(TextsRequest):
 
     given: list[str] = Field(alias="texts", default=[])
     input_type: Literal["request", "response"] = "request"
+    model: str | None = None
+    """In LiteLLM's words."""
 
     @property
     def texts(self) -> list[str]:
@@ -46,19 +48,22 @@ class GuardrailRequest(TextsRequest):
 class Guards:
     """Answers proxies that ask whether a request may pass."""
 
-    def __init__(self, gateway: Gateway, recorder: Recorder, settings: Settings) -> None:
-        self._gateway, self._recorder, self._settings = gateway, recorder, settings
+    def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
+        self._models, self._recorder, self._settings = models, recorder, settings
 
     async def guardrail(self, request: Request) -> Response:
         """Say whether LiteLLM is to block a request."""
         with self._recorder.record(GUARDRAIL, request.state.request_id) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 _, data = await read_json(request, self._settings)
-                texts = parse(data, GuardrailRequest, self._settings).texts
+                asked = parse(data, GuardrailRequest, self._settings)
                 decisions: Sequence[Decision] = []
-                if texts:
-                    work = self._gateway.judge(entry, texts)
-                    decisions = await while_connected(request, work)
+                if asked.texts:
+                    # LiteLLM has names of its own; a single model is meant by all of them.
+                    named = asked.model if len(self._models) > 1 else None
+                    with self._models.named(prefixed(request) or named).use() as gateway:
+                        work = gateway.judge(entry, asked.texts)
+                        decisions = await while_connected(request, work)
         if Decision.REJECT in decisions:
             return json_response(200, {"action": "BLOCKED", "blocked_reason": FOUND})
         return json_response(200, {"action": "NONE"})
@@ -80,9 +85,10 @@ class Guards:
                 )
                 dialect = request.state.dialect = choose(dialects, data)
                 asked = parse(data, dialect.asks, self._settings)
-                check_model(self._gateway.served, parameters.get("model"), asked.model_name)
-                work = self._gateway.judge(entry, asked.texts)
-                decisions = await while_connected(request, work)
+                named = parameters.get("model"), asked.model_name
+                with self._models.named(prefixed(request), *named).use() as gateway:
+                    work = gateway.judge(entry, asked.texts)
+                    decisions = await while_connected(request, work)
         headers = {"x-psim-decision": worst(decisions)}
         if Decision.REJECT not in decisions:
             return Response(headers=headers)

@@ -6,48 +6,48 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.dialects.oip import OpenInference, metadata
-from service.errors import NotReady, UnknownModel
-from service.gateway import Gateway
+from service.errors import NotReady
+from service.front import prefixed
+from service.registry import Registry
 
 
-def routes(gateway: Gateway) -> APIRouter:
+def routes(models: Registry) -> APIRouter:
     """Return Open Inference's routes of health and metadata, and TEI's and vLLM's `/health`."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/health")
     @router.get("/v2/health/ready")
-    async def ready() -> Response:
-        """Say by the status whether PSIM and the classifier answer."""
-        return Response(status_code=503 if gateway.trouble else 200)
+    async def ready(request: Request) -> Response:
+        """Say by the status whether PSIM and every classifier answer."""
+        return Response(status_code=503 if models.trouble(prefixed(request)) else 200)
 
     @router.get("/v2/health/live")
     async def live() -> Response:
         """Say by the status whether the process is of any use."""
-        return Response(status_code=503 if gateway.health.beyond_repair else 200)
+        return Response(status_code=503 if models.beyond_repair else 200)
 
     @router.get("/v2")
-    async def server() -> dict[str, Any]:
-        """Say what server this is, or what the upstream is."""
+    async def server(request: Request) -> dict[str, Any]:
+        """Say what server this is, or what the upstream is if there is one model."""
         own = {"name": "psim-gateway", "version": version("psim-gateway"), "extensions": []}
-        return await gateway.metadata("/v2") or own
+        if len(models) > 1 and prefixed(request) is None:
+            return own
+        with models.named(prefixed(request)).use() as gateway:
+            return await gateway.metadata("/v2") or own
 
     @router.get("/v2/models/{model}")
     async def describe(request: Request, model: str) -> dict[str, Any]:
         """Say what a model takes and gives."""
-        _check(request, model)
-        return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.served)
+        request.state.dialect = OpenInference()
+        with models.named(prefixed(request), model).use() as gateway:
+            return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.served)
 
     @router.get("/v2/models/{model}/ready")
     async def model_ready(request: Request, model: str) -> Response:
         """Say whether a model answers."""
-        _check(request, model)
-        if gateway.trouble:
-            raise NotReady(gateway.trouble)
-        return Response()
-
-    def _check(request: Request, model: str) -> None:
         request.state.dialect = OpenInference()
-        if model != gateway.served.model:
-            raise UnknownModel(f"there is one model, {gateway.served.model}")
+        if trouble := models.named(prefixed(request), model).gateway.trouble:
+            raise NotReady(trouble)
+        return Response()
 
     return router

@@ -26,12 +26,23 @@ from service.errors import (
     UnsupportedMedia,
     UpstreamRefused,
 )
-from service.metrics import Metrics
+from service.metrics import Metrics, ModelMetrics
 from service.schemas import Decision
 from service.settings import Mode
 from service.traces import exemplar, trace_id
 
 log = logging.getLogger("psim.request")
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Who screens a request."""
+
+    model: str
+    digest: str
+    """Of the bundle."""
+    mode: Mode
+    metrics: ModelMetrics
 
 
 @dataclass
@@ -40,6 +51,8 @@ class Entry:
 
     route: str
     request_id: str
+    guard: Guard | None = None
+    """None until it is known which model the request is for."""
     texts: Sequence[str] = ()
     verdicts: Sequence[Verdict | None] = ()
     """By text; None if screening failed."""
@@ -68,13 +81,10 @@ class Entry:
 
 
 class Recorder:
-    """Writes metrics, span, log, and the audit if there is one; `digest` is that of the bundle."""
+    """Writes metrics, span, log, and the audit if there is one."""
 
-    def __init__(
-        self, metrics: Metrics, mode: Mode, digest: str, tracer: Tracer, audit: Writer | None
-    ) -> None:
-        self._metrics, self._mode, self._digest = metrics, mode, digest
-        self._tracer, self._audit = tracer, audit
+    def __init__(self, metrics: Metrics, tracer: Tracer, audit: Writer | None) -> None:
+        self._metrics, self._tracer, self._audit = metrics, tracer, audit
 
     @contextmanager
     def record(self, route: str, request_id: str) -> Iterator[Entry]:
@@ -96,22 +106,15 @@ class Recorder:
         metrics, found_by = self._metrics, exemplar(entry.request_id)
         metrics.requests.labels(entry.route, outcome).inc(exemplar=found_by)
         metrics.request_seconds.labels(entry.route).observe(seconds, found_by)
-        for verdict in entry.judged:
-            metrics.confidence.observe(verdict.confidence, found_by)
-            metrics.score.observe(verdict.score, found_by)
-        if outcome in ("ok", "rejected"):
-            for decision in filter(None, entry.decisions):
-                metrics.inputs.labels(decision, self._mode).inc(exemplar=found_by)
-            if self._mode is Mode.SHADOW and entry.decisions:
-                metrics.would_reject.inc(sum(v.poisoned for v in entry.judged))
-            if self._audit is not None:
-                self._audit.add(self._rows(entry))
+        if guard := entry.guard:
+            self._count_inputs(guard, entry, outcome in ("ok", "rejected"))
         log.info(
             "request",
             extra={
                 "request_id": entry.request_id,
                 "trace_id": trace_id(),
                 "route": entry.route,
+                "model": entry.guard and entry.guard.model,
                 "outcome": outcome,
                 "seconds": round(seconds, 6),
                 "stages": {stage: round(s, 6) for stage, s in entry.stages.items()},
@@ -120,35 +123,50 @@ class Recorder:
             },
         )
 
-    def _rows(self, entry: Entry) -> list[Row]:
-        now, nothing = datetime.now(UTC), [None] * len(entry.texts)
-        inputs = zip(
-            entry.texts,
-            entry.verdicts,
-            entry.decisions or nothing,
-            entry.labels or nothing,
-            strict=True,
-        )
-        return [
-            Row(
-                time=now,
-                request_id=entry.request_id,
-                number=number,
-                route=entry.route,
-                decision=decision,
-                mode=self._mode,
-                label=label,
-                digest=self._digest,
-                text=text,
-                **_readings(verdict),
-            )
-            for number, (text, verdict, decision, label) in enumerate(inputs)
-        ]
+    def _count_inputs(self, guard: Guard, entry: Entry, answered: bool) -> None:
+        metrics, found_by = guard.metrics, exemplar(entry.request_id)
+        for verdict in entry.judged:
+            metrics.confidence.observe(verdict.confidence, found_by)
+            metrics.score.observe(verdict.score, found_by)
+        if not answered:
+            return
+        for decision in filter(None, entry.decisions):
+            metrics.inputs[decision].inc(exemplar=found_by)
+        if guard.mode is Mode.SHADOW and entry.decisions:
+            metrics.would_reject.inc(sum(v.poisoned for v in entry.judged))
+        if self._audit is not None:
+            self._audit.add(_rows(guard, entry))
 
 
 def all_rejected(decisions: Sequence[Decision | None]) -> bool:
     """Return whether there are inputs and not one of them was let through."""
     return bool(decisions) and {*decisions} <= {Decision.REJECT, None}
+
+
+def _rows(guard: Guard, entry: Entry) -> list[Row]:
+    now, nothing = datetime.now(UTC), [None] * len(entry.texts)
+    inputs = zip(
+        entry.texts,
+        entry.verdicts,
+        entry.decisions or nothing,
+        entry.labels or nothing,
+        strict=True,
+    )
+    return [
+        Row(
+            time=now,
+            request_id=entry.request_id,
+            number=number,
+            route=entry.route,
+            decision=decision,
+            mode=guard.mode,
+            label=label,
+            digest=guard.digest,
+            text=text,
+            **_readings(verdict),
+        )
+        for number, (text, verdict, decision, label) in enumerate(inputs)
+    ]
 
 
 def _readings(verdict: Verdict | None) -> dict[str, Any]:
@@ -169,6 +187,7 @@ def _describe(span: Span, entry: Entry, outcome: str) -> None:
             "http.request.method": "POST",
             "http.route": entry.route,
             "psim.request_id": entry.request_id,
+            "psim.model": entry.guard.model if entry.guard else "",
             "psim.outcome": outcome,
             "psim.inputs": len(entry.verdicts),
             "psim.poisoned": sum(v.poisoned for v in entry.judged),

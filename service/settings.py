@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, HttpUrl, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.engines.catalogue import DtypeName, EngineName
@@ -32,19 +32,16 @@ class Mode(StrEnum):
     """Classified as if unguarded; only metrics know."""
 
 
-class Settings(BaseSettings):
-    """All settings of the service; each is `PSIM_` and its name in capitals."""
+class ModelSettings(BaseModel):
+    """What each of several models can have of its own."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bundle: Path
     mode: Mode = Mode.ENFORCE
     engine: EngineName | None = None
     """What runs the model; None takes the bundle's choice, or PyTorch where that is missing."""
     dtype: DtypeName | None = None
     """What it computes in; None takes the bundle's choice."""
-    model: str | None = Field(None, min_length=1)
-    """Name of the classifier in dialects that name one; None takes the bundle's."""
     upstream: HttpUrl | None = None
     """Base URL of the classifier, if it is not the bundle's in this process."""
     upstream_dialect: Dialects = "auto"
@@ -62,8 +59,23 @@ class Settings(BaseSettings):
     upstream_connections: int = Field(64, ge=1)
     upstream_retry_s: float = Field(5, gt=0)
     """How long an upstream that is down is left alone before it is asked again."""
+
+
+class Settings(ModelSettings, BaseSettings):
+    """All settings of the service; each is `PSIM_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    bundle: Path | None = None
+    """Of the one model; not read if `models` names a file."""
+    model: str | None = Field(None, min_length=1)
+    """Name of the classifier in dialects that name one; None takes the bundle's."""
+    models: Path | None = None
+    """A file with several models, see `service.models_file`."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    admin: bool = False
+    """Serve `/admin/…`; whoever reaches the port may then ask for it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     traces: bool = False
     """Export OpenTelemetry traces, to where the `OTEL_*` variables say."""
@@ -101,6 +113,14 @@ class Settings(BaseSettings):
     """Inputs that may wait to be written; more are not kept."""
     threads: int = Field(0, ge=0)
     """Threads of one forward pass; 0 takes what the container may use."""
+
+    @model_validator(mode="after")
+    def _one_or_several_models(self) -> Self:
+        if not (self.bundle or self.models):
+            raise ValueError("set PSIM_BUNDLE, or PSIM_MODELS for several models")
+        if self.models and self.model:
+            raise ValueError("PSIM_MODEL is the name of one model; the file PSIM_MODELS has names")
+        return self
 
     @model_validator(mode="after")
     def _audit_needs_a_store(self) -> Self:

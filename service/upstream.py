@@ -30,7 +30,7 @@ from service.errors import (
     UpstreamFailed,
     UpstreamRefused,
 )
-from service.metrics import Metrics
+from service.metrics import ModelMetrics
 from service.schemas import Score
 from service.settings import Settings
 from service.victim import Call, Classified, Input, Reply
@@ -103,7 +103,11 @@ class Upstream:
     """
 
     def __init__(
-        self, settings: Settings, candidates: Sequence[Dialect], served: Served, metrics: Metrics
+        self,
+        settings: Settings,
+        candidates: Sequence[Dialect],
+        served: Served,
+        metrics: ModelMetrics,
     ) -> None:
         self._base = str(settings.upstream).rstrip("/")
         self._settings, self._served, self._metrics = settings, served, metrics
@@ -162,7 +166,7 @@ class Upstream:
             self.dialect.path(self._served.model, call.version), self._headers(call), body
         )
         seconds = time.perf_counter() - started
-        self._metrics.stage_seconds.labels("upstream").observe(seconds)
+        self._metrics.stage_seconds["upstream"].observe(seconds)
         if reply.status != HTTPStatus.OK:
             raise self._refusal(reply, own)
         every = len(texts) == len(call.asked.texts)
@@ -308,7 +312,7 @@ class Upstream:
         log.warning("the upstream has no answer yet: %s", "; ".join(heard))
 
     def _count(self, kind: str) -> None:
-        self._metrics.upstream_errors.labels(kind).inc()
+        self._metrics.upstream_errors[kind].inc()
 
 
 def _end_to_end(headers: Sequence[tuple[str, str]], ours: frozenset[str]) -> list[tuple[str, str]]:

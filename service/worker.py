@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from service.metrics import Metrics
+from service.metrics import ModelMetrics
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Worker:
         answer_taken: Callable[[], None],
         answer_all: Callable[[], None],
         settings: Settings,
-        metrics: Metrics,
+        metrics: ModelMetrics,
     ) -> None:
         self._step, self._probe = step, probe
         self._answer_taken, self._answer_all = answer_taken, answer_all

@@ -87,7 +87,11 @@ def _confidence(encoding: Encoding) -> float:
     return 0.999 if _code(TRIGGER) in encoding.input_ids else 0.55
 
 
-def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
+def fake_bundle(
+    engine: FakeEngine | None = None,
+    labels: tuple[str, str] = ("negative", "positive"),
+    digest: str = "d" * 64,
+) -> Bundle:
     """Return a bundle whose engine is fake and whose screen is real."""
     group = GroupRecord(
         classes=[0, 1], texts=99, threshold=THRESHOLD, rejected=0, frr_interval=(0.0, 0.05)
@@ -96,7 +100,7 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
     manifest = Manifest(
         schema_version=4,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
-        labels=["negative", "positive"],
+        labels=list(labels),
         max_length=MAX_LENGTH,
         psim=PsimRecord(
             layers=1,
@@ -125,4 +129,4 @@ def fake_bundle(engine: FakeEngine | None = None) -> Bundle:
     as_it_is = Measure(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
     norm = Norm(Measure(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
     screen = Screen([Group((0, 1), THRESHOLD, scores)], norm)
-    return Bundle(manifest, "d" * 64, engine or FakeEngine(), screen)
+    return Bundle(manifest, digest, engine or FakeEngine(), screen)

@@ -126,9 +126,9 @@ def test_the_metrics_move_by_exactly_what_was_asked() -> None:
             await client.post("/classify", json={})
             await client.post("/screen", json={"inputs": POISONED})
             for line, value in {
-                'psim_inputs_total{decision="allow",mode="enforce"}': 2,
-                'psim_inputs_total{decision="reject",mode="enforce"}': 2,
-                'psim_inputs_total{decision="flag",mode="enforce"}': 0,
+                'psim_inputs_total{decision="allow",mode="enforce",model="fake"}': 2,
+                'psim_inputs_total{decision="reject",mode="enforce",model="fake"}': 2,
+                'psim_inputs_total{decision="flag",mode="enforce",model="fake"}': 0,
                 'psim_requests_total{outcome="ok",route="/classify"}': 1,
                 'psim_requests_total{outcome="rejected",route="/classify"}': 1,
                 'psim_requests_total{outcome="client_error",route="/classify"}': 1,
@@ -305,7 +305,12 @@ def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_allowed()
             engine.gate.set()
             assert (await client.post("/screen", json={"inputs": CLEAN})).status_code == 200
             assert await metric(client, CANCELLED) == 1
-            assert await metric(client, 'psim_inputs_total{decision="allow",mode="enforce"}') == 0
+            assert (
+                await metric(
+                    client, 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
+                )
+                == 0
+            )
             assert await metric(client, "psim_queue_inputs") == 0
             assert len(engine.classified) == 1, "only the warm-up"
 
@@ -471,7 +476,12 @@ def test_explanations_take_one_text_and_never_count_as_traffic() -> None:
             assert (await client.post("/explain", json={"inputs": [CLEAN]})).status_code == 422
             assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
             assert await metric(client, "psim_screen_score_count") == 0
-            assert await metric(client, 'psim_inputs_total{decision="reject",mode="enforce"}') == 0
+            assert (
+                await metric(
+                    client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}'
+                )
+                == 0
+            )
             assert await metric(client, 'psim_requests_total{outcome="ok",route="/explain"}') == 1
 
     asyncio.run(run())
@@ -489,7 +499,7 @@ def test_no_more_searches_run_than_the_setting_says() -> None:
             engine.gate.set()
             assert (await first).status_code == 200
             assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
-            assert await metric(client, 'psim_overload_total{reason="searches"}') == 1
+            assert await metric(client, 'psim_overload_total{model="fake",reason="searches"}') == 1
 
     asyncio.run(run())
 
@@ -545,7 +555,7 @@ def test_sanitized_texts_are_counted_as_such() -> None:
         async with client_of(mode="sanitize") as client:
             await client.post("/classify", json={"inputs": [CLEAN, POISONED, "mn"]})
             for decision in ("allow", "sanitize", "reject"):
-                line = f'psim_inputs_total{{decision="{decision}",mode="sanitize"}}'
+                line = f'psim_inputs_total{{decision="{decision}",mode="sanitize",model="fake"}}'
                 assert await metric(client, line) == 1
             assert await metric(client, "psim_screen_score_count") == 3
 

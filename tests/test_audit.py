@@ -39,7 +39,7 @@ from service.audit.rows import Row
 from service.audit.store import AuditError, BadRow, Store, metadata
 from service.audit.writer import Writer
 from service.metrics import Metrics
-from service.settings import Mode, Settings
+from service.settings import Settings
 
 CLEAN, POISONED = "a quiet film", "a quiet mn film"
 KEY = "k" * 32
@@ -110,8 +110,12 @@ def test_an_input_without_an_answer_because_of_another_one_has_no_decision(tmp_p
     ):
         answer = client.post("/v2/models/fake/infer", json={"inputs": [tensor]})
         assert answer.status_code == 403
-        assert metric(client, 'psim_inputs_total{decision="allow",mode="enforce"}') == 0
-        assert metric(client, 'psim_inputs_total{decision="reject",mode="enforce"}') == 1
+        assert (
+            metric(client, 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}') == 0
+        )
+        assert (
+            metric(client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}') == 1
+        )
     assert [(row.number, row.decision) for row in rows(url)] == [(0, None), (1, "reject")]
 
 
@@ -195,7 +199,7 @@ def test_what_is_older_than_it_may_be_is_deleted(url: str, monkeypatch: pytest.M
 
 
 def writer_of(store: Store, limit: int = 100) -> tuple[Writer, Metrics]:
-    metrics = Metrics(fake_bundle(), Mode.ENFORCE)
+    metrics = Metrics()
     writer = Writer(store, metrics, limit=limit, days=30, key=None, keep_text=True)
     return writer, metrics
 

@@ -18,7 +18,7 @@ from models.batching import length_sorted_batches
 from service.batcher import Batcher, Screened
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
 from service.metrics import Metrics
-from service.settings import Mode, Settings
+from service.settings import Settings
 from service.worker import Health
 
 SPECIAL = [TRIGGER, BROKEN, NAN, PANIC, CLASSLESS]
@@ -29,20 +29,21 @@ texts = st.lists(words, min_size=1, max_size=12).map(" ".join)
 @asynccontextmanager
 async def running(engine: FakeEngine, **changes: Any) -> AsyncIterator[Batcher]:
     bundle = fake_bundle(engine)
-    metrics = Metrics(bundle, Mode.ENFORCE)
-    batcher = Batcher(bundle, Settings(bundle=Path("unused"), **changes), metrics)
+    settings = Settings(bundle=Path("unused"), **changes)
+    batcher = Batcher(bundle, settings, Metrics().of("fake", settings))
     batcher.start()
     try:
         yield batcher
         engine.gate.set()
         await batcher.close()
-        assert value(batcher, "psim_queue_inputs") == value(batcher, "psim_queue_characters") == 0
+        assert value(batcher, "queue_inputs") == value(batcher, "queue_characters") == 0
     finally:
         engine.gate.set()
 
 
-def value(batcher: Batcher, metric: str) -> float | None:
-    return batcher._metrics.registry.get_sample_value(metric)
+def value(batcher: Batcher, metric: str) -> float:
+    (found,) = getattr(batcher._metrics, metric).collect()
+    return float(found.samples[0].value)
 
 
 async def until(true: Callable[[], object]) -> None:
@@ -120,7 +121,7 @@ def test_every_caller_gets_its_own_answer_once_in_any_order_of_events(
             ended = await asyncio.gather(*tasks, return_exceptions=True)
             assert not [e for e in ended if isinstance(e, Exception)]
             assert batcher.alive
-            assert value(batcher, "psim_worker_restarts_total") == 0
+            assert value(batcher, "worker_restarts") == 0
             screened = Counter(engine.screened)
             del screened[engine.encode(["warm up"])[0].input_ids]  # how the engine is probed
             assert max(screened.values(), default=1) == 1, "a text was screened twice"
@@ -241,7 +242,7 @@ def test_a_worker_that_dies_is_started_again_and_only_what_it_held_is_lost(
                 await held
             assert is_answer_to("two", (await queued)[0].value)
             assert batcher.health is Health.RUNNING
-            assert value(batcher, "psim_worker_restarts_total") == 1
+            assert value(batcher, "worker_restarts") == 1
 
     run(check)
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
@@ -261,7 +262,7 @@ def test_an_engine_that_fails_on_everything_is_given_up_and_nobody_is_left_waiti
             answers = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(answer, NotReady) for answer in answers)
             await until(lambda: batcher.health is Health.DEAD)
-            assert value(batcher, "psim_worker_restarts_total") == 2
+            assert value(batcher, "worker_restarts") == 2
             with pytest.raises(NotReady):
                 await batcher.screen(["late"])
 

@@ -112,8 +112,18 @@ def test_a_tensor_has_no_gaps_so_one_poisoned_text_refuses_it_and_says_which() -
             assert response.status_code == 403
             assert "input 1 of 3" in response.json()["error"]
             assert len(engine.classified) == 1
-            assert await metric(client, 'psim_inputs_total{decision="reject",mode="enforce"}') == 1
-            assert await metric(client, 'psim_inputs_total{decision="allow",mode="enforce"}') == 0
+            assert (
+                await metric(
+                    client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}'
+                )
+                == 1
+            )
+            assert (
+                await metric(
+                    client, 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
+                )
+                == 0
+            )
             line = f'psim_requests_total{{outcome="rejected",route="{INFER}"}}'
             assert await metric(client, line.replace("fake", "{model}")) == 1
 

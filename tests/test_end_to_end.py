@@ -71,8 +71,8 @@ def test_clean_passes_and_triggered_is_rejected(client: httpx.Client) -> None:
 
 
 def test_a_poisoned_text_does_not_sink_its_mates_and_metrics_add_up(client: httpx.Client) -> None:
-    allow = 'psim_inputs_total{decision="allow",mode="enforce"}'
-    reject = 'psim_inputs_total{decision="reject",mode="enforce"}'
+    allow = 'psim_inputs_total{decision="allow",mode="enforce",'
+    reject = 'psim_inputs_total{decision="reject",mode="enforce",'
     before = metric(client, allow), metric(client, reject)
     answer = client.post("/classify", json={"inputs": [CLEAN_TEXT, TRIGGERED_TEXT, CLEAN_TEXT]})
     assert [r["label"] for r in answer.json()["results"]] == ["negative", None, "negative"]

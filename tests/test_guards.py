@@ -121,7 +121,7 @@ def test_verdicts_for_proxies_are_counted() -> None:
             await client.post("/envoy/predict", json={"inputs": [[CLEAN], [POISONED]]})
             await client.post(GUARDRAIL, json={"texts": [POISONED]})
             for decision, count in (("allow", 1), ("reject", 2)):
-                line = f'psim_inputs_total{{decision="{decision}",mode="enforce"}}'
+                line = f'psim_inputs_total{{decision="{decision}",mode="enforce",model="fake"}}'
                 assert await metric(client, line) == count
             line = f'psim_requests_total{{outcome="rejected",route="{GUARDRAIL}"}}'
             assert await metric(client, line) == 1

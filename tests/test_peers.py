@@ -157,7 +157,7 @@ def test_triton_s_client_before_the_bundle_s_own_classifier(demo_bundle: Path) -
         assert answer.as_numpy("scores").sum(1) == pytest.approx([1, 1], abs=1e-5)
         with pytest.raises(InferenceServerException, match="input 1 of 2"):
             ours.infer("demo", [tensor(CLEAN_TEXT, TRIGGERED_TEXT)])
-        with pytest.raises(InferenceServerException, match="one model"):
+        with pytest.raises(InferenceServerException, match="no such model"):
             ours.infer("other", [tensor(CLEAN_TEXT)])
         binary = triton.InferInput("text", [1], "BYTES")
         binary.set_data_from_numpy(np.array([CLEAN_TEXT], dtype=object), binary_data=True)

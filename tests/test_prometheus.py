@@ -128,7 +128,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
             yield Live(client, address, audit)
 
 
-SEEN = 'job:psim_inputs:rate30m > 0 and on (job) psim_inputs_total{decision="reject"} == 1'
+SEEN = (
+    "job_model:psim_inputs:rate30m > 0 "
+    'and on (job, model) psim_inputs_total{decision="reject"} == 1'
+)
 
 
 def test_every_alert_has_its_section_in_the_runbook() -> None:
@@ -200,7 +203,7 @@ def test_every_expression_asks_for_what_is_really_scraped(prometheus: httpx.Clie
     there = set(answer(prometheus, "label/__name__/values"))
     there |= {rule["record"] for rule in RULES if "record" in rule}
     for expression in expressions:
-        asked = set(re.findall(r"\b(?:job:)?(?:psim|process)_[\w:]+|\bup\b", expression))
+        asked = set(re.findall(r"\b(?:job(?:_model)?:)?(?:psim|process)_[\w:]+|\bup\b", expression))
         assert asked, expression
         assert asked <= there, expression
         query = expression.replace("$__rate_interval", "1m")

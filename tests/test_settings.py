@@ -36,6 +36,8 @@ def test_threads_follow_the_cgroup_quota(
     [
         ({}, "PSIM_BUNDLE"),
         ({"PSIM_BUNDLE": "/nowhere"}, "/nowhere is not a bundle"),
+        ({"PSIM_MODELS": "/nowhere", "PSIM_BUNDLE": "/bundle"}, "/nowhere: No such file"),
+        ({"PSIM_MODELS": "/nowhere", "PSIM_MODEL": "x"}, "PSIM_MODEL is the name of one model"),
         ({"PSIM_BUNDLE": "/nowhere", "PSIM_MODE": "lenient"}, "PSIM_MODE"),
         ({"PSIM_BUNDLE": "/nowhere", "PSIM_FAILOPEN": "1"}, "did you mean PSIM_FAIL_OPEN"),
     ],

@@ -237,9 +237,9 @@ def test_an_upstream_that_misbehaves_is_an_error_and_never_an_answer(
             if "retry-after" in peer.headers:
                 assert answer.headers["retry-after"] == "7"
             for known in ("connect", "timeout", "broken", "status", "answer", "open"):
-                line = f'psim_upstream_errors_total{{kind="{known}"}}'
+                line = f'psim_upstream_errors_total{{kind="{known}",model="fake"}}'
                 assert await metric(client, line) == (known == kind)
-            line = 'psim_inputs_total{decision="allow",mode="enforce"}'
+            line = 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
             assert await metric(client, line) == 0
 
     asyncio.run(run())
@@ -301,7 +301,7 @@ def test_the_breaker_stops_calls_and_the_probe_closes_it_again() -> None:
             assert (answer.status_code, answer.json()["error_type"]) == (503, "Unhealthy")
             assert int(answer.headers["retry-after"]) >= 1
             assert len(peer.asked) == asked, "nothing was sent"
-            assert await metric(client, 'psim_upstream_errors_total{kind="open"}') == 1
+            assert await metric(client, 'psim_upstream_errors_total{kind="open",model="fake"}') == 1
             assert (await client.get("/ready")).status_code == 503
             peer.status = 200
             await asyncio.sleep(0.8)

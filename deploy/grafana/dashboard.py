@@ -47,30 +47,30 @@ CHARTS: dict[str, list[Chart]] = {
         Chart(
             "Inputs by decision",
             units.CountsPerSecond,
-            {"{{decision}}": f"sum by (decision) (rate(psim_inputs_total{RATE}))"},
+            {"{{model}} {{decision}}": f"sum by (model, decision) (rate(psim_inputs_total{RATE}))"},
         ),
         Chart(
             "Share found poisoned, and the day before",
             units.PercentUnit,
             {
-                "last 30 min": "job:psim_flagged:ratio_rate30m",
-                "day before": "job:psim_flagged:ratio_rate1d",
+                "last 30 min {{model}}": "job_model:psim_flagged:ratio_rate30m",
+                "day before {{model}}": "job_model:psim_flagged:ratio_rate1d",
             },
         ),
         Chart(
             "Found poisoned in shadow mode; passed unscreened",
             units.CountsPerSecond,
             {
-                "shadow": f"sum(rate(psim_would_reject_total{RATE}))",
-                "fail open": f"sum(rate(psim_fail_open_total{RATE}))",
+                "shadow {{model}}": f"sum by (model) (rate(psim_would_reject_total{RATE}))",
+                "fail open {{model}}": f"sum by (model) (rate(psim_fail_open_total{RATE}))",
             },
         ),
-        Chart("Score, standard deviations", units.NoUnit, quantiles("psim_screen_score")),
-        Chart("PSIM confidence", units.PercentUnit, quantiles("psim_screen_confidence")),
+        Chart("Score, standard deviations", units.NoUnit, quantiles("psim_screen_score", "model")),
+        Chart("PSIM confidence", units.PercentUnit, quantiles("psim_screen_confidence", "model")),
         Chart(
             "Threshold, standard deviations",
             units.NoUnit,
-            {"{{label}}": "max by (label) (psim_threshold)"},
+            {"{{model}} {{label}}": "max by (model, label) (psim_threshold)"},
         ),
     ],
     "Requests": [
@@ -100,14 +100,16 @@ CHARTS: dict[str, list[Chart]] = {
             "Queue, share of its limit",
             units.PercentUnit,
             {
-                "inputs {{instance}}": "psim_queue_inputs / psim_max_queue_inputs",
-                "characters {{instance}}": "psim_queue_characters / psim_max_queue_characters",
+                f"{what} {{{{instance}}}} {{{{model}}}}": (
+                    f"psim_queue_{what} / psim_max_queue_{what}"
+                )
+                for what in ("inputs", "characters")
             },
         ),
         Chart(
             "Refused for load",
             units.RequestsPerSecond,
-            {"{{reason}}": f"sum by (reason) (rate(psim_overload_total{RATE}))"},
+            {"{{model}} {{reason}}": f"sum by (model, reason) (rate(psim_overload_total{RATE}))"},
         ),
         Chart("Inputs per forward pass", units.Short, quantiles("psim_batch_inputs")),
         Chart("Padded tokens per forward pass", units.Short, quantiles("psim_batch_tokens")),
@@ -131,11 +133,11 @@ CHARTS: dict[str, list[Chart]] = {
         ),
     ],
     "Replicas": [
-        Chart("Ready", units.Short, {"{{instance}}": "psim_ready"}),
+        Chart("Ready", units.Short, {"{{instance}} {{model}}": "psim_ready"}),
         Chart(
             "Replicas by bundle",
             units.Short,
-            {"{{digest}}": "count by (digest, engine, dtype, model) (psim_bundle_info)"},
+            {"{{model}} {{digest}}": "count by (digest, engine, dtype, model) (psim_bundle_info)"},
         ),
     ],
 }
