@@ -1,5 +1,7 @@
 """Native routes beside `/classify`: unpack, call the gateway, pack."""
 
+import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -72,6 +74,7 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
                 name: getattr(settings, name)
                 for name in ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
             },
+            "drift": [asdict(one) for one in await asyncio.to_thread(recorder.drift.measure)],
             "manifest": bundle.manifest.model_dump(mode="json", exclude={"files"}),
         }
 
@@ -79,6 +82,7 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
     async def scrape(request: Request) -> Response:
         """Return the metrics in the format that the scraper asks for."""
         _ = gateway.trouble  # brings psim_ready up to date
+        await asyncio.to_thread(recorder.drift.measure)  # brings psim_drift_* up to date
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"content-type": content_type})
 

@@ -18,6 +18,7 @@ from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
 from service.dialects.dialect import Served
 from service.dialects.known import dialects
+from service.drift import Drift
 from service.explainer import Explainer
 from service.front import Front
 from service.gateway import Gateway
@@ -92,7 +93,9 @@ def create_app(
     )
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    recorder = Recorder(metrics, settings.mode, bundle.digest, tracer, audit)
+    recorder = Recorder(
+        metrics, settings.mode, bundle.digest, tracer, audit, Drift(bundle, metrics)
+    )
     app.include_router(api.routes(gateway, recorder, metrics, settings))
     app.include_router(guards.routes(Guards(gateway, recorder, settings)))
     app.include_router(health.routes(gateway))

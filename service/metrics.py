@@ -101,6 +101,18 @@ class Metrics:
         self.upstream_errors = Counter(
             "psim_upstream_errors", "Failures of the classifier elsewhere", ["kind"], registry=r
         )
+        self.drift_statistic = Gauge(
+            "psim_drift_statistic",
+            "Kolmogorov-Smirnov statistic of passing inputs' scores against clean texts'",
+            ["label"],
+            registry=r,
+        )
+        self.drift_p_value = Gauge(
+            "psim_drift_p_value", "p-value of psim_drift_statistic", ["label"], registry=r
+        )
+        self.drift_inputs = Gauge(
+            "psim_drift_inputs", "Passing inputs that were compared", ["label"], registry=r
+        )
         self.ready = Gauge("psim_ready", "1 if requests are served", registry=r)
         self._initialise(mode)
         self._describe(bundle)

@@ -14,8 +14,9 @@ from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
-from service.audit.rows import Row
+from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
+from service.drift import Drift
 from service.errors import (
     Invalid,
     Malformed,
@@ -32,6 +33,9 @@ from service.settings import Mode
 from service.traces import exemplar, trace_id
 
 log = logging.getLogger("psim.request")
+
+READINGS = {f.name for f in fields(Verdict)} & {*NAMES}
+"""What the audit keeps of a verdict."""
 
 
 @dataclass
@@ -71,10 +75,17 @@ class Recorder:
     """Writes metrics, span, log, and the audit if there is one; `digest` is that of the bundle."""
 
     def __init__(
-        self, metrics: Metrics, mode: Mode, digest: str, tracer: Tracer, audit: Writer | None
+        self,
+        metrics: Metrics,
+        mode: Mode,
+        digest: str,
+        tracer: Tracer,
+        audit: Writer | None,
+        drift: Drift,
     ) -> None:
         self._metrics, self._mode, self._digest = metrics, mode, digest
         self._tracer, self._audit = tracer, audit
+        self.drift = drift
 
     @contextmanager
     def record(self, route: str, request_id: str) -> Iterator[Entry]:
@@ -99,6 +110,7 @@ class Recorder:
         for verdict in entry.judged:
             metrics.confidence.observe(verdict.confidence, found_by)
             metrics.score.observe(verdict.score, found_by)
+        self.drift.add(entry.judged)
         if outcome in ("ok", "rejected"):
             for decision in filter(None, entry.decisions):
                 metrics.inputs.labels(decision, self._mode).inc(exemplar=found_by)
@@ -153,7 +165,7 @@ def all_rejected(decisions: Sequence[Decision | None]) -> bool:
 
 def _readings(verdict: Verdict | None) -> dict[str, Any]:
     """Return what a verdict says by name; all None if screening failed."""
-    return {f.name: getattr(verdict, f.name, None) for f in fields(Verdict)}
+    return {name: getattr(verdict, name, None) for name in READINGS}
 
 
 def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[Span]:
