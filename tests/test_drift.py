@@ -73,6 +73,12 @@ def test_what_is_found_poisoned_is_left_out() -> None:
     assert watched.take(readings(600, 4, positive=1, odds=5)).drift.measure() == before
 
 
+def test_the_calibration_texts_themselves_do_not_drift() -> None:
+    watched = Watched().take(readings(800, 0))
+    # Each was calibrated as if it had not been there. Those over the threshold would make 0.05.
+    assert watched.value("statistic", "negative") < 0.025
+
+
 def test_what_is_old_is_forgotten() -> None:
     watched = Watched().take(readings(4000, 5, positive=1, odds=0.2))
     assert watched.value("inputs", "positive") == WINDOW
