@@ -1,4 +1,4 @@
-"""`psim recalibrate`: a new bundle from audited traffic, which is trusted no further than it must."""
+"""`psim recalibrate`: a new bundle from audited traffic, trusted no further than it must be."""
 
 import json
 import os
