@@ -148,6 +148,8 @@ class RecalibrationRecord(_Record):
     poisoned: int = Field(ge=0)
     unmarked: int = Field(ge=0)
     """Flagged or not screened, and not marked: not used."""
+    others: int = Field(ge=0)
+    """Rows of other bundles: not used."""
     changes: list[ChangeRecord] = Field(min_length=1)
 
 

@@ -19,7 +19,7 @@ from test_end_to_end import served
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from models.bundle import MANIFEST, READINGS, file_digest, load_bundle
+from models.bundle import MANIFEST, READINGS, file_digest, load_bundle, read_manifest
 from models.calibrate import calibrate
 from models.offline import __main__ as cli
 from models.offline.data import load_samples
@@ -61,9 +61,11 @@ def row(text: str | None, poisoned: bool | None = False, **changes: object) -> d
     return known | {"text": text, "poisoned": poisoned} | changes
 
 
-def export(folder: Path, rows: Iterable[dict[str, object]]) -> Path:
+def export(folder: Path, judge: Path, rows: Iterable[dict[str, object]]) -> Path:
+    """Write an export of what a bundle judged."""
+    _, digest = read_manifest(judge)
     file = folder / "traffic.jsonl"
-    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    file.write_text("".join(json.dumps({"digest": digest} | one) + "\n" for one in rows))
     return file
 
 
@@ -90,12 +92,12 @@ def test_the_new_bundle_has_the_thresholds_of_the_traffic_and_all_else_of_its_pa
         row(poisoned[0], True, mark="false_alarm"),
         # Nobody has looked at these two.
         row("what failed open is not known to be clean", None),
-        row(by_score[12]),  # passed under some other bundle
+        row("of another model", digest="0" * 64),
         row(None),
         row(" "),
     ]
     out = tmp_path / "new"
-    source = export(tmp_path, rows)
+    source = export(tmp_path, parent, rows)
     done = psim(
         "recalibrate", source, "--bundle", parent, "--out", out, "--max-rise", 99, "--accept-misses"
     )
@@ -111,7 +113,8 @@ def test_the_new_bundle_has_the_thresholds_of_the_traffic_and_all_else_of_its_pa
     assert (record.parent, record.source) == (old.digest, "traffic.jsonl")
     assert record.source_digest == file_digest(source)
     assert (record.passed, record.false_alarms) == (len(passed), 5)
-    assert (record.poisoned, record.unmarked) == (3, 4 + 2)
+    assert (record.poisoned, record.unmarked) == (3, 4 + 1)
+    assert record.others == 1
 
     clean = [*passed, *alarms]
     for own in new.manifest.calibrations:
@@ -145,7 +148,14 @@ def test_marked_poisoned_texts_that_would_pass_are_refused(
 ) -> None:
     passed = [text for text in reversed(by_score) if not verdicts[text].poisoned]
     rows = [*map(row, passed), row(passed[0], mark="poisoned")]
-    command = ["recalibrate", export(tmp_path, rows), "--bundle", parent, "--out", tmp_path / "new"]
+    command = [
+        "recalibrate",
+        export(tmp_path, parent, rows),
+        "--bundle",
+        parent,
+        "--out",
+        tmp_path / "new",
+    ]
     refused = psim(*command, "--max-rise", 99)
     assert_refused(refused, "1 of 1 texts that were marked poisoned would pass")
     assert "Before and after" in refused.stdout
@@ -159,7 +169,7 @@ def test_thresholds_rise_only_as_far_as_allowed_since_the_first_bundle(
 ) -> None:
     # Somebody takes the most suspicious quarter for false alarms.
     rows = [row(text, True, mark="false_alarm") for text in by_score[:150]]
-    command = ["recalibrate", export(tmp_path, rows), "--bundle"]
+    command = ["recalibrate", export(tmp_path, parent, rows), "--bundle"]
     assert_refused(psim(*command, parent, "--out", tmp_path / "1"), "the threshold would rise by")
     assert not (tmp_path / "1").exists()
     assert psim(*command, parent, "--out", tmp_path / "1", "--max-rise", 99).exit_code == 0
@@ -167,6 +177,7 @@ def test_thresholds_rise_only_as_far_as_allowed_since_the_first_bundle(
     assert first is not None
     assert max(change.rise for change in first.changes) > 1
     # The same once more is no rise, but the first one still counts.
+    export(tmp_path, tmp_path / "1", rows)
     again = [*command, tmp_path / "1", "--out", tmp_path / "2"]
     assert_refused(psim(*again), "since `psim fit`, 1 are allowed")
     assert psim(*again, "--max-rise", 99).exit_code == 0
@@ -222,24 +233,25 @@ def test_a_rise_is_how_far_a_single_voice_may_go_that_was_not_heard_before(sprea
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is empty"),
+        ("", "has no row by the bundle"),
         ("secret,csv\n", "line 1: not what `psim audit` writes as JSON Lines: the line"),
         ('{"text": "secret"}\n', "line 1: not what `psim audit` writes"),
-        (json.dumps(row(5)), "text: string_type"),  # type: ignore[arg-type]
-        (json.dumps(row("secret", mark="secret")), "mark: literal_error"),
-        (json.dumps(row(None)), "set PSIM_AUDIT_TEXT=true"),
-        (json.dumps(row("secret \ud800")), "line 1: "),
-        (json.dumps(row("secret", True)), "0 clean texts are too few"),
-        (json.dumps(row("secret")), "1 clean texts are too few"),
+        (row("secret", digest="0" * 64), "and 1 rows of others"),
+        (row(None) | {"text": 5}, "text: string_type"),
+        (row("secret", mark="secret"), "mark: literal_error"),
+        (row(None), "set PSIM_AUDIT_TEXT=true"),
+        (row("secret \ud800"), "line 1: "),
+        (row("secret", True), "0 clean texts are too few"),
+        (row("secret"), "1 clean texts are too few"),
     ],
 )
 def test_what_is_no_use_is_refused_in_one_line_that_quotes_nothing(
-    content: str, message: str, parent: Path, tmp_path: Path
+    content: str | dict[str, object], message: str, parent: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "traffic").write_text(content)
-    result = psim(
-        "recalibrate", tmp_path / "traffic", "--bundle", parent, "--out", tmp_path / "new"
-    )
+    traffic = export(tmp_path, parent, [content] if isinstance(content, dict) else [])
+    if isinstance(content, str):
+        traffic.write_text(content)
+    result = psim("recalibrate", traffic, "--bundle", parent, "--out", tmp_path / "new")
     assert_refused(result, message)
     assert "secret" not in result.output
     assert not (tmp_path / "new").exists()
@@ -248,7 +260,7 @@ def test_what_is_no_use_is_refused_in_one_line_that_quotes_nothing(
 def test_nothing_is_replaced_and_a_damaged_parent_is_refused(
     parent: Path, by_score: list[str], tmp_path: Path
 ) -> None:
-    traffic = export(tmp_path, map(row, by_score[100:]))
+    traffic = export(tmp_path, parent, map(row, by_score[100:]))
     assert_refused(psim("recalibrate", traffic, "--bundle", parent, "--out", parent), "exists")
     damaged = Path(shutil.copytree(parent, tmp_path / "damaged"))
     (damaged / READINGS).write_bytes(b"")

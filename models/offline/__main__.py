@@ -424,7 +424,8 @@ def recalibrate_command(
         if out.exists():
             raise DataError(f"{out} exists already, and nothing is replaced; choose another --out")
         check_writable(out, force=False)
-        new = recalibrate(bundle, read_traffic(export))
+        _, digest = read_manifest(bundle)
+        new = recalibrate(bundle, read_traffic(export, digest))
         Console().print(recalibration_table(new.record))
         check(new.record, max_rise, accept_misses)
         write(new, out)

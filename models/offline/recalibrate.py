@@ -64,6 +64,7 @@ class _Row(BaseModel):
     """What is read of a line of the audit's export."""
 
     time: datetime
+    digest: str
     text: str | None
     poisoned: bool | None
     mark: Literal["poisoned", "false_alarm"] | None = None
@@ -80,10 +81,12 @@ class _Row(BaseModel):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What an audit's export holds."""
+    """What an audit's export holds of one bundle's traffic."""
 
     kinds: Mapping[str, Kind]
     """By text."""
+    others: int
+    """Rows of other bundles, which may guard other models."""
     source: str
     digest: str
     """Of the export, SHA-256."""
@@ -103,18 +106,26 @@ class Recalibration:
     """Of the clean texts, by `ENGINE/DTYPE`."""
 
 
-def read_traffic(file: Path) -> Traffic:
-    """Read what `psim audit` has written as JSON Lines.
+def read_traffic(file: Path, judge: str) -> Traffic:
+    """Read what `psim audit` has written as JSON Lines of inputs that a bundle judged.
+
+    Args:
+        file: the export.
+        judge: digest of the bundle.
 
     Raises:
-        DataError: it is no such export, or it has no texts; never says what a text was.
+        DataError: it is no such export, or has no such texts; never says what a text was.
     """
     kinds: dict[str, Kind] = {}
     times: list[datetime] = []
+    others = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = _Row.model_validate_json(line)
+                if row.digest != judge:
+                    others += 1
+                    continue
                 if row.text and row.text.strip():
                     text = check_text(row.text)
                     kinds[text] = min(kinds.get(text, row.kind), row.kind)
@@ -122,13 +133,16 @@ def read_traffic(file: Path) -> Traffic:
                 raise DataError(f"{file}, line {number}: {_reason(error)}") from None
             times.append(row.time)
     if not times:
-        raise DataError(f"{file} is empty; give what `psim audit` writes")
+        raise DataError(
+            f"{file} has no row by the bundle {judge[:12]}…, and {others} rows of others: "
+            "name the bundle that was served"
+        )
     if not kinds:
         raise DataError(
             f"{file} has no texts, which have to be scored again: set PSIM_AUDIT_TEXT=true for the "
             "service, and export the audit when it has seen enough traffic"
         )
-    return Traffic(kinds, file.name, file_digest(file), min(times), max(times))
+    return Traffic(kinds, others, file.name, file_digest(file), min(times), max(times))
 
 
 def _reason(error: ValidationError | DataError) -> str:
@@ -158,10 +172,7 @@ def recalibrate(bundle: Path, traffic: Traffic) -> Recalibration:
             f"it needs {needed}; export more traffic"
         )
     before, measured = _screened(bundle, parent, list(chosen))
-    usual = parent.default.runtime if parent.default.runtime in measured else REFERENCE
-    # What passed another bundle, and would not pass this one, nobody has looked at either.
-    unseen = (kinds == Kind.PASSED) & _flagged(before[usual], measured[usual].readings)
-    clean, poisoned = (kinds != Kind.POISONED) & ~unseen, kinds == Kind.POISONED
+    clean, poisoned = kinds != Kind.POISONED, kinds == Kind.POISONED
     of_clean = {r: replace(own, readings=own.readings[clean]) for r, own in measured.items()}
     calibrations = calibrations_of(of_clean, checkpoints, budget)
     changes: list[ChangeRecord] = []
@@ -169,7 +180,6 @@ def recalibrate(bundle: Path, traffic: Traffic) -> Recalibration:
         after = calibrate(of_clean[runtime].readings, checkpoints, budget)
         screens = before[runtime], after
         changes += _changes(parent, runtime, screens, all_of.readings, clean, poisoned)
-    unmarked = sum(kind is Kind.UNMARKED for kind in traffic.kinds.values())
     record = RecalibrationRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parent=digest,
@@ -177,10 +187,11 @@ def recalibrate(bundle: Path, traffic: Traffic) -> Recalibration:
         source_digest=traffic.digest,
         first=traffic.first.isoformat(timespec="seconds"),
         last=traffic.last.isoformat(timespec="seconds"),
-        passed=int((clean & (kinds == Kind.PASSED)).sum()),
-        false_alarms=int((clean & (kinds == Kind.FALSE_ALARM)).sum()),
+        passed=int((kinds == Kind.PASSED).sum()),
+        false_alarms=int((kinds == Kind.FALSE_ALARM).sum()),
         poisoned=int(poisoned.sum()),
-        unmarked=unmarked + int(unseen.sum()),
+        unmarked=sum(kind is Kind.UNMARKED for kind in traffic.kinds.values()),
+        others=traffic.others,
         changes=changes,
     )
     kept = any(c.runtime == parent.default.runtime and c.parity.passes for c in calibrations)

@@ -151,8 +151,9 @@ def recalibration_table(record: RecalibrationRecord) -> Table:
     """Return a rich table of what recalibrating changes."""
     table = Table(
         title="Before and after",
-        caption=f"by {_counts(record)}; {record.unmarked} flagged texts without a mark were not "
-        "used: if they are false alarms, the thresholds come out too low",
+        caption=f"by {_counts(record)}. Not used: {record.others} rows of other bundles; "
+        f"{record.unmarked} flagged texts without a mark, and the thresholds come out too low "
+        "where those are false alarms",
     )
     table.add_column("runtime, class")
     for column in (
