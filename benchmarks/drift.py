@@ -22,7 +22,7 @@ from models.calibrate import calibrate
 from models.errors import CalibrationError
 from models.offline.data import load_samples
 from models.offline.predict import predict
-from models.offline.recalibrate import rise_of
+from models.offline.recalibrate import limits_of, risen
 from models.screen import FloatArray, Verdict, strongest, voices
 from service.drift import Comparison, Drift
 from service.metrics import Metrics
@@ -50,7 +50,10 @@ def rises(bundle: Bundle, readings: FloatArray) -> list[str]:
         after = calibrate(readings, screen.norm.checkpoints, budget)
     except CalibrationError:
         return ["-"] * len(manifest.labels)
-    return [f"{rise_of(screen, after, c):+.2f}" for c in range(len(manifest.labels))]
+    return [
+        f"{risen(limits_of(screen, c), limits_of(after, c)):+.2f}"
+        for c in range(len(manifest.labels))
+    ]
 
 
 def drifted(bundle: Bundle, files: Sequence[Path], readings: Sequence[FloatArray]) -> Table:

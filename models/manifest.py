@@ -110,6 +110,15 @@ class FitRecord(_Record):
     peak_memory_mb: int
 
 
+class LimitRecord(_Record):
+    """What a single voice may say of a text before it is called poisoned."""
+
+    least: float
+    """Log-odds or log-distance from which it is."""
+    unit: float = Field(gt=0)
+    """A standard deviation of clean texts, of the score."""
+
+
 class ChangeRecord(RuntimeRecord):
     """What recalibrating has changed for one predicted class of one runtime."""
 
@@ -117,10 +126,11 @@ class ChangeRecord(RuntimeRecord):
     before: float
     after: float
     """Thresholds, each in standard deviations of its own calibration texts."""
-    rise: float
-    """By how much more extreme a text may now be, in standard deviations of before."""
+    fitted: list[LimitRecord] = Field(min_length=1)
+    """By voice, what it was by `psim fit`."""
     risen: float
-    """The same since `psim fit`, with all recalibrations between."""
+    """By how much more a voice may say since, in those standard deviations; of all voices, the
+    most."""
     clean: int = Field(ge=0)
     """Texts, passed or false alarms, and how many of them are flagged."""
     clean_flagged_before: int = Field(ge=0)

@@ -25,7 +25,7 @@ from models.offline import __main__ as cli
 from models.offline.data import load_samples
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
 from models.offline.predict import predict
-from models.offline.recalibrate import rise_of
+from models.offline.recalibrate import MAX_RISE, limits_of, risen
 from models.screen import FloatArray, Screen, Verdict
 
 TEXTS = [f"{text} here" for text in some_texts(600, seed=7)]
@@ -133,7 +133,8 @@ def test_the_new_bundle_has_the_thresholds_of_the_traffic_and_all_else_of_its_pa
         for number, label in enumerate(changes):
             assert changes[label].before == before.threshold_of(number)
             assert changes[label].after == loaded.screen.threshold_of(number)
-            assert changes[label].risen == changes[label].rise
+            limits = limits_of(before, number), limits_of(loaded.screen, number)
+            assert changes[label].risen == pytest.approx(risen(*limits))
     usual = [c for c in record.changes if c.runtime == old.manifest.default.runtime]
     assert sum(c.clean_flagged_before for c in usual) == 5
     assert sum(c.clean_flagged_after for c in usual) <= BUDGET * len(clean)
@@ -175,17 +176,18 @@ def test_thresholds_rise_only_as_far_as_allowed_since_the_first_bundle(
     assert psim(*command, parent, "--out", tmp_path / "1", "--max-rise", 99).exit_code == 0
     first = load_bundle(tmp_path / "1").manifest.recalibration
     assert first is not None
-    assert max(change.rise for change in first.changes) > 1
+    assert max(change.risen for change in first.changes) > MAX_RISE
     # The same once more is no rise, but the first one still counts.
     export(tmp_path, tmp_path / "1", rows)
     again = [*command, tmp_path / "1", "--out", tmp_path / "2"]
-    assert_refused(psim(*again), "since `psim fit`, 1 are allowed")
+    assert_refused(psim(*again), "since `psim fit`, 4 are allowed")
     assert psim(*again, "--max-rise", 99).exit_code == 0
     second = load_bundle(tmp_path / "2").manifest.recalibration
     assert second is not None
     for before, after in zip(first.changes, second.changes, strict=True):
-        assert after.rise == pytest.approx(0, abs=0.05)
-        assert after.risen == pytest.approx(before.risen + after.rise)
+        assert after.before == before.after
+        assert after.fitted == before.fitted
+        assert after.risen == pytest.approx(before.risen, abs=0.05)
 
 
 def synthetic(n: int, seed: int, spread: float) -> FloatArray:
@@ -216,7 +218,8 @@ def alone(screen: Screen, voice: int, raw: float) -> FloatArray:
 def test_a_rise_is_how_far_a_single_voice_may_go_that_was_not_heard_before(spread: float) -> None:
     before = calibrate(synthetic(900, 1, 0.2), 2, BUDGET)
     after = calibrate(synthetic(900, 2, spread), 2, BUDGET)
-    assert rise_of(before, before, 0) == pytest.approx(0, abs=1e-6)
+    old = limits_of(before, 0)
+    assert risen(old, old) == 0
     just_passing = []
     for voice in range(4):
         low, high = 0.01, 20.0
@@ -226,8 +229,8 @@ def test_a_rise_is_how_far_a_single_voice_may_go_that_was_not_heard_before(sprea
             low, high = (low, middle) if poisoned else (middle, high)
         just_passing.append(before.judge(alone(before, voice, low)).score)
     expected = max(just_passing) - before.threshold_of(0)
-    assert rise_of(before, after, 0) == pytest.approx(expected, abs=0.02)
-    assert (rise_of(before, after, 0) > 1) == (spread == 0.4)
+    assert risen(old, limits_of(after, 0)) == pytest.approx(expected, abs=0.02)
+    assert (expected > 1) == (spread == 0.4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Traffic is written by others, also by those who would have the thresholds rise. So a text is clean
 if it passed, or if somebody has looked at it; what was marked poisoned must not pass; and how far
-thresholds rise is measured in the old standard deviations, added up since `psim fit`, and bounded.
+thresholds rise is measured in the standard deviations of `psim fit`, and bounded.
 """
 
 import random
@@ -30,7 +30,7 @@ from models.bundle import (
 from models.calibrate import calibrate
 from models.engines.catalogue import REFERENCE, Runtime, runs_here
 from models.errors import CalibrationError, DataError
-from models.manifest import ChangeRecord, Manifest, RecalibrationRecord
+from models.manifest import ChangeRecord, LimitRecord, Manifest, RecalibrationRecord
 from models.offline.data import check_text
 from models.offline.fit import (
     AUTO,
@@ -44,8 +44,8 @@ from models.offline.fit import (
 from models.offline.folders import replaced
 from models.screen import FloatArray, Screen, min_calibration_size, voices
 
-MAX_RISE = 1.0
-"""Standard deviations by which thresholds may rise since `psim fit`; measured in docs/method.md."""
+MAX_RISE = 4.0
+"""Standard deviations by which thresholds may rise since `psim fit`; docs/method.md says why."""
 
 
 class Kind(IntEnum):
@@ -245,11 +245,11 @@ def _changes(
     was, now = (_flagged(screen, readings) for screen in screens)
     before, after = screens
     earlier = parent.recalibration.changes if parent.recalibration else []
+    fitted = {(c.runtime, c.label): c.fitted for c in earlier}
     changes = []
     for number, label in enumerate(parent.labels):
         own = predicted == number
-        rise = rise_of(before, after, number)
-        risen = sum(c.risen for c in earlier if (c.runtime, c.label) == (runtime, label))
+        limits = fitted.get((runtime, label)) or limits_of(before, number)
         changes.append(
             ChangeRecord(
                 engine=runtime.engine,
@@ -257,8 +257,8 @@ def _changes(
                 label=label,
                 before=before.threshold_of(number),
                 after=after.threshold_of(number),
-                rise=rise,
-                risen=risen + rise,
+                fitted=limits,
+                risen=risen(limits, limits_of(after, number)),
                 clean=int((own & clean).sum()),
                 clean_flagged_before=int((own & clean & was).sum()),
                 clean_flagged_after=int((own & clean & now).sum()),
@@ -270,22 +270,27 @@ def _changes(
     return changes
 
 
-def rise_of(before: Screen, after: Screen, predicted: int) -> float:
-    """Return by how many standard deviations of `before` a text may be more extreme to `after`.
+def limits_of(screen: Screen, predicted: int) -> list[LimitRecord]:
+    """Return how far each voice by itself may go in texts of a class, when all others are silent.
 
-    Thresholds themselves do not compare, since each is in standard deviations of its own texts. So
-    each voice is taken by itself: what it has to say of a text of this class, when no other finds
-    it extreme, to have it called poisoned `after`, and which score that is `before`. The voice
-    counts that may say most.
+    Thresholds of two screens do not compare, since each is in standard deviations of its own
+    texts. What a voice may say before a text is called poisoned does.
     """
-    old, new, own = before.norm, after.norm, predicted
-    voice = np.arange(len(old.voices.centre[own]))
-    part = np.maximum(voice - old.checkpoints + 1, 0)  # of the score, that each voice speaks in
-    standard = new.parts.centre[own, part] + after.threshold_of(own) * new.parts.scale[own, part]
-    raw = new.voices.centre[own] + standard * new.voices.scale[own]
-    standard = (raw - old.voices.centre[own]) / old.voices.scale[own]
-    scores = (standard - old.parts.centre[own, part]) / old.parts.scale[own, part]
-    return float(scores.max()) - before.threshold_of(own)
+    voices_of, parts, own = screen.norm.voices, screen.norm.parts, predicted
+    limits = []
+    for voice, (centre, scale) in enumerate(
+        zip(voices_of.centre[own], voices_of.scale[own], strict=True)
+    ):
+        part = max(voice - screen.norm.checkpoints + 1, 0)  # checkpoints have one in the score
+        unit = scale * parts.scale[own, part]
+        least = centre + scale * parts.centre[own, part] + unit * screen.threshold_of(own)
+        limits.append(LimitRecord(least=float(least), unit=float(unit)))
+    return limits
+
+
+def risen(before: Sequence[LimitRecord], after: Sequence[LimitRecord]) -> float:
+    """Return by how many standard deviations of `before` a voice may say more, at most."""
+    return max((b.least - a.least) / a.unit for a, b in zip(before, after, strict=True))
 
 
 def check(record: RecalibrationRecord, max_rise: float, accept_misses: bool) -> None:

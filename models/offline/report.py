@@ -158,7 +158,7 @@ def recalibration_table(record: RecalibrationRecord) -> Table:
     table.add_column("runtime, class")
     for column in (
         "threshold",
-        "risen by; since fit",
+        "risen since psim fit",
         "clean texts flagged",
         "poisoned flagged",
     ):
@@ -167,7 +167,7 @@ def recalibration_table(record: RecalibrationRecord) -> Table:
         table.add_row(
             f"{c.runtime}, {c.label}",
             f"{c.before:.3f} → {c.after:.3f}",
-            f"{c.rise:+.2f}; {c.risen:+.2f}",
+            f"{c.risen:+.2f}",
             f"{c.clean_flagged_before} → {c.clean_flagged_after} of {c.clean}",
             f"{c.poisoned_flagged_before} → {c.poisoned_flagged_after} of {c.poisoned}",
         )
