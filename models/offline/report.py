@@ -155,7 +155,7 @@ def recalibration_table(record: RecalibrationRecord) -> Table:
         f"{record.unmarked} flagged texts without a mark, and the thresholds come out too low "
         "where those are false alarms",
     )
-    table.add_column("runtime, class")
+    table.add_column("runtime, class", no_wrap=True)
     for column in (
         "threshold",
         "risen since psim fit",
