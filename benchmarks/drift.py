@@ -32,7 +32,7 @@ from service.settings import Mode
 LEAST = 500
 SHARES, ROUNDS, EXTREME = (0.0, 0.05, 0.2, 0.5), 6, 60
 """The attacker's share of the traffic, how often it is recalibrated, and how many texts he has."""
-MARKED = (5, 10, 20, 40)
+MARKED = (0, 5, 10, 20, 40)
 """Poisoned texts that are marked as false alarms."""
 
 
