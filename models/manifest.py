@@ -110,6 +110,59 @@ class FitRecord(_Record):
     peak_memory_mb: int
 
 
+class LimitRecord(_Record):
+    """What a single voice may say of a text before it is called poisoned."""
+
+    least: float
+    """Log-odds or log-distance from which it is."""
+    unit: float = Field(gt=0)
+    """A standard deviation of clean texts, of the score."""
+
+
+class ChangeRecord(RuntimeRecord):
+    """What recalibrating has changed for one predicted class of one runtime."""
+
+    label: str
+    before: float
+    after: float
+    """Thresholds, each in standard deviations of its own calibration texts."""
+    fitted: list[LimitRecord] = Field(min_length=1)
+    """By voice, what it was by `psim fit`."""
+    risen: float
+    """By how much more a voice may say since, in those standard deviations; of all voices, the
+    most."""
+    clean: int = Field(ge=0)
+    """Texts, passed or false alarms, and how many of them are flagged."""
+    clean_flagged_before: int = Field(ge=0)
+    clean_flagged_after: int = Field(ge=0)
+    poisoned: int = Field(ge=0)
+    """Texts that were marked so, and how many of them are flagged."""
+    poisoned_flagged_before: int = Field(ge=0)
+    poisoned_flagged_after: int = Field(ge=0)
+
+
+class RecalibrationRecord(_Record):
+    """Which traffic the calibration is of, if it is not that of `psim fit`; counts are of texts."""
+
+    created: str
+    parent: Digest
+    """The bundle that was recalibrated."""
+    source: str
+    """Name of the audit's export."""
+    source_digest: Digest
+    first: str
+    last: str
+    """Between when its rows were answered."""
+    passed: int = Field(ge=0)
+    false_alarms: int = Field(ge=0)
+    poisoned: int = Field(ge=0)
+    unmarked: int = Field(ge=0)
+    """Flagged or not screened, and not marked: not used."""
+    others: int = Field(ge=0)
+    """Rows of other bundles: not used."""
+    changes: list[ChangeRecord] = Field(min_length=1)
+
+
 class Manifest(_Record):
     """A bundle's table of contents."""
 
@@ -124,5 +177,7 @@ class Manifest(_Record):
     default: RuntimeRecord
     """The fastest runtime of those that agree with the reference, where it was fitted."""
     fit: FitRecord
+    recalibration: RecalibrationRecord | None = None
+    """None if the calibration is that of `psim fit`."""
     files: dict[str, Digest]
     versions: dict[str, str]

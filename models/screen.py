@@ -44,6 +44,8 @@ class Verdict:
     poisoned: bool
     truncated: bool
     """True if neither PSIM nor the classifier read the whole text."""
+    predicted: int
+    """The class, by number, whose clean texts this one was compared with."""
 
     @property
     def margin(self) -> float:
@@ -212,7 +214,8 @@ class Screen:
         predicted, raw = voices(readings[None], norm.checkpoints)
         standard = norm.voices(predicted, raw)
         parts = norm.parts(predicted, strongest(standard, norm.checkpoints))
-        score, group = float(norm.score(parts)[0]), self._by_class[int(predicted[0])]
+        score, own = float(norm.score(parts)[0]), int(predicted[0])
+        group = self._by_class[own]
         surest = int(standard[0, : norm.checkpoints].argmax())
         return Verdict(
             confidence=float(readings[surest].max()),
@@ -222,6 +225,7 @@ class Screen:
             p_value=group.p_value(score),
             poisoned=is_poisoned(score, group.threshold),
             truncated=truncated,
+            predicted=own,
         )
 
 

@@ -1,5 +1,7 @@
 """Native routes beside `/classify`: unpack, call the gateway, pack."""
 
+import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -69,6 +71,7 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
                 name: getattr(settings, name)
                 for name in ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
             },
+            "drift": [asdict(one) for one in await asyncio.to_thread(gateway.drift.measure)],
             "manifest": bundle.manifest.model_dump(mode="json", exclude={"files"}),
         }
 
@@ -90,6 +93,7 @@ def process_routes(models: Registry, metrics: Metrics) -> APIRouter:
     async def scrape(request: Request) -> Response:
         """Return the metrics in the format that the scraper asks for."""
         models.trouble()  # brings psim_ready up to date
+        metrics.compare(await asyncio.to_thread(models.drift))
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"content-type": content_type})
 

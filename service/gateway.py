@@ -16,6 +16,7 @@ from models.explain import Span
 from models.screen import Verdict
 from service.batcher import Screened, Screener
 from service.dialects.dialect import Served
+from service.drift import Drift
 from service.errors import Overloaded, ScreenFailed
 from service.explainer import Cleaned, Explainer
 from service.metrics import ModelMetrics
@@ -77,7 +78,8 @@ class Gateway:
     ) -> None:
         self._whole_texts = whole_texts
         self.bundle, self.served, self.mode = bundle, served, settings.mode
-        self._guard = Guard(served.model, bundle.digest, settings.mode, metrics)
+        self.drift = Drift(bundle)
+        self._guard = Guard(served.model, bundle.digest, settings.mode, metrics, self.drift)
         self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
         self._whole = settings.upstream is not None and settings.unread == "reject"

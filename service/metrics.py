@@ -3,7 +3,7 @@
 Most are of a model, and have its name as a label. Requests have none: many fail before it is known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import (
     GC_COLLECTOR,
@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 
 from models.bundle import Bundle
+from service.drift import Comparison
 from service.schemas import Decision
 from service.settings import Settings
 
@@ -144,6 +145,18 @@ class Metrics:
             ["model", "kind"],
             registry=r,
         )
+        self.drift_statistic = Gauge(
+            "psim_drift_statistic",
+            "Kolmogorov-Smirnov statistic of passing inputs' scores against clean texts'",
+            ["model", "label"],
+            registry=r,
+        )
+        self.drift_p_value = Gauge(
+            "psim_drift_p_value", "p-value of psim_drift_statistic", ["model", "label"], registry=r
+        )
+        self.drift_inputs = Gauge(
+            "psim_drift_inputs", "Passing inputs that were compared", ["model", "label"], registry=r
+        )
         self.ready = Gauge("psim_ready", "1 if requests are served", ["model"], registry=r)
         self.threshold = Gauge(
             "psim_threshold",
@@ -195,6 +208,17 @@ class Metrics:
                 self.threshold.labels(model, label).set(bundle.screen.threshold_of(index))
             engine = bundle.engine
             self.bundle_info.labels(model, bundle.digest, engine.name, engine.dtype).set(1)
+
+    def compare(self, found: Mapping[str, Sequence[Comparison]]) -> None:
+        """Say how what passes compares with calibration texts, by model."""
+        for gauge in (self.drift_statistic, self.drift_p_value, self.drift_inputs):
+            gauge.clear()
+        for model, comparisons in found.items():
+            for one in comparisons:
+                for label in one.labels:
+                    self.drift_statistic.labels(model, label).set(one.statistic)
+                    self.drift_p_value.labels(model, label).set(one.p_value)
+                    self.drift_inputs.labels(model, label).set(one.inputs)
 
 
 class ModelMetrics:

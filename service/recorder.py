@@ -14,8 +14,9 @@ from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
-from service.audit.rows import Row
+from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
+from service.drift import Drift
 from service.errors import (
     Invalid,
     Malformed,
@@ -33,6 +34,9 @@ from service.traces import exemplar, trace_id
 
 log = logging.getLogger("psim.request")
 
+READINGS = {f.name for f in fields(Verdict)} & {*NAMES}
+"""What the audit keeps of a verdict."""
+
 
 @dataclass(frozen=True, slots=True)
 class Guard:
@@ -43,6 +47,7 @@ class Guard:
     """Of the bundle."""
     mode: Mode
     metrics: ModelMetrics
+    drift: Drift
 
 
 @dataclass
@@ -128,6 +133,7 @@ class Recorder:
         for verdict in entry.judged:
             metrics.confidence.observe(verdict.confidence, found_by)
             metrics.score.observe(verdict.score, found_by)
+        guard.drift.add(entry.judged)
         if not answered:
             return
         for decision in filter(None, entry.decisions):
@@ -171,7 +177,7 @@ def _rows(guard: Guard, entry: Entry) -> list[Row]:
 
 def _readings(verdict: Verdict | None) -> dict[str, Any]:
     """Return what a verdict says by name; all None if screening failed."""
-    return {f.name: getattr(verdict, f.name, None) for f in fields(Verdict)}
+    return {name: getattr(verdict, name, None) for name in READINGS}
 
 
 def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[Span]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from models.bundle import Bundle
 from service.batcher import Batcher
+from service.drift import Comparison
 from service.errors import UnknownModel
 from service.gateway import Gateway
 
@@ -83,6 +84,10 @@ class Registry:
     def bundles(self) -> dict[str, Bundle]:
         """The bundles by the name of their model."""
         return {model.name: model.gateway.bundle for model in self}
+
+    def drift(self) -> dict[str, list[Comparison]]:
+        """Compare what passes with what the bundles were calibrated with; takes milliseconds."""
+        return {model.name: model.gateway.drift.measure() for model in self}
 
     def named(self, *names: str | None) -> Model:
         """Return the model of which a request gives the name, once or more; or the default one.

@@ -96,7 +96,7 @@ def test_scores_keep_the_order_within_a_class_and_the_sign_says_poisoned(
     a: float, b: float, threshold: float
 ) -> None:
     verdicts = [
-        Verdict(0.9, s, "confidence", threshold, 0.5, s >= threshold, False) for s in (a, b)
+        Verdict(0.9, s, "confidence", threshold, 0.5, s >= threshold, False, 0) for s in (a, b)
     ]
     first, second = within_class_scores(verdicts)
     if a < b:

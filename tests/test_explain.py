@@ -40,7 +40,7 @@ def most_of_a_sentence(found: list[str]) -> float:
 
 def verdict_by(rule: Rule, text: str) -> Verdict:
     score = 0.5 + rule(text.split())
-    return Verdict(0.9, score, "confidence", 3.0, 0.5, score >= 3.0, False)
+    return Verdict(0.9, score, "confidence", 3.0, 0.5, score >= 3.0, False, 0)
 
 
 def explanation(text: str, rule: Rule) -> tuple[Explanation, int]:

@@ -72,6 +72,16 @@ CHARTS: dict[str, list[Chart]] = {
             units.NoUnit,
             {"{{model}} {{label}}": "max by (model, label) (psim_threshold)"},
         ),
+        Chart(
+            "Drift from the calibration texts (Kolmogorov-Smirnov; alert at 20 %)",
+            units.PercentUnit,
+            {"{{model}} {{label}}": "max by (model, label) (psim_drift_statistic)"},
+        ),
+        Chart(
+            "Inputs that drift is measured by",
+            units.Short,
+            {"{{model}} {{label}} {{instance}}": "psim_drift_inputs"},
+        ),
     ],
     "Requests": [
         Chart(
@@ -134,6 +144,16 @@ CHARTS: dict[str, list[Chart]] = {
     ],
     "Replicas": [
         Chart("Ready", units.Short, {"{{instance}} {{model}}": "psim_ready"}),
+        Chart(
+            "Restarts of the worker",
+            units.Short,
+            {"{{instance}}": "increase(psim_worker_restarts_total[1h])"},
+        ),
+        Chart(
+            "Failures of the classifier elsewhere",
+            units.CountsPerSecond,
+            {"{{kind}}": f"sum by (kind) (rate(psim_upstream_errors_total{RATE}))"},
+        ),
         Chart(
             "Replicas by bundle",
             units.Short,

@@ -36,8 +36,14 @@ from models.offline.finetune import Strategy, TuneResult, finetune_victim, poiso
 from models.offline.fit import fit
 from models.offline.folders import check_writable
 from models.offline.psim import PsimConfig
+from models.offline.recalibrate import MAX_RISE, check, read_traffic, recalibrate, write
 from models.offline.recipe import load_recipe
-from models.offline.report import evaluation_table, manifest_table, write_report
+from models.offline.report import (
+    evaluation_table,
+    manifest_table,
+    recalibration_table,
+    write_report,
+)
 from models.offline.screening import screen_file, split_by_verdict
 from models.offline.store import Store
 from models.offline.study import run_study
@@ -397,6 +403,33 @@ def inspect_command(bundle: Annotated[Path, typer.Argument(help="Bundle to check
         check_files(bundle, manifest)
         Console().print(manifest_table(manifest))
         Console().print(f"all {len(manifest.files)} files are intact; digest {digest}")
+
+
+@app.command("recalibrate")
+def recalibrate_command(
+    export: Annotated[Path, typer.Argument(help="Traffic, with texts and marks, by psim audit.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle to start from; it is left as it is.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new bundle; must not exist yet.")],
+    max_rise: Annotated[
+        float,
+        typer.Option(help="By how many standard deviations thresholds may rise since psim fit."),
+    ] = MAX_RISE,
+    accept_misses: Annotated[
+        bool,
+        typer.Option("--accept-misses", help="Even if texts that were marked poisoned pass."),
+    ] = False,
+) -> None:
+    """Make a bundle with new thresholds, from the audited clean traffic of another."""
+    with errors_for_people():
+        if out.exists():
+            raise DataError(f"{out} exists already, and nothing is replaced; choose another --out")
+        check_writable(out, force=False)
+        _, digest = read_manifest(bundle)
+        new = recalibrate(bundle, read_traffic(export, digest))
+        Console().print(recalibration_table(new.record))
+        check(new.record, max_rise, accept_misses)
+        write(new, out)
+        stderr.print(f"wrote {out}; next: psim serve --bundle {out}", highlight=False)
 
 
 @app.command("serve")

@@ -25,6 +25,7 @@ from models.bundle import (
     save_weights,
 )
 from models.calibrate import Calibrated, calibrate, parity
+from models.engines import Encoding, Engine
 from models.engines.catalogue import (
     REFERENCE,
     RUNTIMES,
@@ -125,8 +126,17 @@ def fit(
         if trained.guarded.activations:
             save_activations(partial, trained.guarded.activations)
         runtimes = _runtimes(trained.guarded, engine)
-        calibrations, readings = _calibrate(trained, runtimes, split.calibrate, frr_budget)
-        save_readings(partial, readings)
+        calibration_texts = trained.encode(split.calibrate)
+        # In this order: the last runtime converts the module, whose weights are saved by now.
+        measured = {
+            runtime: measure(
+                make_engine(runtime, trained.guarded, tokenizer, trained.max_length),
+                calibration_texts,
+            )
+            for runtime in runtimes
+        }
+        calibrations = calibrations_of(measured, len(trained.guarded.checkpoints), frr_budget)
+        save_readings(partial, {str(runtime): own.readings for runtime, own in measured.items()})
         manifest = Manifest(
             schema_version=4,
             victim=_victim_record(victim, name, digest),
@@ -135,10 +145,10 @@ def fit(
             psim=_psim_record(config, training),
             activations=_activations_record(trained.guarded),
             calibrations=calibrations,
-            default=_fastest(calibrations, engine),
+            default=fastest(calibrations, engine),
             fit=_fit_record(split, started),
             files=hash_files(partial),
-            versions=_versions(),
+            versions=versions_here(),
         )
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         load_bundle(partial)  # nobody should learn from the service that it does not load
@@ -217,29 +227,41 @@ def _runtimes(guarded: Guarded, engine: str) -> list[Runtime]:
     return [r for r in wanted if r.engine == REFERENCE.engine or runs_here(r)]
 
 
-def _calibrate(
-    trained: TorchEngine, runtimes: Sequence[Runtime], texts: Sequence[str], frr_budget: float
-) -> tuple[list[Calibration], Mapping[str, FloatArray]]:
-    """Calibrate every runtime, `REFERENCE` first; returns the readings too, by `ENGINE/DTYPE`.
+@dataclass(frozen=True)
+class Measured:
+    """What a runtime makes of some texts."""
 
-    Converts the engine's module, so the weights are saved before.
+    readings: FloatArray
+    """Shape (n, V, C)."""
+    texts_per_s: float
+
+
+def measure(engine: Engine, texts: Sequence[Encoding]) -> Measured:
+    """Screen texts, and take the time of some of them."""
+    return Measured(predict(engine, texts), texts_per_second(engine, texts))
+
+
+def calibrations_of(
+    measured: Mapping[Runtime, Measured], checkpoints: int, frr_budget: float
+) -> list[Calibration]:
+    """Calibrate every runtime by what it makes of the same clean texts; `REFERENCE` is one.
+
+    Raises:
+        CalibrationError: too few texts, or readings that are not finite.
     """
-    encodings, guarded = trained.encode(texts), trained.guarded
-    calibrations: list[Calibration] = []
-    readings: dict[str, FloatArray] = {}
-    reference: Calibrated | None = None
-    for runtime in runtimes:
-        engine = make_engine(runtime, guarded, trained.tokenizer, trained.max_length)
-        own = readings[str(runtime)] = predict(engine, encodings)
-        screen = calibrate(own, len(guarded.checkpoints), frr_budget)
-        reference = reference or (screen, own)
-        compared = parity(reference, (screen, own))
-        record = ParityRecord(**asdict(compared), texts_per_s=texts_per_second(engine, encodings))
-        calibrations.append(_calibration_record(runtime, screen, frr_budget, record))
-    return calibrations, readings
+    found: dict[Runtime, Calibrated] = {
+        runtime: (calibrate(own.readings, checkpoints, frr_budget), own.readings)
+        for runtime, own in measured.items()
+    }
+    calibrations = []
+    for runtime, own in found.items():
+        compared = asdict(parity(found[REFERENCE], own))
+        record = ParityRecord(**compared, texts_per_s=measured[runtime].texts_per_s)
+        calibrations.append(_calibration_record(runtime, own[0], frr_budget, record))
+    return calibrations
 
 
-def _fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
+def fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
     """Return the fastest runtime of an engine, or of all, that is as good as the reference."""
     chosen = max(
         (c for c in calibrations if c.parity.passes and engine in (AUTO, c.engine)),
@@ -249,7 +271,8 @@ def _fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
     return RuntimeRecord(engine=chosen.engine, dtype=chosen.dtype)
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
+    """Return the versions of what readings depend on."""
     packages = [*VERSIONS_OF, *(r.engine for r in RUNTIMES if is_installed(r.engine))]
     return {p: version(p) for p in packages} | {"python": platform.python_version()}
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from models.manifest import Manifest
+from models.manifest import Manifest, RecalibrationRecord
 from models.offline.evaluate import Evaluation
 from models.offline.measures import Outcome, Rate
 from models.offline.psim import UNLEARNT
@@ -118,6 +118,12 @@ def manifest_table(manifest: Manifest) -> Table:
         "clean texts",
         f"{fit.texts_train} train, {fit.texts_stop} stopping, {fit.texts_calibrate} calibration",
     )
+    if traffic := manifest.recalibration:
+        table.add_row(
+            "recalibrated",
+            f"{traffic.created}, from {traffic.parent[:12]}… by {_counts(traffic)} of "
+            f"{traffic.source}, {traffic.first} to {traffic.last}",
+        )
     for calibration in manifest.calibrations:
         for group in calibration.groups:
             names = " + ".join(manifest.labels[c] for c in group.classes)
@@ -139,6 +145,38 @@ def manifest_table(manifest: Manifest) -> Table:
     for warning in warnings_of(manifest):
         table.add_row("[bold red]warning[/]", warning)
     return table
+
+
+def recalibration_table(record: RecalibrationRecord) -> Table:
+    """Return a rich table of what recalibrating changes."""
+    table = Table(
+        title="Before and after",
+        caption=f"by {_counts(record)}. Not used: {record.others} rows of other bundles; "
+        f"{record.unmarked} flagged texts without a mark, and the thresholds come out too low "
+        "where those are false alarms",
+    )
+    table.add_column("runtime, class", no_wrap=True)
+    for column in (
+        "threshold",
+        "risen since psim fit",
+        "clean texts flagged",
+        "poisoned flagged",
+    ):
+        table.add_column(column, justify="right")
+    for c in record.changes:
+        table.add_row(
+            f"{c.runtime}, {c.label}",
+            f"{c.before:.3f} → {c.after:.3f}",
+            f"{c.risen:+.2f}",
+            f"{c.clean_flagged_before} → {c.clean_flagged_after} of {c.clean}",
+            f"{c.poisoned_flagged_before} → {c.poisoned_flagged_after} of {c.poisoned}",
+        )
+    return table
+
+
+def _counts(record: RecalibrationRecord) -> str:
+    clean = f"{record.passed} texts that passed, {record.false_alarms} false alarms"
+    return f"{clean} and {record.poisoned} marked poisoned"
 
 
 def warnings_of(manifest: Manifest) -> list[str]:
