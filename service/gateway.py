@@ -15,6 +15,7 @@ from models.bundle import Bundle
 from models.explain import Span
 from models.screen import Verdict
 from service.batcher import Screened, Screener
+from service.candidate import Candidate
 from service.dialects.dialect import Served
 from service.errors import Overloaded, ScreenFailed
 from service.explainer import Cleaned, Explainer
@@ -74,12 +75,14 @@ class Gateway:
         explainer: Explainer,
         metrics: ModelMetrics,
         settings: Settings,
+        candidate: Candidate | None = None,
     ) -> None:
         self._whole_texts = whole_texts
         self.bundle, self.served, self.mode = bundle, served, settings.mode
         self._guard = Guard(served.model, bundle.digest, settings.mode, metrics)
         self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
+        self._candidate = candidate
         self._whole = settings.upstream is not None and settings.unread == "reject"
         self._warm = False
 
@@ -184,6 +187,11 @@ class Gateway:
             await self._victim.close()
 
     @property
+    def candidate(self) -> str | None:
+        """Digest of the bundle that is tried, if there is one."""
+        return self._candidate.digest if self._candidate else None
+
+    @property
     def speaks(self) -> str | None:
         """The dialect of the upstream; None if there is none, or while it is not known."""
         return self._victim.speaks
@@ -223,6 +231,9 @@ class Gateway:
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
+        if self._candidate and self._warm:
+            whole = (by or self._screener) is self._whole_texts
+            self._candidate.compare(texts, entry.verdicts, whole)
         if None in entry.verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
         return screened
