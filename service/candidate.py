@@ -5,15 +5,17 @@ dropped and counted.
 """
 
 import asyncio
-from collections.abc import Sequence
+import logging
 
 from models.bundle import Bundle
-from models.screen import Verdict
 from service.batcher import Batcher, Screener
 from service.errors import ServiceError
 from service.metrics import Metrics, ModelMetrics
+from service.recorder import Entry
 from service.settings import Settings
 from service.windows import WholeTexts
+
+log = logging.getLogger(__name__)
 
 WAITING = 256
 """Inputs that may wait for the candidate; more are dropped."""
@@ -48,26 +50,26 @@ class Candidate:
             task.cancel()
         await self._batcher.close()
 
-    def compare(
-        self, texts: Sequence[str], verdicts: Sequence[Verdict | None], whole: bool
-    ) -> None:
-        """Screen texts too, later; to their end if the served bundle did so."""
+    def compare(self, entry: Entry, whole: bool) -> None:
+        """Screen the texts of a request too, later; to their end if the served bundle did so."""
         screener: Screener = self._whole_texts if whole else self._batcher
-        task = asyncio.create_task(self._compare(screener, texts, verdicts))
+        task = asyncio.create_task(self._compare(screener, entry))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _compare(
-        self, screener: Screener, texts: Sequence[str], verdicts: Sequence[Verdict | None]
-    ) -> None:
+    async def _compare(self, screener: Screener, entry: Entry) -> None:
         try:
-            found = [answer.value.verdict for answer in await screener.screen(texts)]
+            found = [answer.value.verdict for answer in await screener.screen(entry.texts)]
         except ServiceError:
-            self._metrics.candidate_dropped.inc(len(texts))
+            self._metrics.candidate_dropped.inc(len(entry.texts))
             return
-        for served, own in zip(verdicts, found, strict=True):
+        for number, (served, own) in enumerate(zip(entry.verdicts, found, strict=True)):
             if served is None or own is None:
                 self._metrics.candidate_dropped.inc()
                 continue
             self._metrics.candidate_inputs[served.poisoned, own.poisoned].inc()
             self._metrics.candidate_score.observe(own.score)
+            if served.poisoned is not own.poisoned:
+                scores = {"served": served.score, "candidate": own.score}
+                where = {"request_id": entry.request_id, "number": number}
+                log.info("the candidate disagrees", extra=where | scores)

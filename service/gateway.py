@@ -233,7 +233,7 @@ class Gateway:
         entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
         if self._candidate and self._warm:
             whole = (by or self._screener) is self._whole_texts
-            self._candidate.compare(texts, entry.verdicts, whole)
+            self._candidate.compare(entry, whole)
         if None in entry.verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
         return screened

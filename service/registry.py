@@ -107,7 +107,7 @@ class Registry:
     def trouble(self, name: str | None = None) -> str | None:
         """Say why a model does not answer, or any if none is named; None if they do."""
         asked = [*self] if name is None else [self.named(name)]
-        found = [f"{m.name}: {m.gateway.trouble}" for m in asked if m.gateway.trouble]
+        found = [f"{m.name}: {said}" for m in asked if (said := m.gateway.trouble)]
         return "; ".join(found) or None
 
     @property

@@ -48,15 +48,20 @@ async def until(client: httpx.AsyncClient, line: str, value: float) -> None:
     raise AssertionError(f"{line} is {await metric(client, line)}, not {value}")
 
 
-def test_its_verdicts_are_compared_and_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_verdicts_are_compared_and_change_no_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> None:
         strict = fake_bundle(digest=OTHER, threshold=0.1)  # finds every text poisoned
         async with on_trial(monkeypatch, strict) as client:
             inputs = [CLEAN, POISONED, CLEAN]
-            answer = (await client.post("/classify", json={"inputs": inputs})).json()
+            headers = {"x-request-id": "mine"}
+            with caplog.at_level("INFO"):
+                asked = await client.post("/classify", json={"inputs": inputs}, headers=headers)
+                await until(client, "psim_candidate_score_count", 3)
+            answer = asked.json()
             assert answer["bundle"] == "d" * 64
             assert [r["decision"] for r in answer["results"]] == ["allow", "reject", "allow"]
-            await until(client, "psim_candidate_score_count", 3)
             for (served, own), count in {
                 ("clean", "poisoned"): 2,
                 ("poisoned", "poisoned"): 1,
@@ -71,6 +76,9 @@ def test_its_verdicts_are_compared_and_change_no_answer(monkeypatch: pytest.Monk
             assert (await client.get("/info")).json()["candidate"] == OTHER
 
     asyncio.run(run())
+    logged = [r.__dict__ for r in caplog.records if r.message == "the candidate disagrees"]
+    assert [(row["request_id"], row["number"]) for row in logged] == [("mine", 0), ("mine", 2)]
+    assert "quiet" not in str(logged)
 
 
 def test_it_reads_as_far_as_the_served_bundle_did(monkeypatch: pytest.MonkeyPatch) -> None:
