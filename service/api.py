@@ -62,6 +62,7 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
         passes = round(bundle.engine.passes, 2)
         return {
             "bundle": bundle.digest,
+            "candidate": gateway.candidate,
             "mode": gateway.mode,
             "model": gateway.served.model,
             "models": [model.name for model in models],

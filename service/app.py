@@ -18,6 +18,7 @@ from service import admin, api, front, guards, health
 from service.audit.store import Store
 from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
+from service.candidate import Candidate
 from service.dialects.dialect import Served
 from service.dialects.known import dialects
 from service.explainer import Explainer
@@ -119,8 +120,18 @@ def model_of(settings: Settings, metrics: Metrics, bundle: Bundle | None = None)
     # A classifier elsewhere may read more than our model does.
     screener: Screener = batcher if settings.upstream is None else whole_texts
     explainer = Explainer(screener, own, settings.searches)
-    gateway = Gateway(bundle, served, screener, whole_texts, victim, explainer, own, settings)
-    return Model(gateway, batcher)
+    candidate = _candidate_of(settings, own)
+    gateway = Gateway(
+        bundle, served, screener, whole_texts, victim, explainer, own, settings, candidate
+    )
+    return Model(gateway, batcher, candidate)
+
+
+def _candidate_of(settings: Settings, metrics: ModelMetrics) -> Candidate | None:
+    if settings.candidate is None:
+        return None
+    bundle = load_bundle(settings.candidate, settings.dtype, settings.engine)
+    return Candidate(bundle, settings, metrics)
 
 
 def _about_models(models: Registry, recorder: Recorder, settings: Settings) -> Iterator[APIRouter]:

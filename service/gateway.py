@@ -15,6 +15,7 @@ from models.bundle import Bundle
 from models.explain import Span
 from models.screen import Verdict
 from service.batcher import Screened, Screener
+from service.candidate import Candidate
 from service.dialects.dialect import Served
 from service.drift import Drift
 from service.errors import Overloaded, ScreenFailed
@@ -75,6 +76,7 @@ class Gateway:
         explainer: Explainer,
         metrics: ModelMetrics,
         settings: Settings,
+        candidate: Candidate | None = None,
     ) -> None:
         self._whole_texts = whole_texts
         self.bundle, self.served, self.mode = bundle, served, settings.mode
@@ -82,6 +84,7 @@ class Gateway:
         self._guard = Guard(served.model, bundle.digest, settings.mode, metrics, self.drift)
         self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
+        self._candidate = candidate
         self._whole = settings.upstream is not None and settings.unread == "reject"
         self._warm = False
 
@@ -186,6 +189,11 @@ class Gateway:
             await self._victim.close()
 
     @property
+    def candidate(self) -> str | None:
+        """Digest of the bundle that is tried, if there is one."""
+        return self._candidate.digest if self._candidate else None
+
+    @property
     def speaks(self) -> str | None:
         """The dialect of the upstream; None if there is none, or while it is not known."""
         return self._victim.speaks
@@ -225,6 +233,9 @@ class Gateway:
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
+        if self._candidate and self._warm:
+            whole = (by or self._screener) is self._whole_texts
+            self._candidate.compare(entry, whole)
         if None in entry.verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
         return screened

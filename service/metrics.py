@@ -157,6 +157,22 @@ class Metrics:
         self.drift_inputs = Gauge(
             "psim_drift_inputs", "Passing inputs that were compared", ["model", "label"], registry=r
         )
+        self.candidate_inputs = Counter(
+            "psim_candidate_inputs",
+            "Inputs by the verdicts of the served bundle and the candidate",
+            ["model", "served", "candidate"],
+            registry=r,
+        )
+        self.candidate_score = Histogram(
+            "psim_candidate_score",
+            "As psim_screen_score, by the candidate",
+            ["model"],
+            buckets=SCORES,
+            registry=r,
+        )
+        self.candidate_dropped = Counter(
+            "psim_candidate_dropped", "Inputs that the candidate lacks", ["model"], registry=r
+        )
         self.ready = Gauge("psim_ready", "1 if requests are served", ["model"], registry=r)
         self.threshold = Gauge(
             "psim_threshold",
@@ -186,6 +202,9 @@ class Metrics:
             self.worker_restarts,
             self.fail_open,
             self.upstream_errors,
+            self.candidate_inputs,
+            self.candidate_score,
+            self.candidate_dropped,
             self.ready,
         )
         self._known: set[str] = set()
@@ -221,6 +240,9 @@ class Metrics:
                     self.drift_inputs.labels(model, label).set(one.inputs)
 
 
+VERDICTS = {False: "clean", True: "poisoned"}
+
+
 class ModelMetrics:
     """The metrics of one model, as its settings have it."""
 
@@ -235,6 +257,13 @@ class ModelMetrics:
         self.worker_restarts = metrics.worker_restarts.labels(model)
         self.fail_open = metrics.fail_open.labels(model)
         self.ready = metrics.ready.labels(model)
+        self.candidate_dropped = metrics.candidate_dropped.labels(model)
+        self.candidate_score = metrics.candidate_score.labels(model)
+        self.candidate_inputs = {
+            (served, own): metrics.candidate_inputs.labels(model, VERDICTS[served], VERDICTS[own])
+            for served in VERDICTS
+            for own in VERDICTS
+        }
         metrics.max_queue_inputs.labels(model).set(settings.queue_inputs)
         metrics.max_queue_characters.labels(model).set(settings.queue_chars)
         self.inputs = {d: metrics.inputs.labels(model, settings.mode, d) for d in Decision}

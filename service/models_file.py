@@ -29,6 +29,8 @@ class Entry(ModelSettings):
             # The secret of one upstream must not reach another.
             own.setdefault("upstream_authorization", None)
         own |= {"model": self.name, "bundle": folder / self.bundle, "models": None}
+        if self.candidate is not None:
+            own["candidate"] = folder / self.candidate
         return common.model_copy(update=own)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from models.bundle import Bundle
 from service.batcher import Batcher
+from service.candidate import Candidate
 from service.drift import Comparison
 from service.errors import UnknownModel
 from service.gateway import Gateway
@@ -17,8 +18,10 @@ log = logging.getLogger(__name__)
 class Model:
     """A model, from its start to its end."""
 
-    def __init__(self, gateway: Gateway, batcher: Batcher) -> None:
-        self.gateway, self._batcher = gateway, batcher
+    def __init__(
+        self, gateway: Gateway, batcher: Batcher, candidate: Candidate | None = None
+    ) -> None:
+        self.gateway, self._batcher, self._candidate = gateway, batcher, candidate
         self.name = gateway.served.model
         self._users = 0
         self._unused = asyncio.Event()
@@ -39,6 +42,8 @@ class Model:
     async def start(self) -> None:
         """Start the worker, and try whether all answers."""
         self._batcher.start()
+        if self._candidate:
+            await self._candidate.start()
         await self.gateway.start()
         digest, mode = self.gateway.served.bundle, self.gateway.mode
         log.info("ready", extra={"model": self.name, "bundle": digest, "mode": mode})
@@ -52,6 +57,8 @@ class Model:
         """Let go of the classifier, answer what is queued, and end the worker."""
         await self.gateway.close()
         await self._batcher.close()
+        if self._candidate:
+            await self._candidate.close()
 
 
 class Registry:
@@ -105,7 +112,7 @@ class Registry:
     def trouble(self, name: str | None = None) -> str | None:
         """Say why a model does not answer, or any if none is named; None if they do."""
         asked = [*self] if name is None else [self.named(name)]
-        found = [f"{m.name}: {m.gateway.trouble}" for m in asked if m.gateway.trouble]
+        found = [f"{m.name}: {said}" for m in asked if (said := m.gateway.trouble)]
         return "; ".join(found) or None
 
     @property

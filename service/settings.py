@@ -38,6 +38,8 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Mode = Mode.ENFORCE
+    candidate: Path | None = None
+    """A bundle that is tried on what is asked, see `service.candidate`."""
     engine: EngineName | None = None
     """What runs the model; None takes the bundle's choice, or PyTorch where that is missing."""
     dtype: DtypeName | None = None

@@ -91,10 +91,11 @@ def fake_bundle(
     engine: FakeEngine | None = None,
     labels: tuple[str, str] = ("negative", "positive"),
     digest: str = "d" * 64,
+    threshold: float = THRESHOLD,
 ) -> Bundle:
     """Return a bundle whose engine is fake and whose screen is real."""
     group = GroupRecord(
-        classes=[0, 1], texts=99, threshold=THRESHOLD, rejected=0, frr_interval=(0.0, 0.05)
+        classes=[0, 1], texts=99, threshold=threshold, rejected=0, frr_interval=(0.0, 0.05)
     )
     parity = ParityRecord(decisions_agree=1.0, largest_difference=0.0, texts_per_s=1.0)
     manifest = Manifest(
@@ -128,5 +129,5 @@ def fake_bundle(
     scores = np.linspace(0, 2, 99, dtype=np.float32)
     as_it_is = Measure(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
     norm = Norm(Measure(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
-    screen = Screen([Group((0, 1), THRESHOLD, scores)], norm)
+    screen = Screen([Group((0, 1), threshold, scores)], norm)
     return Bundle(manifest, digest, engine or FakeEngine(), screen)

@@ -301,7 +301,7 @@ def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
 ) -> None:
     file = tmp_path / "models.toml"
     file.write_text(
-        "[[models]]\nname = 'a'\nbundle = 'x'\n"
+        "[[models]]\nname = 'a'\nbundle = 'x'\ncandidate = 'y'\n"
         "[[models]]\nname = 'b'\nbundle = '/y'\nmode = 'flag'\nupstream = 'http://b'\n"
         "[[models]]\nname = 'c'\nbundle = '/z'\nupstream_authorization = 'own'\n"
     )
@@ -315,6 +315,7 @@ def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
         "shadow",
         "http://all/",
     )
+    assert (a.candidate, b.candidate) == (tmp_path / "y", None)
     assert (b.model, b.bundle, b.mode, str(b.upstream)) == ("b", Path("/y"), "flag", "http://b/")
     assert a.upstream_authorization
     assert a.upstream_authorization.get_secret_value() == "secret"

@@ -167,6 +167,8 @@ def answer(client: httpx.Client, path: str, **parameters: str) -> Any:
         response = client.get(path, params=parameters)
     except httpx.TransportError as error:
         raise OSError from error
+    if response.status_code == 503:
+        raise OSError("it is starting")
     assert response.json()["status"] == "success", response.text
     return response.json()["data"]
 

@@ -225,7 +225,8 @@ def test_a_real_process_reloads_its_file_of_models_on_sighup(
         return "\n".join(["[[models]]", f'name = "{name}"', f"bundle = {path}", *more, ""])
 
     file = tmp_path / "models.toml"
-    file.write_text(entry("mood", "a") + entry("topic", "b", 'mode = "flag"'))
+    candidate = f"candidate = {json.dumps(str(bundles.folder / 'b'))}"
+    file.write_text(entry("mood", "a", candidate) + entry("topic", "b", 'mode = "flag"'))
     with served(Path("unused"), MODELS=str(file), MODE="shadow") as client:
         pid = int(client.headers["x-server-pid"])
 
@@ -241,6 +242,9 @@ def test_a_real_process_reloads_its_file_of_models_on_sighup(
 
         assert (labels("mood"), labels("topic")) == (LABELS["a"], LABELS["b"])
         assert client.get("/for/topic/info").json()["mode"] == "flag"
+        assert client.get("/for/mood/info").json()["candidate"] == bundles.digest("b")
+        compared = 'psim_candidate_score_count{model="mood"} 2.0'
+        wait_for(lambda: compared in client.get("/metrics").text)
 
         file.write_text(entry("topic", "b", 'moed = "flag"'))
         os.kill(pid, signal.SIGHUP)

@@ -130,6 +130,23 @@ CHARTS: dict[str, list[Chart]] = {
         ),
         Chart("Memory", units.BytesIEC, {"{{instance}}": "process_resident_memory_bytes"}),
     ],
+    "Candidate": [
+        Chart(
+            "Inputs by verdict of the served bundle / the candidate",
+            units.CountsPerSecond,
+            {
+                "{{model}} {{served}} / {{candidate}}": (
+                    f"sum by (model, served, candidate) (rate(psim_candidate_inputs_total{RATE}))"
+                ),
+                "{{model}} dropped": f"sum by (model) (rate(psim_candidate_dropped_total{RATE}))",
+            },
+        ),
+        Chart(
+            "Score by the candidate, standard deviations",
+            units.NoUnit,
+            quantiles("psim_candidate_score", "model"),
+        ),
+    ],
     "Audit": [
         Chart(
             "Inputs that the audit lacks",
