@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
+from models.errors import PsimError
 from service import api, front, guards, health
 from service.audit.store import Store
 from service.audit.writer import Writer
@@ -34,6 +35,8 @@ from service.windows import WholeTexts
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+
+    from service.ext_proc import ExtProc
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,9 @@ def create_app(
     screener: Screener = batcher if settings.upstream is None else whole_texts
     explainer = Explainer(screener, metrics, settings.searches)
     gateway = Gateway(bundle, served, screener, whole_texts, victim, explainer, metrics, settings)
+    recorder = Recorder(metrics, settings.mode, bundle.digest, tracer, audit)
+    proxies = Guards(gateway, recorder, settings)
+    ext_proc = _ext_proc(settings, proxies)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -73,9 +79,13 @@ def create_app(
             audit.start()
         batcher.start()
         await gateway.start()
+        if ext_proc:
+            await ext_proc.start()
         log.info("ready", extra={"bundle": bundle.digest, "mode": settings.mode})
         yield
         metrics.ready.set(0)
+        if ext_proc:
+            await ext_proc.close()
         await gateway.close()
         await batcher.close()
         if audit:
@@ -92,9 +102,8 @@ def create_app(
     )
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    recorder = Recorder(metrics, settings.mode, bundle.digest, tracer, audit)
     app.include_router(api.routes(gateway, recorder, metrics, settings))
-    app.include_router(guards.routes(Guards(gateway, recorder, settings)))
+    app.include_router(guards.routes(proxies))
     app.include_router(health.routes(gateway))
     app.include_router(front.routes(Front(gateway, recorder, settings)))
     return app
@@ -116,6 +125,18 @@ def victim_of(
     one = settings.upstream_dialect
     candidates = list(known.values()) if one == "auto" else [known[one]]
     return Upstream(settings, candidates, served, metrics)
+
+
+def _ext_proc(settings: Settings, proxies: Guards) -> "ExtProc | None":
+    if settings.ext_proc_port is None:
+        return None
+    try:
+        from service.ext_proc import ExtProc
+    except ModuleNotFoundError as error:
+        raise PsimError(
+            f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
+        ) from error
+    return ExtProc(guards.processed(proxies), settings)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

@@ -52,6 +52,9 @@ def parse(data: object, model: type[Model], settings: Settings) -> Model:
 
 
 def _check_media(request: Request, optional: bool) -> None:
+    for name in ("content-type", "content-encoding"):
+        if len(request.headers.getlist(name)) > 1:
+            raise UnsupportedMedia(f"the header {name} must not be there twice")
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json" and (kind or not optional):
         raise UnsupportedMedia("the content type must be application/json")

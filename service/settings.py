@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     """How long an upstream that is down is left alone before it is asked again."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    ext_proc_port: int | None = Field(None, ge=1, le=65535)
+    """Where Envoy's ext_proc is answered, over gRPC; nowhere without."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     traces: bool = False
     """Export OpenTelemetry traces, to where the `OTEL_*` variables say."""
