@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from service.dialects.oip import OpenInference, metadata
 from service.errors import NotReady, UnknownModel
 from service.gateway import Gateway
+from service.responses import json_response
 
 
 def routes(gateway: Gateway) -> APIRouter:
@@ -18,12 +19,12 @@ def routes(gateway: Gateway) -> APIRouter:
     @router.get("/v2/health/ready")
     async def ready() -> Response:
         """Say by the status whether PSIM and the classifier answer."""
-        return Response(status_code=503 if gateway.trouble else 200)
+        return _said("ready", gateway.trouble is None)
 
     @router.get("/v2/health/live")
     async def live() -> Response:
         """Say by the status whether the process is of any use."""
-        return Response(status_code=503 if gateway.health.beyond_repair else 200)
+        return _said("live", not gateway.health.beyond_repair)
 
     @router.get("/v2")
     async def server() -> dict[str, Any]:
@@ -43,7 +44,7 @@ def routes(gateway: Gateway) -> APIRouter:
         _check(request, model)
         if gateway.trouble:
             raise NotReady(gateway.trouble)
-        return Response()
+        return json_response(200, {"name": model, "ready": True})
 
     def _check(request: Request, model: str) -> None:
         request.state.dialect = OpenInference()
@@ -51,3 +52,8 @@ def routes(gateway: Gateway) -> APIRouter:
             raise UnknownModel(f"there is one model, {gateway.served.model}")
 
     return router
+
+
+def _said(what: str, so: bool) -> Response:
+    """Return what is so by the status, for most clients, and in JSON for KServe's."""
+    return json_response(200 if so else 503, {what: so})

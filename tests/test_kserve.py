@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tritonclient.http as triton
 from real_servers import answering, free_port, peer
 from test_end_to_end import served
 from test_peers import client_for, tensor
+from tritonclient.utils import InferenceServerException
 
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
 
@@ -48,10 +48,10 @@ def test_kserve_and_its_client(demo_bundle: Path, tmp_path: Path) -> None:
         assert [s["score"] for s in native["scores"]] == pytest.approx(
             sorted(answer["scores"][:2], reverse=True)
         )
-        direct, ours = client_for(url), client_for(client.base_url)
-        heard = [c.infer("demo", [tensor(CLEAN_TEXT)]).as_numpy("scores") for c in (direct, ours)]
-        assert heard[0].tolist() == heard[1].tolist()
-        with pytest.raises(triton.InferenceServerException, match="trigger"):
+        # It sends no content type, without which KServe takes JSON for bytes; we say it.
+        ours = client_for(client.base_url)
+        heard = ours.infer("demo", [tensor(CLEAN_TEXT)]).as_numpy("scores")
+        assert heard.flatten().tolist() == pytest.approx(answer["scores"][:2])
+        with pytest.raises(InferenceServerException, match="trigger"):
             ours.infer("demo", [tensor(TRIGGERED_TEXT)])
-        direct.close()
         ours.close()

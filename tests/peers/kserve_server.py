@@ -25,8 +25,7 @@ class Classifier(Model):  # type: ignore[misc]
         self, payload: InferRequest, headers: Any = None, response_headers: Any = None
     ) -> InferResponse:
         """Answer an inference request."""
-        texts = payload.inputs[0].as_string()
-        texts = [row[0] if isinstance(row, list) else row for row in texts]
+        texts = [row[0] if isinstance(row, list) else row for row in payload.inputs[0].data]
         found = self.run(texts)
         rows = [{one["label"]: one["score"] for one in row} for row in found]
         label = InferOutput("label", [len(texts)], "BYTES", [row[0]["label"] for row in found])
