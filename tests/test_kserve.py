@@ -21,13 +21,18 @@ def test_kserve_and_its_client(demo_bundle: Path, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{port}"
 
     def ask(server: str, *texts: str) -> dict[str, Any]:
-        command = [python, PEERS / "kserve_client.py", server, *texts]
+        command: list[str | Path] = [python, PEERS / "kserve_client.py", server, *texts]
         done = subprocess.run(command, capture_output=True, text=True, env={})
         assert done.returncode == 0, done.stderr
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return answer
 
-    server = [python, PEERS / "kserve_server.py", demo_bundle / "victim", demo_bundle / "tokenizer"]
+    server: list[str | Path] = [
+        python,
+        PEERS / "kserve_server.py",
+        demo_bundle / "victim",
+        demo_bundle / "tokenizer",
+    ]
     with (
         answering([*server, str(port)], f"{url}/v2/models/demo/ready", tmp_path / "log"),
         served(demo_bundle, UPSTREAM=url, MODEL="demo") as client,

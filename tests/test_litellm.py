@@ -69,7 +69,8 @@ def test_litellm_blocks_what_the_gateway_rejects(demo_bundle: Path, tmp_path: Pa
     def proxy(name: str, gateway: str | None = None) -> Iterator[str]:
         config, port = tmp_path / f"{name}.yaml", free_port()
         config.write_text(yaml.safe_dump(configuration(f"{backend}/v1", gateway)))
-        command = [program, "--config", config, "--host", "127.0.0.1", "--port", str(port)]
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        command = [program, "--config", str(config), *where]
         url = f"http://127.0.0.1:{port}"
         with answering(command, f"{url}/health/liveliness", tmp_path / f"{name}.log"):
             yield url

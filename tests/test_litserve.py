@@ -22,9 +22,9 @@ def test_litserve(demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         found = InferenceClient(server).text_classification(text, top_k=2)
         return [(row.label, row.score) for row in found]
 
-    server = [
+    server: list[str | Path] = [
         python,
-        PEERS / "litserve_server.py",
+        PEERS / "litserve_endpoint.py",
         demo_bundle / "victim",
         demo_bundle / "tokenizer",
     ]

@@ -18,7 +18,8 @@ class Classifier(Model):  # type: ignore[misc]
         self.run: Any = pipeline(
             "text-classification", model=victim, tokenizer=tokenizer, top_k=None
         )
-        self.labels = [*self.run.model.config.id2label.values()]
+        config: Any = self.run.model.config
+        self.labels = [*config.id2label.values()]
         self.ready = True
 
     async def predict(
