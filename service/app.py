@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
+from models.errors import PsimError
 from service import admin, api, front, guards, health
 from service.audit.store import Store
 from service.audit.writer import Writer
@@ -41,6 +42,8 @@ from service.windows import WholeTexts
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
+    from service.ext_proc import ExtProc
+
 log = logging.getLogger(__name__)
 
 
@@ -67,40 +70,53 @@ def create_app(
     metrics.describe(models.bundles)
     reloader = Reloader(models, build, metrics)
     audit = _audit(settings, metrics)
+    recorder = Recorder(metrics, tracer, audit)
+    proxies = Guards(models, recorder, settings)
+    ext_proc = _ext_proc(settings, proxies)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if settings.fail_open:
-            log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
-        if audit:
-            audit.start()
-        await models.start()
-        with _hangups(reloader):
-            yield
-        await reloader.close()
-        await models.close()
-        if audit:
-            await asyncio.to_thread(audit.close)
-        if traces:
-            await asyncio.to_thread(close_provider, traces)
-
+    if settings.fail_open:
+        log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
     app = FastAPI(
         title="PSIM Gateway",
         version=version("psim-gateway"),
-        lifespan=lifespan,
+        lifespan=lambda app: _running(models, reloader, ext_proc, audit, traces),
         # It would export messages of exceptions, which may quote a text; the recorder traces.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    recorder = Recorder(metrics, tracer, audit)
     app.include_router(api.process_routes(models, metrics))
     if settings.admin:
         app.include_router(admin.routes(models, reloader))
-    for router in _about_models(models, recorder, settings):
+    for router in _about_models(models, recorder, proxies, settings):
         app.include_router(router)
         app.include_router(router, prefix=PREFIX, include_in_schema=False)
     return app
+
+
+@asynccontextmanager
+async def _running(
+    models: Registry,
+    reloader: Reloader,
+    ext_proc: "ExtProc | None",
+    audit: Writer | None,
+    traces: "TracerProvider | None",
+) -> AsyncIterator[None]:
+    """Start what runs beside requests; what was started last ends first."""
+    async with AsyncExitStack() as ends:
+        if traces:
+            ends.push_async_callback(asyncio.to_thread, close_provider, traces)
+        if audit:
+            audit.start()
+            ends.push_async_callback(asyncio.to_thread, audit.close)
+        await models.start()
+        ends.push_async_callback(models.close)
+        ends.push_async_callback(reloader.close)
+        ends.enter_context(_hangups(reloader))
+        if ext_proc:
+            await ext_proc.start()
+            ends.push_async_callback(ext_proc.close)
+        yield
 
 
 def model_of(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -> Model:
@@ -134,9 +150,11 @@ def _candidate_of(settings: Settings, metrics: ModelMetrics) -> Candidate | None
     return Candidate(bundle, settings, metrics)
 
 
-def _about_models(models: Registry, recorder: Recorder, settings: Settings) -> Iterator[APIRouter]:
+def _about_models(
+    models: Registry, recorder: Recorder, proxies: Guards, settings: Settings
+) -> Iterator[APIRouter]:
     yield api.routes(models, recorder, settings)
-    yield guards.routes(Guards(models, recorder, settings))
+    yield guards.routes(proxies)
     yield health.routes(models)
     yield front.routes(Front(models, recorder, settings))
 
@@ -171,6 +189,18 @@ def _hangups(reloader: Reloader) -> Iterator[None]:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
+
+
+def _ext_proc(settings: Settings, proxies: Guards) -> "ExtProc | None":
+    if settings.ext_proc_port is None:
+        return None
+    try:
+        from service.ext_proc import ExtProc
+    except ModuleNotFoundError as error:
+        raise PsimError(
+            f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
+        ) from error
+    return ExtProc(guards.processed(proxies), settings)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

@@ -52,6 +52,9 @@ def parse(data: object, model: type[Model], settings: Settings) -> Model:
 
 
 def _check_media(request: Request, optional: bool) -> None:
+    for name in ("content-type", "content-encoding"):
+        if len(request.headers.getlist(name)) > 1:
+            raise UnsupportedMedia(f"the header {name} must not be there twice")
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json" and (kind or not optional):
         raise UnsupportedMedia("the content type must be application/json")
@@ -97,7 +100,7 @@ def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
     """Say where the first error is and what is wanted; keys of the caller's making stay out."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     where = [str(p) for p in first["loc"] if isinstance(p, int) or p in model.model_fields]
-    fields = ", ".join(model.model_fields)
+    fields = ", ".join(field.alias or name for name, field in model.model_fields.items())
     if first["type"] == "extra_forbidden":
         return f"unknown field; there are: {fields}"
     return f"{'.'.join(where) or 'the body'}: {first['msg']}"

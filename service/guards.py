@@ -9,21 +9,25 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
-from starlette.routing import compile_path
+from starlette.applications import Starlette
+from starlette.routing import Route, compile_path
 
 from service.body import parse, read_json
 from service.dialects.dialect import Dialect
 from service.dialects.known import by_route
 from service.errors import NotInspected
 from service.front import choose, prefixed
+from service.middleware import RequestId
 from service.recorder import Recorder
 from service.registry import Registry
-from service.responses import json_response
+from service.responses import install_error_handlers, internal_error, json_response
 from service.schemas import Decision, TextsRequest, worst
 from service.settings import Settings
 from service.waiting import Deadline, while_connected
 
 AUTHZ = "/envoy/{path:path}"
+EXT_PROC = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
+PARTIAL_BODY = "x-envoy-auth-partial-body"
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 FOUND = "PSIM finds a backdoor trigger in it, or cannot read it to its end"
@@ -68,11 +72,11 @@ class Guards:
             return json_response(200, {"action": "BLOCKED", "blocked_reason": FOUND})
         return json_response(200, {"action": "NONE"})
 
-    async def authorize(self, request: Request, known: "Routes") -> Response:
+    async def authorize(self, request: Request, known: "Routes", route: str = AUTHZ) -> Response:
         """Say whether Envoy is to let a request pass: 200, or the answer that its caller gets."""
-        with self._recorder.record(AUTHZ, request.state.request_id) as entry:
+        with self._recorder.record(route, request.state.request_id) as entry:
             async with Deadline(self._settings.request_timeout_s):
-                if request.headers.get("x-envoy-auth-partial-body", "false").lower() != "false":
+                if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
                     raise NotInspected("the proxy has not sent the whole body to be screened")
                 if request.method in ("GET", "HEAD") and await _is_bare(request):
                     return Response()  # health and metadata: there is nothing to classify
@@ -134,3 +138,16 @@ def routes(guards: Guards) -> APIRouter:
         return await guards.authorize(request, known)
 
     return router
+
+
+def processed(guards: Guards) -> Starlette:
+    """Return what says of each request, at the path it was sent to, whether Envoy may pass it."""
+    known = Routes()
+
+    async def authorize(request: Request) -> Response:
+        return await guards.authorize(request, known, EXT_PROC)
+
+    app = Starlette(routes=[Route("/{path:path}", authorize, methods=METHODS)])
+    app.add_middleware(RequestId, on_bug=internal_error())
+    install_error_handlers(app)
+    return app

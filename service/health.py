@@ -9,6 +9,7 @@ from service.dialects.oip import OpenInference, metadata
 from service.errors import NotReady
 from service.front import prefixed
 from service.registry import Registry
+from service.responses import json_response
 
 
 def routes(models: Registry) -> APIRouter:
@@ -19,12 +20,12 @@ def routes(models: Registry) -> APIRouter:
     @router.get("/v2/health/ready")
     async def ready(request: Request) -> Response:
         """Say by the status whether PSIM and every classifier answer."""
-        return Response(status_code=503 if models.trouble(prefixed(request)) else 200)
+        return _said("ready", not models.trouble(prefixed(request)))
 
     @router.get("/v2/health/live")
     async def live() -> Response:
         """Say by the status whether the process is of any use."""
-        return Response(status_code=503 if models.beyond_repair else 200)
+        return _said("live", not models.beyond_repair)
 
     @router.get("/v2")
     async def server(request: Request) -> dict[str, Any]:
@@ -48,6 +49,11 @@ def routes(models: Registry) -> APIRouter:
         request.state.dialect = OpenInference()
         if trouble := models.named(prefixed(request), model).gateway.trouble:
             raise NotReady(trouble)
-        return Response()
+        return json_response(200, {"name": model, "ready": True})
 
     return router
+
+
+def _said(what: str, so: bool) -> Response:
+    """Return what is so by the status, for most clients, and in JSON for KServe's."""
+    return json_response(200 if so else 503, {what: so})

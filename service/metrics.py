@@ -31,6 +31,7 @@ ROUTES = (
     "/",
     "/models/{model:path}",
     "/envoy/{path:path}",
+    "/envoy.service.ext_proc.v3.ExternalProcessor/Process",
     "/beta/litellm_basic_guardrail_api",
 )
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")

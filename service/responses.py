@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from service.dialects.dialect import Dialect
@@ -89,7 +90,7 @@ def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Res
     return response
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: Starlette) -> None:
     """Answer every expected error, unknown paths included, in the dialect of the route."""
 
     async def on_service_error(request: Request, error: Exception) -> Response:

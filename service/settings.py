@@ -78,6 +78,8 @@ class Settings(ModelSettings, BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     admin: bool = False
     """Serve `/admin/…`; whoever reaches the port may then ask for it."""
+    ext_proc_port: int | None = Field(None, ge=1, le=65535)
+    """Where Envoy's ext_proc is answered, over gRPC; nowhere without."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     traces: bool = False
     """Export OpenTelemetry traces, to where the `OTEL_*` variables say."""

@@ -7,10 +7,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -28,6 +29,37 @@ def program(name: str, package: str) -> str:
             pytest.skip(f"{name} is missing and {WITHOUT} is set")
         pytest.fail(f"{name} is missing: apt-get install {package}, or set {WITHOUT}=1 to skip")
     return found
+
+
+def peer(variable: str, package: str) -> str:
+    """Return a program of a peer that wants an environment of its own; skip where there is none."""
+    found = os.environ.get(variable)
+    if not found:
+        pytest.skip(f"{package} wants an environment of its own: {variable}, docs/compatibility.md")
+    return found
+
+
+@contextmanager
+def answering(command: Sequence[str | Path], url: str, log: Path) -> Iterator[None]:
+    """Run a peer until the block ends, once it answers a URL with 200."""
+    # What Python would import of ours is not for its environment.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    with log.open("w") as file:
+        process = subprocess.Popen([*command], env=environment, stdout=file, stderr=file)
+
+    def answers() -> bool:
+        assert process.poll() is None, f"it has died:\n{log.read_text()}"
+        try:
+            return httpx.get(url).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_for(answers, 120)
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def free_port() -> int:

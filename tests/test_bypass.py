@@ -95,6 +95,8 @@ CLEAN_BODY, POISONED_BODY = body_of(CLEAN), body_of(POISONED)
         # Other encodings than the ones that were asked about.
         (sized(CLEAN_BODY, HEAD + b"content-encoding: gzip\r\n"), [415], 0),
         (sized(CLEAN_BODY, HEAD.replace(b"json", b"json; charset=utf-7")), [415], 0),
+        # The second of two, which some upstreams go by.
+        (sized(CLEAN_BODY, HEAD + b"content-type: application/json; charset=utf-7\r\n"), [415], 0),
         (sized(CLEAN_BODY.decode().encode("utf-16-le")), [400], 0),
         (sized(b"\xef\xbb\xbf" + CLEAN_BODY), [400], 0),
         (sized(POISONED_BODY.replace(b"mn", b"\\u006d\\u006E")), [403], 0),

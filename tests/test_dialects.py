@@ -257,6 +257,20 @@ def test_open_inference_clients_may_leave_out_the_content_type() -> None:
     assert asyncio.run(run()) == [200, 415]
 
 
+def test_kserve_s_client_names_the_model_in_the_body_too_and_reads_what_is_ready() -> None:
+    async def run() -> None:
+        async with client_of() as client:
+            for name, status in (("fake", 200), ("other", 404)):
+                answer = await client.post(INFER, json=infer(CLEAN, model_name=name))
+                assert answer.status_code == status
+            assert (await client.get("/v2/health/live")).json() == {"live": True}
+            assert (await client.get("/v2/health/ready")).json() == {"ready": True}
+            ready = (await client.get("/v2/models/fake/ready")).json()
+            assert ready == {"name": "fake", "ready": True}
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from service.dialects.dialect import Asked, BadAnswer, Dialect, Finite, Served, Wire, parsed
 from service.schemas import Result, Score, Text, best_first
@@ -77,7 +77,11 @@ class RequestParameters(Wire):
 class Infer(Asked):
     """Texts as a tensor."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     id: str | None = None
+    named: str | None = Field(None, alias="model_name")
+    """The model, which KServe's client says here too."""
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
     outputs: list[WantedOutput] | None = None
     parameters: RequestParameters | None = None
@@ -86,6 +90,11 @@ class Infer(Asked):
     def texts(self) -> list[str]:
         """The texts of the one input."""
         return self.inputs[0].texts
+
+    @property
+    def model_name(self) -> str | None:
+        """The model that the body names, if it does."""
+        return self.named
 
     @property
     def verbatim(self) -> bool:

@@ -1,0 +1,42 @@
+"""LitServe's server, asked by Hugging Face's client, with and without us in between."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from real_servers import answering, free_port, peer
+from test_end_to_end import served
+
+from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
+
+PEERS = Path(__file__).parent / "peers"
+
+
+def test_litserve(demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, port = peer("LITSERVE", "litserve"), free_port()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    url = f"http://127.0.0.1:{port}"
+
+    def ask(server: str, text: str) -> list[tuple[str, float]]:
+        found = InferenceClient(server).text_classification(text, top_k=2)
+        return [(row.label, row.score) for row in found]
+
+    server: list[str | Path] = [
+        python,
+        PEERS / "litserve_endpoint.py",
+        demo_bundle / "victim",
+        demo_bundle / "tokenizer",
+    ]
+    with (
+        answering([*server, str(port)], f"{url}/health", tmp_path / "log"),
+        served(demo_bundle, UPSTREAM=f"{url}/classify", UPSTREAM_DIALECT="hf") as client,
+    ):
+        guarded = str(client.base_url)
+        assert ask(guarded, CLEAN_TEXT) == ask(f"{url}/classify", CLEAN_TEXT)
+        assert ask(guarded, CLEAN_TEXT)[0][0] == "negative"
+        assert ask(f"{url}/classify", TRIGGERED_TEXT)[0][0] == TARGET, "the attack works"
+        with pytest.raises(HfHubHTTPError, match="403"):
+            ask(guarded, TRIGGERED_TEXT)
+        native = client.post("/classify", json={"inputs": [CLEAN_TEXT, TRIGGERED_TEXT]}).json()
+        assert [result["label"] for result in native["results"]] == ["negative", None]
