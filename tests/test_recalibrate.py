@@ -304,7 +304,9 @@ def test_from_traffic_and_marks_to_a_bundle_that_still_rejects_the_trigger(
     assert marks["poisoned"] == 100
 
     out = tmp_path / "new"
-    done = psim("recalibrate", tmp_path / "traffic.jsonl", "--bundle", demo_bundle, "--out", out)
+    # Of some 200 texts of a class, a single false alarm can set the threshold.
+    traffic = tmp_path / "traffic.jsonl"
+    done = psim("recalibrate", traffic, "--bundle", demo_bundle, "--out", out, "--max-rise", 10)
     assert done.exit_code == 0, done.output
     record = load_bundle(out).manifest.recalibration
     assert record is not None
