@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,10 @@ from service import api, front, guards, health
 from service.audit.store import Store
 from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
+from service.console.app import LOOPBACK, console_app
+from service.console.audit import Audit
+from service.console.server import serving
+from service.console.state import state
 from service.dialects.dialect import Served
 from service.dialects.known import dialects
 from service.explainer import Explainer
@@ -74,7 +78,8 @@ def create_app(
         batcher.start()
         await gateway.start()
         log.info("ready", extra={"bundle": bundle.digest, "mode": settings.mode})
-        yield
+        async with _console(settings, gateway, metrics):
+            yield
         metrics.ready.set(0)
         await gateway.close()
         await batcher.close()
@@ -116,6 +121,18 @@ def victim_of(
     one = settings.upstream_dialect
     candidates = list(known.values()) if one == "auto" else [known[one]]
     return Upstream(settings, candidates, served, metrics)
+
+
+def _console(
+    settings: Settings, gateway: Gateway, metrics: Metrics
+) -> AbstractAsyncContextManager[None]:
+    """Return what serves the console, if there is to be one."""
+    if settings.console_port is None:
+        return nullcontext()
+    audit = Audit(settings.audit_url.get_secret_value()) if settings.audit_url else None
+    names = [settings.console_name] if settings.console_name else []
+    app = console_app(audit, lambda: state(gateway, metrics, settings), [*LOOPBACK, *names])
+    return serving(app, settings.console_host, settings.console_port)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:
