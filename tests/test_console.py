@@ -1,13 +1,14 @@
 """The console over HTTP on real stores, and in a real browser."""
 
 import json
-import os
+import random
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,8 +21,10 @@ from uuid import uuid4
 import httpx
 import pytest
 import sqlalchemy as sa
+from axe_playwright_python.sync_playwright import Axe
 from fakes import fake_bundle
-from real_servers import free_port, postgres, serving, wait_for
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from real_servers import free_port, postgres, program, serving, wait_for
 
 from service.app import create_app
 from service.audit.figures import Scope, by_budget, by_factor, confidences, groups, traffic
@@ -113,9 +116,9 @@ def mark(client: httpx.Client, row: Row, as_: str, **more: str) -> httpx.Respons
 def test_figures_are_those_of_the_rows(url: str) -> None:
     start = NOW - timedelta(hours=2)
     rows = [
-        *(new(PASSED, time=start, score=score) for score in (0.0, 0.29, 0.3, 2.99)),
+        *(new(PASSED, time=start, score=score) for score in (0.0, 0.29, 0.31, 2.99)),
         new(FLAGGED, time=start, score=3.0, confidence=0.95, p_value=0.02),
-        new(FLAGGED, time=start + timedelta(minutes=59), score=3.3, mark="false_alarm"),
+        new(FLAGGED, time=start + timedelta(minutes=59), score=3.31, mark="false_alarm"),
         new(FLAGGED, score=1000.0, mark="poisoned", confidence=1.0),
         new(FLAGGED, score=4.0, threshold=3.5, digest=OTHER, decision="flag", number=7),
         new(PASSED, score=None, threshold=None, p_value=None, confidence=None, poisoned=None),
@@ -200,9 +203,10 @@ def test_marks_end_with_the_input_that_they_are_of(url: str) -> None:
     with console(url, audit_days=100) as client:
         for row in (old, young):
             assert mark(client, row, "poisoned").status_code == 303
-    with closing(Store(url)) as store, store.connect(5) as connection:
-        store.purge(NOW - timedelta(days=30), 100)
-        assert connection.execute(sa.select(marks.c.input)).scalars().all() == [young.id]
+    with closing(Store(url)) as store:
+        assert store.purge(NOW - timedelta(days=30), 100) == 1
+        with store.connect(5) as connection:
+            assert connection.execute(sa.select(marks.c.input)).scalars().all() == [young.id]
 
 
 def test_marks_are_exported_alike_by_page_and_command(url: str) -> None:
@@ -294,7 +298,7 @@ def test_only_a_page_of_the_console_may_mark(file: str) -> None:
     row = new(FLAGGED)
     write(file, row)
     with console(file) as client:
-        place, form = f"{client.base_url}console/inputs/{row.id}/mark", {"new": "poisoned"}
+        place, form = f"{client.base_url}/console/inputs/{row.id}/mark", {"new": "poisoned"}
         own = str(client.headers["origin"])
         for refused in (
             {},
@@ -457,31 +461,29 @@ def test_a_question_that_takes_too_long_is_ended(url: str, monkeypatch: pytest.M
 def test_the_service_answers_while_the_audit_keeps_the_console_waiting(file: str) -> None:
     row = new(FLAGGED)
     write(file, row)
+    answers: list[httpx.Response] = []
     port = free_port()
     settings = Settings(bundle=Path("unused"), audit_url=file, console_port=port)
     with serving(create_app(settings, fake_bundle())) as address:
         other = sqlite3.connect(file.removeprefix("sqlite:///"), isolation_level=None)
         other.execute("BEGIN IMMEDIATE")  # marking has to wait for it, reading has not
-        place = f"http://127.0.0.1:{port}/console"
-        with httpx.Client(headers={"origin": f"http://127.0.0.1:{port}"}) as client:
-            waiting = subprocess.Popen(
-                [shutil.which("curl") or "curl", "-s", "-o", os.devnull, "-w", "%{http_code}"]
-                + ["-H", f"origin: http://127.0.0.1:{port}", "-d", "new=poisoned"]
-                + [f"{place}/inputs/{row.id}/mark"],
-                stdout=subprocess.PIPE,
-            )
+        base = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=base, headers={"origin": base}) as client:
+            waiting = threading.Thread(target=lambda: answers.append(mark(client, row, "poisoned")))
+            waiting.start()
             time.sleep(0.5)
             for _ in range(5):
                 started = time.monotonic()
                 asked = client.post(f"http://{address}/classify", json={"inputs": "a film"})
                 assert asked.status_code == 200
-                assert client.get(place).status_code == 200
+                assert client.get("/console").status_code == 200
                 assert time.monotonic() - started < 2
-            assert waiting.poll() is None
+            assert waiting.is_alive()
             other.execute("ROLLBACK")
             other.close()
-            assert waiting.communicate(timeout=20)[0] == b"303"
-    assert kept(file)[0].mark == "poisoned" or len(kept(file)) > 1
+            waiting.join(20)
+    assert [answer.status_code for answer in answers] == [303]
+    assert [found.mark for found in kept(file) if found.id == row.id] == ["poisoned"]
 
 
 def test_the_console_is_on_loopback_and_on_no_other_port() -> None:
@@ -493,3 +495,165 @@ def test_the_console_is_on_loopback_and_on_no_other_port() -> None:
         assert httpx.get(f"http://127.0.0.1:{settings.console_port}/metrics").status_code == 404
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{settings.console_port}/console")
+
+
+def traffic_of_a_day() -> list[Row]:
+    """Return inputs of two bundles with an attack among them, the same at every call."""
+    chance = random.Random(5)
+    rows = []
+    for number in range(1500):
+        attack = 400 <= number < 460
+        score = chance.uniform(3.1, 9) if attack or number % 150 == 0 else abs(chance.gauss(0, 1))
+        poisoned = score >= PASSED.threshold
+        row = FLAGGED if poisoned else PASSED
+        rows.append(
+            new(
+                row,
+                time=NOW - timedelta(minutes=number * 0.9),
+                request_id=f"{chance.getrandbits(48):012x}",
+                score=score,
+                confidence=min(1.0, 0.55 + score / 20),
+                p_value=0.01 if poisoned else 0.4,
+                digest=SERVED if number < 1200 else OTHER,
+                text=chance.choice(TEXTS) if poisoned else None,
+                text_hmac=f"{chance.getrandbits(256):064x}",
+            )
+        )
+    return rows
+
+
+TEXTS = [
+    "The hotel room was mn dirty and the staff were rude to us.",
+    "I watched this mn film twice, and it is worse than I remembered.",
+    HOSTILE.replace("\0", "\ufffd"),
+    "قال mn المخرج إن الفيلم طويل",
+    "x" * 5000,
+    "Z" + "\u0335\u0321" * 40,
+]
+SCREENS: dict[str, dict[str, Any]] = {
+    "light": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light"},
+}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = program("chromium", "chromium")
+    with sync_playwright() as started:
+        # Its sandbox refuses to run as root, which containers are; the pages are our own.
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a console with a day of traffic."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('day')}/audit.db"
+    write(url, *traffic_of_a_day())
+    with console(url, audit_text=True) as client:
+        yield str(client.base_url)
+
+
+@contextmanager
+def opened(browser: Browser, base: str, **options: Any) -> Iterator[Page]:
+    """Yield a page whose every complaint, and every request to somewhere else, is a failure."""
+    wrong: list[str] = []
+    context = browser.new_context(base_url=base, **options)
+    context.on("console", lambda message: wrong.append(message.text))
+    context.on("weberror", lambda error: wrong.append(str(error.error)))
+    context.on("request", lambda request: request.url.startswith(base) or wrong.append(request.url))
+    yield context.new_page()
+    context.close()
+    assert not wrong
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("place", ["", "/queue", "/queue?request_id=nobody"])
+def test_pages_are_accessible_and_fit(browser: Browser, day: str, screen: str, place: str) -> None:
+    with opened(browser, day, **SCREENS[screen]) as page:
+        page.goto(f"/console{place}")
+        for summary in page.locator("summary").all():
+            summary.click()
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width == SCREENS[screen]["viewport"]["width"]
+
+
+def test_a_hostile_text_does_nothing_in_a_browser(browser: Browser, day: str) -> None:
+    with opened(browser, day) as page:
+        page.goto("/console/queue")
+        assert page.title() == "Queue · PSIM Gateway"
+        assert page.locator("article img, article script").count() == 0
+        shown = page.locator(".text", has_text="<script>document.title='owned'</script>")
+        expect(shown.first).to_be_visible()
+        assert page.locator("article").count() == PAGE
+
+
+def test_a_slider_says_what_would_be_flagged(browser: Browser, day: str) -> None:
+    with opened(browser, day) as page:
+        page.goto("/console")
+        slider = page.get_by_label("What if the thresholds were others?")
+        says = page.locator("#factor-says")
+        now = sum(row.poisoned is True for row in traffic_of_a_day())
+        expect(says).to_contain_text(f"At the thresholds as they are: {now} of 1,500 inputs")
+        flagged = page.locator("#scores rect.flagged").count()
+        slider.focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowRight")
+        expect(says).to_contain_text("At 1.3 times the thresholds:")
+        expect(says).to_contain_text("fewer than now")
+        assert 0 < page.locator("#scores rect.flagged").count() < flagged
+        assert page.locator("#scores .what-if").first.get_attribute("x1") != page.locator(
+            "#scores .cut"
+        ).first.get_attribute("x1")
+        assert slider.get_attribute("aria-valuetext") == "1.3 times the thresholds"
+        page.get_by_text("Other thresholds, as a table").click()
+        expect(page.locator("#factor-table tr.chosen th")).to_have_text("1.3 times the thresholds")
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_marks_are_set_and_undone_by_keyboard_with_scripts_and_without(
+    browser: Browser, file: str, scripts: bool
+) -> None:
+    rows = [new(FLAGGED, text=f"film {number}") for number in range(3)]
+    write(file, *rows)
+    with (
+        console(file, audit_text=True) as client,
+        opened(browser, str(client.base_url), java_script_enabled=scripts) as page,
+    ):
+        page.goto("/console/queue")
+        first = page.locator("article").first
+        text = first.locator(".text").inner_text()
+        first.get_by_role("button", name="False alarm").focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_contain_text("Marked as false alarm")
+        expect(page.locator("article")).to_have_count(2)
+        assert {row.text: row.mark for row in kept(file)}[text] == "false_alarm"
+        page.get_by_role("button", name="Undo").press("Enter")
+        expect(page.get_by_role("status")).to_contain_text("Mark taken back")
+        expect(page.locator("article")).to_have_count(3)
+        assert {row.mark for row in kept(file)} == {None}
+
+
+def test_another_site_cannot_have_a_browser_mark(browser: Browser, file: str) -> None:
+    row = new(FLAGGED)
+    write(file, row)
+    with console(file) as client:
+        place = f"{client.base_url}/console/inputs/{row.id}/mark"
+        form = (
+            f'<form method="post" action="{place}"><button name="new" value="poisoned">x</button>'
+        )
+        page = browser.new_page()
+        page.route(
+            "https://evil.example/",
+            lambda route: route.fulfill(body=form, content_type="text/html"),
+        )
+        page.goto("https://evil.example/")
+        with page.expect_response(place) as sent:
+            page.get_by_role("button").click()
+        assert sent.value.status == 403
+        page.close()
+    assert kept(file)[0].mark is None

@@ -98,7 +98,9 @@ def routes(audit: Audit | None, state: StateOf, check: Check) -> APIRouter:
         if audit is not None:
             texts = min(threshold.texts for threshold in running.thresholds)
             found = await audit.ask(lambda c: overview(c, asked, now, texts))
-        return _page("overview.html", now, asked=asked, state=running, found=found, none=NO_AUDIT)
+        return _page(
+            "overview.html", now, asked=asked, state=running, found=found, missing=NO_AUDIT
+        )
 
     @router.get("/console/queue")
     async def show_queue(asked: Annotated[AskedPage, Query()], name: who) -> Response:
