@@ -131,8 +131,8 @@ def _console(
         return nullcontext()
     audit = Audit(settings.audit_url.get_secret_value()) if settings.audit_url else None
     names = [settings.console_name] if settings.console_name else []
-    app = console_app(audit, lambda: state(gateway, metrics, settings), [*LOOPBACK, *names])
-    return serving(app, settings.console_host, settings.console_port)
+    console = console_app(audit, lambda: [state(gateway, metrics, settings)], [*LOOPBACK, *names])
+    return serving(console, settings.console_host, settings.console_port)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

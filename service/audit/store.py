@@ -113,7 +113,7 @@ class Store:
 
     @contextmanager
     def connect(self, seconds: float) -> Iterator[sa.Connection]:
-        """Begin a transaction; a statement that takes longer than so many seconds is ended.
+        """Begin a transaction; after so many seconds it is ended, in PostgreSQL each statement.
 
         Raises:
             AuditError: the audit cannot be used, or not in time.

@@ -13,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from service.audit.store import AuditError
 from service.console.access import Check, SameOrigin, anybody
 from service.console.audit import Audit
-from service.console.pages import StateOf, message, routes
+from service.console.pages import StatesOf, message, routes
 from service.middleware import RequestId
 from service.responses import internal_error
 
@@ -22,7 +22,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 def console_app(
     audit: Audit | None,
-    state: StateOf,
+    states: StatesOf,
     hosts: Sequence[str] = LOOPBACK,
     check: Check = anybody,
 ) -> FastAPI:
@@ -30,7 +30,7 @@ def console_app(
 
     Args:
         audit: what there is to show; None if nothing is kept.
-        state: says how the service is.
+        states: says how each model is that is served.
         hosts: names by which browsers reach it. Others are refused: the owner of a name can have
             it lead here, and a browser takes his pages and ours for the same site.
         check: says who asks, and raises if they may not.
@@ -41,7 +41,7 @@ def console_app(
     app.add_middleware(RequestId, on_bug=internal_error())
     app.mount("/console/static", StaticFiles(directory=Path(__file__).parent / "static"))
     app.add_api_route("/", lambda: RedirectResponse("/console"), response_model=None)
-    app.include_router(routes(audit, state, check))
+    app.include_router(routes(audit, states, check))
     app.add_exception_handler(AuditError, _on_audit_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_question)

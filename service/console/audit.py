@@ -12,8 +12,8 @@ from service.audit.store import Store, inputs
 
 Answer = TypeVar("Answer")
 
-SECONDS = 10.0
-"""For a statement."""
+SECONDS = 20.0
+"""For a question."""
 AT_ONCE = 2
 
 

@@ -43,6 +43,8 @@ class Overview:
     thresholds: Sequence[Choice]
     budgets: Sequence[Choice]
     confidence: Plot
+    confidences: Sequence[tuple[float, int, int]]
+    """Upper end of a range, inputs that passed, inputs that were flagged."""
 
 
 def overview(connection: sa.Connection, asked: Asked, now: datetime, texts: int) -> Overview:
@@ -58,6 +60,7 @@ def overview(connection: sa.Connection, asked: Asked, now: datetime, texts: int)
     scope, (_, _, width) = asked.scope(now), PERIODS[asked.period]
     traffic = figures.traffic(connection, scope, int(width.total_seconds()))
     groups = figures.groups(connection, scope)
+    ranges = figures.confidences(connection, scope)
     shown = groups[:GROUPS]
     most = max((tally.inputs for group in shown for tally in group.tenths), default=0)
     factors = {
@@ -77,7 +80,8 @@ def overview(connection: sa.Connection, asked: Asked, now: datetime, texts: int)
         len(groups) - len(shown),
         _choices(factors, traffic, figures.FACTORS),
         _choices(budgets, traffic, [None] * len(budgets)),
-        plots.confidence_plot(figures.confidences(connection, scope)),
+        plots.confidence_plot(ranges),
+        [(edge, *counts) for edge, counts in zip(figures.CONFIDENCES, ranges, strict=True)],
     )
 
 

@@ -1,7 +1,7 @@
 """The console's pages: ask the audit, fill in a template."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, urlencode
@@ -22,7 +22,8 @@ from service.console.overview import overview
 from service.console.state import State
 from service.schemas import Decision
 
-StateOf = Callable[[], State]
+StatesOf = Callable[[], Sequence[State]]
+"""Says how each model is that is served."""
 BODY_BYTES = 4096
 NO_AUDIT = (
     "Nothing is kept, so there is nothing to show: set PSIM_AUDIT_URL, for example to "
@@ -81,7 +82,7 @@ def _environment() -> Environment:
 PAGES = _environment()
 
 
-def routes(audit: Audit | None, state: StateOf, check: Check) -> APIRouter:
+def routes(audit: Audit | None, states: StatesOf, check: Check) -> APIRouter:
     """Return the pages over an audit; `check` says who asks."""
     router = APIRouter()
     who = Annotated[str, Depends(check)]
@@ -93,13 +94,13 @@ def routes(audit: Audit | None, state: StateOf, check: Check) -> APIRouter:
 
     @router.get("/console")
     async def show_overview(asked: Annotated[Asked, Query()], name: who) -> Response:
-        now, running = datetime.now(UTC), state()
+        now, running = datetime.now(UTC), states()
         found = None
         if audit is not None:
-            texts = min(threshold.texts for threshold in running.thresholds)
+            texts = min(one.texts for state in running for one in state.thresholds)
             found = await audit.ask(lambda c: overview(c, asked, now, texts))
         return _page(
-            "overview.html", now, asked=asked, state=running, found=found, missing=NO_AUDIT
+            "overview.html", now, asked=asked, states=running, found=found, missing=NO_AUDIT
         )
 
     @router.get("/console/queue")
@@ -111,7 +112,7 @@ def routes(audit: Audit | None, state: StateOf, check: Check) -> APIRouter:
             return queue.page(connection, asked.filter(now), asked.behind), done
 
         page, done = await kept().ask(ask)
-        texts = state().keeps_texts
+        texts = states()[0].keeps_texts
         return _page("queue.html", now, asked=asked, page=page, done=done, keeps_texts=texts)
 
     @router.post("/console/inputs/{id}/mark")

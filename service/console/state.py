@@ -1,13 +1,16 @@
-"""What runs in this process, as the pages show it."""
+"""What is served in this process, as the pages show it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from prometheus_client.samples import Sample
 
 from service.gateway import Gateway
 from service.metrics import Metrics
 from service.settings import Settings
 
-DRIFT = "psim_drift"
+DRIFT = "psim_drift_"
+"""Whatever is measured of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The process and its bundle."""
+    """A model: its gateway and its bundle."""
 
     trouble: str | None
     """Why requests are not served; None if they are."""
@@ -54,17 +57,23 @@ class State:
 
 def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> State:
     """Return how things are now."""
-    bundle = gateway.bundle
+    bundle, model = gateway.bundle, gateway.served.model
     labels = bundle.manifest.labels
+    samples = [
+        sample
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.labels.get("model", model) == model
+    ]
 
     def number(name: str) -> float:
-        return metrics.registry.get_sample_value(f"psim_{name}") or 0.0
+        return sum(sample.value for sample in samples if sample.name == f"psim_{name}")
 
     return State(
         trouble=gateway.trouble,
         worker=gateway.health,
         mode=settings.mode,
-        model=gateway.served.model,
+        model=model,
         elsewhere=settings.upstream is not None,
         upstream=gateway.speaks,
         engine=f"{bundle.engine.name}, {bundle.engine.dtype}",
@@ -82,20 +91,16 @@ def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> State:
             Figure("Inputs the audit lacks", number("audit_dropped_total")),
             Figure("Failures of the audit store", number("audit_failures_total")),
         ],
-        drift=_drift(metrics),
+        drift=[
+            Figure(_name(sample), sample.value)
+            for sample in samples
+            if sample.name.startswith(DRIFT)
+        ],
         keeps_texts=settings.audit_text,
     )
 
 
-def _drift(metrics: Metrics) -> list[Figure]:
-    """Return whatever is measured of drift."""
-    samples = [
-        (sample.name, sample.labels, sample.value)
-        for family in metrics.registry.collect()
-        if family.name.startswith(DRIFT) and family.type == "gauge"
-        for sample in family.samples
-    ]
-    return [
-        Figure(" ".join([name.removeprefix("psim_"), *labels.values()]).replace("_", " "), value)
-        for name, labels, value in samples
-    ]
+def _name(sample: Sample) -> str:
+    what = sample.name.removeprefix(DRIFT).replace("_", " ")
+    labels = [value for name, value in sample.labels.items() if name != "model"]
+    return ", ".join([what, *labels])
