@@ -355,7 +355,7 @@ def test_a_form_that_makes_no_sense_marks_nothing(file: str, form: bytes, status
 
 
 def test_every_answer_tells_the_browser_to_run_nothing_but_our_own_files(file: str) -> None:
-    write(file, new(FLAGGED, text=HOSTILE))
+    write(file, new(FLAGGED, text=HOSTILE, label=HOSTILE, route=HOSTILE))
     with console(file) as client:
         for place in ("/console", "/console/queue", "/console/static/console.js", "/console/no"):
             headers = client.get(place).headers
@@ -504,7 +504,7 @@ def traffic_of_a_day() -> list[Row]:
     for number in range(1500):
         attack = 400 <= number < 460
         score = chance.uniform(3.1, 9) if attack or number % 150 == 0 else abs(chance.gauss(0, 1))
-        poisoned = score >= PASSED.threshold
+        poisoned = score >= 3.0
         row = FLAGGED if poisoned else PASSED
         rows.append(
             new(
@@ -560,13 +560,15 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def opened(browser: Browser, base: str, **options: Any) -> Iterator[Page]:
     """Yield a page whose every complaint, and every request to somewhere else, is a failure."""
     wrong: list[str] = []
+    asked: list[str] = []
     context = browser.new_context(base_url=base, **options)
     context.on("console", lambda message: wrong.append(message.text))
     context.on("weberror", lambda error: wrong.append(str(error.error)))
-    context.on("request", lambda request: request.url.startswith(base) or wrong.append(request.url))
+    context.on("request", lambda request: asked.append(request.url))
     yield context.new_page()
     context.close()
     assert not wrong
+    assert all(address.startswith(base) for address in asked)
 
 
 @pytest.mark.parametrize("screen", SCREENS)
@@ -599,15 +601,15 @@ def test_a_slider_says_what_would_be_flagged(browser: Browser, day: str) -> None
         says = page.locator("#factor-says")
         now = sum(row.poisoned is True for row in traffic_of_a_day())
         expect(says).to_contain_text(f"At the thresholds as they are: {now} of 1,500 inputs")
-        flagged = page.locator("#scores rect.flagged").count()
+        flagged = page.locator("rect[data-tenth].flagged").count()
         slider.focus()
         for _ in range(3):
             page.keyboard.press("ArrowRight")
         expect(says).to_contain_text("At 1.3 times the thresholds:")
         expect(says).to_contain_text("fewer than now")
-        assert 0 < page.locator("#scores rect.flagged").count() < flagged
-        assert page.locator("#scores .what-if").first.get_attribute("x1") != page.locator(
-            "#scores .cut"
+        assert 0 < page.locator("rect[data-tenth].flagged").count() < flagged
+        assert page.locator(".what-if").first.get_attribute("x1") != page.locator(
+            ".cut"
         ).first.get_attribute("x1")
         assert slider.get_attribute("aria-valuetext") == "1.3 times the thresholds"
         page.get_by_text("Other thresholds, as a table").click()
