@@ -5,7 +5,13 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -20,6 +26,10 @@ from service.audit.store import Store
 from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
 from service.candidate import Candidate
+from service.console.app import LOOPBACK, console_app
+from service.console.audit import Audit
+from service.console.server import serving
+from service.console.state import State, state
 from service.dialects.dialect import Served
 from service.dialects.known import dialects
 from service.explainer import Explainer
@@ -73,13 +83,14 @@ def create_app(
     recorder = Recorder(metrics, tracer, audit)
     proxies = Guards(models, recorder, settings)
     ext_proc = _ext_proc(settings, proxies)
+    console = _console(settings, models, metrics)
 
     if settings.fail_open:
         log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
     app = FastAPI(
         title="PSIM Gateway",
         version=version("psim-gateway"),
-        lifespan=lambda app: _running(models, reloader, ext_proc, audit, traces),
+        lifespan=lambda app: _running(models, reloader, ext_proc, console, audit, traces),
         # It would export messages of exceptions, which may quote a text; the recorder traces.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
@@ -99,6 +110,7 @@ async def _running(
     models: Registry,
     reloader: Reloader,
     ext_proc: "ExtProc | None",
+    console: AbstractAsyncContextManager[None],
     audit: Writer | None,
     traces: "TracerProvider | None",
 ) -> AsyncIterator[None]:
@@ -116,6 +128,7 @@ async def _running(
         if ext_proc:
             await ext_proc.start()
             ends.push_async_callback(ext_proc.close)
+        await ends.enter_async_context(console)
         yield
 
 
@@ -201,6 +214,22 @@ def _ext_proc(settings: Settings, proxies: Guards) -> "ExtProc | None":
             f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
         ) from error
     return ExtProc(guards.processed(proxies), settings)
+
+
+def _console(
+    settings: Settings, models: Registry, metrics: Metrics
+) -> AbstractAsyncContextManager[None]:
+    """Return what serves the console, if there is to be one."""
+    if settings.console_port is None:
+        return nullcontext()
+    audit = Audit(settings.audit_url.get_secret_value()) if settings.audit_url else None
+    names = [settings.console_name] if settings.console_name else []
+
+    def states() -> list[State]:
+        return [state(model.gateway, metrics, settings) for model in models]
+
+    console = console_app(audit, states, [*LOOPBACK, *names])
+    return serving(console, settings.console_host, settings.console_port)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

@@ -85,7 +85,8 @@ class Gateway:
         self._screener, self._victim, self._explainer = screener, victim, explainer
         self._metrics, self._settings = metrics, settings
         self._candidate = candidate
-        self._whole = settings.upstream is not None and settings.unread == "reject"
+        self.elsewhere = settings.upstream is not None
+        self._whole = self.elsewhere and settings.unread == "reject"
         self._warm = False
 
     async def handle(self, entry: Entry, call: Call) -> Outcome:

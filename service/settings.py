@@ -115,6 +115,12 @@ class Settings(ModelSettings, BaseSettings):
     """How long it is all kept."""
     audit_queue: int = Field(10_000, ge=1)
     """Inputs that may wait to be written; more are not kept."""
+    console_port: int | None = Field(None, ge=0, le=65535)
+    """Where the console is served; there is none without."""
+    console_host: str = "127.0.0.1"
+    """The address it listens on. Whoever reaches it may see and mark everything."""
+    console_name: str | None = Field(None, min_length=1)
+    """Host name by which browsers reach it, if that is none of the loopback interface."""
     threads: int = Field(0, ge=0)
     """Threads of one forward pass; 0 takes what the container may use."""
 

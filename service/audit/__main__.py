@@ -10,7 +10,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import TextIO
 
-from service.audit.rows import NAMES, Row, as_dict
+from service.audit.rows import NAMES, Mark, Row, as_json
 from service.audit.store import AuditError, Store
 from service.schemas import Decision
 
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not given.url:
             raise AuditError("set PSIM_AUDIT_URL to that of the service, or give --url")
         with closing(Store(given.url, read_only=True)) as store:
-            rows = store.read(given.since, given.until, given.decision, given.request_id)
+            rows = store.read(
+                given.since, given.until, given.decision, given.request_id, given.mark
+            )
             write(rows, sys.stdout)
             sys.stdout.flush()
     except AuditError as error:
@@ -55,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=[str(decision) for decision in Decision],
         help="only these; may be given several times",
     )
+    parser.add_argument(
+        "--mark",
+        action="append",
+        default=[],
+        choices=[str(mark) for mark in Mark],
+        help="only what was marked so in the console; may be given several times",
+    )
     parser.add_argument("--request-id", metavar="ID", help="only this request")
     parser.add_argument("--format", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument(
@@ -72,21 +81,17 @@ def _time(value: str) -> datetime:
 
 def _write_jsonl(rows: Iterable[Row], out: TextIO) -> None:
     for row in rows:
-        out.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+        out.write(json.dumps(as_json(row), ensure_ascii=False) + "\n")
 
 
 def _write_csv(rows: Iterable[Row], out: TextIO) -> None:
     writer = csv.DictWriter(out, NAMES, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        plain = _plain(row)
+        line = as_json(row)
         if row.text and row.text.startswith(FORMULA):
-            plain["text"] = f"'{row.text}"
-        writer.writerow(plain)
-
-
-def _plain(row: Row) -> dict[str, object]:
-    return as_dict(row) | {"id": str(row.id), "time": row.time.isoformat()}
+            line["text"] = f"'{row.text}"
+        writer.writerow(line)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from enum import StrEnum
 from uuid import UUID, uuid4
+
+
+class Mark(StrEnum):
+    """What a person found about an input."""
+
+    POISONED = "poisoned"
+    FALSE_ALARM = "false_alarm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,7 @@ class Row:
     text_hmac: str | None = None
     """HMAC-SHA256 of the text in UTF-8, in hexadecimal; None without a key."""
     mark: str | None = None
-    """What a person found: `poisoned`, `false_alarm`, or nothing yet."""
+    """One of `Mark`, or nothing yet."""
     id: UUID = field(default_factory=uuid4)
     """Ours and not the store's, so that a row written twice is there once."""
 
@@ -46,3 +54,8 @@ NAMES = tuple(f.name for f in fields(Row))
 def as_dict(row: Row) -> dict[str, object]:
     """Return a row by the names of its columns."""
     return {name: getattr(row, name) for name in NAMES}
+
+
+def as_json(row: Row) -> dict[str, object]:
+    """Return a row as it is exported."""
+    return as_dict(row) | {"id": str(row.id), "time": row.time.isoformat()}

@@ -1,6 +1,8 @@
-"""The table of the audit, in SQLite or PostgreSQL; used from one thread."""
+"""The tables of the audit, in SQLite or PostgreSQL; a store is used from one thread at a time."""
 
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,18 @@ inputs = sa.Table(
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )
+flagged = inputs.c.poisoned == sa.true()
+"""As SQLite needs it to be written to use the index."""
+sa.Index("ix_psim_audit_flagged", inputs.c.time, sqlite_where=flagged, postgresql_where=flagged)
+marks = sa.Table(  # what was marked and taken back, by whom; how it stands is in the other one
+    "psim_audit_marks",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("input", sa.ForeignKey(inputs.c.id, ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("time", Utc, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("mark", sa.Text),
+)
 
 
 class Store:
@@ -97,6 +111,20 @@ class Store:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
+    @contextmanager
+    def connect(self, seconds: float) -> Iterator[sa.Connection]:
+        """Begin a transaction; after so many seconds it is ended, in PostgreSQL each statement.
+
+        Raises:
+            AuditError: the audit cannot be used, or not in time.
+        """
+        try:
+            with self._engine.begin() as connection:
+                _end_after(connection, seconds)
+                yield connection
+        except DBAPIError as error:
+            raise AuditError(f"the audit cannot be used: {error.orig}") from None
+
     def insert(self, rows: Sequence[Row]) -> None:
         """Write all rows or none; one that is there already is left as it is.
 
@@ -127,6 +155,7 @@ class Store:
         until: datetime | None = None,
         decisions: Sequence[str] = (),
         request_id: str | None = None,
+        marks: Sequence[str] = (),
     ) -> Iterator[Row]:
         """Yield rows in the order of time, from `since` until before `until`.
 
@@ -143,6 +172,8 @@ class Store:
             query = query.where(inputs.c.decision.in_(decisions))
         if request_id is not None:
             query = query.where(inputs.c.request_id == request_id)
+        if marks:
+            query = query.where(inputs.c.mark.in_(marks))
         try:
             with self._engine.connect() as connection:
                 for found in connection.execution_options(yield_per=1000).execute(query):
@@ -191,9 +222,20 @@ def _prepare_sqlite(engine: sa.Engine, read_only: bool) -> None:
         connection.isolation_level = None
         if not read_only:  # a reader does not keep the service from writing
             connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA foreign_keys=ON")
 
     def on_begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
     sa.event.listen(engine, "connect", on_connect)
     sa.event.listen(engine, "begin", on_begin)
+
+
+def _end_after(connection: sa.Connection, seconds: float) -> None:
+    if connection.dialect.name == "postgresql":
+        limit = sa.func.set_config("statement_timeout", f"{seconds * 1000:.0f}", True)
+        connection.execute(sa.select(limit))
+        return
+    deadline = time.monotonic() + seconds
+    driver: Any = connection.connection.dbapi_connection
+    driver.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)

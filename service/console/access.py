@@ -1,0 +1,61 @@
+"""Who may use the console, and from where: checked here and nowhere else."""
+
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+Check = Callable[[Request], str]
+"""Returns the name of who asks, which is kept beside marks; raises if they may not."""
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "img-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+}
+READS = ("GET", "HEAD")
+
+
+def anybody(request: Request) -> str:
+    """Let all in who reach the port: without keys it is on the loopback interface."""
+    return "console"
+
+
+class SameOrigin:
+    """Refuses what another site has a browser send, and tells browsers what pages may do."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        app = self._app
+        if scope["method"] not in READS and not _same_origin(Headers(scope=scope)):
+            refusal = "refused: the request does not come from a page of the console"
+            app = PlainTextResponse(f"{refusal}; a program must send its Origin\n", 403)
+        await app(scope, receive, send_with_headers)
+
+
+def _same_origin(headers: Headers) -> bool:
+    # Browsers send the first one to TLS and loopback only, and Origin with every POST.
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site == "same-origin"
+    return urlsplit(headers.get("origin", "")).netloc == headers.get("host", "-")

@@ -1,0 +1,64 @@
+"""The console as an application: its parts, its errors, and what it lets in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from service.audit.store import AuditError
+from service.console.access import Check, SameOrigin, anybody
+from service.console.audit import Audit
+from service.console.pages import StatesOf, message, routes
+from service.middleware import RequestId
+from service.responses import internal_error
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def console_app(
+    audit: Audit | None,
+    states: StatesOf,
+    hosts: Sequence[str] = LOOPBACK,
+    check: Check = anybody,
+) -> FastAPI:
+    """Return the console.
+
+    Args:
+        audit: what there is to show; None if nothing is kept.
+        states: says how each model is that is served.
+        hosts: names by which browsers reach it. Others are refused: the owner of a name can have
+            it lead here, and a browser takes his pages and ours for the same site.
+        check: says who asks, and raises if they may not.
+    """
+    app = FastAPI(title="PSIM console", openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
+    app.add_middleware(SameOrigin)
+    app.add_middleware(RequestId, on_bug=internal_error())
+    app.mount("/console/static", StaticFiles(directory=Path(__file__).parent / "static"))
+    app.add_api_route("/", lambda: RedirectResponse("/console"), response_model=None)
+    app.include_router(routes(audit, states, check))
+    app.add_exception_handler(AuditError, _on_audit_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_bad_question)
+    return app
+
+
+async def _on_audit_error(request: Request, error: Exception) -> Response:
+    hint = "If it took too long, ask for a shorter time; else look for the audit in the log."
+    return message(503, "The audit does not answer", f"{error}. {hint}")
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
+    return message(error.status_code, "That did not work", str(error.detail), error.headers)
+
+
+async def _on_bad_question(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
+    wrong = sorted({str(found["loc"][-1]) for found in error.errors()})
+    return message(422, "That cannot be shown", f"Not understood: {', '.join(wrong)}.")

@@ -1,0 +1,176 @@
+"""Plots as numbers: where the bars, lines and words of a drawing go, in percent of it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from service.audit.figures import CONFIDENCES, TENTHS, Group, Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A bar; `kind` says how it looks, `says` what it stands for."""
+
+    x: float
+    width: float
+    y: float
+    height: float
+    kind: str
+    says: str
+    tenth: int | None = None
+    """Of the threshold, where its score lies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A word at an axis."""
+
+    at: float
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A drawing."""
+
+    bars: Sequence[Bar]
+    ys: Sequence[Tick] = ()
+    xs: Sequence[Tick] = ()
+    cut: float | None = None
+    """Where the threshold is, from the left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Bars that stand on each other, on a logarithmic scale."""
+
+    parts: Sequence[tuple[str, int]]
+    says: str
+    tenth: int | None = field(default=None)
+
+
+def rate_plot(slots: Sequence[Slot], width: timedelta) -> Plot:
+    """Return the flagged share over time."""
+    top = _ceiling(max((slot.rate or 0 for slot in slots), default=0))
+    bars = [
+        _bar(number, len(slots), slot.rate / top, "flagged", _says(slot))
+        for number, slot in enumerate(slots)
+        if slot.rate is not None
+    ]
+    ys = [Tick(100 * (1 - part), f"{100 * top * part:.4g} %") for part in (0, 0.5, 1)]
+    return Plot(bars, ys, _times(slots, width))
+
+
+def volume_plot(slots: Sequence[Slot], width: timedelta) -> Plot:
+    """Return the number of inputs over time."""
+    top = max([slot.inputs for slot in slots] + [1])
+    bars = [
+        _bar(number, len(slots), slot.inputs / top, "passed", _says(slot))
+        for number, slot in enumerate(slots)
+    ]
+    return Plot(bars, [Tick(100, "0"), Tick(0, f"{top:,}")], _times(slots, width))
+
+
+def score_plot(group: Group, most: int) -> Plot:
+    """Return how many inputs have which score, against their threshold.
+
+    Args:
+        group: the inputs.
+        most: inputs in the highest bar of all the plots that are beside this one.
+    """
+    stacks = []
+    for tenth, tally in enumerate(group.tenths):
+        low, high = (group.threshold * end / 10 for end in (tenth, tenth + 1))
+        scores = f"{low:.2f} to {high:.2f}" if tenth < TENTHS else f"{low:.2f} and more"
+        kind = "flagged" if tenth >= 10 else "passed"
+        stacks.append(Stack([(kind, tally.inputs)], f"score {scores}: {tally.inputs:,}", tenth))
+    xs = [Tick(0, "0")]
+    xs += [
+        Tick(_place(10 * times), f"{times * group.threshold:.2f}{'+' if times == 3 else ''}")
+        for times in (1, 2, 3)
+    ]
+    return Plot(*_stacked(stacks, most), xs, _place(10))
+
+
+def confidence_plot(counts: Sequence[tuple[int, int]]) -> Plot:
+    """Return how many inputs have which confidence, passed and flagged."""
+    lows = ("0", *map(str, CONFIDENCES[:-1]))
+    stacks = [
+        Stack(
+            [("passed", passed), ("flagged", flagged)],
+            f"confidence over {low} to {high}: {passed:,} passed, {flagged:,} flagged",
+        )
+        for low, high, (passed, flagged) in zip(lows, CONFIDENCES, counts, strict=True)
+    ]
+    xs = [
+        Tick(100 * (number + 1) / len(CONFIDENCES), f"{edge:g}")
+        for number, edge in enumerate(CONFIDENCES)
+        if number % 2 == 0
+    ]
+    return Plot(*_stacked(stacks, max(map(sum, counts))), xs)
+
+
+def _stacked(stacks: Sequence[Stack], most: int) -> tuple[list[Bar], list[Tick]]:
+    """Return bars as high as the logarithm of what they stand for, and the words beside them."""
+    decades = math.log10(1 + max(most, 9))
+    bars = []
+    for number, stack in enumerate(stacks):
+        under = 0
+        for kind, count in stack.parts:
+            low, high = (math.log10(1 + n) / decades for n in (under, under + count))
+            if count:
+                bars.append(
+                    _bar(number, len(stacks), high - low, kind, stack.says, stack.tenth, low)
+                )
+            under += count
+    powers = [10**n for n in range(math.floor(decades) + 1)]
+    ys = [Tick(100 * (1 - math.log10(1 + n) / decades), f"{n:,}") for n in powers if n <= most]
+    return bars, [Tick(100, "0"), *ys]
+
+
+def _bar(
+    number: int,
+    of: int,
+    height: float,
+    kind: str,
+    says: str,
+    tenth: int | None = None,
+    under: float = 0,
+) -> Bar:
+    gap = 0.15
+    return Bar(
+        x=100 * (number + gap / 2) / of,
+        width=100 * (1 - gap) / of,
+        y=100 * (1 - under - height),
+        height=100 * height,
+        kind=kind,
+        says=says,
+        tenth=tenth,
+    )
+
+
+def _place(tenth: int) -> float:
+    return 100 * tenth / (TENTHS + 1)
+
+
+def _ceiling(share: float) -> float:
+    """Return a round number that is as large."""
+    if share <= 0:
+        return 0.01
+    power: float = 10.0 ** math.floor(math.log10(share))
+    return min([step * power for step in (1, 2, 5, 10) if step * power >= share] + [1.0])
+
+
+def _says(slot: Slot) -> str:
+    rate = "" if slot.rate is None else f" ({slot.rate:.2%})"
+    return f"{slot.start:%d %b %H:%M} UTC: {slot.flagged:,} of {slot.inputs:,} flagged{rate}"
+
+
+def _times(slots: Sequence[Slot], width: timedelta) -> list[Tick]:
+    long = len(slots) * width > timedelta(days=2)
+    chosen = range(0, len(slots), max(1, len(slots) // 4))
+    return [
+        Tick(100 * number / len(slots), f"{slots[number].start:{'%d %b' if long else '%H:%M'}}")
+        for number in chosen
+    ]
