@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 
+from service.access import caller_of
 from service.body import read
 from service.errors import NotReady
 from service.front import documented, server_timing
@@ -27,7 +28,8 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
     @router.post("/screen", **documented(ScreenRequest, ScreenResponse, STATUSES))
     async def screen(request: Request) -> Response:
         """Screen every input with PSIM; classify none."""
-        with recorder.record("/screen", request.state.request_id) as entry:
+        by = caller_of(request)
+        with recorder.record("/screen", request.state.request_id, by) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ScreenRequest, settings)
                 results = await while_connected(request, gateway.screen(entry, body.texts))
@@ -37,10 +39,11 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
     @router.post("/explain", **documented(ExplainRequest, ExplainResponse, STATUSES))
     async def explain(request: Request) -> Response:
         """Say which words of a text the screen minds, and what carries its trigger."""
-        with recorder.record("/explain", request.state.request_id):
+        by = caller_of(request)
+        with recorder.record("/explain", request.state.request_id, by) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ExplainRequest, settings)
-                answer = await while_connected(request, gateway.explain(body.inputs))
+                answer = await while_connected(request, gateway.explain(entry, body.inputs))
         return _json(answer, {})
 
     @router.get("/live")
@@ -58,9 +61,11 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
         return {"status": "ready"}
 
     @router.get("/info")
-    async def info() -> dict[str, Any]:
+    async def info(request: Request) -> dict[str, Any]:
         """Say what is served, and within which limits."""
         bundle = gateway.bundle
+        # Thresholds are of use to who is told scores.
+        hidden = {"files"} if caller_of(request).sees_scores else {"files", "calibrations"}
         passes = round(bundle.engine.passes, 2)
         return {
             "bundle": bundle.digest,
@@ -72,7 +77,7 @@ def routes(gateway: Gateway, recorder: Recorder, metrics: Metrics, settings: Set
                 name: getattr(settings, name)
                 for name in ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
             },
-            "manifest": bundle.manifest.model_dump(mode="json", exclude={"files"}),
+            "manifest": bundle.manifest.model_dump(mode="json", exclude=hidden),
         }
 
     @router.get("/metrics")

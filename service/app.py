@@ -8,11 +8,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
 from service import api, front, guards, health
+from service.access import Access, TakeKey
 from service.audit.store import Store
 from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
@@ -22,6 +23,8 @@ from service.explainer import Explainer
 from service.front import Front
 from service.gateway import Gateway
 from service.guards import Guards
+from service.keys.file import Keys
+from service.limits import Limiter
 from service.metrics import Metrics
 from service.middleware import RequestId
 from service.recorder import Recorder
@@ -56,6 +59,9 @@ def create_app(
     metrics.max_queue_inputs.set(settings.queue_inputs)
     metrics.max_queue_characters.set(settings.queue_chars)
     audit = _audit(settings, metrics)
+    shared = settings.limits_url
+    limiter = Limiter(shared.get_secret_value() if shared else None, metrics)
+    access = _access(settings, limiter, metrics)
     batcher = Batcher(bundle, settings, metrics)
     served = served_by(bundle, settings)
     victim = victim_of(settings, batcher, served, metrics)
@@ -69,6 +75,10 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if settings.fail_open:
             log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
+        if settings.open_to_others:
+            log.warning(
+                "PSIM_KEYS is not set: whoever reaches the port may classify and read metrics"
+            )
         if audit:
             audit.start()
         batcher.start()
@@ -78,6 +88,7 @@ def create_app(
         metrics.ready.set(0)
         await gateway.close()
         await batcher.close()
+        await limiter.close()
         if audit:
             await asyncio.to_thread(audit.close)
         if traces:
@@ -87,9 +98,12 @@ def create_app(
         title="PSIM Gateway",
         version=version("psim-gateway"),
         lifespan=lifespan,
+        dependencies=[Depends(access.permit)] if access else [],
         # It would export messages of exceptions, which may quote a text; the recorder traces.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    if access:
+        app.add_middleware(TakeKey, access=access)
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
     recorder = Recorder(metrics, settings.mode, bundle.digest, tracer, audit)
@@ -116,6 +130,14 @@ def victim_of(
     one = settings.upstream_dialect
     candidates = list(known.values()) if one == "auto" else [known[one]]
     return Upstream(settings, candidates, served, metrics)
+
+
+def _access(settings: Settings, limiter: Limiter, metrics: Metrics) -> Access | None:
+    if settings.keys is None:
+        return None
+    keys = Keys(settings.keys)
+    metrics.keys_stale.set_function(lambda: keys.stale)
+    return Access(keys, limiter, metrics)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

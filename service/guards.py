@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 from starlette.routing import compile_path
 
+from service.access import caller_of
 from service.body import parse, read_json
 from service.dialects.dialect import Dialect
 from service.dialects.known import by_route
@@ -51,7 +52,8 @@ class Guards:
 
     async def guardrail(self, request: Request) -> Response:
         """Say whether LiteLLM is to block a request."""
-        with self._recorder.record(GUARDRAIL, request.state.request_id) as entry:
+        by = caller_of(request)
+        with self._recorder.record(GUARDRAIL, request.state.request_id, by) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 _, data = await read_json(request, self._settings)
                 texts = parse(data, GuardrailRequest, self._settings).texts
@@ -65,7 +67,8 @@ class Guards:
 
     async def authorize(self, request: Request, known: "Routes") -> Response:
         """Say whether Envoy is to let a request pass: 200, or the answer that its caller gets."""
-        with self._recorder.record(AUTHZ, request.state.request_id) as entry:
+        by = caller_of(request)
+        with self._recorder.record(AUTHZ, request.state.request_id, by) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 if request.headers.get("x-envoy-auth-partial-body", "false").lower() != "false":
                     raise NotInspected("the proxy has not sent the whole body to be screened")

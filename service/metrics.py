@@ -30,6 +30,7 @@ ROUTES = (
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
 OVERLOADS = ("inputs", "characters", "searches")
+DENIALS = ("key", "scope")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
@@ -88,6 +89,23 @@ class Metrics:
             "psim_max_queue_characters", "Characters above which requests are refused", registry=r
         )
         self.overload = Counter("psim_overload", "Refused for load", ["reason"], registry=r)
+        self.denied = Counter(
+            "psim_denied",
+            "Refused for the API key, before anything was read",
+            ["reason"],
+            registry=r,
+        )
+        self.rate_limited = Counter(
+            "psim_rate_limited_inputs", "Inputs refused for the limit of an API key", registry=r
+        )
+        self.limits_failures = Counter(
+            "psim_limits_failures", "Times that Redis could not be asked for limits", registry=r
+        )
+        self.keys_stale = Gauge(
+            "psim_keys_stale",
+            "1 if the file of API keys has changed and cannot be used",
+            registry=r,
+        )
         self.worker_restarts = Counter(
             "psim_worker_restarts", "Attempts to restart the inference worker", registry=r
         )
@@ -116,6 +134,8 @@ class Metrics:
             self.stage_seconds.labels(stage)
         for reason in OVERLOADS:
             self.overload.labels(reason)
+        for reason in DENIALS:
+            self.denied.labels(reason)
         for kind in UPSTREAM_ERRORS:
             self.upstream_errors.labels(kind)
 

@@ -14,13 +14,16 @@ from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
+from service.access import ANYONE, Caller
 from service.audit.rows import Row
 from service.audit.writer import Writer
 from service.errors import (
+    Forbidden,
     Invalid,
     Malformed,
     NotInspected,
     Overloaded,
+    RateLimited,
     TooLarge,
     UnknownModel,
     UnsupportedMedia,
@@ -40,6 +43,7 @@ class Entry:
 
     route: str
     request_id: str
+    caller: Caller = ANYONE
     texts: Sequence[str] = ()
     verdicts: Sequence[Verdict | None] = ()
     """By text; None if screening failed."""
@@ -77,9 +81,9 @@ class Recorder:
         self._tracer, self._audit = tracer, audit
 
     @contextmanager
-    def record(self, route: str, request_id: str) -> Iterator[Entry]:
+    def record(self, route: str, request_id: str, caller: Caller = ANYONE) -> Iterator[Entry]:
         """Record the request that runs inside; exceptions pass through."""
-        entry = Entry(route, request_id, tracer=self._tracer)
+        entry = Entry(route, request_id, caller, tracer=self._tracer)
         started, outcome = time.perf_counter(), "error"
         with _span(self._tracer, f"POST {route}", SpanKind.SERVER) as span:
             try:
@@ -112,6 +116,7 @@ class Recorder:
                 "request_id": entry.request_id,
                 "trace_id": trace_id(),
                 "route": entry.route,
+                "caller": entry.caller.name,
                 "outcome": outcome,
                 "seconds": round(seconds, 6),
                 "stages": {stage: round(s, 6) for stage, s in entry.stages.items()},
@@ -140,6 +145,7 @@ class Recorder:
                 label=label,
                 digest=self._digest,
                 text=text,
+                caller=entry.caller.name,
                 **_readings(verdict),
             )
             for number, (text, verdict, decision, label) in enumerate(inputs)
@@ -187,7 +193,9 @@ def _outcome_of(error: BaseException) -> str:
         case (
             Malformed()
             | Invalid()
+            | Forbidden()
             | NotInspected()
+            | RateLimited()
             | TooLarge()
             | UnknownModel()
             | UnsupportedMedia()

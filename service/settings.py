@@ -1,6 +1,7 @@
 """Settings, from `PSIM_*` environment variables only; an unknown one refuses to start."""
 
 import difflib
+import ipaddress
 import math
 import os
 from collections.abc import Iterable
@@ -99,6 +100,10 @@ class Settings(BaseSettings):
     """How long it is all kept."""
     audit_queue: int = Field(10_000, ge=1)
     """Inputs that may wait to be written; more are not kept."""
+    keys: Path | None = None
+    """File of API keys; whoever reaches the port may ask for anything without."""
+    limits_url: SecretStr | None = None
+    """Redis, in which replicas share the keys' limits; each has its own without."""
     threads: int = Field(0, ge=0)
     """Threads of one forward pass; 0 takes what the container may use."""
 
@@ -107,6 +112,24 @@ class Settings(BaseSettings):
         if self.audit_url is None and (self.audit_text or self.audit_key):
             raise ValueError("PSIM_AUDIT_TEXT and PSIM_AUDIT_KEY need PSIM_AUDIT_URL")
         return self
+
+    @model_validator(mode="after")
+    def _limits_are_of_keys(self) -> Self:
+        if self.limits_url and self.keys is None:
+            raise ValueError("PSIM_LIMITS_URL needs PSIM_KEYS, whose limits it shares")
+        return self
+
+    @property
+    def open_to_others(self) -> bool:
+        """Whether other machines may reach the port, and nobody needs a key."""
+        return self.keys is None and not _is_loopback(self.host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:

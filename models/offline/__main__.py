@@ -415,17 +415,30 @@ def serve_command(
     os.execve(sys.executable, [sys.executable, "-m", "service"], os.environ | settings)  # noqa: S606
 
 
-@app.command(
-    "audit",
-    context_settings={
+HANDED_OVER: dict[str, Any] = {
+    "context_settings": {
         "allow_extra_args": True,
         "ignore_unknown_options": True,
         "help_option_names": [],
-    },
-)
+    }
+}
+"""Of commands whose arguments the service reads."""
+
+
+@app.command("audit", **HANDED_OVER)
 def audit_command(context: typer.Context) -> None:
     """Export what a service decided, by time and decision, as JSONL or CSV."""
-    command = [sys.executable, "-m", "service.audit", *context.args]
+    _hand_over("service.audit", context.args)
+
+
+@app.command("keys", **HANDED_OVER)
+def keys_command(context: typer.Context) -> None:
+    """Make an API key of a service."""
+    _hand_over("service.keys", context.args)
+
+
+def _hand_over(module: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", module, *arguments]
     os.execve(sys.executable, command, os.environ)  # noqa: S606 - as for serve
 
 
