@@ -8,7 +8,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt torch
 COPY models/ models/
 COPY service/ service/
 # What is served and its fastest engine: the offline half's libraries stay out of the image.
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[openvino,otel,postgres]' \
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[openvino,otel,postgres,redis]' \
     && rm -rf /opt/venv/lib/python3.11/site-packages/models/offline
 
 FROM python:3.11-slim-bookworm

@@ -3,10 +3,12 @@
 Nothing behind `Access` ever sees a key: not the logs, nor the audit, nor an upstream.
 """
 
+from base64 import b64decode
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
@@ -137,6 +139,21 @@ class Access:
         if scope is not OPEN:
             self.require(request.state.caller, scope)
 
+    def console(self, request: Request) -> str:
+        """Return the name of the key of who uses the console.
+
+        Raises:
+            HTTPException: they may not; browsers ask their user for a password then, the key.
+        """
+        try:
+            caller = self.require(self.identify(request.scope["headers"])[0], Scope.CONSOLE)
+        except Unauthorized as error:
+            headers = {"www-authenticate": 'Basic realm="psim"'}
+            raise HTTPException(401, "Give an API key as the password.", headers) from error
+        except Forbidden as error:
+            raise HTTPException(403, f"{error}.") from error
+        return caller.name or ""
+
 
 class TakeKey:
     """Takes the key out of each request, and notes in its state whose it is."""
@@ -154,7 +171,15 @@ class TakeKey:
 
 def _token(name: bytes, value: bytes) -> str | None:
     """Return what a header holds that may be a key of ours."""
-    if name == b"authorization":
-        scheme, _, value = value.partition(b" ")
-        return value.strip().decode("latin-1") if scheme.lower() == b"bearer" else None
-    return value.decode("latin-1") if name == b"x-api-key" else None
+    if name == b"x-api-key":
+        return value.decode("latin-1")
+    if name != b"authorization":
+        return None
+    scheme, _, given = value.partition(b" ")
+    match scheme.lower():
+        case b"bearer":
+            return given.strip().decode("latin-1")
+        case b"basic":  # browsers know no other
+            with suppress(ValueError):
+                return b64decode(given).partition(b":")[2].decode("latin-1")
+    return None

@@ -8,36 +8,39 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
 from fakes import FakeEngine, fake_bundle
+from fastapi import Depends, FastAPI
 from fastapi.routing import iter_route_contexts
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import SecretStr
-from test_api import CLEAN, client_of, lifespan
+from test_api import CLEAN, POISONED, client_of, lifespan
 from test_dialects import ASKED, ERRORS
 from test_guards import GUARDRAIL
 from test_upstream import ONE_TEI, Peer, behind
 
-from service.access import OPEN, SCOPES
+from service.access import OPEN, SCOPES, Access
 from service.app import create_app
 from service.audit.store import Store
 from service.keys.file import Keys, KeysError, Scope, hash_of
-from service.settings import Settings
+from service.limits import Limiter
+from service.metrics import Metrics
+from service.settings import Mode, Settings
 from service.traces import open_provider
 
 KEY = {scope: f"psim_{scope}-" + "x" * 40 for scope in Scope}
 """A key for each scope."""
 FEW, BLIND = "psim_few-" + "y" * 40, "psim_blind-" + "z" * 40
-"""A key for ten inputs an hour, and one that is told decisions only."""
+"""A key for ten inputs a day, and one that is told decisions only."""
 
 
 def keys_file(folder: Path) -> Path:
     entries = [f'[keys.{s}]\nsha256 = "{hash_of(key)}"\nscopes = ["{s}"]' for s, key in KEY.items()]
     entries += [
-        f'[keys.few]\nsha256 = "{hash_of(FEW)}"\nscopes = ["classify"]\nrate = "10/hour"',
+        f'[keys.few]\nsha256 = "{hash_of(FEW)}"\nscopes = ["classify"]\nrate = "10/day"',
         f'[keys.blind]\nsha256 = "{hash_of(BLIND)}"\nscopes = ["classify"]\nscores = false',
     ]
     path = folder / "keys.toml"
@@ -190,6 +193,29 @@ def test_a_proxy_asks_with_a_key_of_its_own_whatever_its_user_sends(tmp_path: Pa
                 assert answer.status_code == 200
 
     asyncio.run(run())
+
+
+def test_the_console_takes_the_key_as_a_password_that_browsers_ask_for(tmp_path: Path) -> None:
+    metrics = Metrics(fake_bundle(), Mode.ENFORCE)
+    access = Access(Keys(keys_file(tmp_path)), Limiter(None, metrics), metrics)
+    app = FastAPI()
+
+    @app.get("/console")
+    async def page(who: Annotated[str, Depends(access.console)]) -> str:
+        return who
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            keys = (KEY[Scope.CONSOLE], KEY[Scope.CLASSIFY], "psim_unknown")
+            answers = [await client.get("/console", auth=("anybody", key)) for key in keys]
+            garbage = {"authorization": "Basic !"}
+            return [*answers, *[await client.get("/console", headers=h) for h in (garbage, {})]]
+
+    answers = asyncio.run(run())
+    assert [answer.status_code for answer in answers] == [200, 403, 401, 401, 401]
+    assert answers[0].json() == "console"
+    assert answers[2].headers["www-authenticate"] == 'Basic realm="psim"'
 
 
 def test_log_audit_and_traces_know_the_name_and_never_the_key(
@@ -368,3 +394,44 @@ def test_a_port_that_is_open_to_all_is_warned_of(
 
     asyncio.run(run())
     assert any("PSIM_KEYS is not set" in r.getMessage() for r in caplog.records) == warned
+
+
+NUMBERS = ("confidence", "score", "voice", "threshold", "p_value")
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_key_for_decisions_is_told_no_number_of_the_screen(mode: Mode, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with guarded(tmp_path, mode=mode, searches=1) as client:
+            for key, hidden in ((BLIND, True), (KEY[Scope.CLASSIFY], False)):
+                screens = []
+                for path in ("/classify", "/screen"):
+                    for texts in ([CLEAN, POISONED], [POISONED, POISONED]):
+                        answer = await client.post(
+                            path, json={"inputs": texts}, headers=bearer(key)
+                        )
+                        results = answer.json()["results"]
+                        screens += [result.get("screen", result) for result in results]
+                        assert {"decision", "label"} <= results[0].keys() or path == "/screen"
+                assert [s["poisoned"] for s in screens] == [False, True, True, True] * 2
+                for screen in screens:
+                    assert [screen[name] is None for name in NUMBERS] == [hidden] * len(NUMBERS)
+
+    asyncio.run(run())
+
+
+def test_a_key_for_decisions_is_neither_told_thresholds_nor_what_the_screen_minds(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        async with guarded(tmp_path) as client:
+            for key, hidden in ((BLIND, True), (KEY[Scope.CLASSIFY], False)):
+                body = {"inputs": POISONED}
+                answer = await client.post("/explain", json=body, headers=bearer(key))
+                assert answer.status_code == (403 if hidden else 200)
+                assert "trigger" not in answer.text
+                info = (await client.get("/info", headers=bearer(key))).text
+                assert ("threshold" not in info) == hidden
+                assert "labels" in info
+
+    asyncio.run(run())
