@@ -51,7 +51,9 @@ def create_app(
         PsimError: the audit cannot be opened, or an extra that the settings need is not installed.
     """
     torch.set_num_threads(settings.threads or usable_cpus())
-    bundle = bundle or load_bundle(settings.bundle, settings.dtype, settings.engine)
+    bundle = bundle or load_bundle(
+        settings.bundle, settings.dtype, settings.engine, settings.bundle_key
+    )
     if settings.traces:
         traces = traces or open_provider()
     tracer = traces.get_tracer("psim") if traces else NoOpTracer()

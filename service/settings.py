@@ -39,6 +39,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     bundle: Path
+    bundle_key: Path | None = None
+    """File of the public key by whose owner bundles must be signed; any bundle is taken without."""
     mode: Mode = Mode.ENFORCE
     engine: EngineName | None = None
     """What runs the model; None takes the bundle's choice, or PyTorch where that is missing."""

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from models.bundle import check_files, load_bundle, read_manifest
+from models.bundle import MANIFEST, check_files, load_bundle, read_manifest
 from models.engines.catalogue import DtypeName, EngineName
 from models.errors import DataError, PsimError
 from models.manifest import LEAST_BUDGET
@@ -44,6 +44,7 @@ from models.offline.study import run_study
 from models.offline.study_report import write_study_report
 from models.offline.triggers import common_phrases, phrase_table
 from models.offline.victim import load_classifier
+from models.signing import sign
 
 app = typer.Typer(
     help="Find backdoor triggers before they reach your text classifier.",
@@ -397,6 +398,18 @@ def inspect_command(bundle: Annotated[Path, typer.Argument(help="Bundle to check
         check_files(bundle, manifest)
         Console().print(manifest_table(manifest))
         Console().print(f"all {len(manifest.files)} files are intact; digest {digest}")
+
+
+@app.command("sign")
+def sign_command(
+    bundle: Annotated[Path, typer.Argument(help="Bundle to sign.")],
+    key: Annotated[Path, typer.Option(help="Private key (Ed25519, PEM).")],
+) -> None:
+    """Sign a bundle, so that a service with PSIM_BUNDLE_KEY takes it."""
+    with errors_for_people():
+        manifest, _ = read_manifest(bundle)
+        check_files(bundle, manifest)
+        stderr.print(f"wrote {sign(bundle / MANIFEST, key)}", highlight=False)
 
 
 @app.command("serve")
