@@ -3,13 +3,15 @@ FROM python:3.11-slim-bookworm AS builder
 WORKDIR /src
 RUN python -m venv /opt/venv
 COPY requirements/ requirements/
-# The heavy layer first: it changes only with the locks. Where the index has only the CUDA build of
-# torch, that needs the last of them; pass --build-arg PIP_EXTRA_INDEX_URL for the CPU build.
+# The heavy layer first: it changes only with the locks. PyPI has the CUDA build of torch; for the CPU
+# build, pass the address of an index that has it as --build-arg PIP_EXTRA_INDEX_URL.
 ARG PIP_EXTRA_INDEX_URL
-RUN /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
-        -r requirements/torch.txt -r requirements/serve.txt \
-    && { /opt/venv/bin/pip check || /opt/venv/bin/pip install --no-cache-dir --require-hashes \
-        --no-deps -r requirements/cuda.txt; } \
+RUN { /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
+        -r requirements/torch-cpu.txt \
+        || /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
+        -r requirements/torch-cuda.txt; } \
+    && /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
+        -r requirements/serve.txt \
     && pip install --no-cache-dir --require-hashes --no-deps -r requirements/build.txt
 COPY pyproject.toml README.md ./
 COPY models/ models/

@@ -26,11 +26,14 @@ def constrained() -> dict[str, str]:
 
 
 def test_locks_pin_what_the_constraints_do() -> None:
-    assert locked("torch", "dev") == constrained(), "run make lock"
-    served = locked("torch", "serve")
+    torch = {"torch": constrained()["torch"]}
+    assert locked("dev") | torch == constrained(), "run make lock"
+    assert locked("torch-cpu") == {"torch": f"{torch['torch']}+cpu"}
+    assert torch.items() <= locked("torch-cuda").items(), "run make lock"
+    served = locked("serve")
     assert served.items() <= constrained().items(), "run make lock"
     assert locked("build").items() <= constrained().items(), "run make lock"
-    assert {"fastapi", "cryptography", "limits", "redis", "openvino", "torch"} <= served.keys()
+    assert {"fastapi", "cryptography", "limits", "redis", "openvino"} <= served.keys()
     assert not {"pytest", "datasets", "hatchling"} & served.keys()
 
 
