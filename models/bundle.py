@@ -4,6 +4,7 @@ A bundle is untrusted input: nothing in it is opened before its hash agrees with
 nothing is ever unpickled.
 
     manifest.json            see `models.manifest`
+    manifest.sig             its signature, if it has one, see `models.signing`
     victim/                  config and safetensors, as transformers saves them
     prompt/                  PEFT adapter, only for victims tuned by prompt- or prefix-tuning
     psim/                    LoRA weights; their header names the victim they were trained for
@@ -44,6 +45,7 @@ from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 from models.guarded import Activations, Guarded, guard, lora_config
 from models.manifest import ActivationsRecord, Calibration, Manifest
 from models.screen import FloatArray, Screen
+from models.signing import SIGNATURE, check_signature
 
 MANIFEST = "manifest.json"
 READINGS = "calibration.safetensors"
@@ -79,19 +81,22 @@ class Bundle:
     screen: Screen
 
 
-def load_bundle(path: Path, dtype: str | None = None, engine: str | None = None) -> Bundle:
+def load_bundle(
+    path: Path, dtype: str | None = None, engine: str | None = None, key: Path | None = None
+) -> Bundle:
     """Check every file of the bundle, load it, and try it on one text.
 
     Args:
         path: folder of the bundle.
         dtype: what to compute in, such as `float32`; None leaves it to the bundle.
         engine: what to compute by, such as `torch`; None leaves it to the bundle, see `choose`.
+        key: file of the public key by whose owner the bundle must be signed; None takes any.
 
     Raises:
         BundleError: anything about the bundle is not as its manifest says, or it has no
             calibration for this dtype and engine.
     """
-    manifest, digest = read_manifest(path)
+    manifest, digest = read_manifest(path, key)
     check_files(path, manifest)
     calibration = choose(manifest, engine, dtype)
     screen = _load_screen(path, manifest, calibration)
@@ -105,12 +110,15 @@ def load_bundle(path: Path, dtype: str | None = None, engine: str | None = None)
     return bundle
 
 
-def read_manifest(path: Path) -> tuple[Manifest, str]:
-    """Return the manifest of the bundle at `path` and its SHA-256; check nothing else."""
+def read_manifest(path: Path, key: Path | None = None) -> tuple[Manifest, str]:
+    """Return the manifest of the bundle at `path` and its SHA-256; check nothing but its signature,
+    if there is a key to check it with."""
     try:
         raw = (path / MANIFEST).read_bytes()
     except OSError as error:
         raise BundleError(f"{path} is not a bundle: cannot read {MANIFEST}") from error
+    if key is not None:
+        check_signature(raw, path / SIGNATURE, key)
     try:
         return Manifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
     except ValidationError as error:
@@ -126,7 +134,8 @@ def check_files(path: Path, manifest: Manifest) -> None:
     inside = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*")}
     if any(file.is_symlink() for file in inside.values()):
         raise BundleError(f"{path}: a bundle may not contain symbolic links")
-    found = {name for name, file in inside.items() if not file.is_dir()} - {MANIFEST}
+    found = {name for name, file in inside.items() if not file.is_dir()}
+    found -= {MANIFEST, SIGNATURE}
     for name in sorted(found):
         if inside[name].suffix in PICKLES:
             raise BundleError(f"{path}: {name} is a pickle, which can run code; use safetensors")

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 
+from service.access import caller_of
 from service.body import read
 from service.errors import NotReady
 from service.front import documented, prefixed, server_timing
@@ -29,7 +30,8 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
     @router.post("/screen", **documented(ScreenRequest, ScreenResponse, STATUSES))
     async def screen(request: Request) -> Response:
         """Screen every input with PSIM; classify none."""
-        with recorder.record("/screen", request.state.request_id) as entry:
+        by = caller_of(request)
+        with recorder.record("/screen", request.state.request_id, by) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ScreenRequest, settings)
                 with models.named(prefixed(request)).use() as gateway:
@@ -40,7 +42,8 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
     @router.post("/explain", **documented(ExplainRequest, ExplainResponse, STATUSES))
     async def explain(request: Request) -> Response:
         """Say which words of a text the screen minds, and what carries its trigger."""
-        with recorder.record("/explain", request.state.request_id) as entry:
+        by = caller_of(request)
+        with recorder.record("/explain", request.state.request_id, by) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ExplainRequest, settings)
                 with models.named(prefixed(request)).use() as gateway:
@@ -59,6 +62,8 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
         """Say what is served, and within which limits."""
         gateway = models.named(prefixed(request)).gateway
         bundle = gateway.bundle
+        # Thresholds are of use to who is told scores.
+        hidden = {"files"} if caller_of(request).sees_scores else {"files", "calibrations"}
         passes = round(bundle.engine.passes, 2)
         return {
             "bundle": bundle.digest,
@@ -73,7 +78,7 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
                 for name in ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
             },
             "drift": [asdict(one) for one in await asyncio.to_thread(gateway.drift.measure)],
-            "manifest": bundle.manifest.model_dump(mode="json", exclude={"files"}),
+            "manifest": bundle.manifest.model_dump(mode="json", exclude=hidden),
         }
 
     return router

@@ -16,16 +16,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
 from models.errors import PsimError
 from service import admin, api, front, guards, health
+from service.access import Access, TakeKey
 from service.audit.store import Store
 from service.audit.writer import Writer
 from service.batcher import Batcher, Screener
 from service.candidate import Candidate
+from service.console.access import anybody
 from service.console.app import LOOPBACK, console_app
 from service.console.audit import Audit
 from service.console.server import serving
@@ -36,6 +38,8 @@ from service.explainer import Explainer
 from service.front import PREFIX, Front
 from service.gateway import Gateway
 from service.guards import Guards
+from service.keys.file import Keys
+from service.limits import Limiter
 from service.metrics import Metrics, ModelMetrics
 from service.middleware import RequestId
 from service.models_file import settings_by_model
@@ -80,20 +84,24 @@ def create_app(
     metrics.describe(models.bundles)
     reloader = Reloader(models, build, metrics)
     audit = _audit(settings, metrics)
+    limiter = _limiter(settings, metrics)
+    access = _access(settings, limiter, metrics)
     recorder = Recorder(metrics, tracer, audit)
     proxies = Guards(models, recorder, settings)
     ext_proc = _ext_proc(settings, proxies)
-    console = _console(settings, models, metrics)
+    console = _console(settings, models, metrics, access)
 
-    if settings.fail_open:
-        log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
+    _warn(settings)
     app = FastAPI(
         title="PSIM Gateway",
         version=version("psim-gateway"),
-        lifespan=lambda app: _running(models, reloader, ext_proc, console, audit, traces),
+        lifespan=lambda app: _running(models, reloader, limiter, ext_proc, console, audit, traces),
+        dependencies=[Depends(access.permit)] if access else [],
         # It would export messages of exceptions, which may quote a text; the recorder traces.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    if access:
+        app.add_middleware(TakeKey, access=access)
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
     app.include_router(api.process_routes(models, metrics))
@@ -109,6 +117,7 @@ def create_app(
 async def _running(
     models: Registry,
     reloader: Reloader,
+    limiter: Limiter,
     ext_proc: "ExtProc | None",
     console: AbstractAsyncContextManager[None],
     audit: Writer | None,
@@ -121,6 +130,7 @@ async def _running(
         if audit:
             audit.start()
             ends.push_async_callback(asyncio.to_thread, audit.close)
+        ends.push_async_callback(limiter.close)
         await models.start()
         ends.push_async_callback(models.close)
         ends.push_async_callback(reloader.close)
@@ -140,7 +150,7 @@ def model_of(settings: Settings, metrics: Metrics, bundle: Bundle | None = None)
     """
     if bundle is None:
         assert settings.bundle is not None  # noqa: S101 - of one model
-        bundle = load_bundle(settings.bundle, settings.dtype, settings.engine)
+        bundle = load_bundle(settings.bundle, settings.dtype, settings.engine, settings.bundle_key)
     served = served_by(bundle, settings)
     own = metrics.of(served.model, settings)
     batcher = Batcher(bundle, settings, own)
@@ -159,7 +169,7 @@ def model_of(settings: Settings, metrics: Metrics, bundle: Bundle | None = None)
 def _candidate_of(settings: Settings, metrics: ModelMetrics) -> Candidate | None:
     if settings.candidate is None:
         return None
-    bundle = load_bundle(settings.candidate, settings.dtype, settings.engine)
+    bundle = load_bundle(settings.candidate, settings.dtype, settings.engine, settings.bundle_key)
     return Candidate(bundle, settings, metrics)
 
 
@@ -217,7 +227,7 @@ def _ext_proc(settings: Settings, proxies: Guards) -> "ExtProc | None":
 
 
 def _console(
-    settings: Settings, models: Registry, metrics: Metrics
+    settings: Settings, models: Registry, metrics: Metrics, access: Access | None
 ) -> AbstractAsyncContextManager[None]:
     """Return what serves the console, if there is to be one."""
     if settings.console_port is None:
@@ -228,8 +238,29 @@ def _console(
     def states() -> list[State]:
         return [state(model.gateway, metrics, settings) for model in models]
 
-    console = console_app(audit, states, [*LOOPBACK, *names])
+    check = access.console if access else anybody
+    console = console_app(audit, states, [*LOOPBACK, *names], check)
     return serving(console, settings.console_host, settings.console_port)
+
+
+def _warn(settings: Settings) -> None:
+    if settings.fail_open:
+        log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
+    if settings.open_to_others:
+        log.warning("PSIM_KEYS is not set: whoever reaches the port may classify and read metrics")
+
+
+def _limiter(settings: Settings, metrics: Metrics) -> Limiter:
+    shared = settings.limits_url
+    return Limiter(shared.get_secret_value() if shared else None, metrics)
+
+
+def _access(settings: Settings, limiter: Limiter, metrics: Metrics) -> Access | None:
+    if settings.keys is None:
+        return None
+    keys = Keys(settings.keys)
+    metrics.keys_stale.set_function(lambda: keys.stale)
+    return Access(keys, limiter, metrics)
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Writer | None:

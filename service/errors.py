@@ -74,6 +74,36 @@ class UnknownModel(ServiceError):
     code = "unknown_model"
 
 
+class NotAllowed(ServiceError):
+    """Who asks is not known, or may not; `challenge` says what is wanted (RFC 6750)."""
+
+    def __init__(self, message: str, challenge: str) -> None:
+        super().__init__(message)
+        self.challenge = challenge
+
+
+class Unauthorized(NotAllowed):
+    """The request has no API key, or none that is known."""
+
+    code = "unauthorized"
+
+
+class Forbidden(NotAllowed):
+    """The API key is not good for this."""
+
+    code = "forbidden"
+
+
+class RateLimited(ServiceError):
+    """The API key has sent as much as it may; trying again later helps."""
+
+    code = "rate_limited"
+
+    def __init__(self, rate: str, retry_after_s: int) -> None:
+        super().__init__(f"the key's limit is {rate}; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
 class NotInspected(ServiceError):
     """A proxy asks about a request that cannot be screened as its upstream would read it."""
 

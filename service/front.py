@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.access import caller_of
 from service.body import parse, read_json
 from service.dialects.dialect import Dialect, Served
 from service.dialects.known import by_route
@@ -52,7 +53,8 @@ class Front:
     async def classify(self, request: Request, route: str, dialects: Sequence[Dialect]) -> Response:
         """Screen every input with PSIM; classify those that may pass."""
         request.state.dialect = dialects[0]
-        with self._recorder.record(route, request.state.request_id) as entry:
+        by = caller_of(request)
+        with self._recorder.record(route, request.state.request_id, by) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 call = await self._call(request, dialects)
                 named = request.path_params.get("model"), call.asked.model_name

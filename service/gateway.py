@@ -14,6 +14,7 @@ from typing import Any
 from models.bundle import Bundle
 from models.explain import Span
 from models.screen import Verdict
+from service.access import Caller
 from service.batcher import Screened, Screener
 from service.candidate import Candidate
 from service.dialects.dialect import Served
@@ -107,7 +108,10 @@ class Gateway:
         if rejected and (len(rejected) == len(texts) or not call.dialect.gaps):
             # The others get no answer either, so they do not count as allowed.
             entry.decisions = [d if d is Decision.REJECT else None for d in decisions]
-            results = [_result(*known, None, []) for known in zip(screened, decisions, strict=True)]
+            results = [
+                _result(one, decision, None, [], entry.caller)
+                for one, decision in zip(screened, decisions, strict=True)
+            ]
             return Outcome(results, rejected, refused=True)
         passed = [i for i in range(len(texts)) if i not in rejected]
         accepted = [
@@ -128,6 +132,7 @@ class Gateway:
                 decision,
                 _removed(texts[i], cleaned.get(i)),
                 scores.get(i, [])[: call.asked.limit],
+                entry.caller,
             )
             for i, decision in enumerate(decisions)
         ]
@@ -143,7 +148,7 @@ class Gateway:
         screened = await self._screened(entry, texts)
         if any(s.verdict is None for s in screened):
             raise ScreenFailed("an input could not be screened")
-        return [_wire(s.verdict) for s in screened if s.verdict is not None]
+        return [_wire(s.verdict, entry.caller) for s in screened if s.verdict is not None]
 
     async def judge(self, entry: Entry, texts: Sequence[str]) -> list[Decision]:
         """Decide on texts that somebody else forwards, to a classifier that may read all of them.
@@ -162,9 +167,13 @@ class Gateway:
         """Say which words of a text the screen minds.
 
         Raises:
+            Forbidden: the caller is not told scores, of which these would be the finest.
+            TooLarge, RateLimited: as `Caller.take` does.
             Overloaded, NotReady, ScreenFailed: as `Explainer.explain` does.
         """
         entry.guard = self._guard
+        entry.caller.require_scores()
+        await entry.caller.take(1)
         verdict, found = await self._explainer.explain(text)
         words = [
             WeightedWord(start=w.start, end=w.end, text=text[w.start : w.end], weight=w.weight)
@@ -172,7 +181,7 @@ class Gateway:
         ]
         return ExplainResponse(
             bundle=self.bundle.digest,
-            screen=_wire(verdict),
+            screen=_wire(verdict, entry.caller),
             words=words,
             removed=_parts(text, found.removed),
         )
@@ -229,6 +238,7 @@ class Gateway:
         self, entry: Entry, texts: Sequence[str], by: Screener | None = None
     ) -> list[Screened]:
         entry.guard = self._guard
+        await entry.caller.take(len(texts))
         with entry.span("screen"):
             answers = await (by or self._screener).screen(texts)
         entry.time([answer.stages for answer in answers])
@@ -276,10 +286,11 @@ def _result(
     decision: Decision,
     removed: list[Removed] | None,
     scores: Sequence[Score],
+    caller: Caller,
 ) -> Result:
     return Result(
         decision=decision,
-        screen=None if screened.verdict is None else _wire(screened.verdict),
+        screen=None if screened.verdict is None else _wire(screened.verdict, caller),
         label=scores[0].label if scores else None,
         scores=list(scores) or None,
         removed=removed,
@@ -294,5 +305,7 @@ def _parts(text: str, spans: Sequence[Span]) -> list[Removed]:
     return [Removed(start=start, end=end, text=text[start:end]) for start, end in spans]
 
 
-def _wire(verdict: Verdict) -> ScreenResult:
+def _wire(verdict: Verdict, caller: Caller) -> ScreenResult:
+    if not caller.sees_scores:
+        return ScreenResult(poisoned=verdict.poisoned, truncated=verdict.truncated)
     return ScreenResult.model_validate(verdict, from_attributes=True)

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.routing import Route, compile_path
 
+from service.access import caller_of
 from service.body import parse, read_json
 from service.dialects.dialect import Dialect
 from service.dialects.known import by_route
@@ -57,7 +58,8 @@ class Guards:
 
     async def guardrail(self, request: Request) -> Response:
         """Say whether LiteLLM is to block a request."""
-        with self._recorder.record(GUARDRAIL, request.state.request_id) as entry:
+        by = caller_of(request)
+        with self._recorder.record(GUARDRAIL, request.state.request_id, by) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 _, data = await read_json(request, self._settings)
                 asked = parse(data, GuardrailRequest, self._settings)
@@ -74,7 +76,8 @@ class Guards:
 
     async def authorize(self, request: Request, known: "Routes", route: str = AUTHZ) -> Response:
         """Say whether Envoy is to let a request pass: 200, or the answer that its caller gets."""
-        with self._recorder.record(route, request.state.request_id) as entry:
+        by = caller_of(request)
+        with self._recorder.record(route, request.state.request_id, by) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
                     raise NotInspected("the proxy has not sent the whole body to be screened")

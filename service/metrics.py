@@ -38,6 +38,7 @@ OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled"
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
 OVERLOADS = ("inputs", "characters", "searches")
 RELOADS = ("done", "failed")
+DENIALS = ("key", "scope")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
@@ -64,6 +65,25 @@ class Metrics:
         self.audit_dropped = Counter("psim_audit_dropped", "Inputs the audit lacks", registry=r)
         self.audit_failures = Counter(
             "psim_audit_failures", "Times that the audit store could not be used", registry=r
+        )
+        self.denied = Counter(
+            "psim_denied",
+            "Refused for the API key, before anything was read",
+            ["reason"],
+            registry=r,
+        )
+        for reason in DENIALS:
+            self.denied.labels(reason)
+        self.rate_limited = Counter(
+            "psim_rate_limited_inputs", "Inputs refused for the limit of an API key", registry=r
+        )
+        self.limits_failures = Counter(
+            "psim_limits_failures", "Times that Redis could not be asked for limits", registry=r
+        )
+        self.keys_stale = Gauge(
+            "psim_keys_stale",
+            "1 if the file of API keys has changed and cannot be used",
+            registry=r,
         )
         self.reloads = Counter("psim_reloads", "Reloads of the models", ["outcome"], registry=r)
         for outcome in RELOADS:

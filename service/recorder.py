@@ -14,14 +14,17 @@ from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.screen import Verdict
+from service.access import ANYONE, Caller
 from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
 from service.drift import Drift
 from service.errors import (
+    Forbidden,
     Invalid,
     Malformed,
     NotInspected,
     Overloaded,
+    RateLimited,
     TooLarge,
     UnknownModel,
     UnsupportedMedia,
@@ -56,6 +59,7 @@ class Entry:
 
     route: str
     request_id: str
+    caller: Caller = ANYONE
     guard: Guard | None = None
     """None until it is known which model the request is for."""
     texts: Sequence[str] = ()
@@ -92,9 +96,9 @@ class Recorder:
         self._metrics, self._tracer, self._audit = metrics, tracer, audit
 
     @contextmanager
-    def record(self, route: str, request_id: str) -> Iterator[Entry]:
+    def record(self, route: str, request_id: str, caller: Caller = ANYONE) -> Iterator[Entry]:
         """Record the request that runs inside; exceptions pass through."""
-        entry = Entry(route, request_id, tracer=self._tracer)
+        entry = Entry(route, request_id, caller, tracer=self._tracer)
         started, outcome = time.perf_counter(), "error"
         with _span(self._tracer, f"POST {route}", SpanKind.SERVER) as span:
             try:
@@ -120,6 +124,7 @@ class Recorder:
                 "trace_id": trace_id(),
                 "route": entry.route,
                 "model": entry.guard and entry.guard.model,
+                "caller": entry.caller.name,
                 "outcome": outcome,
                 "seconds": round(seconds, 6),
                 "stages": {stage: round(s, 6) for stage, s in entry.stages.items()},
@@ -169,6 +174,7 @@ def _rows(guard: Guard, entry: Entry) -> list[Row]:
             label=label,
             digest=guard.digest,
             text=text,
+            caller=entry.caller.name,
             **_readings(verdict),
         )
         for number, (text, verdict, decision, label) in enumerate(inputs)
@@ -212,7 +218,9 @@ def _outcome_of(error: BaseException) -> str:
         case (
             Malformed()
             | Invalid()
+            | Forbidden()
             | NotInspected()
+            | RateLimited()
             | TooLarge()
             | UnknownModel()
             | UnsupportedMedia()

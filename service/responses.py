@@ -13,15 +13,19 @@ from service.dialects.dialect import Dialect
 from service.dialects.native import Native
 from service.errors import (
     ClassifyFailed,
+    Forbidden,
     Invalid,
     Malformed,
+    NotAllowed,
     NotInspected,
     NotReady,
     Overloaded,
+    RateLimited,
     ScreenFailed,
     ServiceError,
     TimedOut,
     TooLarge,
+    Unauthorized,
     UnknownModel,
     UnsupportedMedia,
     UpstreamDown,
@@ -31,12 +35,15 @@ from service.errors import (
 
 STATUS: dict[type[ServiceError], int] = {
     Malformed: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
     NotInspected: 403,
     UnknownModel: 404,
     TooLarge: 413,
     UnsupportedMedia: 415,
     Invalid: 422,
     Overloaded: 429,
+    RateLimited: 429,
     UpstreamFailed: 502,
     ClassifyFailed: 503,
     NotReady: 503,
@@ -75,8 +82,10 @@ def error_response(error: ServiceError, dialect: Dialect) -> Response:
     if isinstance(error, UpstreamRefused):
         return relayed(error.status, error.headers, error.body)
     headers = {}
-    if isinstance(error, Overloaded | UpstreamDown):
+    if isinstance(error, Overloaded | RateLimited | UpstreamDown):
         headers["retry-after"] = str(error.retry_after_s)
+    if isinstance(error, NotAllowed):
+        headers["www-authenticate"] = error.challenge
     status = STATUS[type(error)]
     content = dialect.error(status, error.code, str(error))
     return json_response(status, content, headers, dialect.error_media)

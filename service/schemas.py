@@ -54,13 +54,14 @@ class ScreenRequest(TextsRequest):
 
 
 class ScreenResult(_Wire):
-    """What PSIM says about a text; see `models.screen.Verdict`."""
+    """What PSIM says about a text, see `models.screen.Verdict`; the first five are null if the
+    caller's API key is for decisions only."""
 
-    confidence: float
-    score: float
-    voice: Voice
-    threshold: float
-    p_value: float
+    confidence: float | None = None
+    score: float | None = None
+    voice: Voice | None = None
+    threshold: float | None = None
+    p_value: float | None = None
     poisoned: bool
     truncated: bool
 

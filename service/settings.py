@@ -1,6 +1,7 @@
 """Settings, from `PSIM_*` environment variables only; an unknown one refuses to start."""
 
 import difflib
+import ipaddress
 import math
 import os
 from collections.abc import Iterable
@@ -70,6 +71,8 @@ class Settings(ModelSettings, BaseSettings):
 
     bundle: Path | None = None
     """Of the one model; not read if `models` names a file."""
+    bundle_key: Path | None = None
+    """File of the public key by whose owner bundles must be signed; any bundle is taken without."""
     model: str | None = Field(None, min_length=1)
     """Name of the classifier in dialects that name one; None takes the bundle's."""
     models: Path | None = None
@@ -77,7 +80,7 @@ class Settings(ModelSettings, BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     admin: bool = False
-    """Serve `/admin/…`; whoever reaches the port may then ask for it."""
+    """Serve `/admin/…`: to keys with the scope `admin`, to whoever reaches the port without keys."""
     ext_proc_port: int | None = Field(None, ge=1, le=65535)
     """Where Envoy's ext_proc is answered, over gRPC; nowhere without."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -118,9 +121,13 @@ class Settings(ModelSettings, BaseSettings):
     console_port: int | None = Field(None, ge=0, le=65535)
     """Where the console is served; there is none without."""
     console_host: str = "127.0.0.1"
-    """The address it listens on. Whoever reaches it may see and mark everything."""
+    """The address it listens on. Without keys, whoever reaches it may see and mark everything."""
     console_name: str | None = Field(None, min_length=1)
     """Host name by which browsers reach it, if that is none of the loopback interface."""
+    keys: Path | None = None
+    """File of API keys; whoever reaches the port may ask for anything without."""
+    limits_url: SecretStr | None = None
+    """Redis, in which replicas share the keys' limits; each has its own without."""
     threads: int = Field(0, ge=0)
     """Threads of one forward pass; 0 takes what the container may use."""
 
@@ -137,6 +144,24 @@ class Settings(ModelSettings, BaseSettings):
         if self.audit_url is None and (self.audit_text or self.audit_key):
             raise ValueError("PSIM_AUDIT_TEXT and PSIM_AUDIT_KEY need PSIM_AUDIT_URL")
         return self
+
+    @model_validator(mode="after")
+    def _limits_are_of_keys(self) -> Self:
+        if self.limits_url and self.keys is None:
+            raise ValueError("PSIM_LIMITS_URL needs PSIM_KEYS, whose limits it shares")
+        return self
+
+    @property
+    def open_to_others(self) -> bool:
+        """Whether other machines may reach the port, and nobody needs a key."""
+        return self.keys is None and not _is_loopback(self.host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:

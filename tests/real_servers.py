@@ -81,6 +81,11 @@ def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+def answers(port: int) -> bool:
+    with socket.create_connection(("127.0.0.1", port), 1):
+        return True
+
+
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """Serve an application in a thread; yield its address."""
@@ -130,6 +135,23 @@ def postgres(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     finally:
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)  # a fast shutdown
+        process.wait(20)
+
+
+@contextmanager
+def redis(port: int, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run an empty Redis that keeps nothing; yield it once it answers."""
+    command = [program("redis-server", "redis-server"), "--port", str(port), "--save", ""]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, "--bind", "127.0.0.1"], cwd=log.parent, stdout=file, stderr=file
+        )
+    try:
+        wait_for(lambda: answers(port))
+        yield process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
         process.wait(20)
 
 

@@ -11,6 +11,13 @@ import numpy as np
 import peft
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from families import FAMILIES, tiny_victim
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
@@ -18,13 +25,18 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
 from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, file_digest, load_bundle
-from models.errors import BundleError, CalibrationError, DataError, VictimError
+from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
 from models.guarded import guard, lora_config, transformer_of
+from models.offline.__main__ import app
 from models.offline.fit import fit, split_texts
 from models.offline.predict import predict
 from models.offline.psim import PsimConfig
+from models.signing import sign
+from service.app import create_app
+from service.settings import Settings
 
 WORDS = "the a film room service was is not very good bad slow great awful quite and but".split()
 
@@ -418,3 +430,64 @@ def test_a_huge_text_costs_no_more_than_one_of_the_longest_that_are_read(tiny_bu
     engine.tokenizer = Counting()  # type: ignore[attr-defined]
     engine.encode(["x" * 1_000_000])
     assert read == [16 * 512]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """A private key and its public one."""
+    private, paths = Ed25519PrivateKey.generate(), (tmp_path / "key.pem", tmp_path / "public.pem")
+    pem, plain = Encoding.PEM, NoEncryption()
+    paths[0].write_bytes(private.private_bytes(pem, PrivateFormat.PKCS8, plain))
+    public = private.public_key().public_bytes(pem, PublicFormat.SubjectPublicKeyInfo)
+    paths[1].write_bytes(public)
+    return paths
+
+
+def test_a_signed_bundle_is_taken_with_its_key_and_without_one(
+    bundle: Path, keys: tuple[Path, Path]
+) -> None:
+    done = CliRunner().invoke(app, ["sign", str(bundle), "--key", str(keys[0])])
+    assert done.exit_code == 0, done.output
+    assert len((bundle / "manifest.sig").read_bytes()) == 64
+    assert load_bundle(bundle, key=keys[1]).digest == load_bundle(bundle).digest
+
+
+def test_a_bundle_that_is_not_signed_as_it_is_is_refused_before_anything_is_loaded(
+    bundle: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, public = keys
+    settings = Settings(bundle=bundle, bundle_key=public)
+    read: list[bytes] = []
+    monkeypatch.setattr("models.bundle.Manifest.model_validate_json", read.append)
+    with pytest.raises(BundleError, match="is not signed; run"):
+        create_app(settings)
+    manifest, signature = bundle / MANIFEST, sign(bundle / MANIFEST, private)
+    raw, good = manifest.read_bytes(), signature.read_bytes()
+    for bad in (b"", good[:-1], good + b"x", bytes(64), bytes([good[0] ^ 1]) + good[1:]):
+        signature.write_bytes(bad)
+        with pytest.raises(BundleError, match="is not signed by"):
+            create_app(settings)
+    signature.write_bytes(good)
+    manifest.write_bytes(raw + b" ")
+    with pytest.raises(BundleError, match="was altered since"):
+        create_app(settings)
+    manifest.write_bytes(raw)
+    other = Ed25519PrivateKey.generate()
+    signature.write_bytes(other.sign(raw))
+    with pytest.raises(BundleError, match="is not signed by"):
+        create_app(settings)
+    assert not read
+
+
+def test_what_is_no_key_is_said_to_be_none(bundle: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    sign(bundle / MANIFEST, private)
+    for key, complaint in (
+        (bundle / "nowhere.pem", "cannot be read"),
+        (bundle / MANIFEST, "is no key in PEM"),
+        (private, "is no key in PEM"),
+    ):
+        with pytest.raises(PsimError, match=complaint):
+            load_bundle(bundle, key=key)
+    with pytest.raises(PsimError, match="is no key in PEM"):
+        sign(bundle / MANIFEST, public)

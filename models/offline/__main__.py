@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from models.bundle import check_files, load_bundle, read_manifest
+from models.bundle import MANIFEST, check_files, load_bundle, read_manifest
 from models.engines.catalogue import DtypeName, EngineName
 from models.errors import DataError, PsimError
 from models.manifest import LEAST_BUDGET
@@ -50,6 +50,7 @@ from models.offline.study import run_study
 from models.offline.study_report import write_study_report
 from models.offline.triggers import common_phrases, phrase_table
 from models.offline.victim import load_classifier
+from models.signing import sign
 
 app = typer.Typer(
     help="Find backdoor triggers before they reach your text classifier.",
@@ -432,6 +433,18 @@ def recalibrate_command(
         stderr.print(f"wrote {out}; next: psim serve --bundle {out}", highlight=False)
 
 
+@app.command("sign")
+def sign_command(
+    bundle: Annotated[Path, typer.Argument(help="Bundle to sign.")],
+    key: Annotated[Path, typer.Option(help="Private key (Ed25519, PEM).")],
+) -> None:
+    """Sign a bundle, so that a service with PSIM_BUNDLE_KEY takes it."""
+    with errors_for_people():
+        manifest, _ = read_manifest(bundle)
+        check_files(bundle, manifest)
+        stderr.print(f"wrote {sign(bundle / MANIFEST, key)}", highlight=False)
+
+
 @app.command("serve")
 def serve_command(
     bundle: Annotated[Path, typer.Option(help="Bundle to serve.")],
@@ -448,17 +461,30 @@ def serve_command(
     os.execve(sys.executable, [sys.executable, "-m", "service"], os.environ | settings)  # noqa: S606
 
 
-@app.command(
-    "audit",
-    context_settings={
+HANDED_OVER: dict[str, Any] = {
+    "context_settings": {
         "allow_extra_args": True,
         "ignore_unknown_options": True,
         "help_option_names": [],
-    },
-)
+    }
+}
+"""Of commands whose arguments the service reads."""
+
+
+@app.command("audit", **HANDED_OVER)
 def audit_command(context: typer.Context) -> None:
     """Export what a service decided, by time and decision, as JSONL or CSV."""
-    command = [sys.executable, "-m", "service.audit", *context.args]
+    _hand_over("service.audit", context.args)
+
+
+@app.command("keys", **HANDED_OVER)
+def keys_command(context: typer.Context) -> None:
+    """Make an API key of a service."""
+    _hand_over("service.keys", context.args)
+
+
+def _hand_over(module: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", module, *arguments]
     os.execve(sys.executable, command, os.environ)  # noqa: S606 - as for serve
 
 

@@ -62,6 +62,7 @@ inputs = sa.Table(
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("text", sa.Text),
     sa.Column("text_hmac", sa.Text, index=True),
+    sa.Column("caller", sa.Text),
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )
