@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from service.dialects.dialect import Dialect
-from service.dialects.known import by_route
+from service.dialects.known import PREFIX, by_route
 from service.dialects.native import Native
 from service.dialects.oip import OpenInference
 from service.errors import Forbidden, Unauthorized
@@ -134,7 +134,7 @@ class Access:
 
     async def permit(self, request: Request) -> None:
         """Let a request pass if its route is open, or its key has the route's scope."""
-        route = request.scope["route"].path
+        route = request.scope["route"].path.removeprefix(PREFIX)
         request.state.dialect = DIALECTS.get(route, NATIVE)
         scope = SCOPES.get(route, Scope.ADMIN)
         if scope is not OPEN:

@@ -33,9 +33,9 @@ from service.console.audit import Audit
 from service.console.server import serving
 from service.console.state import State, state
 from service.dialects.dialect import Served
-from service.dialects.known import dialects
+from service.dialects.known import PREFIX, dialects
 from service.explainer import Explainer
-from service.front import PREFIX, Front
+from service.front import Front
 from service.gateway import Gateway
 from service.guards import Guards
 from service.keys.file import Keys

@@ -22,8 +22,6 @@ from service.settings import Settings
 from service.victim import Call
 from service.waiting import Deadline, while_connected
 
-PREFIX = "/for/{name}"
-"""Before any route, for clients that have no other way to name a model than their base URL."""
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
 """What may become a part of a path of the upstream's."""
 

@@ -80,7 +80,7 @@ class Settings(ModelSettings, BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     admin: bool = False
-    """Serve `/admin/…`: to keys with the scope `admin`, to whoever reaches the port without keys."""
+    """Serve `/admin/…`; without keys, to whoever reaches the port."""
     ext_proc_port: int | None = Field(None, ge=1, le=65535)
     """Where Envoy's ext_proc is answered, over gRPC; nowhere without."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -25,6 +25,7 @@ from test_upstream import ONE_TEI, Peer, behind
 from service.access import OPEN, SCOPES, Access
 from service.app import create_app
 from service.audit.store import Store
+from service.dialects.known import PREFIX
 from service.keys.file import Keys, KeysError, Scope, hash_of
 from service.limits import Limiter
 from service.metrics import Metrics
@@ -54,13 +55,13 @@ def bearer(key: str) -> dict[str, str]:
 
 @asynccontextmanager
 async def guarded(folder: Path, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(keys=keys_file(folder), **changes) as client:
+    async with client_of(keys=keys_file(folder), admin=True, **changes) as client:
         yield client
 
 
 def every_route(folder: Path) -> list[tuple[str, str]]:
     """Return method and path of all that is served."""
-    app = create_app(Settings(bundle=folder, keys=keys_file(folder)), fake_bundle())
+    app = create_app(Settings(bundle=folder, keys=keys_file(folder), admin=True), fake_bundle())
     found = [(route.methods, route.path) for route in iter_route_contexts(app.routes)]
     assert all(path is not None for _, path in found), "something is mounted: test it too"
     return [(sorted(methods)[0], path) for methods, path in found if methods and path]
@@ -73,9 +74,11 @@ def test_every_route_has_a_scope_and_keeps_to_it(tmp_path: Path) -> None:
         async with guarded(tmp_path) as client:
             routes = every_route(tmp_path)
             assert {"/classify", "/metrics", "/docs"} <= {path for _, path in routes}
-            assert {path for _, path in routes} == set(SCOPES), "each route, and nothing else"
+            found = {path.removeprefix(PREFIX) for _, path in routes}
+            assert found == set(SCOPES), "each route, and nothing else"
             for method, path in routes:
-                scope, url = SCOPES[path], path.replace("{model}", "fake").replace(":path", "")
+                scope = SCOPES[path.removeprefix(PREFIX)]
+                url = path.replace("{model}", "fake").replace("{name}", "fake").replace(":path", "")
                 if scope is OPEN:
                     answer = await client.request(method, url)
                     assert answer.status_code not in (401, 403), path

@@ -10,6 +10,9 @@ from service.dialects.vllm import Sglang, Vllm
 SERVED: tuple[Dialect, ...] = (Native(), Tei(), OpenInference(), Vllm(), HuggingFace())
 """What clients are answered in."""
 
+PREFIX = "/for/{name}"
+"""Before any route, for clients that have no other way to name a model than their base URL."""
+
 
 def by_route() -> dict[str, list[Dialect]]:
     """Return what is served at each route; where two share one, the first one is the default."""
