@@ -127,7 +127,7 @@ class Run:
     took: list[float] = field(default_factory=list)
     """Of those that were answered."""
     replicas: list[tuple[float, int]] = field(default_factory=list)
-    """How many were ready, over time."""
+    """How many the balancer took for ready, over time."""
     inputs: list[int] = field(default_factory=list)
     """In all replicas, found by each request that came."""
 
@@ -275,8 +275,9 @@ class Cluster:
         return known[self._rng.integers(len(known))]
 
     def refresh(self) -> None:
-        """Let the balancer know who is ready."""
-        self._known = [one for one in self.replicas if one.ready and not one.leaving]
+        """Let the balancer know who is ready; one that died is taken for it until it is noticed."""
+        serving = (one for one in self.replicas if one.ready or one.dead)
+        self._known = [one for one in serving if not one.leaving]
         self.run.replicas.append((self.env.now, len(self._known)))
 
     def _add(self, count: int, delay: float) -> Iterator[simpy.Event]:

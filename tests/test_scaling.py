@@ -55,14 +55,14 @@ def test_batches_cost_about_what_was_measured() -> None:
 
 
 def test_every_request_ends_in_one_way_and_a_replica_takes_with_it_what_it_holds() -> None:
-    setup = Setup(Load(600), 4, 60, lost=2, lost_at=20, least=False, scaling=Scaling(start_s=5))
+    setup = Setup(Load(400), 4, 60, lost=2, lost_at=20, least=False)
     run = simulate(setup)
     ended = sum(map(len, run.at.values()))
     assert 0 <= len(run.inputs) - ended < 100  # the rest is inside at the end
     assert run.at["lost"]
     # Half of ten seconds' requests, and what was inside.
-    assert len(run.at["lost"]) == pytest.approx(0.5 * 600 * setup.noticed_s, rel=0.15)
-    retried = simulate(Setup(Load(600), 4, 60, lost=2, lost_at=20, retries=True))
+    assert len(run.at["lost"]) == pytest.approx(0.5 * 400 * setup.noticed_s, rel=0.15)
+    retried = simulate(Setup(Load(400), 4, 60, lost=2, lost_at=20, retries=True))
     assert 0 < len(retried.at["lost"]) < 100
 
 
