@@ -11,7 +11,7 @@ the window in the order of their arrival; classifying is part of the pass; netwo
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,13 @@ DOCS = Path(__file__).parent.parent / "docs"
 LIMITS = Settings(bundle=Path("unused"))
 GOAL_S = 0.5
 """The 99th percentile under which a cluster has recovered."""
+
+FAILURES = ("shed", "late", "lost")
+"""429, 504, and what a dead replica held or was still sent."""
+OUTCOMES = ("answered", *FAILURES)
+Text = tuple[float, int]
+"""When it came, and its length in tokens."""
+Steps = Generator[simpy.Event, None, None]
 
 
 @dataclass(frozen=True)
@@ -152,26 +159,20 @@ class Run:
         return None if bad >= seconds - 20 else bad - since
 
 
-FAILURES = ("shed", "late", "lost")
-"""429, 504, and what a dead replica held or was still sent."""
-OUTCOMES = ("answered", *FAILURES)
-_Text = tuple[float, int]
-
-
 class Replica:
     """One process of the service."""
 
     def __init__(self, cluster: "Cluster", delay: float) -> None:
         self._cluster, self._env = cluster, cluster.env
-        self._waiting: deque[_Text] = deque()
-        self._window: list[_Text] = []
-        self._taken: list[_Text] = []
+        self._waiting: deque[Text] = deque()
+        self._window: list[Text] = []
+        self._taken: list[Text] = []
         self._wake = self._env.event()
         self.inputs = 0
         self.ready = self.dead = self.leaving = False
         self.process = self._env.process(self._run(delay))
 
-    def take(self, text: _Text) -> None:
+    def take(self, text: Text) -> None:
         """Admit a text, or refuse it."""
         if self.dead or self.inputs >= LIMITS.queue_inputs:
             self._cluster.end(text, "lost" if self.dead else "shed")
@@ -182,7 +183,7 @@ class Replica:
         if not self._wake.triggered:
             self._wake.succeed()
 
-    def _run(self, delay: float) -> Iterator[simpy.Event]:
+    def _run(self, delay: float) -> Steps:
         try:
             yield self._env.timeout(delay)
             self.ready = True
@@ -213,7 +214,7 @@ class Replica:
             self._window = [text for text in self._window if text[0] >= born]
             self._end(late, "late")
 
-    def _batch(self, oldest: bool) -> list[_Text]:
+    def _batch(self, oldest: bool) -> list[Text]:
         lengths = [tokens for _, tokens in self._window]
         batches = list(length_sorted_batches(lengths, self._cluster.setup.batch_tokens))
         chosen = next(b for b in batches if 0 in b) if oldest else batches[-1]
@@ -221,7 +222,7 @@ class Replica:
         self._window = [text for i, text in enumerate(self._window) if i not in taken]
         return batch
 
-    def _end(self, texts: list[_Text], outcome: str) -> None:
+    def _end(self, texts: list[Text], outcome: str) -> None:
         self.inputs -= len(texts)
         self._cluster.inputs -= len(texts)
         for text in texts:
@@ -244,13 +245,13 @@ class Cluster:
         if setup.lost:
             self.env.process(self._lose())
 
-    def end(self, text: _Text, outcome: str) -> None:
+    def end(self, text: Text, outcome: str) -> None:
         """Note what became of a text."""
         self.run.at[outcome].append(text[0])
         if outcome == "answered":
             self.run.took.append(self.env.now - text[0])
 
-    def _ask(self) -> Iterator[simpy.Event]:
+    def _ask(self) -> Steps:
         load, rng = self.setup.load, self._rng
         burst, until = False, rng.exponential(load.calm_s)
         yield self.env.timeout(1e-9)  # replicas of the start are ready
@@ -280,12 +281,12 @@ class Cluster:
         self._known = [one for one in serving if not one.leaving]
         self.run.replicas.append((self.env.now, len(self._known)))
 
-    def _add(self, count: int, delay: float) -> Iterator[simpy.Event]:
+    def _add(self, count: int, delay: float) -> Steps:
         self.replicas += [Replica(self, delay) for _ in range(count)]
         yield self.env.timeout(delay + 1e-9)
         self.refresh()
 
-    def _lose(self) -> Iterator[simpy.Event]:
+    def _lose(self) -> Steps:
         yield self.env.timeout(self.setup.lost_at)
         for one in self._known[: self.setup.lost]:
             one.process.interrupt()
@@ -295,7 +296,7 @@ class Cluster:
         start = (self.setup.scaling or Scaling()).start_s
         self.env.process(self._add(self.setup.lost, start))
 
-    def _scale(self, scaling: Scaling) -> Iterator[simpy.Event]:
+    def _scale(self, scaling: Scaling) -> Steps:
         waiting: deque[float] = deque(maxlen=round(60 / scaling.every_s))
         wanted: deque[int] = deque(maxlen=round(scaling.calm_s / scaling.every_s))
         worked = 0.0
@@ -393,10 +394,8 @@ def plan_tables(found: Measured) -> tuple[str, str]:
 REPLICAS = 10
 LOADS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.3, 1.5)
 STEP = 3
-WAYS = {
-    "random": {"least": False}, "fewest": {"least": True},
-    "fewest, bursts": {"least": True, "burst": 1.6},
-}  # fmt: skip
+WAYS = {"random": (False, 1.0), "fewest": (True, 1.0), "fewest, bursts": (True, 1.6)}
+"""Whether the balancer takes the one with the fewest, and how many times the rate a burst is."""
 SIGNALS = {
     "queue": Scaling(busy=None), "processor": Scaling(queue=None), "both": Scaling(),
     "neither": None,
@@ -412,15 +411,11 @@ def saturated(seed: int = 0) -> float:
 def sweep(one: float) -> dict[str, list[Run]]:
     """Return runs for each way to balance, and each load as a share of what was measured."""
     runs: dict[str, list[Run]] = {}
-    for name, way in WAYS.items():
-        burst = float(way.get("burst", 1))
-        # The bursts are part of the mean.
+    for name, (least, burst) in WAYS.items():
+        # Bursts are part of the mean.
         mean = 1 + (burst - 1) * Load.burst_s / (Load.burst_s + Load.calm_s)
-        runs[name] = [
-            simulate(Setup(Load(REPLICAS * one * share / mean, burst), REPLICAS, 60,
-                           least=bool(way["least"])))
-            for share in LOADS
-        ]  # fmt: skip
+        loads = [Load(REPLICAS * one * share / mean, burst) for share in LOADS]
+        runs[name] = [simulate(Setup(load, REPLICAS, 60, least=least)) for load in loads]
     return runs
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import scaling
 from scaling import Costs, Load, Run, Scaling, Setup, simulate
 
 PAGE = Path(__file__).parent.parent / "docs/performance.md"
-ONE_BY_ONE = {"window": 1, "batch_tokens": 1}
+ONE_BY_ONE: dict[str, Any] = {"window": 1, "batch_tokens": 1}
 
 
 def waits(run: Run, service: float) -> float:
