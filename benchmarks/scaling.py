@@ -142,21 +142,27 @@ class Run:
         """Return the share of all requests that ended so."""
         return sum(len(self.at[o]) for o in outcomes) / sum(map(len, self.at.values()))
 
-    def percentile(self, q: float, since: float = 0, until: float = math.inf) -> float:
-        """Return a percentile of the time to an answer, of those that came in a while."""
-        came = np.array(self.at["answered"])
-        chosen = np.array(self.took)[(since <= came) & (came < until)]
+    def percentile(self, q: float, since: float = 0) -> float:
+        """Return a percentile of the time to an answer, of those that came after a while."""
+        chosen = np.array(self.took)[np.array(self.at["answered"]) >= since]
         return float(np.percentile(chosen, q)) if len(chosen) else math.inf
 
-    def recovery(self, since: float, seconds: float) -> float | None:
-        """Return how long after `since` the last ten seconds were that were not good ones."""
-        bad = since
-        failed = [at for name in FAILURES for at in self.at[name]]
-        for start in np.arange(since, seconds - 10, 10):
-            fails = any(start <= at < start + 10 for at in failed)
-            if fails or self.percentile(99, start, start + 10) > GOAL_S:
-                bad = start + 10
-        return None if bad >= seconds - 20 else bad - since
+    def slowest(self, since: float, until: float) -> list[float]:
+        """Return the 99th percentile of each ten seconds, infinite where some request failed."""
+        came, took = np.array(self.at["answered"]), np.array(self.took)
+        failed = np.array([at for name in FAILURES for at in self.at[name]])
+        found = []
+        for start in np.arange(since, until, 10):
+            chosen = took[(start <= came) & (came < start + 10)]
+            fails = ((start <= failed) & (failed < start + 10)).any()
+            found.append(math.inf if fails else float(np.percentile(chosen, 99)))
+        return found
+
+    def recovery(self, since: float, until: float) -> float | None:
+        """Return how long after `since` all ten seconds are good ones again; None if never."""
+        bad = [i for i, p99 in enumerate(self.slowest(since, until)) if p99 > GOAL_S]
+        back = since + 10 * (bad[-1] + 1) if bad else since
+        return None if back >= until else back - since
 
 
 class Replica:
@@ -257,7 +263,8 @@ class Cluster:
         yield self.env.timeout(1e-9)  # replicas of the start are ready
         self.refresh()
         while True:
-            for gap, tokens in zip(rng.exponential(1, 1000), load.lengths(rng, 1000), strict=True):
+            gaps = rng.exponential(1, 1000).tolist()
+            for gap, tokens in zip(gaps, load.lengths(rng, 1000), strict=True):
                 if self.env.now > until:
                     burst = not burst
                     until = self.env.now + rng.exponential(load.burst_s if burst else load.calm_s)
@@ -478,12 +485,16 @@ def plot(runs: dict[str, list[Run]], found: dict[str, tuple[Setup, Run]]) -> Fig
     count = right.twinx()
     for name, (setup, run) in found.items():
         if setup.load.step > 1:
-            starts = np.arange(0, setup.seconds, 10)
-            slowest = [run.percentile(99, start, start + 10) for start in starts]
-            (line,) = right.plot(starts, slowest, label=f"scaled by {name.split(', ')[1]}")
+            p99 = run.slowest(0, setup.seconds)
+            starts = 10 * np.arange(len(p99))
+            (line,) = right.plot(starts, p99, label=f"scaled by {name.split(', ')[1]}")
             times, there = zip(*run.replicas, (setup.seconds, run.replicas[-1][1]), strict=True)
             count.step(times, there, ":", where="post", color=line.get_color())
-    right.set(title="the load triples at 60 s", xlabel="s", ylabel="99th percentile, s (lines)")
+    right.set(
+        title="the load triples at 60 s",
+        xlabel="s",
+        ylabel="99th percentile, s (lines; gaps: refused)",
+    )
     right.set(yscale="log")
     count.set(ylabel="replicas (dotted)", ylim=(0, None))
     right.legend(fontsize="small")

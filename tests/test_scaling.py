@@ -74,6 +74,10 @@ def test_more_than_can_be_done_is_refused_and_replicas_are_added() -> None:
     assert scaled.replicas[-1][1] > 6
     assert scaled.share("shed") < alone.share("shed") / 2
     assert scaled.percentile(99, 50) < scaling.GOAL_S
+    back = scaled.recovery(0, 60)
+    assert back is not None
+    assert 5 < back < 50
+    assert alone.recovery(0, 60) is None
 
 
 def test_few_requests_take_replicas_away_but_not_all_and_lose_nothing() -> None:
