@@ -327,7 +327,9 @@ def test_connections_that_the_server_cuts_cost_no_row(
     url, _ = cluster
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.execute(sa.text("DROP TABLE IF EXISTS psim_audit_marks, psim_audit, psim_audit_version"))
+        connection.execute(
+            sa.text("DROP TABLE IF EXISTS psim_audit_marks, psim_audit, psim_audit_version")
+        )
         with (
             serving(service(url)) as address,
             httpx.Client(base_url=f"http://{address}") as client,
