@@ -8,7 +8,7 @@ in turns. Printed are medians of a call, what the gateway says it spent on scree
 
 where the screen is what queue, tokenizing and screening took of the same request (`server-timing`).
 
-    python benchmarks/hop.py BUNDLE TEXTS.jsonl
+    python benchmarks/hop.py run BUNDLE TEXTS.jsonl
 """
 
 import asyncio
