@@ -55,7 +55,7 @@ def recalibrated(bundle: Bundle, readings: FloatArray) -> Screen:
 
 
 def passes(screen: Screen, readings: FloatArray) -> NDArray[np.bool_]:
-    return np.array([not screen.judge(row).poisoned for row in readings])
+    return ~screen.flags(readings)
 
 
 def drifted(bundle: Bundle, files: Sequence[Path], readings: Sequence[FloatArray]) -> Table:

@@ -86,10 +86,7 @@ Calibrated = tuple[Screen, FloatArray]
 def parity(reference: Calibrated, own: Calibrated) -> Parity:
     """Compare an engine with the reference, on readings of the same texts."""
 
-    def decisions(screen: Screen, readings: FloatArray) -> NDArray[np.bool_]:
-        return np.array([screen.judge(row).poisoned for row in readings])
-
-    agree = decisions(*reference) == decisions(*own)
+    agree = reference[0].flags(reference[1]) == own[0].flags(own[1])
     checkpoints = own[0].norm.checkpoints
     difference = np.abs(reference[1] - own[1])[:, :checkpoints].max()
     return Parity(float(agree.mean()), float(difference))

@@ -202,6 +202,14 @@ class Screen:
         """Return the threshold for texts that PSIM assigns to class `predicted`."""
         return self._by_class[predicted].threshold
 
+    def flags(self, readings: FloatArray) -> NDArray[np.bool_]:
+        """Say of texts by their readings, shape (n, V, C), which are poisoned.
+
+        Raises:
+            ScreenError: as `judge` does.
+        """
+        return np.array([self.judge(row).poisoned for row in readings], np.bool_)
+
     def judge(self, readings: FloatArray, truncated: bool = False) -> Verdict:
         """Judge one text by what `Guarded.screen` gives of it, shape (V, C).
 

@@ -135,7 +135,8 @@ def fit(
             )
             for runtime in runtimes
         }
-        calibrations = calibrations_of(measured, len(trained.guarded.checkpoints), frr_budget)
+        found = calibrated(measured, len(trained.guarded.checkpoints), frr_budget)
+        calibrations = calibrations_of(measured, found, frr_budget)
         save_readings(partial, {str(runtime): own.readings for runtime, own in measured.items()})
         manifest = Manifest(
             schema_version=4,
@@ -241,18 +242,26 @@ def measure(engine: Engine, texts: Sequence[Encoding]) -> Measured:
     return Measured(predict(engine, texts), texts_per_second(engine, texts))
 
 
-def calibrations_of(
+def calibrated(
     measured: Mapping[Runtime, Measured], checkpoints: int, frr_budget: float
-) -> list[Calibration]:
-    """Calibrate every runtime by what it makes of the same clean texts; `REFERENCE` is one.
+) -> dict[Runtime, Calibrated]:
+    """Calibrate every runtime by what it makes of the same clean texts.
 
     Raises:
         CalibrationError: too few texts, or readings that are not finite.
     """
-    found: dict[Runtime, Calibrated] = {
+    return {
         runtime: (calibrate(own.readings, checkpoints, frr_budget), own.readings)
         for runtime, own in measured.items()
     }
+
+
+def calibrations_of(
+    measured: Mapping[Runtime, Measured],
+    found: Mapping[Runtime, Calibrated],
+    frr_budget: float,
+) -> list[Calibration]:
+    """Return what the manifest says of calibrated runtimes, of which `REFERENCE` is one."""
     calibrations = []
     for runtime, own in found.items():
         compared = asdict(parity(found[REFERENCE], own))

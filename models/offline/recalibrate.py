@@ -27,7 +27,6 @@ from models.bundle import (
     read_manifest,
     save_readings,
 )
-from models.calibrate import calibrate
 from models.engines.catalogue import REFERENCE, Runtime, runs_here
 from models.errors import CalibrationError, DataError
 from models.manifest import ChangeRecord, LimitRecord, Manifest, RecalibrationRecord
@@ -36,6 +35,7 @@ from models.offline.fit import (
     AUTO,
     MAX_CALIBRATE,
     Measured,
+    calibrated,
     calibrations_of,
     fastest,
     measure,
@@ -174,11 +174,11 @@ def recalibrate(bundle: Path, traffic: Traffic) -> Recalibration:
     before, measured = _screened(bundle, parent, list(chosen))
     clean, poisoned = kinds != Kind.POISONED, kinds == Kind.POISONED
     of_clean = {r: replace(own, readings=own.readings[clean]) for r, own in measured.items()}
-    calibrations = calibrations_of(of_clean, checkpoints, budget)
+    found = calibrated(of_clean, checkpoints, budget)
+    calibrations = calibrations_of(of_clean, found, budget)
     changes: list[ChangeRecord] = []
     for runtime, all_of in measured.items():
-        after = calibrate(of_clean[runtime].readings, checkpoints, budget)
-        screens = before[runtime], after
+        screens = before[runtime], found[runtime][0]
         changes += _changes(parent, runtime, screens, all_of.readings, clean, poisoned)
     record = RecalibrationRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,10 +228,6 @@ def _chosen(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
     return {text: kinds[text] for text in [*clean, *poisoned]}
 
 
-def _flagged(screen: Screen, readings: FloatArray) -> NDArray[np.bool_]:
-    return np.array([screen.judge(row).poisoned for row in readings], np.bool_)
-
-
 def _changes(
     parent: Manifest,
     runtime: Runtime,
@@ -242,7 +238,7 @@ def _changes(
 ) -> list[ChangeRecord]:
     """Return what another screen changes for each class; the masks are of texts, shape (n,)."""
     predicted, _ = voices(readings, len(parent.psim.checkpoints))
-    was, now = (_flagged(screen, readings) for screen in screens)
+    was, now = (screen.flags(readings) for screen in screens)
     before, after = screens
     earlier = parent.recalibration.changes if parent.recalibration else []
     fitted = {(c.runtime, c.label): c.fitted for c in earlier}
