@@ -44,7 +44,8 @@ class Audit:
 
     async def _run(self, question: Callable[[sa.Connection], Answer], read_only: bool) -> Answer:
         def run() -> Answer:
-            Store(self._url, read_only=True).close()  # or SQLite would make an empty file
+            if not read_only:  # a reader looks by itself: SQLite would make an empty file
+                Store(self._url, read_only=True).close()
             with (
                 closing(Store(self._url, read_only)) as store,
                 store.connect(SECONDS) as connection,
