@@ -28,7 +28,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fakes import BROKEN, fake_bundle
 from pydantic import ValidationError
-from real_servers import postgres, serving, wait_for
+from real_servers import new_database, postgres, serving, wait_for
 from typer.testing import CliRunner
 
 from models.offline.__main__ import app
@@ -63,13 +63,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty store."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/audit.db"
-    url: str = request.getfixturevalue("cluster")[0]
-    name = f"test_{time.monotonic_ns()}"
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    return url.replace("/postgres", f"/{name}")
+    return new_database(request.getfixturevalue("cluster")[0])
 
 
 def rows(url: str, **chosen: Any) -> list[Row]:

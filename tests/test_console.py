@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
 from fakes import fake_bundle
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from real_servers import free_port, postgres, program, serving, wait_for
+from real_servers import free_port, new_database, postgres, program, serving, wait_for
 
 from service.app import create_app
 from service.audit.figures import Scope, by_budget, by_factor, confidences, groups, traffic
@@ -69,13 +69,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty store."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/audit.db"
-    url: str = request.getfixturevalue("cluster")
-    name = f"test_{time.monotonic_ns()}"
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    return url.replace("/postgres", f"/{name}")
+    return new_database(request.getfixturevalue("cluster"))
 
 
 @pytest.fixture
