@@ -174,6 +174,7 @@ def _rows(guard: Guard, entry: Entry) -> list[Row]:
             label=label,
             digest=guard.digest,
             text=text,
+            model=guard.model,
             caller=entry.caller.name,
             **_readings(verdict),
         )

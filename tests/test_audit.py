@@ -132,6 +132,7 @@ def test_every_input_that_was_answered_is_there_when_the_service_is_down(url: st
     assert len(found) == 41
     rejected = next(row for row in found if row.decision == "reject")
     assert (rejected.request_id, rejected.number, rejected.mode) == ("mine", 1, "enforce")
+    assert rejected.model == "fake"
     assert (rejected.voice, rejected.threshold, rejected.digest) == ("confidence", 3.0, "d" * 64)
     assert rejected.score is not None
     assert rejected.score > 3
@@ -389,7 +390,14 @@ def test_the_export_is_what_was_written_in_the_range_that_is_asked_for(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hours = [
-        replace(ROW, id=uuid4(), time=NOW + timedelta(hours=h), request_id=f"r{h}", text=text)
+        replace(
+            ROW,
+            id=uuid4(),
+            time=NOW + timedelta(hours=h),
+            request_id=f"r{h}",
+            text=text,
+            model=f"m{h}",
+        )
         for h, text in enumerate(['a "quoted",\nfilm', "=1+1", None])
     ]
     allowed = replace(ROW, id=uuid4(), decision="allow", label="positive", number=1)
@@ -410,6 +418,7 @@ def test_the_export_is_what_was_written_in_the_range_that_is_asked_for(
             ["r", "r0"],
         ),
         (["--request-id", "r2"], ["r2"]),
+        (["--model", "m1"], ["r1"]),
     ):
         found = exported(url, *arguments, capsys=capsys).splitlines()
         assert [json.loads(line)["request_id"] for line in found] == ids, arguments

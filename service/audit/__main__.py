@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise AuditError("set PSIM_AUDIT_URL to that of the service, or give --url")
         with closing(Store(given.url, read_only=True)) as store:
             rows = store.read(
-                given.since, given.until, given.decision, given.request_id, given.mark
+                given.since, given.until, given.decision, given.request_id, given.mark, given.model
             )
             write(rows, sys.stdout)
             sys.stdout.flush()
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=[str(mark) for mark in Mark],
         help="only what was marked so in the console; may be given several times",
     )
+    parser.add_argument("--model", metavar="NAME", help="only what was sent to this model")
     parser.add_argument("--request-id", metavar="ID", help="only this request")
     parser.add_argument("--format", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument(

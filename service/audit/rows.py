@@ -42,6 +42,8 @@ class Row:
     """As it came; kept only if the settings say so."""
     text_hmac: str | None = None
     """HMAC-SHA256 of the text in UTF-8, in hexadecimal; None without a key."""
+    model: str | None = None
+    """Name of the model that the request was for; None of rows from before it was kept."""
     caller: str | None = None
     """Name of the API key that it came with; None if none was asked for."""
     mark: str | None = None

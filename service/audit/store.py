@@ -62,6 +62,7 @@ inputs = sa.Table(
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("text", sa.Text),
     sa.Column("text_hmac", sa.Text, index=True),
+    sa.Column("model", sa.Text),
     sa.Column("caller", sa.Text),
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
@@ -157,6 +158,7 @@ class Store:
         decisions: Sequence[str] = (),
         request_id: str | None = None,
         marks: Sequence[str] = (),
+        model: str | None = None,
     ) -> Iterator[Row]:
         """Yield rows in the order of time, from `since` until before `until`.
 
@@ -173,6 +175,8 @@ class Store:
             query = query.where(inputs.c.decision.in_(decisions))
         if request_id is not None:
             query = query.where(inputs.c.request_id == request_id)
+        if model is not None:
+            query = query.where(inputs.c.model == model)
         if marks:
             query = query.where(inputs.c.mark.in_(marks))
         try:
