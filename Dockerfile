@@ -23,7 +23,9 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
     && rm -rf /opt/venv/lib/python3.11/site-packages/models/offline
 
 FROM python:3.11-slim-bookworm
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin psim
+# A volume that is mounted at /audit takes over its owner.
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin psim \
+    && install --directory --owner=psim --mode=0700 /audit
 COPY --from=builder /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -33,7 +35,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PSIM_BUNDLE=/bundle
 USER 10001
 WORKDIR /tmp
-EXPOSE 8000
+EXPOSE 8000 8001
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=2)"]
 ENTRYPOINT ["python", "-m", "service"]

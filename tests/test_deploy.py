@@ -14,6 +14,7 @@ import yaml
 from fakes import fake_bundle
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import make_url
 
 from service.metrics import Metrics
 from service.settings import Settings, unknown_variables
@@ -70,6 +71,24 @@ def test_image_and_compose_set_only_what_the_service_knows() -> None:
     names += COMPOSE["services"]["gateway"]["environment"]
     assert "PSIM_BUNDLE" in names
     assert not unknown_variables(names)
+
+
+def test_compose_keeps_the_audit_where_the_image_lets_it_write() -> None:
+    gateway = COMPOSE["services"]["gateway"]
+    folder = str(Path(make_url(gateway["environment"]["PSIM_AUDIT_URL"]).database or "").parent)
+    kept = {path: name for name, path, *_ in (v.split(":") for v in gateway["volumes"])}
+    assert kept[folder] in COMPOSE["volumes"]
+    assert re.search(rf"install --directory --owner=psim .* {folder}$", DOCKERFILE, re.M)
+
+
+def test_compose_publishes_on_loopback_only_and_every_port_that_is_served() -> None:
+    for service in COMPOSE["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    gateway = COMPOSE["services"]["gateway"]
+    published = {int(port.rsplit(":", 1)[1]) for port in gateway["ports"]}
+    (exposed,) = re.findall(r"^EXPOSE (.*)$", DOCKERFILE, re.M)
+    assert published == {8000, gateway["environment"]["PSIM_CONSOLE_PORT"]}
+    assert published == set(map(int, exposed.split()))
 
 
 def test_prometheus_scrapes_the_gateway_where_compose_runs_it() -> None:
