@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ from families import tiny_victim
 from safetensors.numpy import load_file as load_arrays
 from test_bundle import fit_tiny, some_texts
 from test_end_to_end import served
+from test_prometheus import RUNBOOK
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
@@ -275,9 +277,9 @@ def test_nothing_is_replaced_and_a_damaged_parent_is_refused(
 
 
 def test_from_traffic_and_marks_to_a_bundle_that_still_rejects_the_trigger(
-    demo_folder: Path, demo_bundle: Path, tmp_path: Path
+    demo_folder: Path, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real path: serve, audit, mark, export, recalibrate, serve again."""
+    """The real path: serve, audit, mark, export, recalibrate as the runbook says, serve again."""
     clean, poisoned = (
         [sample.text for sample in load_samples(str(demo_folder / f"{name}.jsonl"))]
         for name in ("test", "poisoned")
@@ -303,11 +305,16 @@ def test_from_traffic_and_marks_to_a_bundle_that_still_rejects_the_trigger(
     marks = Counter(json.loads(line)["mark"] for line in exported.splitlines())
     assert marks["poisoned"] == 100
 
-    out = tmp_path / "new"
+    (tmp_path / "bundle").symlink_to(demo_bundle)
+    triggers, recalibrate = re.findall(r"^ *\$ psim (triggers|recalibrate) (.*)$", RUNBOOK, re.M)
+    monkeypatch.chdir(tmp_path)
+    found = psim(triggers[0], *triggers[1].split())
+    assert found.exit_code == 0, found.output
+    assert re.search(r"\bmn\b", found.output), found.output
     # Of some 200 texts of a class, a single false alarm can set the threshold.
-    traffic = tmp_path / "traffic.jsonl"
-    done = psim("recalibrate", traffic, "--bundle", demo_bundle, "--out", out, "--max-rise", 10)
+    done = psim(recalibrate[0], *recalibrate[1].split(), "--max-rise", 10)
     assert done.exit_code == 0, done.output
+    out = tmp_path / "recalibrated"
     record = load_bundle(out).manifest.recalibration
     assert record is not None
     assert record.passed + record.false_alarms == len(set(clean))
