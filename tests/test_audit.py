@@ -215,6 +215,26 @@ def test_a_bad_row_is_dropped_and_its_mates_are_written(url: str) -> None:
     assert value(metrics, "psim_audit_dropped_total") == 1
 
 
+class CountingStore(Store):
+    inserts = 0
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        self.inserts += 1
+        super().insert(rows)
+
+
+def test_rows_that_come_one_after_the_other_are_written_together(url: str) -> None:
+    store = CountingStore(url)
+    writer, _ = writer_of(store)
+    writer.start()
+    for _ in range(50):
+        writer.add([replace(ROW, id=uuid4())])
+        time.sleep(0.001)
+    wait_for(lambda: count(url) == 50)
+    assert store.inserts < 10
+    writer.close()
+
+
 class SlowStore(Store):
     def insert(self, rows: Sequence[Row]) -> None:
         time.sleep(0.2)

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 BATCH = 500
 """Rows written at once."""
+GATHER_S = 0.2
+"""How long rows wait for others to be written with: a transaction costs far more than a row."""
 PURGE = 5000
 """Rows deleted at once."""
 PURGE_EVERY_S = 3600
@@ -65,8 +67,10 @@ class Writer:
         """Queue rows, or drop those for which there is no room; never waits for the store."""
         protected = [self._protect(row) for row in rows]
         with self._wake:
+            first = not self._rows
             taken = list(takewhile(self._take, protected))
-            self._wake.notify()
+            if first or self._has_batch():
+                self._wake.notify()
         self._drop(len(protected) - len(taken))
 
     def close(self) -> None:
@@ -114,6 +118,8 @@ class Writer:
         while True:
             with self._wake:
                 self._wake.wait_for(self._has_work, max(0.0, self._purge_at - time.monotonic()))
+                if self._rows:
+                    self._wake.wait_for(self._has_batch, GATHER_S)
                 batch = list(islice(self._rows, BATCH))
                 if self._given_up or (self._closing and not batch):
                     break
@@ -134,6 +140,9 @@ class Writer:
 
     def _has_work(self) -> bool:
         return bool(self._rows) or self._closing
+
+    def _has_batch(self) -> bool:
+        return self._closing or len(self._rows) >= min(BATCH, self._limit)
 
     def _step(self, batch: Sequence[Row]) -> None:
         if not self._migrated:
