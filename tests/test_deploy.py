@@ -125,6 +125,16 @@ def test_every_setting_and_metric_is_documented() -> None:
         assert not name.startswith("psim_") or f"`{name}" in document or name + "_total" in document
 
 
+def test_every_metric_is_on_the_dashboard_or_alerted_on() -> None:
+    seen = (ROOT / "deploy/grafana/dashboards/psim.json").read_text()
+    seen += (ROOT / "deploy/prometheus/rules.yml").read_text()
+    for series in scraped():
+        name = re.sub(r"_(bucket|sum|count|created)$", "", series)
+        assert not name.startswith("psim_") or re.search(rf"\b{name}(_total|_bucket)?\b", seen), (
+            name
+        )
+
+
 def dockerfile_command(instruction: str) -> list[str]:
     """Return the exec form behind an instruction, as the image would run it."""
     (found,) = re.findall(rf"^{instruction}\b.*?(\[[^\n]*\])$", DOCKERFILE, re.M | re.S)

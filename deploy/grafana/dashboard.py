@@ -159,12 +159,35 @@ CHARTS: dict[str, list[Chart]] = {
             {"{{instance}}": f"rate(psim_audit_failures_total{RATE})"},
         ),
     ],
+    "API keys": [
+        Chart(
+            "Requests without a key or its scope; inputs over a key's limit",
+            units.CountsPerSecond,
+            {
+                "denied: {{reason}}": f"sum by (reason) (rate(psim_denied_total{RATE}))",
+                "limited": f"sum(rate(psim_rate_limited_inputs_total{RATE}))",
+            },
+        ),
+        Chart(
+            "The file of keys cannot be used; Redis could not be asked, in the last hour",
+            units.Short,
+            {
+                "file {{instance}}": "psim_keys_stale",
+                "Redis {{instance}}": "increase(psim_limits_failures_total[1h])",
+            },
+        ),
+    ],
     "Replicas": [
         Chart("Ready", units.Short, {"{{instance}} {{model}}": "psim_ready"}),
         Chart(
             "Restarts of the worker",
             units.Short,
             {"{{instance}}": "increase(psim_worker_restarts_total[1h])"},
+        ),
+        Chart(
+            "Reloads, in the last hour",
+            units.Short,
+            {"{{instance}} {{outcome}}": "increase(psim_reloads_total[1h])"},
         ),
         Chart(
             "Failures of the classifier elsewhere",
