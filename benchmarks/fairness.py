@@ -21,6 +21,7 @@ from service.batcher import Batcher
 from service.metrics import Metrics
 from service.settings import Settings
 
+BATCH_TOKENS, CALLERS = (512, 1024, 2048, 4096), (0, 1, 4)
 SHORT, LONG = "a quiet film", "the film was a quiet one and nobody minded " * 15
 BULK, PAUSE_S = 128, 0.05
 
@@ -55,26 +56,30 @@ async def measure(
 
 def main(
     bundle: Path,
-    dtype: str = "float32",
-    seconds: float = 60,
+    engine: str | None = None,
+    dtype: str | None = None,
+    seconds: float = 20,
     threads: int = torch.get_num_threads(),
 ) -> None:
     torch.set_num_threads(threads)
-    table = Table("bulk callers", "lone p50, ms", "lone p99, ms", "bulk p50, ms", "texts/s")
+    loaded = load_bundle(bundle, dtype, engine)
+    header = ("lone p50, ms", "lone p99, ms", "bulk p50, ms", "texts/s")
+    table = Table("PSIM_BATCH_TOKENS", "bulk callers", *header)
 
-    async def run() -> None:
-        loaded = load_bundle(bundle, dtype)
-        settings = Settings(bundle=bundle, request_timeout_s=600)
+    async def run(batch_tokens: int) -> None:
+        settings = Settings(bundle=bundle, request_timeout_s=600, batch_tokens=batch_tokens)
         batcher = Batcher(loaded, settings, Metrics().of("fairness", settings))
         batcher.start()
-        for callers in (0, 1, 4):
+        for callers in CALLERS:
             lone, bulk, rate = await measure(batcher, callers, seconds)
             p50, p99 = 1000 * np.percentile(lone, [50, 99])
             of_bulk = f"{1000 * np.median(bulk):.0f}" if bulk else "-"
-            table.add_row(str(callers), f"{p50:.0f}", f"{p99:.0f}", of_bulk, f"{rate:.0f}")
+            figures = (f"{p50:.0f}", f"{p99:.0f}", of_bulk, f"{rate:.0f}")
+            table.add_row(str(batch_tokens), str(callers), *figures)
         await batcher.close()
 
-    asyncio.run(run())
+    for batch_tokens in BATCH_TOKENS:
+        asyncio.run(run(batch_tokens))
     Console().print(table)
 
 
