@@ -246,6 +246,8 @@ def _load_engine(path: Path, manifest: Manifest, runtime: Runtime) -> Engine:
     load_adapter(path / "psim" / ADAPTER_WEIGHTS, guarded, manifest.victim.digest)
     if manifest.activations:
         guarded.activations = load_activations(path / ACTIVATIONS, guarded, manifest)
+    if not all(weights.isfinite().all() for weights in guarded.parameters()):
+        raise BundleError("victim/, prompt/ or psim/ holds weights that are not finite")
     tokenizer = AutoTokenizer.from_pretrained(
         path / "tokenizer", trust_remote_code=False, local_files_only=True
     )

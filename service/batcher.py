@@ -95,6 +95,7 @@ class Batcher:
         self._window: list[tuple[_ScreenJob, Encoding]] = []
         """Oldest first. Only the worker changes it."""
         self._taken: Sequence[_Job[Any, Any]] = ()
+        """What is in hand; set before it is taken from where it waits, so that none gets lost."""
         self._oldest_next = False
         self._recent: deque[float] = deque([0.0], maxlen=16)
         self._worker = Worker(
@@ -187,8 +188,11 @@ class Batcher:
         return bool(states or fresh or self._window) or not worker.closing
 
     def _next_states(self) -> list[_ClassifyJob]:
-        queue = self._to_classify
-        return [queue.popleft() for _ in range(min(WINDOW, len(queue)))]
+        taken: list[_ClassifyJob] = []
+        self._taken = taken
+        while self._to_classify and len(taken) < WINDOW:
+            taken.append(self._to_classify.popleft())
+        return taken
 
     def _next_texts(self, most: int) -> list[_ScreenJob]:
         """Take texts off the queue, one of each caller in turn, so that nobody waits for a crowd.
@@ -196,6 +200,7 @@ class Batcher:
         Those whose caller has gone are dropped before they cost anything.
         """
         taken: list[_ScreenJob] = []
+        self._taken = taken
         while self._to_screen and len(taken) < most:
             caller = self._to_screen.popleft()
             job = caller.popleft()
@@ -206,7 +211,6 @@ class Batcher:
         return taken
 
     def _tokenize(self, jobs: list[_ScreenJob]) -> None:
-        self._taken = jobs
         texts = [job.given for job in jobs]
         encodings = self._outputs("tokenize", jobs, texts, self._engine.encode)
         refused = ScreenFailed("an input could not be tokenized")
@@ -226,6 +230,7 @@ class Batcher:
         self._oldest_next = not self._oldest_next
         chosen = next(b for b in batches if 0 in b) if self._oldest_next else batches[-1]
         batch, taken = [self._window[i] for i in chosen], set(chosen)
+        self._taken = [job for job, _ in batch]
         self._window = [one for i, one in enumerate(self._window) if i not in taken]
         return batch
 
@@ -247,7 +252,7 @@ class Batcher:
         ]
 
     def _run_screen(self, batch: list[tuple[_ScreenJob, Encoding]]) -> None:
-        self._taken = jobs = [job for job, _ in batch]
+        jobs = [job for job, _ in batch]
         encodings = [encoding for _, encoding in batch]
         self._start(jobs, encodings)
 
@@ -269,7 +274,6 @@ class Batcher:
             return Screened(None, state)
 
     def _run_classify(self, waiting: list[_ClassifyJob]) -> None:
-        self._taken = waiting
         lengths = [len(job.given) for job in waiting]
         for batch in length_sorted_batches(lengths, self._settings.batch_tokens):
             jobs = [waiting[i] for i in batch if not waiting[i].future.cancelled()]
@@ -308,11 +312,8 @@ class Batcher:
         if not inputs:
             return []
         started = time.perf_counter()
-        outputs: list[_Out | None]
-        try:
-            with self._worker.busy():
-                outputs = list(run(inputs))
-        except BaseException:
+        outputs = self._together(stage, inputs, run)
+        if outputs is None:
             outputs = [
                 None if job.future.cancelled() else self._alone(stage, one, run)
                 for job, one in zip(jobs, inputs, strict=True)
@@ -324,6 +325,26 @@ class Batcher:
         for job in jobs:
             job.stages[stage] = seconds
         return outputs
+
+    def _together(
+        self, stage: str, inputs: Sequence[_In], run: Callable[[Sequence[_In]], Iterable[_Out]]
+    ) -> list[_Out | None] | None:
+        """Return what the engine makes of a batch, or None if it fails.
+
+        Rows are not tried in here: the exception holds what the batch has allocated, and after an
+        out-of-memory error that is the memory that the rows need.
+        """
+        try:
+            with self._worker.busy():
+                return list(run(inputs))
+        except BaseException as error:
+            log.warning(
+                "%s failed for a batch of %d, each is tried alone: %s",
+                stage,
+                len(inputs),
+                type(error).__name__,
+            )
+            return None
 
     def _alone(
         self, stage: str, one: _In, run: Callable[[Sequence[_In]], Iterable[_Out]]

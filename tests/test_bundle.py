@@ -284,13 +284,27 @@ def test_a_victim_with_missing_weights_is_refused(bundle: Path) -> None:
         load_bundle(bundle)
 
 
-def test_nan_weights_fail_the_self_test(bundle: Path) -> None:
-    file = bundle / "victim" / "model.safetensors"
-    weights = load_file(file)
-    weights["classifier.bias"][0] = float("nan")
-    save_file(weights, file, metadata={"format": "pt"})
-    rehash(bundle, "victim/model.safetensors")
-    with pytest.raises(BundleError, match="self-test"):
+@pytest.mark.parametrize(
+    ("file", "weights", "start", "bad", "says"),
+    [
+        ("victim/model.safetensors", "classifier.bias", -1, float("nan"), "not finite"),
+        ("victim/model.safetensors", "word_embeddings.weight", -1, float("inf"), "not finite"),
+        (f"psim/{ADAPTER_WEIGHTS}", "lora_B.weight", -1, float("nan"), "not finite"),
+        ("victim/model.safetensors", "embeddings.LayerNorm.weight", 0, 3e38, "self-test"),
+    ],
+)
+def test_weights_that_give_no_numbers_are_refused(
+    bundle: Path, file: str, weights: str, start: int, bad: float, says: str
+) -> None:
+    """One of them is enough, even if it is that of a word which no test happens to have."""
+    tensors = load_file(bundle / file)
+    name = next(name for name in tensors if name.endswith(weights))
+    tensors[name].flatten()[start:] = bad
+    with safe_open(bundle / file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, bundle / file, metadata=metadata)
+    rehash(bundle, file)
+    with pytest.raises(BundleError, match=says):
         load_bundle(bundle)
 
 

@@ -27,6 +27,8 @@ GATHER_S = 0.2
 PURGE = 5000
 """Rows deleted at once."""
 PURGE_EVERY_S = 3600
+JUMP_S = 60
+"""By how much the clock may be set forward and be believed at once."""
 MAX_CHARS = 32_000_000
 """Of texts that wait."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
@@ -57,6 +59,8 @@ class Writer:
         self._closing = self._given_up = False
         self._failing = self._dropping = self._migrated = False
         self._purge_at = 0.0
+        self._clock_ahead: float | None = None
+        """Seconds by which the clock was ahead of the monotonic one at the last purge."""
         self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
 
     def start(self) -> None:
@@ -174,8 +178,18 @@ class Writer:
     def _purge(self) -> None:
         if time.monotonic() < self._purge_at:
             return
+        if self._clock_jumped():
+            log.warning("the clock was set forward; what is old now is kept for another hour")
+            self._purge_at = time.monotonic() + PURGE_EVERY_S
+            return
         if self._store.purge(datetime.now(UTC) - self._age, PURGE) < PURGE:
             self._purge_at = time.monotonic() + PURGE_EVERY_S
+
+    def _clock_jumped(self) -> bool:
+        """Return whether rows may seem older than they are: a clock that is wrong is set back."""
+        before = self._clock_ahead
+        self._clock_ahead = time.time() - time.monotonic()  # noqa: TID251
+        return before is not None and self._clock_ahead - before > JUMP_S
 
     def _fail(self, error: Exception) -> None:
         self._metrics.audit_failures.inc()

@@ -62,7 +62,7 @@ class Classification(Asked):
         return {
             "id": f"classify-{uuid.uuid4().hex}",
             "object": "list",
-            "created": int(time.time()),
+            "created": int(time.time()),  # noqa: TID251 - of the day
             "model": served.model,
             "data": [_data(i, result, served.labels) for i, result in enumerate(results)],
             "usage": {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0},
