@@ -19,7 +19,7 @@ import numpy as np
 import simpy
 import typer
 from matplotlib.figure import Figure
-from page import markdown
+from page import fill, markdown
 
 from models.batching import length_sorted_batches
 from service.batcher import WINDOW
@@ -526,13 +526,7 @@ def main(docs: bool = False) -> None:
     for name, part in parts.items():
         print(f"{name}\n\n{part}\n")
     if docs:
-        page = DOCS / "scaling.md"
-        text = page.read_text()
-        for name, part in parts.items():
-            before, start, rest = text.partition(f"<!-- scaling:{name} -->\n")
-            _, end, after = rest.partition("<!-- /scaling -->")
-            text = f"{before}{start}\n{part}\n\n{end}{after}"
-        page.write_text(text)
+        fill(DOCS / "scaling.md", "scaling", parts)
         plot(runs, happened).savefig(DOCS / "img/scaling.png", dpi=110)
 
 

@@ -9,6 +9,7 @@ requests.
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -97,6 +98,8 @@ class Batcher:
         self._taken: Sequence[_Job[Any, Any]] = ()
         self._oldest_next = False
         self._recent: deque[float] = deque([0.0], maxlen=16)
+        self._pace = 0.0
+        """Seconds that an input takes, by the last `WINDOW` of them or so."""
         self._worker = Worker(
             self._step, self._probe, self._answer_taken, self._answer_all, settings, metrics
         )
@@ -145,11 +148,24 @@ class Batcher:
         for reason, amount, limit in (
             ("inputs", self._inputs + inputs, self._settings.queue_inputs),
             ("characters", self._chars + chars, self._settings.queue_chars),
+            ("seconds", self._wait(inputs), self._settings.queue_s),
         ):
             if amount > limit:
                 self._metrics.overload[reason].inc()
-                raise Overloaded(reason)
+                raise Overloaded(reason, self._retry_after())
         self._account(inputs, chars)
+
+    def _wait(self, inputs: int) -> float:
+        """Return how many seconds of work go before the last of a caller's inputs."""
+        with self._worker.wake:
+            # Since callers take turns, what one has more of than the new one comes after that.
+            after = sum(max(0, len(caller) - inputs) for caller in self._to_screen)
+        return self._pace * (self._inputs - after)
+
+    def _retry_after(self) -> int:
+        """Return after how many seconds all that waits now will be answered."""
+        seconds = min(self._pace * self._inputs, self._settings.request_timeout_s)
+        return max(1, math.ceil(seconds))
 
     def _account(self, inputs: int, chars: int) -> None:
         self._inputs += inputs
@@ -176,14 +192,19 @@ class Batcher:
                 worker.wake.wait_for(lambda: self._to_classify or self._to_screen or worker.closing)
             states = self._next_states()
             fresh = [] if states else self._next_texts(WINDOW - len(self._window))
-        started = time.perf_counter()
+        started, screened = time.perf_counter(), 0
         if states:
             self._run_classify(states)
         else:
             self._tokenize(fresh)
-            self._run_screen(self._next_batch())
+            batch = self._next_batch()
+            screened = len(batch)
+            self._run_screen(batch)
         self._taken = ()
-        self._recent.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._recent.append(seconds)
+        # A step with nothing screened counts for the inputs of others: each takes both kinds.
+        self._pace += (seconds - screened * self._pace) / WINDOW
         return bool(states or fresh or self._window) or not worker.closing
 
     def _next_states(self) -> list[_ClassifyJob]:

@@ -36,7 +36,7 @@ ROUTES = (
 )
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
-OVERLOADS = ("inputs", "characters", "searches")
+OVERLOADS = ("inputs", "characters", "seconds", "searches")
 RELOADS = ("done", "failed")
 DENIALS = ("key", "scope")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
