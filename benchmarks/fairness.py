@@ -64,7 +64,7 @@ def main(
 
     async def run() -> None:
         loaded = load_bundle(bundle, dtype)
-        settings = Settings(bundle=bundle, request_timeout_s=600)
+        settings = Settings(bundle=bundle, request_timeout_s=600, queue_s=600)
         batcher = Batcher(loaded, settings, Metrics().of("fairness", settings))
         batcher.start()
         for callers in (0, 1, 4):

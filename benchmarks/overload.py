@@ -126,7 +126,9 @@ async def measure(server: Running, texts: Sequence[str], seconds: float) -> Resu
         "can": can,
         "closed_p99": float(np.percentile(at_capacity, 99)),
         "begins": [one - start for one in begins],
-        "sent": [(one.due - start, one.seconds, one.status, one.retry_after) for one in sender.sent],
+        "sent": [
+            (one.due - start, one.seconds, one.status, one.retry_after) for one in sender.sent
+        ],
         "memory": [(when - start, resident) for when, resident in memory],
     }  # fmt: skip
 

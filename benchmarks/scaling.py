@@ -6,6 +6,7 @@ Costs of a replica come from docs/performance.md, see `Costs`. What is simplifie
 one text; a replica is one server that takes the event loop's work and the forward pass in turn; the
 batch is chosen from the window as service/batcher.py does, by its own function, but texts enter
 the window in the order of their arrival; classifying is part of the pass; networks take no time.
+Admission is as there too, by the pace of the latest texts.
 """
 
 import math
@@ -174,13 +175,14 @@ class Replica:
         self._window: list[Text] = []
         self._taken: list[Text] = []
         self._wake = self._env.event()
-        self.inputs = 0
+        self.inputs, self._pace = 0, 0.0
         self.ready = self.dead = self.leaving = False
         self.process = self._env.process(self._run(delay))
 
     def take(self, text: Text) -> None:
         """Admit a text, or refuse it."""
-        if self.dead or self.inputs >= LIMITS.queue_inputs:
+        full = self.inputs >= LIMITS.queue_inputs or self.inputs * self._pace > LIMITS.queue_s
+        if self.dead or full:
             self._cluster.end(text, "lost" if self.dead else "shed")
             return
         self.inputs += 1
@@ -205,6 +207,7 @@ class Replica:
                 seconds = self._cluster.setup.costs.of([tokens for _, tokens in self._taken])
                 self._cluster.busy_s += seconds
                 yield self._env.timeout(seconds)
+                self._pace += (seconds - len(self._taken) * self._pace) / WINDOW
                 self._end(self._taken, "answered")
                 self._taken = []
         except simpy.Interrupt:

@@ -69,8 +69,8 @@ KINDS = {
 REFUSALS = {"too long": 413, "too many": 413, "empty": 422, "malformed": 400}
 SCORES_DIFFER, PROBABILITIES_DIFFER = 1e-3, 1e-5
 """From one batch to another, in float32: 1.7e-4 and 1.5e-7 were seen."""
-REST_S = 3
-"""In which connections are closed and the audit is written."""
+REST_S, PATIENCE = 3, 20
+"""Seconds in which connections are closed, and looks at what is counted until it must add up."""
 COUNTS = {"files": "open files", "threads": "threads", "tasks": "tasks of asyncio"}
 app = typer.Typer()
 
@@ -227,35 +227,52 @@ def outcome(decisions: Sequence[str]) -> str:
     return "rejected" if {*decisions} == {"reject"} else "ok"
 
 
+def client(url: str) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(None))
+
+
+async def settled(session: aiohttp.ClientSession, book: Book, audit: Path) -> list[str]:
+    """Return what does not add up when all has been written and counted."""
+    for _ in range(PATIENCE):
+        async with session.get("/metrics") as response:
+            metrics = await response.text()
+        found = differences(book, metrics, audited(audit))
+        if not found:
+            break
+        await asyncio.sleep(1)
+    return found
+
+
 def differences(book: Book, metrics: str, rows: Mapping[str, list[str]]) -> list[str]:
     """Return what does not add up; nothing if metrics and audit are what the callers counted."""
     found = [*book.wrong, *differences_of_rows(book, rows)]
-
-    def counted(name: str, **labels: str) -> int:
-        families = text_string_to_metric_families(metrics)
-        samples = (sample for family in families for sample in family.samples)
-        return int(
-            sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
-        )
-
     # Nobody saw how those that hung up ended: what was answered is in the audit, and what is left
     # was cancelled or refused for load.
     late = Counter(outcome(d) for name, d in book.hung_up.items() if name in rows)
     left, sure = len(book.hung_up) - late.total(), book.outcomes + late
     requests = Counter(
-        {one: counted("psim_requests_total", route=ROUTE, outcome=one) for one in OUTCOMES}
+        {one: counted(metrics, "psim_requests_total", route=ROUTE, outcome=one) for one in OUTCOMES}
     )
     more = requests.total() - sure.total()
     if sure - requests or more != left or (requests - sure).keys() - {"cancelled", "overloaded"}:
         found.append(f"{requests} were counted, not {sure} and {left} that hung up")
-    inputs = {str(one): counted("psim_inputs_total", decision=one) for one in Decision}
+    inputs = {str(one): counted(metrics, "psim_inputs_total", decision=one) for one in Decision}
     decisions = Counter(decision for those in rows.values() for decision in those)
     if inputs != {one: decisions[one] for one in inputs}:
         found.append(f"{inputs} were counted, {decisions} are in the audit")
     for name in ("psim_queue_inputs", "psim_queue_characters", "psim_audit_dropped_total"):
-        if count := counted(name):
+        if count := counted(metrics, name):
             found.append(f"{name} is {count}")
     return found
+
+
+def counted(metrics: str, name: str, **labels: str) -> int:
+    """Return the sum of the samples that have these labels."""
+    families = text_string_to_metric_families(metrics)
+    samples = (sample for family in families for sample in family.samples)
+    return int(
+        sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+    )
 
 
 def differences_of_rows(book: Book, rows: Mapping[str, list[str]]) -> list[str]:
@@ -306,31 +323,28 @@ async def soak(
     book, url = Book(), f"http://{HOST}:{server.port}"
     states: list[State] = []
 
-    def client(**more: Any) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(None), **more)
-
     async def at_rest() -> State:
         await asyncio.sleep(REST_S)
-        async with client() as session:
+        async with client(url) as session:
             return await state(session, server.process, book.inputs)
 
     async def watch() -> None:
-        async with client() as session:
+        async with client(url) as session:
             for inputs_by_then in track(range(0, inputs, max(1, inputs // SAMPLES))):
                 while book.inputs < inputs_by_then:
                     await asyncio.sleep(0.1)
                 states.append(await state(session, server.process, book.inputs))
 
-    async with client() as session:
+    async with client(url) as session:
         await Callers(session, server.port, book, seed).learn(texts)
     before, started = await at_rest(), time.perf_counter()
-    async with client() as session:
+    async with client(url) as session:
         watching = asyncio.create_task(watch())
         await Callers(session, server.port, book, seed).ask(inputs, callers)
         await watching
     seconds, after = time.perf_counter() - started, await at_rest()
-    async with client() as session, session.get("/metrics") as response:
-        metrics = await response.text()
+    async with client(url) as session:
+        found = await settled(session, book, audit)
     rows = audited(audit)
     return {
         "requests": dict(book.outcomes),
@@ -340,7 +354,7 @@ async def soak(
         "inputs": book.inputs,
         "pool": len(book.pool),
         "alike": alike([answer for _, answer in book.pool]),
-        "differences": differences(book, metrics, rows),
+        "differences": found,
         "seconds": seconds,
         "before": asdict(before),
         "after": asdict(after),

@@ -90,6 +90,7 @@ class Batcher:
         self._engine, self._screen = bundle.engine, bundle.screen
         self._settings, self._metrics = settings, metrics
         self._inputs = self._chars = 0
+        self._callers: set[tuple[_ScreenJob, ...]] = set()
         self._to_screen: deque[deque[_ScreenJob]] = deque()
         """By caller; the next one first."""
         self._to_classify: deque[_ClassifyJob] = deque()
@@ -131,11 +132,13 @@ class Batcher:
         """
         chars = sum(map(len, texts))
         self._admit(len(texts), chars)
-        jobs = [_ScreenJob(text, self._loop.create_future()) for text in texts]
+        jobs = tuple(_ScreenJob(text, self._loop.create_future()) for text in texts)
+        self._callers.add(jobs)
         try:
             self._enqueue(self._to_screen, [deque(jobs)])
             return await _all(jobs)
         finally:
+            self._callers.discard(jobs)
             self._account(-len(texts), -chars)
 
     async def classify(self, states: Sequence[State]) -> list[Timed[FloatArray]]:
@@ -156,11 +159,12 @@ class Batcher:
         self._account(inputs, chars)
 
     def _wait(self, inputs: int) -> float:
-        """Return how many seconds of work go before the last of a caller's inputs."""
-        with self._worker.wake:
-            # Since callers take turns, what one has more of than the new one comes after that.
-            after = sum(max(0, len(caller) - inputs) for caller in self._to_screen)
-        return self._pace * (self._inputs - after)
+        """Return how many seconds of work go before the last of so many inputs of a new caller.
+
+        Callers take turns: what one of them has more of than the new one comes after.
+        """
+        left = (sum(not job.future.done() for job in jobs) for jobs in self._callers)
+        return self._pace * sum(min(inputs, one) for one in left)
 
     def _retry_after(self) -> int:
         """Return after how many seconds all that waits now will be answered."""
@@ -170,9 +174,10 @@ class Batcher:
     def _account(self, inputs: int, chars: int) -> None:
         self._inputs += inputs
         self._chars += chars
-        # Not set, since after a reload the one before may still have some of the same model.
+        # Not set where it counts: after a reload the one before may still have some of the model.
         self._metrics.queue_inputs.inc(inputs)
         self._metrics.queue_characters.inc(chars)
+        self._metrics.queue_seconds.set(self._pace * self._inputs)
 
     def _enqueue(self, queue: "deque[_In]", items: "Iterable[_In]") -> None:
         with self._worker.wake:
