@@ -10,6 +10,7 @@ text's is noticed. At the end, metrics and audit must be what the callers counte
 """
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -47,7 +48,7 @@ from models.offline.demo import encoder_path
 from models.offline.fit import fit
 from models.offline.psim import PsimConfig
 from service import logs
-from service.__main__ import load_settings
+from service.__main__ import KEEP_ALIVE_S, load_settings
 from service.app import create_app
 from service.metrics import OUTCOMES
 from service.schemas import Decision
@@ -71,7 +72,12 @@ SCORES_DIFFER, PROBABILITIES_DIFFER = 1e-3, 1e-5
 """From one batch to another, in float32: 1.7e-4 and 1.5e-7 were seen."""
 REST_S, PATIENCE = 3, 20
 """Seconds in which connections are closed, and looks at what is counted until it must add up."""
-COUNTS = {"files": "open files", "threads": "threads", "tasks": "tasks of asyncio"}
+COUNTS = {
+    "files": "open files",
+    "threads": "threads",
+    "tasks": "tasks of asyncio",
+    "objects": "objects of Python",
+}
 app = typer.Typer()
 
 
@@ -307,13 +313,15 @@ class State:
     threads: int
     tasks: int
     """Of asyncio."""
+    objects: int
+    """That Python's garbage collector knows."""
 
 
 async def state(session: aiohttp.ClientSession, process: psutil.Process, inputs: int) -> State:
-    async with session.get("/tasks") as response:
-        tasks = int(await response.text())
+    async with session.get("/inside") as response:
+        inside = await response.json()
     resident = process.memory_info().rss / 2**20
-    return State(inputs, resident, process.num_fds(), process.num_threads(), tasks)
+    return State(inputs, resident, process.num_fds(), process.num_threads(), **inside)
 
 
 async def soak(
@@ -367,7 +375,7 @@ def alike(answers: Sequence[Answer]) -> float:
     return mean(one.is_like(other) for one, other in combinations(answers[:ALIKE], 2))
 
 
-def tiny_bundle(folder: Path) -> Path:
+def tiny_bundle(folder: Path, engine: str = "torch") -> Path:
     """Make a bundle of a random model that is small enough for a million inputs on one core."""
     if not folder.exists():
         torch.manual_seed(0)
@@ -382,7 +390,7 @@ def tiny_bundle(folder: Path) -> Path:
         training = PsimConfig(learning_rate=2e-3, max_steps=20)
         fit(
             victim, tokenizer, texts, folder, name="tiny", frr_budget=0.05, config=training,
-            engine="torch",
+            engine=engine,
         )  # fmt: skip
     return folder
 
@@ -394,19 +402,21 @@ def varied_texts(count: int, seed: int) -> list[str]:
     return [" ".join(rng.sample(sentences, length)) for length in lengths]
 
 
-def plot(result: Result, path: Path) -> None:
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def plot(result: Result) -> Figure:
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    memory, objects, counts = figure.subplots(1, 3)
     inputs = [one["inputs"] / 1e6 for one in result["states"]]
-    left.plot(inputs, [one["resident_mb"] for one in result["states"]])
-    left.set(ylabel="resident memory, MB")
-    for name in COUNTS:
-        right.plot(inputs, [one[name] for one in result["states"]], label=COUNTS[name])
-    right.legend(fontsize="small")
-    for axes in (left, right):
+    memory.plot(inputs, [one["resident_mb"] for one in result["states"]])
+    memory.set(title="resident memory, MB")
+    objects.plot(inputs, [one["objects"] / 1000 for one in result["states"]])
+    objects.set(title="objects of Python, thousands")
+    for name in ("files", "threads", "tasks"):
+        counts.plot(inputs, [one[name] for one in result["states"]], label=COUNTS[name])
+    counts.legend(fontsize="small")
+    for axes in (memory, objects, counts):
         axes.set(xlabel="million inputs", ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def table(result: Result) -> str:
@@ -414,10 +424,7 @@ def table(result: Result) -> str:
     late = result["states"][len(result["states"]) // 2 :]
     memory = [one["resident_mb"] for one in late]
     points = [(one["inputs"], one["resident_mb"]) for one in result["states"]]
-    requests = {
-        **result["requests"],
-        "hung up": result["hung_up"],
-    }
+    requests = result["requests"] | {"hung up": result["hung_up"]}
     lines = [
         ["inputs answered", f"{result['inputs']:,}"],
         ["requests", f"{sum(requests.values()):,}: "
@@ -429,8 +436,8 @@ def table(result: Result) -> str:
          f"**{len(result['differences'])}**"],
         ["texts", f"{result['pool']:,}; {result['alike']:.3%} of their pairs are answered alike"],
         ["took", f"{result['seconds'] / 60:.0f} min"],
-        ["resident memory in the second half, MB",
-         f"{min(memory):.0f} to {max(memory):.0f}, {growth(points):+.1f} per 100,000 inputs"],
+        ["resident memory in the second half",
+         f"{min(memory):.0f} to {max(memory):.0f} MB, {growth(points):+.1f} MB per 100,000 inputs"],
         *([f"{label}: at rest before / most under load / at rest after",
            f"{result['before'][name]} / {max(one[name] for one in result['states'])} / "
            f"{result['after'][name]}"] for name, label in COUNTS.items()),
@@ -440,16 +447,20 @@ def table(result: Result) -> str:
 
 @app.command()
 def serve() -> None:
-    """Serve as `python -m service` does, with a route that says how many tasks there are."""
+    """Serve as `python -m service` does, with a route that says what is inside."""
     settings = load_settings()
+    gc.freeze()
     logs.configure(settings.log_level)
     service = create_app(settings)
 
-    @service.get("/tasks")
-    async def tasks() -> int:
-        return len(asyncio.all_tasks())
+    @service.get("/inside")
+    async def inside() -> dict[str, int]:
+        return {"tasks": len(asyncio.all_tasks()), "objects": len(gc.get_objects())}
 
-    uvicorn.run(service, port=settings.port, log_config=None, access_log=False)
+    uvicorn.run(
+        service, port=settings.port, log_config=None, access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )  # fmt: skip
 
 
 @app.command()
@@ -457,6 +468,7 @@ def run(
     out: Path,
     bundle: Path | None = None,
     texts: Annotated[str | None, typer.Option(help="Sentences of our own unless given.")] = None,
+    engine: str = "openvino",
     inputs: int = 1_000_000,
     callers: int = 16,
     seed: int = 0,
@@ -466,7 +478,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     audit = (out / "audit.db").absolute()
     audit.unlink(missing_ok=True)
-    bundle = (bundle or tiny_bundle(out / "bundle")).absolute()
+    bundle = (bundle or tiny_bundle(out / "bundle", engine)).absolute()
     chosen = (
         [sample.text for sample in load_samples(texts, drop_empty=True)][:TEXTS]
         if texts
@@ -479,6 +491,7 @@ def run(
         # Nothing is late on a machine that is busy with other things.
         "REQUEST_TIMEOUT_S": 900,
         "STALL_S": 900,
+        "ENGINE": engine,
         "DTYPE": "float32",
     }
 
@@ -494,12 +507,12 @@ def run(
     with running(peer, Path(sys.executable), setup, "float32") as server:
         result = asyncio.run(soak(server, chosen, inputs, callers, seed, audit))
     name = read_manifest(bundle)[0].victim.name
-    result["about"] = f"{time.strftime('%Y-%m-%d', time.gmtime())}, bundle `{name}`"
+    result["about"] = f"{time.strftime('%Y-%m-%d', time.gmtime())}, bundle `{name}`, `{engine}`"
     (out / "soak.json").write_text(json.dumps(result, indent=1))
     print(table(result))
     for difference in result["differences"][:20]:
         print(difference)
-    plot(result, (DOCS / "img" if docs else out) / "soak.png")
+    plot(result).savefig((DOCS / "img" if docs else out) / "soak.png", dpi=110)
     if docs:
         fill(DOCS / "reliability.md", "reliability", {"soak": table(result)})
     raise typer.Exit(bool(result["differences"]))
