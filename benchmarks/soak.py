@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import combinations, groupby
 from pathlib import Path
@@ -293,7 +293,7 @@ def differences_of_rows(book: Book, rows: Mapping[str, list[str]]) -> list[str]:
 
 def audited(audit: Path) -> dict[str, list[str]]:
     """Return the decisions on the inputs of each request; what is there twice is so here too."""
-    with sqlite3.connect(f"file:{audit}?mode=ro", uri=True) as connection:
+    with closing(sqlite3.connect(f"file:{audit}?mode=ro", uri=True)) as connection:
         rows = connection.execute(
             "SELECT request_id, decision FROM psim_audit ORDER BY request_id, number"
         )

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
-import pytest
 import soak
 from fakes import FakeEngine, fake_bundle
 from pydantic import SecretStr
@@ -53,7 +52,6 @@ def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of_it_co
         assert soak.counted(metrics, gauge) == 0
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_small_soak_adds_up_and_what_would_not_is_noticed(tmp_path: Path) -> None:
     audit = tmp_path / "audit.db"
     settings = Settings(
