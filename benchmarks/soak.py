@@ -380,11 +380,12 @@ def tiny_bundle(folder: Path, engine: str = "torch") -> Path:
     if not folder.exists():
         torch.manual_seed(0)
         tokenizer: Any = AutoTokenizer.from_pretrained(encoder_path())
-        config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
-            num_attention_heads=2, intermediate_size=64, num_labels=3, name_or_path="tiny",
-        )  # fmt: skip
-        victim = BertForSequenceClassification(config).eval()
+        size: dict[str, Any] = {
+            "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 3,
+            "name_or_path": "tiny",
+        }  # fmt: skip
+        victim: Any = BertForSequenceClassification(BertConfig(**size))
         torch.nn.init.normal_(victim.classifier.weight)  # else it has no opinions
         texts = [sample.text for sample in generate(400, seed=1)]
         training = PsimConfig(learning_rate=2e-3, max_steps=20)
