@@ -386,6 +386,7 @@ def tiny_bundle(folder: Path, engine: str = "torch") -> Path:
             "name_or_path": "tiny",
         }  # fmt: skip
         victim: Any = BertForSequenceClassification(BertConfig(**size))
+        victim.eval()
         torch.nn.init.normal_(victim.classifier.weight)  # else it has no opinions
         texts = [sample.text for sample in generate(400, seed=1)]
         training = PsimConfig(learning_rate=2e-3, max_steps=20)
