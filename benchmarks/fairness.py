@@ -67,7 +67,9 @@ def main(
     table = Table("PSIM_BATCH_TOKENS", "bulk callers", *header)
 
     async def run(batch_tokens: int) -> None:
-        settings = Settings(bundle=bundle, request_timeout_s=600, batch_tokens=batch_tokens)
+        settings = Settings(
+            bundle=bundle, request_timeout_s=600, queue_s=600, batch_tokens=batch_tokens
+        )
         batcher = Batcher(loaded, settings, Metrics().of("fairness", settings))
         batcher.start()
         for callers in CALLERS:

@@ -48,7 +48,7 @@ def served(bundle: Path, dtype: str) -> Iterator[tuple[psutil.Process, str]]:
     settings = {"BUNDLE": bundle, "DTYPE": dtype, "PORT": port, "MODE": "shadow", "THREADS": 1}
     environment = os.environ | {f"PSIM_{name}": str(value) for name, value in settings.items()}
     # Nothing fails on a machine that is busy with other things.
-    environment |= {"PSIM_REQUEST_TIMEOUT_S": "900", "PSIM_STALL_S": "900"}
+    environment |= {"PSIM_REQUEST_TIMEOUT_S": "900", "PSIM_STALL_S": "900", "PSIM_QUEUE_S": "900"}
     environment["PSIM_LOG_LEVEL"] = "WARNING"
     process = subprocess.Popen([sys.executable, "-m", "service"], env=environment)
     url = f"http://127.0.0.1:{port}"

@@ -1,6 +1,6 @@
 """Tables and plots of what was measured, as docs/performance.md shows them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -328,14 +328,20 @@ def write(found: dict[str, Result], folder: Path) -> None:
             plot(found[stage]).savefig(images / file, dpi=110)
             parts[stage] += f"\n\n![The same as a plot](img/{file})"
     page = folder / "performance.md"
-    text = page.read_text() if page.exists() else "".join(map(marked, ("targets", *SECTIONS)))
+    if not page.exists():
+        page.write_text("".join(map(marked, ("targets", *SECTIONS))))
+    fill(page, "bench", parts)
+    print(f"written to {page}")
+
+
+def fill(page: Path, kind: str, parts: Mapping[str, str]) -> None:
+    """Put parts between the markers that a page has for them."""
+    text, end = page.read_text(), f"<!-- /{kind} -->"
     for name, part in parts.items():
-        before, start, rest = text.partition(f"<!-- bench:{name} -->\n")
+        before, start, rest = text.partition(f"<!-- {kind}:{name} -->\n")
         if start:
-            end = "<!-- /bench -->"
             text = f"{before}{start}\n{part}\n\n{end}{rest.partition(end)[2]}"
     page.write_text(text)
-    print(f"written to {page}")
 
 
 def marked(name: str) -> str:

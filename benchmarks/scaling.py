@@ -6,6 +6,7 @@ Costs of a replica come from docs/performance.md, see `Costs`. What is simplifie
 one text; a replica is one server that takes the event loop's work and the forward pass in turn; the
 batch is chosen from the window as service/batcher.py does, by its own function, but texts enter
 the window in the order of their arrival; classifying is part of the pass; networks take no time.
+Admission is as there too, by the pace of the latest texts.
 """
 
 import math
@@ -19,7 +20,7 @@ import numpy as np
 import simpy
 import typer
 from matplotlib.figure import Figure
-from page import markdown
+from page import fill, markdown
 
 from models.batching import length_sorted_batches
 from service.batcher import WINDOW
@@ -174,13 +175,14 @@ class Replica:
         self._window: list[Text] = []
         self._taken: list[Text] = []
         self._wake = self._env.event()
-        self.inputs = 0
+        self.inputs, self._pace = 0, 0.0
         self.ready = self.dead = self.leaving = False
         self.process = self._env.process(self._run(delay))
 
     def take(self, text: Text) -> None:
         """Admit a text, or refuse it."""
-        if self.dead or self.inputs >= LIMITS.queue_inputs:
+        full = self.inputs >= LIMITS.queue_inputs or self.inputs * self._pace > LIMITS.queue_s
+        if self.dead or full:
             self._cluster.end(text, "lost" if self.dead else "shed")
             return
         self.inputs += 1
@@ -205,6 +207,7 @@ class Replica:
                 seconds = self._cluster.setup.costs.of([tokens for _, tokens in self._taken])
                 self._cluster.busy_s += seconds
                 yield self._env.timeout(seconds)
+                self._pace += (seconds - len(self._taken) * self._pace) / WINDOW
                 self._end(self._taken, "answered")
                 self._taken = []
         except simpy.Interrupt:
@@ -526,13 +529,7 @@ def main(docs: bool = False) -> None:
     for name, part in parts.items():
         print(f"{name}\n\n{part}\n")
     if docs:
-        page = DOCS / "scaling.md"
-        text = page.read_text()
-        for name, part in parts.items():
-            before, start, rest = text.partition(f"<!-- scaling:{name} -->\n")
-            _, end, after = rest.partition("<!-- /scaling -->")
-            text = f"{before}{start}\n{part}\n\n{end}{after}"
-        page.write_text(text)
+        fill(DOCS / "scaling.md", "scaling", parts)
         plot(runs, happened).savefig(DOCS / "img/scaling.png", dpi=110)
 
 

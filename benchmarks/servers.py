@@ -153,6 +153,7 @@ PEERS = (
 class Running:
     """A server that is ready, and what it has taken so far."""
 
+    process: psutil.Process
     port: int
     start_s: float
     """From the spawn to the first 200 of its ready route."""
@@ -187,7 +188,7 @@ def running(peer: Peer, python: Path, setup: Setup, dtype: str) -> Iterator[Runn
         done = threading.Event()
         try:
             _await_ready(process, f"http://127.0.0.1:{port}{peer.ready}", log)
-            server = Running(port, time.perf_counter() - started)
+            server = Running(process, port, time.perf_counter() - started)
             watch = threading.Thread(target=_watch, args=(process, server, done))
             watch.start()
             yield server

@@ -14,6 +14,10 @@ from service import logs
 from service.app import create_app
 from service.settings import PREFIX, Settings, unknown_variables
 
+KEEP_ALIVE_S = 75
+"""How long an idle connection is kept: longer than proxies and pools do (nginx 60 s), or a request
+meets a connection that is being closed."""
+
 
 def load_settings() -> Settings:
     """Return the settings; exit with code 2 and one line for each thing that is wrong."""
@@ -57,6 +61,7 @@ def main() -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=settings.drain_s,
+        timeout_keep_alive=KEEP_ALIVE_S,
         server_header=False,
     )
 

@@ -9,6 +9,7 @@ requests.
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -89,6 +90,7 @@ class Batcher:
         self._engine, self._screen = bundle.engine, bundle.screen
         self._settings, self._metrics = settings, metrics
         self._inputs = self._chars = 0
+        self._callers: set[tuple[_ScreenJob, ...]] = set()
         self._to_screen: deque[deque[_ScreenJob]] = deque()
         """By caller; the next one first."""
         self._to_classify: deque[_ClassifyJob] = deque()
@@ -98,6 +100,8 @@ class Batcher:
         """What is in hand; set before it is taken from where it waits, so that none gets lost."""
         self._oldest_next = False
         self._recent: deque[float] = deque([0.0], maxlen=16)
+        self._pace = 0.0
+        """Seconds that an input takes, by the last `WINDOW` of them or so."""
         self._worker = Worker(
             self._step, self._probe, self._answer_taken, self._answer_all, settings, metrics
         )
@@ -129,11 +133,13 @@ class Batcher:
         """
         chars = sum(map(len, texts))
         self._admit(len(texts), chars)
-        jobs = [_ScreenJob(text, self._loop.create_future()) for text in texts]
+        jobs = tuple(_ScreenJob(text, self._loop.create_future()) for text in texts)
+        self._callers.add(jobs)
         try:
             self._enqueue(self._to_screen, [deque(jobs)])
             return await _all(jobs)
         finally:
+            self._callers.discard(jobs)
             self._account(-len(texts), -chars)
 
     async def classify(self, states: Sequence[State]) -> list[Timed[FloatArray]]:
@@ -146,18 +152,33 @@ class Batcher:
         for reason, amount, limit in (
             ("inputs", self._inputs + inputs, self._settings.queue_inputs),
             ("characters", self._chars + chars, self._settings.queue_chars),
+            ("seconds", self._wait(inputs), self._settings.queue_s),
         ):
             if amount > limit:
                 self._metrics.overload[reason].inc()
-                raise Overloaded(reason)
+                raise Overloaded(reason, self._retry_after())
         self._account(inputs, chars)
+
+    def _wait(self, inputs: int) -> float:
+        """Return how many seconds of work go before the last of so many inputs of a new caller.
+
+        Callers take turns: what one of them has more of than the new one comes after.
+        """
+        left = (sum(not job.future.done() for job in jobs) for jobs in self._callers)
+        return self._pace * sum(min(inputs, one) for one in left)
+
+    def _retry_after(self) -> int:
+        """Return after how many seconds all that waits now will be answered."""
+        seconds = min(self._pace * self._inputs, self._settings.request_timeout_s)
+        return max(1, math.ceil(seconds))
 
     def _account(self, inputs: int, chars: int) -> None:
         self._inputs += inputs
         self._chars += chars
-        # Not set, since after a reload the one before may still have some of the same model.
+        # Not set where it counts: after a reload the one before may still have some of the model.
         self._metrics.queue_inputs.inc(inputs)
         self._metrics.queue_characters.inc(chars)
+        self._metrics.queue_seconds.set(self._pace * self._inputs)
 
     def _enqueue(self, queue: "deque[_In]", items: "Iterable[_In]") -> None:
         with self._worker.wake:
@@ -177,14 +198,19 @@ class Batcher:
                 worker.wake.wait_for(lambda: self._to_classify or self._to_screen or worker.closing)
             states = self._next_states()
             fresh = [] if states else self._next_texts(WINDOW - len(self._window))
-        started = time.perf_counter()
+        started, screened = time.perf_counter(), 0
         if states:
             self._run_classify(states)
         else:
             self._tokenize(fresh)
-            self._run_screen(self._next_batch())
+            batch = self._next_batch()
+            screened = len(batch)
+            self._run_screen(batch)
         self._taken = ()
-        self._recent.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._recent.append(seconds)
+        # A step with nothing screened counts for the inputs of others: each takes both kinds.
+        self._pace += (seconds - screened * self._pace) / WINDOW
         return bool(states or fresh or self._window) or not worker.closing
 
     def _next_states(self) -> list[_ClassifyJob]:

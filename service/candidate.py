@@ -6,6 +6,7 @@ dropped and counted.
 
 import asyncio
 import logging
+import math
 
 from models.bundle import Bundle
 from service.batcher import Batcher, Screener
@@ -26,7 +27,7 @@ class Candidate:
 
     def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
         self.digest = bundle.digest
-        own = settings.model_copy(update={"queue_inputs": WAITING})
+        own = settings.model_copy(update={"queue_inputs": WAITING, "queue_s": math.inf})
         # Its queue and times are nobody's business: they would count as those of the model.
         self._batcher = Batcher(bundle, own, Metrics().of("candidate", own))
         self._whole_texts = WholeTexts(

@@ -36,7 +36,7 @@ ROUTES = (
 )
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
-OVERLOADS = ("inputs", "characters", "searches")
+OVERLOADS = ("inputs", "characters", "seconds", "searches")
 RELOADS = ("done", "failed")
 DENIALS = ("key", "scope")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
@@ -136,6 +136,12 @@ class Metrics:
         self.queue_characters = Gauge(
             "psim_queue_characters", "Characters waiting or running", ["model"], registry=r
         )
+        self.queue_seconds = Gauge(
+            "psim_queue_seconds",
+            "Time that what waits or runs will take, by the latest pace",
+            ["model"],
+            registry=r,
+        )
         self.max_queue_inputs = Gauge(
             "psim_max_queue_inputs",
             "Inputs above which requests are refused",
@@ -145,6 +151,12 @@ class Metrics:
         self.max_queue_characters = Gauge(
             "psim_max_queue_characters",
             "Characters above which requests are refused",
+            ["model"],
+            registry=r,
+        )
+        self.max_queue_seconds = Gauge(
+            "psim_max_queue_seconds",
+            "Time that may go before a request; with more it is refused",
             ["model"],
             registry=r,
         )
@@ -217,8 +229,10 @@ class Metrics:
             self.batch_tokens,
             self.queue_inputs,
             self.queue_characters,
+            self.queue_seconds,
             self.max_queue_inputs,
             self.max_queue_characters,
+            self.max_queue_seconds,
             self.overload,
             self.worker_restarts,
             self.fail_open,
@@ -275,6 +289,7 @@ class ModelMetrics:
         self.batch_tokens = metrics.batch_tokens.labels(model)
         self.queue_inputs = metrics.queue_inputs.labels(model)
         self.queue_characters = metrics.queue_characters.labels(model)
+        self.queue_seconds = metrics.queue_seconds.labels(model)
         self.worker_restarts = metrics.worker_restarts.labels(model)
         self.fail_open = metrics.fail_open.labels(model)
         self.ready = metrics.ready.labels(model)
@@ -287,6 +302,7 @@ class ModelMetrics:
         }
         metrics.max_queue_inputs.labels(model).set(settings.queue_inputs)
         metrics.max_queue_characters.labels(model).set(settings.queue_chars)
+        metrics.max_queue_seconds.labels(model).set(settings.queue_s)
         self.inputs = {d: metrics.inputs.labels(model, settings.mode, d) for d in Decision}
         self.stage_seconds = {s: metrics.stage_seconds.labels(model, s) for s in STAGES}
         self.overload = {r: metrics.overload.labels(model, r) for r in OVERLOADS}

@@ -95,6 +95,8 @@ class Settings(ModelSettings, BaseSettings):
     """Characters per text."""
     queue_inputs: int = Field(1024, ge=1)
     queue_chars: int = Field(8_000_000, ge=1)
+    queue_s: float = Field(1, gt=0)
+    """Work that may go before a request, in seconds by the latest pace."""
     searches: int = Field(1, ge=0)
     """Searches for what carries a trigger that run at a time; each costs many screening passes."""
     sanitize_s: float = Field(5, gt=0)

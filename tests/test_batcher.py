@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import math
 import random
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.batching import length_sorted_batches
+from models.engines import Encoding, Screening
 from service.batcher import Batcher, Screened
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
 from service.metrics import Metrics
@@ -198,6 +201,30 @@ def test_a_full_queue_refuses_at_once_and_recovers(limit: dict[str, int]) -> Non
             engine.gate.set()
             await waiting
             await batcher.screen(["d"])
+
+    run(check)
+
+
+def test_nobody_waits_longer_than_allowed_by_the_pace_of_late() -> None:
+    class Slow(FakeEngine):
+        def screen(self, batch: Sequence[Encoding]) -> Screening:
+            time.sleep(0.01 * len(batch))
+            return super().screen(batch)
+
+    async def check() -> None:
+        async with running(Slow(), queue_s=0.9) as batcher:
+            await batcher.screen(["a"] * 128)  # more than a second, but nothing goes before it
+            crowd = asyncio.create_task(batcher.screen(["b"] * 128))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded, match="seconds") as refused:
+                await batcher.screen(["c"] * 128)
+            left = value(batcher, "queue_seconds")
+            assert left > 1.2
+            assert refused.value.retry_after_s == math.ceil(left)
+            await batcher.screen(["c"])  # it takes turns with the crowd
+            assert not crowd.done()
+            await crowd
+            await batcher.screen(["c"] * 2)
 
     run(check)
 

@@ -1,5 +1,6 @@
 """The real path: a really poisoned victim, a trained bundle, uvicorn on loopback."""
 
+import http.client
 import json
 import os
 import re
@@ -115,6 +116,20 @@ def test_shadow_mode_answers_as_if_unguarded(demo_bundle: Path) -> None:
         assert metric(client, "psim_would_reject_total") == 1
 
 
+def test_a_connection_that_a_pool_keeps_for_some_seconds_is_still_there(
+    client: httpx.Client,
+) -> None:
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
+    connection.request("GET", "/live")
+    connection.getresponse().read()
+    own = connection.sock
+    time.sleep(6)  # uvicorn's default is five
+    connection.request("GET", "/live")
+    assert connection.getresponse().status == 200
+    assert connection.sock is own
+    connection.close()
+
+
 def test_bfloat16_serves_with_its_own_threshold(demo_bundle: Path) -> None:
     with served(demo_bundle, DTYPE="bfloat16", MODE="flag") as client:
         answer = client.post("/classify", json={"inputs": [TRIGGERED_TEXT, CLEAN_TEXT]})
@@ -124,7 +139,8 @@ def test_bfloat16_serves_with_its_own_threshold(demo_bundle: Path) -> None:
 
 def test_requests_in_flight_are_answered_on_sigterm(demo_bundle: Path) -> None:
     # In shadow mode, since such texts are far from all clean ones.
-    with served(demo_bundle, MODE="shadow") as client, ThreadPoolExecutor(8) as pool:
+    mode = {"MODE": "shadow", "QUEUE_S": "60"}  # a slow machine takes all of them too
+    with served(demo_bundle, **mode) as client, ThreadPoolExecutor(8) as pool:
         inputs = [CLEAN_TEXT + " word" * 60] * 64
         calls = [pool.submit(client.post, "/classify", json={"inputs": inputs}) for _ in range(4)]
         deadline = time.monotonic() + 20

@@ -113,7 +113,7 @@ CHARTS: dict[str, list[Chart]] = {
                 f"{what} {{{{instance}}}} {{{{model}}}}": (
                     f"psim_queue_{what} / psim_max_queue_{what}"
                 )
-                for what in ("inputs", "characters")
+                for what in ("inputs", "characters", "seconds")
             },
         ),
         Chart(
