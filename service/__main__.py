@@ -1,37 +1,23 @@
 """`python -m service`: one uvicorn worker, settings from `PSIM_*` variables."""
 
 import gc
-import os
 import sys
+from typing import NoReturn
 
 import uvicorn
-from pydantic import ValidationError
 
 from models.errors import PsimError
 from service import logs
 from service.app import create_app
-from service.settings import PREFIX, Settings, unknown_variables
-
-
-def load_settings() -> Settings:
-    """Return the settings; exit with code 2 and one line for each thing that is wrong."""
-    complaints = unknown_variables(os.environ)
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        complaints += [
-            f"{PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" if e["loc"] else e["msg"]
-            for e in error.errors()
-        ]
-    if complaints:
-        sys.stderr.write("".join(f"error: {complaint}\n" for complaint in complaints))
-        raise SystemExit(2)
-    return settings
+from service.settings import load_settings
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests end."""
-    settings = load_settings()
+    """Serve until SIGTERM or SIGINT, then let running requests end; exit with 2 if it cannot be."""
+    try:
+        settings = load_settings()
+    except PsimError as error:
+        _refuse(error)
     # What was imported stays: a full collection, as after a reload, need not look at it. That is
     # 4 ms in which nothing else runs, instead of 270.
     gc.freeze()
@@ -39,8 +25,7 @@ def main() -> None:
     try:
         app = create_app(settings)
     except PsimError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+        _refuse(error)
     uvicorn.run(
         app,
         host=settings.host,
@@ -50,6 +35,11 @@ def main() -> None:
         timeout_graceful_shutdown=settings.drain_s,
         server_header=False,
     )
+
+
+def _refuse(error: PsimError) -> NoReturn:
+    sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
+    raise SystemExit(2) from error
 
 
 if __name__ == "__main__":
