@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from models.errors import PsimError
 from service import logs
 from service.app import create_app
+from service.audit.writer import CLOSE_S
 from service.console.server import serving
 from service.ray.scaling import CHARACTERS, CORES
 from service.responses import json_response
@@ -117,15 +118,15 @@ class SameRequestId:
         await self._app(scope, receive, send_once)
 
 
-deployed = serve.deployment(
+DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+app = serve.deployment(
     name="gateway",
-    # Serve would let five requests at a time reach a batcher that wants hundreds. More than
-    # PSIM_QUEUE_INPUTS, so that it is we who say 429.
-    max_ongoing_requests=2048,
-    # For requests and the worker, PSIM_DRAIN_S each, and 5 s for the audit.
-    graceful_shutdown_timeout_s=50,
+    # Of what PSIM_QUEUE_INPUTS lets in, all is to reach the batcher, and more, since it is to say
+    # 429. Serve's default is five.
+    max_ongoing_requests=2 * DEFAULTS["queue_inputs"],
+    # PSIM_DRAIN_S for requests and for the worker, then the audit; and a margin.
+    graceful_shutdown_timeout_s=2 * DEFAULTS["drain_s"] + CLOSE_S + 5,
     health_check_period_s=10,
     health_check_timeout_s=5,
-)
-app = deployed(serve.ingress()(Replica)).bind()
+)(serve.ingress()(Replica)).bind()
 """What `serve run` and config files name."""
