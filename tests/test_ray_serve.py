@@ -1,5 +1,6 @@
 """The gateway on a local cluster of Ray: contract, replicas, their metrics, their death."""
 
+import asyncio
 import inspect
 import json
 import os
@@ -21,17 +22,23 @@ import pytest
 import test_api
 import test_dialects
 import yaml
+from fakes import fake_bundle
 from families import tiny_victim
 from prometheus_client.parser import text_string_to_metric_families
 from real_servers import free_port, program, running, wait_for
+from test_access import KEY, bearer, keys_file
 from test_bundle import fit_tiny
 from transformers import PreTrainedTokenizerBase
 
-from service.settings import unknown_variables
+from service.app import create_app
+from service.keys.file import Scope
+from service.settings import Settings, unknown_variables
 
 pytest.importorskip("ray", reason="needs the extra ray")
 from ray.serve.schema import ServeDeploySchema
 from ray_serve import CONFIG, on_ray
+
+from service.ray.replica import also_serve
 
 ROOT = Path(__file__).parent.parent
 TEXT = "a quiet film that takes its time"
@@ -169,6 +176,22 @@ def test_the_proxy_sends_the_request_id_once_and_as_it_came(cluster: Cluster) ->
         answer = httpx.get(f"{cluster.url}/live", headers={"x-request-id": given} if given else {})
         (found,) = answer.headers.get_list("x-request-id")
         assert found == (given or found)
+
+
+def test_where_replicas_are_is_told_to_keys_that_read_metrics(tmp_path: Path) -> None:
+    settings = Settings(bundle=tmp_path, keys=keys_file(tmp_path))
+
+    async def asked(headers: Mapping[str, str]) -> int:
+        app = create_app(settings, fake_bundle())
+        also_serve(app, settings)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return (await client.get("/replicas", headers=headers)).status_code
+
+    assert asyncio.run(asked({})) == 401
+    assert asyncio.run(asked(bearer(KEY[Scope.CLASSIFY]))) == 403
+    # Let in; but this is no replica that could know.
+    assert asyncio.run(asked(bearer(KEY[Scope.METRICS]))) == 500
 
 
 def test_a_long_queue_brings_a_second_replica_and_both_serve(cluster: Cluster) -> None:

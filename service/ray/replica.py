@@ -45,7 +45,7 @@ class Replica:
         logs.configure(settings.log_level)
         gc.freeze()
         app = create_app(settings)
-        _also_serve(app, settings)
+        also_serve(app, settings)
         return app
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -71,7 +71,7 @@ class Replica:
         return found
 
 
-def _also_serve(app: FastAPI, settings: Settings) -> None:
+def also_serve(app: FastAPI, settings: Settings) -> None:
     """Serve the application on a port of its own too while it runs, and `/replicas`."""
     start = app.router.lifespan_context
     host = settings.host
