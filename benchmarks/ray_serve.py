@@ -9,6 +9,7 @@ proxy, the rest of Ray, and this load generator.
 
 import asyncio
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def on_ray(
         # On loopback addresses only, in other words.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     environment |= variables
     # A short path, since sockets are made in it.
