@@ -10,6 +10,7 @@ proxy, the rest of Ray, and this load generator.
 import asyncio
 import os
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,9 +34,8 @@ from models.offline.data import load_samples
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "deploy/ray/serve.yaml"
-BIN = Path(sys.executable).parent
 CONNECTIONS = (1, 8, 32)
-START_S, OBJECTS = 150, 80 * 2**20
+START_S = 120
 WHO = ("replicas", "proxy", "Ray", "load")
 
 
@@ -43,54 +43,36 @@ WHO = ("replicas", "proxy", "Ray", "load")
 def on_ray(
     config: Mapping[str, Any], variables: Mapping[str, str], metrics_port: int | None = None
 ) -> Iterator[str]:
-    """Run a cluster of one node, on loopback addresses, and what is configured; yield its URL."""
-    gcs = free_port()
+    """Run a cluster of one node, and on it what is configured; yield the URL of Serve's proxy."""
     environment = os.environ | {
         "RAY_USAGE_STATS_ENABLED": "0",
         # On loopback addresses only, in other words.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     environment |= variables
     # A short path, since sockets are made in it.
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        start = f"ray start --head --block --port {gcs} --num-cpus 4 --temp-dir {folder}/ray"
-        start += f" --include-dashboard false --object-store-memory {OBJECTS}"
-        start += f" --metrics-export-port {metrics_port or free_port()}"
-        file = Path(folder) / "serve.yaml"
+        file, log = Path(folder) / "serve.yaml", Path(folder) / "log"
         file.write_text(yaml.safe_dump(config))
+        program = str(Path(__file__).with_name("ray_cluster.py"))
+        command = [sys.executable, program, str(file), f"{folder}/ray"]
+        command.append(str(metrics_port or free_port()))
+        with log.open("w") as output:
+            running = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         url = f"http://127.0.0.1:{config['http_options']['port']}"
-        with (
-            _running(start, environment, Path(folder) / "ray.log"),
-            _running(f"serve run {file}", environment, Path(folder) / "serve.log") as check,
-        ):
-            deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + START_S
+        try:
             while not _ready(f"{url}/ready"):
-                check()
-                assert time.monotonic() < deadline, "the replicas did not start in time"
+                assert running.poll() is None, f"the cluster has died:\n{log.read_text()}"
+                assert time.monotonic() < deadline, f"it does not serve:\n{log.read_text()}"
                 time.sleep(0.2)
             yield url
-
-
-@contextmanager
-def _running(command: str, environment: Mapping[str, str], log: Path) -> Iterator[Any]:
-    program, *arguments = command.split()
-    with log.open("w") as file:
-        running = subprocess.Popen(
-            [BIN / program, *arguments], env=environment, stdout=file, stderr=file
-        )
-
-    def check() -> None:
-        assert running.poll() is None, f"{program} has died:\n{log.read_text()}"
-
-    try:
-        yield check
-        check()
-    finally:
-        running.terminate()
-        running.wait(60)
+        finally:
+            # As from the keyboard, which `serve run` takes for its end.
+            running.send_signal(signal.SIGINT)
+            running.wait(60)
 
 
 def _ready(url: str) -> bool:
