@@ -6,12 +6,14 @@ COPY requirements/ requirements/
 # The heavy layer first: it changes only with the locks. PyPI has the CUDA build of torch; for the CPU
 # build, pass the address of an index that has it as --build-arg PIP_EXTRA_INDEX_URL.
 ARG PIP_EXTRA_INDEX_URL
+# serve-ray for an image that runs on Ray Serve (docs/kubernetes.md).
+ARG LOCK=serve
 RUN { /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
         -r requirements/torch-cpu.txt \
         || /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
         -r requirements/torch-cuda.txt; } \
     && /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
-        -r requirements/serve.txt \
+        -r "requirements/$LOCK.txt" \
     && pip install --no-cache-dir --require-hashes --no-deps -r requirements/build.txt
 COPY pyproject.toml README.md ./
 COPY models/ models/

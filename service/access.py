@@ -35,6 +35,7 @@ SCOPES: dict[str, Scope | None] = {
     "/envoy/{path:path}": Scope.CLASSIFY,
     "/beta/litellm_basic_guardrail_api": Scope.CLASSIFY,
     "/metrics": Scope.METRICS,
+    "/replicas": Scope.METRICS,
     "/admin/reload": Scope.ADMIN,
     "/live": OPEN,
     "/ready": OPEN,

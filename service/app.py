@@ -100,6 +100,7 @@ def create_app(
         # It would export messages of exceptions, which may quote a text; the recorder traces.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.state.models = models
     if access:
         app.add_middleware(TakeKey, access=access)
     app.add_middleware(RequestId, on_bug=internal_error())
@@ -119,7 +120,7 @@ async def _running(
     reloader: Reloader,
     limiter: Limiter,
     ext_proc: "ExtProc | None",
-    console: AbstractAsyncContextManager[None],
+    console: AbstractAsyncContextManager[int | None],
     audit: Writer | None,
     traces: "TracerProvider | None",
 ) -> AsyncIterator[None]:
@@ -228,7 +229,7 @@ def _ext_proc(settings: Settings, proxies: Guards) -> "ExtProc | None":
 
 def _console(
     settings: Settings, models: Registry, metrics: Metrics, access: Access | None
-) -> AbstractAsyncContextManager[None]:
+) -> AbstractAsyncContextManager[int | None]:
     """Return what serves the console, if there is to be one."""
     if settings.console_port is None:
         return nullcontext()

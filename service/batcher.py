@@ -121,6 +121,11 @@ class Batcher:
         """True while the worker answers."""
         return self.health is Health.RUNNING
 
+    @property
+    def queued_characters(self) -> int:
+        """How many characters wait or run."""
+        return self._chars
+
     async def close(self) -> None:
         """Answer what is queued, then stop the worker; later calls raise `NotReady`."""
         await self._worker.close(self._settings.drain_s)

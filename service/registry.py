@@ -48,6 +48,11 @@ class Model:
         digest, mode = self.gateway.served.bundle, self.gateway.mode
         log.info("ready", extra={"model": self.name, "bundle": digest, "mode": mode})
 
+    @property
+    def queued_characters(self) -> int:
+        """How many characters wait or run."""
+        return self._batcher.queued_characters
+
     async def retire(self) -> None:
         """Close once no request uses it."""
         await self._unused.wait()
@@ -91,6 +96,11 @@ class Registry:
     def bundles(self) -> dict[str, Bundle]:
         """The bundles by the name of their model."""
         return {model.name: model.gateway.bundle for model in self}
+
+    @property
+    def queued_characters(self) -> int:
+        """How many characters wait or run, of all."""
+        return sum(model.queued_characters for model in self)
 
     def drift(self) -> dict[str, list[Comparison]]:
         """Compare what passes with what the bundles were calibrated with; takes milliseconds."""

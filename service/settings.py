@@ -9,10 +9,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.engines.catalogue import DtypeName, EngineName
+from models.errors import PsimError
 
 PREFIX = "PSIM_"
 
@@ -156,10 +165,11 @@ class Settings(ModelSettings, BaseSettings):
     @property
     def open_to_others(self) -> bool:
         """Whether other machines may reach the port, and nobody needs a key."""
-        return self.keys is None and not _is_loopback(self.host)
+        return self.keys is None and not is_loopback(self.host)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -176,6 +186,25 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
             hint = f"; did you mean {near[0]}?" if near else ""
             complaints.append(f"{name} is not a setting{hint}")
     return complaints
+
+
+def load_settings() -> Settings:
+    """Return the settings of the environment.
+
+    Raises:
+        PsimError: one line for each thing that is wrong.
+    """
+    complaints = unknown_variables(os.environ)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        complaints += [
+            f"{PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" if e["loc"] else e["msg"]
+            for e in error.errors()
+        ]
+    if complaints:
+        raise PsimError("\n".join(complaints))
+    return settings
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

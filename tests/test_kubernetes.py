@@ -18,6 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
+from cloudcoil.models.prometheus_operator import v1alpha1
 from fakes import fake_bundle
 from pydantic import SecretStr
 from real_servers import free_port, wait_for
@@ -25,6 +26,7 @@ from test_audit import rows
 from test_deploy import DOCKERFILE, dockerfile_command, scraped
 
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
+from service.access import SCOPES
 from service.app import create_app
 from service.audit.writer import CLOSE_S
 from service.settings import Settings, unknown_variables
@@ -36,6 +38,8 @@ K8S = ROOT / "deploy/k8s"
 VERSIONS = ("1.35", "1.36", "1.37")
 """Of Kubernetes, those that are maintained."""
 OVERLAYS = ("cpu", "gpu", "gateway-only")
+RAY = "ray"
+"""The overlay with a RayService in place of a Deployment."""
 OTHERS = {"image": ("bundle-image",), "store": ("bundle-store", "audit")}
 """What no overlay takes: the base with these components."""
 
@@ -43,7 +47,7 @@ OTHERS = {"image": ("bundle-image",), "store": ("bundle-store", "audit")}
 @cache
 def rendered(name: str) -> list[Manifest]:
     """Return what kubectl would apply of an overlay, or of the base with components."""
-    if name in OVERLAYS:
+    if name in (*OVERLAYS, RAY):
         return kustomized(K8S / "overlays" / name)
     with tempfile.TemporaryDirectory() as folder:
         there = os.path.relpath(K8S, Path(folder).resolve())
@@ -85,7 +89,7 @@ everywhere = pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS])
 
 
 def test_every_overlay_and_component_is_rendered_here() -> None:
-    assert {path.name for path in (K8S / "overlays").iterdir()} == set(OVERLAYS)
+    assert {path.name for path in (K8S / "overlays").iterdir()} == {*OVERLAYS, RAY}
     used = {Path(c).name for o in OVERLAYS for c in kustomization(o)["components"]}
     used |= {component for components in OTHERS.values() for component in components}
     assert {path.name for path in (K8S / "components").iterdir()} == used
@@ -95,17 +99,32 @@ def kustomization(overlay: str) -> Any:
     return yaml.safe_load((K8S / "overlays" / overlay / "kustomization.yaml").read_text())
 
 
-@everywhere
+@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_api_takes_every_manifest(name: str, version: str) -> None:
     for manifest in rendered(name):
         if manifest["apiVersion"].startswith("monitoring.coreos.com/"):
-            model: Any = getattr(operator, manifest["kind"])
+            models = v1alpha1 if manifest["apiVersion"].endswith("v1alpha1") else operator
+            model: Any = getattr(models, manifest["kind"])
             parsed = model.model_validate(manifest)
             # What the operator does not know would be gone.
             assert parsed.model_dump(by_alias=True, exclude_unset=True, mode="json") == manifest
+        elif manifest["kind"] == "RayService":
+            for template in templates():  # no registry has a schema of the rest
+                made = template | {"apiVersion": "v1", "kind": "Pod"}
+                made["metadata"] = template["metadata"] | {"name": "made"}
+                assert kubernetes_validate.validate(made, version, strict=True) == version
         else:
             assert kubernetes_validate.validate(manifest, version, strict=True) == version
+
+
+def templates() -> list[Any]:
+    """Return the templates of the RayService's pods: the head's, then the workers'."""
+    cluster = the(RAY, "RayService")["rayClusterConfig"]
+    return [
+        cluster["headGroupSpec"]["template"],
+        *(g["template"] for g in cluster["workerGroupSpecs"]),
+    ]
 
 
 def test_a_field_that_the_api_does_not_know_is_seen() -> None:
@@ -208,12 +227,25 @@ def test_replicas_follow_a_metric_that_is_scraped_and_that_the_adapter_gives() -
 
 @everywhere
 def test_containers_may_do_nothing_that_they_need_not(name: str) -> None:
-    assert pod(name)["automountServiceAccountToken"] is False
-    rights = pod(name)["securityContext"]
+    assert_has_no_rights(pod(name))
+
+
+def test_containers_of_ray_may_do_nothing_that_they_need_not() -> None:
+    head, worker = (template["spec"] for template in templates())
+    assert_has_no_rights(worker)
+    # The autoscaler beside it has to ask the API server for pods.
+    assert_has_no_rights(head | {"automountServiceAccountToken": False})
+    options = the(RAY, "RayService")["rayClusterConfig"]["autoscalerOptions"]
+    assert options["securityContext"] == head["containers"][0]["securityContext"]
+
+
+def assert_has_no_rights(spec: Any) -> None:
+    assert spec["automountServiceAccountToken"] is False
+    rights = spec["securityContext"]
     assert rights["runAsNonRoot"]
     assert rights["seccompProfile"] == {"type": "RuntimeDefault"}
     assert f"USER {rights['runAsUser']}" in DOCKERFILE
-    for container in (*pod(name)["containers"], *pod(name).get("initContainers", [])):
+    for container in (*spec["containers"], *spec.get("initContainers", [])):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -227,6 +259,50 @@ def test_a_pod_is_given_the_time_that_its_end_may_take() -> None:
     before = gateway("cpu")["lifecycle"]["preStop"]["sleep"]["seconds"]
     # Connections, then the worker, then the audit: service/app.py.
     assert pod("cpu")["terminationGracePeriodSeconds"] > before + 2 * drain + CLOSE_S
+
+
+def test_the_rayservice_serves_what_the_committed_configuration_does_to_other_pods() -> None:
+    config = yaml.safe_load(the(RAY, "RayService")["serveConfigV2"])
+    here = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
+    assert config["http_options"].pop("host") == "0.0.0.0"
+    (application,) = config["applications"]
+    variables = application["runtime_env"]["env_vars"]
+    assert variables.pop("PSIM_HOST") == "0.0.0.0"
+    del here["http_options"]["host"]
+    del here["applications"][0]["runtime_env"]["env_vars"]["PSIM_HOST"]
+    assert config == here
+
+
+def test_ray_s_workers_have_the_bundle_room_for_each_replica_and_time_to_end() -> None:
+    service = the(RAY, "RayService")
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    (deployment,) = application["deployments"]
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert int(group["rayStartParams"]["num-cpus"]) == deployment["ray_actor_options"]["num_cpus"]
+    for limit in ("min", "max"):
+        assert group[f"{limit}Replicas"] == deployment["autoscaling_config"][f"{limit}_replicas"]
+    worker = group["template"]["spec"]
+    mounts = {mount["mountPath"]: mount for mount in worker["containers"][0]["volumeMounts"]}
+    assert mounts[application["runtime_env"]["env_vars"]["PSIM_BUNDLE"]]["readOnly"]
+    drain = Settings(bundle=Path("unused")).drain_s
+    assert worker["terminationGracePeriodSeconds"] > 2 * drain + CLOSE_S
+    (locked,) = re.findall(r"^ray==(\S+)", (ROOT / "requirements/serve-ray.txt").read_text(), re.M)
+    assert service["rayClusterConfig"]["rayVersion"] == locked
+
+
+def test_prometheus_asks_each_replica_on_ray_and_may() -> None:
+    scrape = the(RAY, "ScrapeConfig")
+    assert not of(RAY, "ServiceMonitor")
+    assert (
+        scrape["jobName"]
+        == the("cpu", "ServiceMonitor")["selector"]["matchLabels"]["app.kubernetes.io/name"]
+    )
+    (discovery,) = scrape["httpSDConfigs"]
+    assert httpx.URL(discovery["url"]).path in SCOPES
+    (policy,) = [p for p in of(RAY, "NetworkPolicy") if "Ingress" in p["spec"]["policyTypes"]]
+    open_to = {p["port"]: p.get("endPort") for p in policy["spec"]["ingress"][-1]["ports"]}
+    assert httpx.URL(discovery["url"]).port in open_to
+    assert open_to[32768] == 60999, "Linux's own range, from which PSIM_PORT=0 takes one"
 
 
 def test_policies_open_the_ways_that_are_needed_and_no_other() -> None:

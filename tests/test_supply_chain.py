@@ -32,6 +32,8 @@ def test_locks_pin_what_the_constraints_do() -> None:
     assert torch.items() <= locked("torch-cuda").items(), "run make lock"
     served = locked("serve")
     assert served.items() <= constrained().items(), "run make lock"
+    assert locked("serve-ray").items() <= constrained().items(), "run make lock"
+    assert served.items() < locked("serve-ray").items()
     assert locked("build").items() <= constrained().items(), "run make lock"
     assert {"fastapi", "cryptography", "limits", "redis", "openvino"} <= served.keys()
     assert not {"pytest", "datasets", "hatchling"} & served.keys()

@@ -22,8 +22,8 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[None]:
-    """Serve an application while the block runs.
+async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
+    """Serve an application while the block runs; yield the port, of which 0 takes a free one.
 
     Raises:
         PsimError: the address cannot be had.
@@ -32,7 +32,7 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[None]:
     try:
         listening = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise PsimError(f"the console cannot listen on {host} port {port}: {error}") from error
+        raise PsimError(f"cannot listen on {host} port {port}: {error}") from error
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -45,7 +45,7 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[None]:
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
-        yield
+        yield listening.getsockname()[1]
     finally:
         server.should_exit = True
         await running

@@ -1,0 +1,1 @@
+"""The gateway as an application of Ray Serve; needs the extra `ray`."""

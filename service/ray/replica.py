@@ -1,0 +1,132 @@
+"""A replica: the whole service, behind Serve's proxy and on a port of its own.
+
+Serve's proxy gives a request to any replica. What is about one replica, such as `/metrics` and
+`/admin/reload`, is asked at its own port, PSIM_PORT; `/replicas` says where those are.
+"""
+
+import gc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psutil
+import ray
+from fastapi import FastAPI, Response
+from ray import serve
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models.errors import PsimError
+from service import logs
+from service.app import create_app
+from service.audit.writer import CLOSE_S
+from service.console.server import serving
+from service.ray.scaling import CHARACTERS, CORES
+from service.responses import json_response
+from service.settings import Settings, is_loopback, load_settings
+
+ANSWER_S = 5
+"""Time for all replicas to say where they are."""
+
+
+class Replica:
+    """The service of the settings in `PSIM_*`."""
+
+    def create_app(self) -> FastAPI:
+        """Return the application.
+
+        Raises:
+            PsimError: it cannot be served by these settings.
+        """
+        settings = load_settings()
+        for name in ("console_port", "ext_proc_port"):
+            if getattr(settings, name) is not None:
+                raise PsimError(f"PSIM_{name.upper()} is of one process: replicas cannot have it")
+        logs.configure(settings.log_level)
+        gc.freeze()
+        app = create_app(settings)
+        also_serve(app, settings)
+        return app
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return what answers Serve's proxy."""
+        self._app, self._process = self.create_app(), psutil.Process()
+        return SameRequestId(self._app)
+
+    def check_health(self) -> None:
+        """Have Serve replace this replica when only a new process helps, as `/live` says."""
+        if trouble := self._app.state.models.beyond_repair:
+            raise RuntimeError(trouble)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Say how much there is to do; for `service.ray.scaling`."""
+        return {
+            CHARACTERS: self._app.state.models.queued_characters,
+            CORES: self._process.cpu_percent() / 100,
+        }
+
+    def address(self) -> str:
+        """Return where this replica listens itself."""
+        found: str = self._app.state.address
+        return found
+
+
+def also_serve(app: FastAPI, settings: Settings) -> None:
+    """Serve the application on a port of its own too while it runs, and `/replicas`."""
+    start = app.router.lifespan_context
+    host = settings.host
+    if not is_loopback(host):
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with start(app) as state, serving(app, settings.host, settings.port) as port:
+            app.state.address = f"{host}:{port}"
+            yield state
+
+    app.router.lifespan_context = lifespan
+
+    @app.get("/replicas")
+    async def replicas() -> Response:
+        """Say where the replicas listen, as Prometheus wants it (HTTP service discovery)."""
+        own = serve.get_replica_context()
+        handle = serve.get_deployment_handle(own.deployment, own.app_name)
+        answers = await handle.broadcast("address").results_async(
+            timeout_s=ANSWER_S, return_exceptions=True
+        )
+        targets = sorted(one for one in answers if isinstance(one, str))
+        return json_response(200, [{"targets": targets}])
+
+
+class SameRequestId:
+    """Leaves `x-request-id` out of answers where Serve's proxy sends the same one back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        given = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None
+
+        async def send_once(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if headers.get("x-request-id") == given:
+                    del headers["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_once)
+
+
+DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+app = serve.deployment(
+    name="gateway",
+    # Of what PSIM_QUEUE_INPUTS lets in, all is to reach the batcher, and more, since it is to say
+    # 429. Serve's default is five.
+    max_ongoing_requests=2 * DEFAULTS["queue_inputs"],
+    # PSIM_DRAIN_S for requests and for the worker, then the audit; and a margin.
+    graceful_shutdown_timeout_s=2 * DEFAULTS["drain_s"] + CLOSE_S + 5,
+    health_check_period_s=10,
+    health_check_timeout_s=5,
+)(serve.ingress()(Replica)).bind()
+"""What `serve run` and config files name."""

@@ -1,0 +1,42 @@
+"""An application of Ray Serve that gives each test a gateway of its own, with a fake engine."""
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from fakes import fake_bundle
+from ray import serve
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.app import create_app
+from service.ray.replica import Replica, SameRequestId
+from service.settings import Settings
+
+HEADER = "x-test"
+"""Has a name of the gateway that is asked, and its settings, in JSON."""
+
+
+class Contract(Replica):
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        self._name, self._lock, self._running = "", asyncio.Lock(), AsyncExitStack()
+        return self.answer
+
+    def check_health(self) -> None:
+        """It has no application of its own that could be ill."""
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        name, changes = json.loads(Headers(scope=scope)[HEADER])
+        async with self._lock:
+            if name != self._name:
+                await self._running.aclose()
+                app = create_app(Settings(bundle=Path("unused"), **changes), fake_bundle())
+                await self._running.enter_async_context(app.router.lifespan_context(app))
+                self._name, self._answer = name, SameRequestId(app)
+        await self._answer(scope, receive, send)
+
+
+app = serve.deployment(max_ongoing_requests=100)(serve.ingress()(Contract)).bind()
