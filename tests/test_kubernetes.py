@@ -29,6 +29,7 @@ from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
 from service.access import SCOPES
 from service.app import create_app
 from service.audit.writer import CLOSE_S
+from service.keys.file import hash_of
 from service.settings import Settings, unknown_variables
 
 Manifest = dict[str, Any]
@@ -40,7 +41,11 @@ VERSIONS = ("1.35", "1.36", "1.37")
 OVERLAYS = ("cpu", "gpu", "gateway-only")
 RAY = "ray"
 """The overlay with a RayService in place of a Deployment."""
-OTHERS = {"image": ("bundle-image",), "store": ("bundle-store", "audit")}
+OTHERS = {
+    "image": ("bundle-image",),
+    "store": ("bundle-store", "audit"),
+    "keys": ("bundle-claim", "monitoring", "limits", "audit", "keys"),
+}
 """What no overlay takes: the base with these components."""
 
 
@@ -315,10 +320,31 @@ def test_policies_open_the_ways_that_are_needed_and_no_other() -> None:
     assert ways("cpu") == ways("gpu") == ways("image") == {53}
     assert ways("gateway-only") == {53, upstream.port}
     assert ways("store") == {53, 443, 5432}
+    assert ways("keys") == {53, 5432, 6379}
     for name in (*OVERLAYS, *OTHERS):
         assert {"Ingress", "Egress"} in [
             set(p["spec"]["policyTypes"]) for p in of(name, "NetworkPolicy")
         ]
+
+
+def test_keys_are_read_where_they_are_mounted_and_prometheus_has_its_own() -> None:
+    (volume,) = [volume["secret"] for volume in pod("keys")["volumes"] if "secret" in volume]
+    (mount,) = [m for m in gateway("keys")["volumeMounts"] if m["name"] == "keys"]
+    # Whole, since a volume with a subPath would not follow the Secret; but not Prometheus's key.
+    assert mount == {"name": "keys", "mountPath": mount["mountPath"], "readOnly": True}
+    (item,) = volume["items"]
+    (settings,) = of("keys", "ConfigMap")
+    assert settings["data"]["PSIM_KEYS"] == f"{mount['mountPath']}/{item['path']}"
+    (endpoint,) = the("keys", "ServiceMonitor")["endpoints"]
+    credentials = endpoint["authorization"]["credentials"]
+    assert credentials["name"] == volume["secretName"]
+    assert credentials["key"] != item["key"]
+
+
+def test_components_can_be_combined() -> None:
+    assert [variable["name"] for variable in gateway("keys")["env"]] == [
+        "PSIM_AUDIT_URL", "PSIM_AUDIT_KEY", "PSIM_LIMITS_URL",
+    ]  # fmt: skip
 
 
 def environment(name: str, secrets: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -405,3 +431,20 @@ def test_the_service_starts_with_what_the_manifests_give_it(demo_bundle: Path) -
         # The screen lets only the clean one through to the classifier, which audits it too.
         assert [row.decision for row in found] == ["allow", "flag", "allow"]
         assert all(row.text is None and row.text_hmac for row in found)
+
+
+def test_the_service_starts_with_keys_and_limits(demo_bundle: Path) -> None:
+    """Without Redis, which the service can do without."""
+    with tempfile.TemporaryDirectory() as own:
+        secrets = {
+            "psim-audit": {"url": f"sqlite:///{own}/audit.db", "key": "k" * 32},
+            "psim-limits": {"url": f"redis://127.0.0.1:{free_port()}/0"},
+        }
+        file = Path(own, "keys.toml")
+        file.write_text(f'[keys.a]\nsha256 = "{hash_of("psim_a")}"\nscopes = ["classify"]\n')
+        with started("keys", demo_bundle, own, secrets, PSIM_KEYS=str(file)) as client:
+            asked = {"inputs": CLEAN_TEXT}
+            assert client.post("/classify", json=asked).status_code == 401
+            headers = {"authorization": "Bearer psim_a"}
+            assert client.post("/classify", json=asked, headers=headers).is_success
+            assert client.get("/metrics", headers=headers).status_code == 403

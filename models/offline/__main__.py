@@ -30,6 +30,7 @@ from models.offline.attack import (
     Paraphrases,
     poison_test_set,
 )
+from models.offline.bulk import screen_files
 from models.offline.data import load_samples, require_labels, write_samples
 from models.offline.evaluate import evaluate
 from models.offline.finetune import Strategy, TuneResult, finetune_victim, poison_victim
@@ -88,7 +89,7 @@ def errors_for_people() -> Iterator[None]:
     except KeyboardInterrupt:
         stderr.print(
             "interrupted. Run the same command again: poison, finetune and study go on behind the "
-            "last whole epoch, the others start afresh"
+            "last whole epoch, screen --on ray behind what is written, the others start afresh"
         )
         raise typer.Exit(130) from None
 
@@ -344,16 +345,56 @@ def assure_command(
 
 @app.command("screen")
 def screen_command(
-    file: Annotated[Path, typer.Argument(help="JSONL with one text per line; - reads stdin.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="JSONL with one text per line; - reads stdin. With --on ray: JSONL, CSV, TSV and "
+            "Parquet, globs too."
+        ),
+    ],
     bundle: Annotated[Path, typer.Option(help="Bundle to screen with.")],
+    on: Annotated[
+        Literal["here", "ray"], typer.Option(help="Screen in this process, or on Ray Data.")
+    ] = "here",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --on ray: folder for Parquet; named again, it is gone on with."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="With --on ray: how many hold the bundle.", min=1)
+    ] = None,
+    part_rows: Annotated[int, typer.Option(help="With --on ray: rows of a part.", min=1)] = 50_000,
     text_column: TextColumn_ = "text",
     dtype: Dtype = None,
     engine: Engine = None,
 ) -> None:
-    """Screen a JSONL stream: one verdict per line, in order, on stdout."""
+    """Screen a JSONL stream, one verdict per line, in order, on stdout; or many large files."""
     with errors_for_people():
+        if (on == "ray") != (out is not None):
+            raise DataError(
+                "--on ray needs --out, the folder for its results, and nothing else does"
+            )
+        if out is not None:
+            totals = screen_files(
+                files,
+                bundle,
+                out,
+                text_column=text_column,
+                part_rows=part_rows,
+                workers=workers,
+                dtype=dtype,
+                engine=engine,
+                say=say,
+            )
+            say(
+                f"{totals.rows} rows, of which {totals.poisoned} are poisoned and {totals.failed} "
+                f"could not be screened; wrote {out}"
+            )
+            raise typer.Exit(bool(totals.failed))
+        if len(files) > 1:
+            raise DataError("several files need --on ray")
         loaded = load_bundle(bundle, dtype, engine)
-        with _open(file) as lines:
+        with _open(Path(files[0])) as lines:
             # No bar between verdicts on a terminal, and none where nobody would see it.
             watched = tqdm(lines, unit=" lines", disable=sys.stdout.isatty() or None)
             failed = screen_file(loaded, watched, sys.stdout, text_column)
@@ -385,6 +426,11 @@ def triggers_command(
             found = {"flagged": flagged, "passed": passed, "phrases": [asdict(p) for p in phrases]}
             out.write_text(json.dumps(found, indent=1), encoding="utf-8")
             stderr.print(f"wrote {out}", highlight=False)
+
+
+def say(line: str) -> None:
+    """Print a line that may name files."""
+    stderr.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _open(file: Path) -> TextIO:

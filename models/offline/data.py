@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -13,7 +14,11 @@ from models.errors import DataError
 MAX_CHARS = 100_000
 """Longest text that is taken; more is a mistake or an attack."""
 
+CHUNK = 512
+"""Rows that are read, sorted by length and screened together where there are too many to hold."""
+
 HUB_PREFIX = "hf://"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,27 @@ def check_text(text: object) -> str:
     except UnicodeEncodeError:
         raise DataError("the text is not valid Unicode: it has a lone surrogate") from None
     return text
+
+
+def json_row(line: str) -> Row | DataError:
+    """Return the object on a line of JSONL, or why there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return DataError("not JSON")
+    return row if isinstance(row, dict) else {}
+
+
+def text_of(row: Row | DataError, column: str) -> str | DataError:
+    """Return a row's text, or why there is none; the text itself is never repeated."""
+    if isinstance(row, DataError):
+        return row
+    if column not in row:
+        return DataError(f"no text in {column!r}")
+    try:
+        return check_text(row[column])
+    except DataError as error:
+        return error
 
 
 def _read(source: str) -> pd.DataFrame:

@@ -9,11 +9,9 @@ from typing import Any, TextIO
 
 from models.bundle import Bundle
 from models.errors import DataError, PsimError
-from models.offline.data import check_text
+from models.offline.data import CHUNK, json_row, text_of
 from models.offline.predict import predict
-
-CHUNK = 512
-"""Lines that are read, sorted by length and answered together."""
+from models.screen import Verdict
 
 
 def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: str) -> int:
@@ -24,11 +22,17 @@ def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: 
     """
     failed = 0
     for chunk in _chunks(lines):
-        for answer in _screen_chunk(bundle, chunk, text_column):
-            failed += "error" in answer
-            out.write(json.dumps(answer) + "\n")
+        texts = [text_of(json_row(line), text_column) for _, line in chunk]
+        for (number, _), verdict in zip(chunk, judged(bundle, texts), strict=True):
+            failed += isinstance(verdict, PsimError)
+            out.write(json.dumps({"line": number} | as_row(verdict)) + "\n")
         out.flush()
     return failed
+
+
+def as_row(verdict: Verdict | PsimError) -> dict[str, Any]:
+    """Return what is written about a text."""
+    return {"error": str(verdict)} if isinstance(verdict, PsimError) else asdict(verdict)
 
 
 def split_by_verdict(bundle: Bundle, texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -70,32 +74,18 @@ def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
             return
 
 
-def _screen_chunk(
-    bundle: Bundle, chunk: list[tuple[int, str]], text_column: str
-) -> Iterator[dict[str, Any]]:
-    texts = [_text_or_error(line, text_column) for _, line in chunk]
+def judged(bundle: Bundle, texts: Sequence[str | DataError]) -> Iterator[Verdict | PsimError]:
+    """Yield the verdict on each text, or why there is none: what stands in place of the text, too.
+
+    All of them are sorted by length together.
+    """
     encodings = bundle.engine.encode([t for t in texts if isinstance(t, str)])
     rows = iter(zip(predict(bundle.engine, encodings), encodings, strict=True) if encodings else ())
-    for (number, _), text in zip(chunk, texts, strict=True):
+    for text in texts:
         try:
             if isinstance(text, DataError):
                 raise text
             probabilities, encoding = next(rows)
-            verdict = bundle.screen.judge(probabilities, encoding.truncated)
-            yield {"line": number, **asdict(verdict)}
+            yield bundle.screen.judge(probabilities, encoding.truncated)
         except PsimError as error:
-            yield {"line": number, "error": str(error)}
-
-
-def _text_or_error(line: str, text_column: str) -> str | DataError:
-    """Return the text of a JSONL line, or why there is none; the text itself is never repeated."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return DataError("not JSON")
-    if not isinstance(row, dict) or text_column not in row:
-        return DataError(f"no text in {text_column!r}")
-    try:
-        return check_text(row[text_column])
-    except DataError as error:
-        return error
+            yield error
