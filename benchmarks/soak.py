@@ -48,10 +48,11 @@ from models.offline.demo import encoder_path
 from models.offline.fit import fit
 from models.offline.psim import PsimConfig
 from service import logs
-from service.__main__ import KEEP_ALIVE_S, load_settings
+from service.__main__ import KEEP_ALIVE_S
 from service.app import create_app
 from service.metrics import OUTCOMES
 from service.schemas import Decision
+from service.settings import load_settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 HOST, ROUTE, TEXTS, SAMPLES, ALIKE = "127.0.0.1", "/classify", 1500, 200, 500

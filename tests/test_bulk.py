@@ -218,7 +218,7 @@ def test_a_broken_file_is_named_before_anything_is_screened(
 def test_a_file_without_rows_needs_no_worker(bundle: Path, tmp_path: Path) -> None:
     """And what the command writes itself is no input."""
     (tmp_path / "x.csv").write_text("text\n")
-    ray = ["--on", "ray", "--out", tmp_path / "out"]
+    ray = ["--engine", "ray", "--out", tmp_path / "out"]
     for _ in range(2):
         result = psim("screen", tmp_path / "**/*.*", "--bundle", bundle, *ray)
         assert result.exit_code == 0, result.stderr
@@ -230,7 +230,7 @@ def test_options_that_do_not_go_together_are_refused(
 ) -> None:
     file, out = tmp_path / "x.jsonl", tmp_path / "out"
     file.write_text('{"text": "fine"}\n')
-    for options in (["--on", "ray"], ["--out", out]):
+    for options in (["--on", "ray"], ["--engine", "ray"], ["--out", out]):
         assert_refused(psim("screen", file, "--bundle", bundle, *options), "--on ray needs --out")
     assert_refused(psim("screen", file, file, "--bundle", bundle), "several files need --on ray")
     ray = ["--bundle", bundle, "--on", "ray", "--out", out]

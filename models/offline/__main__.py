@@ -366,9 +366,16 @@ def screen_command(
     part_rows: Annotated[int, typer.Option(help="With --on ray: rows of a part.", min=1)] = 50_000,
     text_column: TextColumn_ = "text",
     dtype: Dtype = None,
-    engine: Engine = None,
+    engine: Annotated[
+        Literal[EngineName, "ray"] | None,
+        typer.Option(
+            help="What to compute by; the bundle's choice by default, also with ray: --on ray."
+        ),
+    ] = None,
 ) -> None:
     """Screen a JSONL stream, one verdict per line, in order, on stdout; or many large files."""
+    if engine == "ray":
+        on, engine = "ray", None
     with errors_for_people():
         if (on == "ray") != (out is not None):
             raise DataError(
