@@ -92,7 +92,7 @@ def seeds() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity(50)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_path())

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -307,7 +308,8 @@ def _check_size(path: Path, manifest: Manifest, held: Weights) -> None:
         config = AutoConfig.from_pretrained(
             path / "victim", trust_remote_code=False, local_files_only=True
         )
-        victim: nn.Module = AutoModelForSequenceClassification.from_config(config)
+        from_config: Any = AutoModelForSequenceClassification.from_config
+        victim: nn.Module = from_config(config)
         if PROMPT[0] in manifest.files:
             prompts = PeftConfig.from_pretrained(str(path / "prompt"))
             prompts.inference_mode = True
@@ -401,6 +403,9 @@ def _save_without_lora(model: PreTrainedModel, folder: Path) -> None:
         for name, tensor in model.state_dict().items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
+    # Of a model on the Hub that has code of its own too; ours is that of transformers.
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map
     model.save_pretrained(folder, state_dict=weights)
 
 

@@ -51,7 +51,7 @@ class Weights(NamedTuple):
             if registered > 2 * self.tensors:
                 raise BundleError(f"the model has more layers than there are weights for, {self}")
 
-        hook = register_module_parameter_registration_hook(count)  # type: ignore[no-untyped-call]
+        hook = register_module_parameter_registration_hook(count)
         try:
             yield
         finally:

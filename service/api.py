@@ -96,12 +96,10 @@ def process_routes(models: Registry, metrics: Metrics) -> APIRouter:
             raise NotReady(models.beyond_repair)
         return {"status": "live"}
 
-    formats = {200: {"content": {"application/openmetrics-text": {}}}}
-
     @router.get(
         "/metrics",
         response_class=PlainTextResponse,
-        responses=formats | problems(401, 403),
+        responses={200: {"content": {"application/openmetrics-text": {}}}, **problems(401, 403)},
     )
     async def scrape(request: Request) -> Response:
         """Return the metrics in the format that the scraper asks for."""
