@@ -6,11 +6,11 @@ started, nobody is asked over the network, and memory stays below libFuzzer's li
     pip install atheris==3.0.0
     python fuzz/fuzz_bundles.py CORPUS -max_total_time=600 -rss_limit_mb=3000 -timeout=60
 
-CORPUS is a folder, in which contents that find something new are kept; an empty one gets those of
-the bundle's own files.
+CORPUS is a folder, in which contents that find something new are kept; it may be empty.
 """
 
 import json
+import random
 import sys
 import tempfile
 import warnings
@@ -31,7 +31,8 @@ from test_bundle import fit_tiny
 
 from models.offline.demo import encoder_path
 
-SEED_BYTES = 60_000
+MOST_WORDS = 500
+"""Of the vocabulary, where others come from it: changing all of it would take most of the time."""
 FORBIDDEN = {
     *("os.exec", "os.posix_spawn", "os.system", "subprocess.Popen", "pickle.find_class"),
     *("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"),
@@ -52,12 +53,12 @@ def watch(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def fuzz(data: bytes) -> None:
-    """Take the first byte for a file, and the others for its content, or its beginning."""
+    """Take the first byte for a file, and the others for its content; of weights, the header."""
     if len(data) < 2:
         return
     name, content = NAMES[data[0] % len(NAMES)], data[1:]
     if name.endswith(".safetensors"):
-        content += GOOD[name][len(content) :]
+        content += GOOD[name][len(header(GOOD[name])) :]
     (BUNDLE / name).write_bytes(content)
     forged = name != MANIFEST and data[0] < 128
     if forged:
@@ -77,17 +78,32 @@ def fuzz(data: bytes) -> None:
     assert not broken, broken
 
 
-def seeds() -> None:
-    """Put what the files hold into an empty corpus; of the long ones, the beginning."""
-    folder = next((Path(a) for a in sys.argv[1:] if not a.startswith("-")), None)
-    if folder and not any(folder.iterdir()):
-        for number, name in enumerate(NAMES):
-            good = GOOD[name]
-            if name == "tokenizer/tokenizer.json":
-                short = json.loads(good)
-                short["model"]["vocab"] = dict([*short["model"]["vocab"].items()][:500])
-                good = json.dumps(short).encode()
-            (folder / f"seed-{number}").write_bytes(bytes([number]) + good[:SEED_BYTES])
+def header(weights: bytes) -> bytes:
+    return weights[: 8 + int.from_bytes(weights[:8], "little")]
+
+
+def start(name: str) -> bytes:
+    """Return what to change in a file of the bundle."""
+    if name.endswith(".safetensors"):
+        return header(GOOD[name])
+    if name == "tokenizer/tokenizer.json":
+        short = json.loads(GOOD[name])
+        short["model"]["vocab"] = dict([*short["model"]["vocab"].items()][:MOST_WORDS])
+        return json.dumps(short).encode()
+    return GOOD[name]
+
+
+def changed(data: bytes, max_size: int, seed: int) -> bytes:
+    """Change what libFuzzer has found, or a file of the bundle anew."""
+    rng = random.Random(seed)
+    if not data or rng.random() < 0.5:
+        number = rng.randrange(len(NAMES))
+        data = bytes([number]) + STARTS[number]
+    if NAMES[data[0] % len(NAMES)].endswith(".safetensors") and rng.random() < 0.7:
+        described = mutate(data[:1] + data[9:], max_size - 8, seed)
+        length = (len(described) - 1).to_bytes(8, "little")
+        return described[:1] + length + described[1:]
+    return mutate(data, max_size, seed)
 
 
 if __name__ == "__main__":
@@ -99,7 +115,8 @@ if __name__ == "__main__":
         BUNDLE = fit_tiny(tiny_victim("bert"), tokenizer, Path(temporary) / "bundle")
         NAMES = sorted(str(f.relative_to(BUNDLE)) for f in BUNDLE.rglob("*") if f.is_file())
         GOOD = {name: (BUNDLE / name).read_bytes() for name in NAMES}
-        seeds()
+        STARTS = [start(name) for name in NAMES]
+        longest = f"-max_len={2 * max(map(len, STARTS))}"
         sys.addaudithook(watch)
-        atheris.Setup([*sys.argv, f"-max_len={SEED_BYTES}"], fuzz, custom_mutator=mutate)
+        atheris.Setup([*sys.argv, longest], fuzz, custom_mutator=changed)
         atheris.Fuzz()
