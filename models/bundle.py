@@ -1,7 +1,7 @@
 """Bundles: a folder with victim, PSIM adapters, tokenizer, calibration, and a manifest of it all.
 
-A bundle is untrusted input: nothing in it is opened before its hash agrees with the manifest, and
-nothing is ever unpickled.
+A bundle is untrusted input: nothing in it is opened before its hash agrees with the manifest, no
+library reads what `models.untrusted` has not checked, and nothing is ever unpickled.
 
     manifest.json            see `models.manifest`
     manifest.sig             its signature, if it has one, see `models.signing`
@@ -20,10 +20,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
@@ -32,6 +39,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -41,11 +49,13 @@ from transformers import (
 from models.calibrate import calibrate, parity
 from models.engines import Engine
 from models.engines.catalogue import REFERENCE, Runtime, make_engine, runs_here
+from models.engines.pytorch import max_input_length
 from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 from models.guarded import Activations, Guarded, guard, lora_config
 from models.manifest import ActivationsRecord, Calibration, Manifest
 from models.screen import FloatArray, Screen
 from models.signing import SIGNATURE, check_signature
+from models.untrusted import Weights, check_contents, check_sizes, read
 
 MANIFEST = "manifest.json"
 READINGS = "calibration.safetensors"
@@ -67,7 +77,14 @@ ALLOWED = (
     # Vocabularies and settings; .jinja are chat templates, which are never run.
     *(f"tokenizer/*{kind}" for kind in (".json", ".txt", ".model", ".codes", ".jinja")),
 )
-REQUIRED = (READINGS, "victim/config.json", f"psim/{ADAPTER_WEIGHTS}")
+# A library that does not find what it looks for in a folder asks the Hub for it.
+REQUIRED = (
+    READINGS,
+    "victim/config.json",
+    f"psim/{ADAPTER_WEIGHTS}",
+    "tokenizer/tokenizer_config.json",
+)
+PROMPT = (f"prompt/{ADAPTER_CONFIG}", f"prompt/{ADAPTER_WEIGHTS}")
 
 
 @dataclass(frozen=True)
@@ -97,16 +114,20 @@ def load_bundle(
             calibration for this dtype and engine.
     """
     manifest, digest = read_manifest(path, key)
-    check_files(path, manifest)
+    held = check_files(path, manifest)
     calibration = choose(manifest, engine, dtype)
-    screen = _load_screen(path, manifest, calibration)
     try:
+        screen = _load_screen(path, manifest, calibration)
+        _check_size(path, manifest, held)
         bundle = Bundle(manifest, digest, _load_engine(path, manifest, calibration.runtime), screen)
         _self_test(bundle)
     except PsimError as error:
         raise BundleError(f"{path}: {error}") from error
-    except Exception as error:  # whatever a library makes of a file that somebody forged
-        raise BundleError(f"{path}: the model does not load: {error}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a library makes of a file that somebody forged
+        # Those in Rust panic past `Exception`; and a message may quote the file.
+        raise BundleError(f"{path}: the model does not load: {str(error)[:500]!r}") from error
     return bundle
 
 
@@ -114,7 +135,7 @@ def read_manifest(path: Path, key: Path | None = None) -> tuple[Manifest, str]:
     """Return the manifest of the bundle at `path` and its SHA-256; check nothing but its signature,
     if there is a key to check it with."""
     try:
-        raw = (path / MANIFEST).read_bytes()
+        raw = read(path / MANIFEST)
     except OSError as error:
         raise BundleError(f"{path} is not a bundle: cannot read {MANIFEST}") from error
     if key is not None:
@@ -126,32 +147,51 @@ def read_manifest(path: Path, key: Path | None = None) -> tuple[Manifest, str]:
         where = ".".join(map(str, first["loc"])) or "the document"
         if where == "schema_version":
             raise BundleError(f"{path} is of another version; run `psim fit` again") from error
-        raise BundleError(f"{path}/{MANIFEST} is not valid: {where}: {first['msg']}") from error
+        raise BundleError(f"{path}/{MANIFEST} is not valid: {where!r}: {first['msg']}") from error
 
 
-def check_files(path: Path, manifest: Manifest) -> None:
-    """Raise `BundleError` unless the folder holds the manifest's files, unaltered, and no more."""
-    inside = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*")}
+def check_files(path: Path, manifest: Manifest) -> Weights:
+    """Return what the weights come to, once all files are those of the manifest.
+
+    Raises:
+        BundleError: the folder does not hold the manifest's files, unaltered, and no more; or one
+            of them is not to be read, see `models.untrusted`.
+    """
+    try:
+        inside = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*")}
+    except RecursionError:
+        raise BundleError(f"{path}: folders are nested too deeply") from None
     if any(file.is_symlink() for file in inside.values()):
         raise BundleError(f"{path}: a bundle may not contain symbolic links")
     found = {name for name, file in inside.items() if not file.is_dir()}
     found -= {MANIFEST, SIGNATURE}
     for name in sorted(found):
         if inside[name].suffix in PICKLES:
-            raise BundleError(f"{path}: {name} is a pickle, which can run code; use safetensors")
+            raise BundleError(f"{path}: {name!r} is a pickle, which can run code; use safetensors")
         allowed = any(fnmatchcase(name, pattern) for pattern in ALLOWED) and name.count("/") < 2
         if not allowed or not inside[name].is_file() or name not in manifest.files:
-            raise BundleError(f"{path}: {name} does not belong into a bundle; remove it")
-    for name in (*REQUIRED, *manifest.files):
+            raise BundleError(f"{path}: {name!r} does not belong into a bundle; remove it")
+    prompt = PROMPT if found & {*PROMPT} else ()
+    for name in (*REQUIRED, *prompt, *manifest.files):
         if name not in found:
-            raise BundleError(f"{path}: {name} is missing; copy or build the bundle again")
+            raise BundleError(f"{path}: {name!r} is missing; copy or build the bundle again")
+    files = {name: inside[name] for name in manifest.files}
+    try:
+        check_sizes(files)
+        _check_hashes(files, manifest)
+        return check_contents(files, len(manifest.labels))
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+
+
+def _check_hashes(files: Mapping[str, Path], manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         try:
-            actual = file_digest(inside[name])
+            actual = file_digest(files[name])
         except OSError as error:
-            raise BundleError(f"{path}: {name} cannot be read: {error.strerror}") from error
+            raise BundleError(f"{name} cannot be read: {error.strerror}") from error
         if actual != expected:
-            raise BundleError(f"{path}: {name} was altered: its SHA-256 is not the manifest's")
+            raise BundleError(f"{name} was altered: its SHA-256 is not the manifest's")
 
 
 def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibration:
@@ -208,12 +248,12 @@ def _load_screen(path: Path, manifest: Manifest, chosen: Calibration) -> Screen:
         judge = screens.get(REFERENCE) or calibrate(reference, checkpoints, chosen.frr_budget)
         found = parity((judge, reference), (screens[chosen.runtime], given))
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
-        raise BundleError(f"{path}: {READINGS} does not hold the calibration") from error
+        raise BundleError(f"{READINGS} does not hold the calibration") from error
     if not all(_agree(screens[own.runtime], own) for own in manifest.calibrations):
-        raise BundleError(f"{path}: a threshold is not what its calibration texts give")
+        raise BundleError("a threshold is not what its calibration texts give")
     # A text or two at a threshold may be rounded to the other side on other processors.
     if found.decisions_agree < chosen.parity.decisions_agree - 2.5 / len(reference):
-        raise BundleError(f"{path}: {chosen.runtime} agrees less than the manifest says")
+        raise BundleError(f"{chosen.runtime} agrees less than the manifest says")
     return screens[chosen.runtime]
 
 
@@ -239,10 +279,9 @@ def _load_engine(path: Path, manifest: Manifest, runtime: Runtime) -> Engine:
         raise BundleError("victim/ does not hold the weights that its config asks for")
     if [model.config.id2label[i] for i in range(model.config.num_labels)] != manifest.labels:
         raise BundleError("the labels of manifest and victim/config.json differ")
-    prompt = path / "prompt"
-    victim = PeftModel.from_pretrained(model, str(prompt)) if prompt.is_dir() else model
-    psim = manifest.psim
-    guarded = guard(victim, lora_config(victim, psim.layers, psim.rank), len(psim.checkpoints))
+    prompt = PROMPT[0] in manifest.files
+    victim = PeftModel.from_pretrained(model, str(path / "prompt")) if prompt else model
+    guarded = _guarded(manifest, victim)
     load_adapter(path / "psim" / ADAPTER_WEIGHTS, guarded, manifest.victim.digest)
     if manifest.activations:
         guarded.activations = load_activations(path / ACTIVATIONS, guarded, manifest)
@@ -251,7 +290,33 @@ def _load_engine(path: Path, manifest: Manifest, runtime: Runtime) -> Engine:
     tokenizer = AutoTokenizer.from_pretrained(
         path / "tokenizer", trust_remote_code=False, local_files_only=True
     )
+    virtual = 0
+    if isinstance(victim, PeftModel):
+        virtual = victim.active_peft_config.num_virtual_tokens
+    if manifest.max_length > (most := max_input_length(guarded.config, tokenizer, virtual)):
+        raise BundleError(f"max_length is {manifest.max_length}, but the model reads {most} tokens")
     return make_engine(runtime, guarded, tokenizer, manifest.max_length)
+
+
+def _guarded(manifest: Manifest, victim: nn.Module) -> Guarded:
+    """Return a victim with PSIM adapters that are still empty."""
+    psim = manifest.psim
+    return guard(victim, lora_config(victim, psim.layers, psim.rank), len(psim.checkpoints))
+
+
+def _check_size(path: Path, manifest: Manifest, held: Weights) -> None:
+    """Build all modules without memory; they must not need more of it than the weights take."""
+    with held.building(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(
+            path / "victim", trust_remote_code=False, local_files_only=True
+        )
+        from_config: Any = AutoModelForSequenceClassification.from_config
+        victim: nn.Module = from_config(config)
+        if PROMPT[0] in manifest.files:
+            prompts = PeftConfig.from_pretrained(str(path / "prompt"))
+            prompts.inference_mode = True
+            victim = get_peft_model(victim, prompts)
+        held.check(_guarded(manifest, victim))
 
 
 def load_adapter(file: Path, guarded: Guarded, victim_digest: str) -> None:
@@ -340,6 +405,9 @@ def _save_without_lora(model: PreTrainedModel, folder: Path) -> None:
         for name, tensor in model.state_dict().items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
+    # Of a model on the Hub that has code of its own too; ours is that of transformers.
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map
     model.save_pretrained(folder, state_dict=weights)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from service.front import problems
 from service.registry import Registry
 from service.reload import Reloader, ReloadFailed, ReloadRunning
 from service.responses import json_response, problem
@@ -13,7 +14,7 @@ def routes(models: Registry, reloader: Reloader) -> APIRouter:
     """Return the operator's routes."""
     router = APIRouter()
 
-    @router.post("/admin/reload", response_model=None)
+    @router.post("/admin/reload", response_model=None, responses=problems(401, 403, 409, 422))
     async def reload() -> Response:
         """Read models and bundles anew, and serve them if all is well."""
         try:

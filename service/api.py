@@ -5,13 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 
 from service.access import caller_of
 from service.body import read
 from service.errors import NotReady
-from service.front import documented, prefixed, server_timing
+from service.front import documented, prefixed, problems, server_timing
 from service.metrics import Metrics
 from service.recorder import Recorder
 from service.registry import Registry
@@ -50,14 +51,14 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
                     answer = await while_connected(request, gateway.explain(entry, body.inputs))
         return _json(answer, {})
 
-    @router.get("/ready")
+    @router.get("/ready", responses=problems(503))
     async def ready(request: Request) -> dict[str, str]:
         """Say whether PSIM and every classifier answer: 503 while not."""
         if trouble := models.trouble(prefixed(request)):
             raise NotReady(trouble)
         return {"status": "ready"}
 
-    @router.get("/info")
+    @router.get("/info", responses=problems(401, 403))
     async def info(request: Request) -> dict[str, Any]:
         """Say what is served, and within which limits."""
         gateway = models.named(prefixed(request)).gateway
@@ -88,14 +89,18 @@ def process_routes(models: Registry, metrics: Metrics) -> APIRouter:
     """Return the native routes that are about the process."""
     router = APIRouter()
 
-    @router.get("/live")
+    @router.get("/live", responses=problems(503))
     async def live() -> dict[str, str]:
         """Say that the process answers; 503 when only a new process helps."""
         if models.beyond_repair:
             raise NotReady(models.beyond_repair)
         return {"status": "live"}
 
-    @router.get("/metrics")
+    @router.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses={200: {"content": {"application/openmetrics-text": {}}}, **problems(401, 403)},
+    )
     async def scrape(request: Request) -> Response:
         """Return the metrics in the format that the scraper asks for."""
         models.trouble()  # brings psim_ready up to date

@@ -1,6 +1,7 @@
 """Reading a JSON body strictly: what cannot be inspected as it will be read is refused."""
 
 import json
+import re
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -12,6 +13,7 @@ from service.settings import Settings
 
 Model = TypeVar("Model", bound=TextsRequest)
 BINARY_TENSORS = "inference-header-content-length"
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read(request: Request, model: type[Model], settings: Settings) -> Model:
@@ -30,7 +32,7 @@ async def read_json(
     """Return the request's body, as it is and as JSON.
 
     Raises:
-        UnsupportedMedia, TooLarge, Malformed: none repeats anything of the body.
+        UnsupportedMedia, TooLarge, Malformed, Invalid: none repeats anything of the body.
     """
     _check_media(request, media_optional)
     body = await _limited_body(request, settings.max_body_bytes)
@@ -77,11 +79,17 @@ async def _limited_body(request: Request, limit: int) -> bytes:
 
 def _parse(body: bytes) -> object:
     try:
-        return json.loads(
+        data = json.loads(
             body.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
+        if SURROGATE.search(body):
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # Half a character: tokenizers cannot read it, nor could an answer repeat it.
+        raise Invalid("escapes from \\ud800 to \\udfff must be in pairs") from None
     except (ValueError, RecursionError):
         raise Malformed("the body is not valid JSON, or has a key twice") from None
+    return data
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

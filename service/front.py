@@ -32,14 +32,14 @@ def documented(request: type[Any], response: type[Any], statuses: Sequence[int])
     return {
         "response_model": response,
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": {
-            status: {
-                "content": {PROBLEM_JSON: {"schema": Problem.model_json_schema()}},
-                "description": HTTPStatus(status).phrase,
-            }
-            for status in statuses
-        },
+        "responses": problems(*statuses),
     }
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of errors."""
+    content = {PROBLEM_JSON: {"schema": Problem.model_json_schema()}}
+    return {s: {"content": content, "description": HTTPStatus(s).phrase} for s in statuses}
 
 
 class Front:

@@ -5,11 +5,25 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from models.screen import Voice
 
-Text = Annotated[str, StringConstraints(min_length=1, strict=True)]
+NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+"""What `str.strip` leaves, as a regular expression for OpenAPI; `service.body` checks it."""
+Text = Annotated[
+    str,
+    StringConstraints(min_length=1, strict=True),
+    Field(json_schema_extra={"pattern": NOT_BLANK}),
+]
+
+
+def _whole(number: object) -> object:
+    """Return 2.0 as 2: JSON has one kind of numbers."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Count = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)]
 
 
 class Decision(StrEnum):

@@ -160,13 +160,13 @@ def test_a_bundle_cannot_send_the_loader_elsewhere(bundle: Path, tmp_path: Path)
     config = {"peft_type": "LORA", "base_model_name_or_path": str(elsewhere), "r": 8}
     (bundle / "victim" / "adapter_config.json").write_text(json.dumps(config))
     rehash(bundle, "victim/adapter_config.json")
-    with pytest.raises(BundleError, match=r"adapter_config\.json does not belong"):
+    with pytest.raises(BundleError, match=r"adapter_config\.json' does not belong"):
         load_bundle(bundle)
     (bundle / "victim" / "adapter_config.json").unlink()
     (bundle / "victim" / "config.json").unlink()
     files = json.loads((bundle / MANIFEST).read_text())["files"]
     forge(bundle, files={n: d for n, d in files.items() if n != "victim/config.json"})
-    with pytest.raises(BundleError, match=r"victim/config\.json is missing"):
+    with pytest.raises(BundleError, match=r"victim/config\.json' is missing"):
         load_bundle(bundle)
 
 
@@ -250,7 +250,7 @@ def test_links_out_of_the_bundle_are_refused(bundle: Path, tmp_path: Path) -> No
 
 def test_a_missing_adapter_is_named(bundle: Path) -> None:
     (bundle / "psim" / ADAPTER_WEIGHTS).unlink()
-    with pytest.raises(BundleError, match=f"psim/{ADAPTER_WEIGHTS} is missing"):
+    with pytest.raises(BundleError, match=f"psim/{ADAPTER_WEIGHTS}' is missing"):
         load_bundle(bundle)
 
 

@@ -221,8 +221,9 @@ def test_tei_answers_a_single_text_flat_and_says_what_kind_of_error_it_was() -> 
 
 def test_hugging_face_answers_a_single_text_nested_and_minds_top_k() -> None:
     assert rounded(ask("/", {"inputs": CLEAN}).json()) == [BEST]
-    body = {"inputs": CLEAN, "parameters": {"top_k": 1}}
-    assert rounded(ask("/models/fake", body).json()) == [BEST[:1]]
+    for top_k in (1, 1.0):  # JSON has one kind of numbers
+        body = {"inputs": CLEAN, "parameters": {"top_k": top_k}}
+        assert rounded(ask("/models/fake", body).json()) == [BEST[:1]]
 
 
 def test_vllm_gives_probabilities_in_the_order_of_the_classes() -> None:
@@ -343,6 +344,12 @@ BAD: list[tuple[str, str]] = [
     ("oip", '{"outputs": [{"name": "o", "shape": [1, 2], "datatype": "FP32", "data": [1]}]}'),
     ("oip", '{"outputs": [{"name": "o", "shape": [1], "datatype": "FP32", "data": [NaN]}]}'),
     ("oip", '{"outputs": [{"name": "o", "shape": [1], "datatype": "FP32", "data": [null]}]}'),
+    ("oip", '{"outputs": [{"name": "o", "shape": [1, 2], "datatype": "FP32", "data": [[0], 1]}]}'),
+    (
+        "oip",
+        '{"outputs": [{"name": "o", "shape": [1], "datatype": "FP32", "data": [1%s]}]}'
+        % ("0" * 400),
+    ),
     ("native", '{"results": [{"label": null, "scores": null}]}'),
 ]
 

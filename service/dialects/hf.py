@@ -15,16 +15,16 @@ from service.dialects.dialect import (
     checked_count,
     parsed,
 )
-from service.schemas import Result, Score, Text, best_first
+from service.schemas import Count, Result, Score, Text, best_first
 
 
 class Parameters(Wire):
     """What may be said to the pipeline: numbers and switches, nothing that could be a text."""
 
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
+    top_k: Count | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     truncation: bool | None = None
-    max_length: Annotated[int, Field(strict=True, ge=1)] | None = None
+    max_length: Count | None = None
 
 
 class Options(Wire):

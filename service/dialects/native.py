@@ -7,14 +7,14 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Field, TypeAdapter
 
 from service.dialects.dialect import Asked, Dialect, Finite, Served, checked_count, parsed
-from service.schemas import ClassifyResponse, Problem, Result, Score, Text
+from service.schemas import ClassifyResponse, Count, Problem, Result, Score, Text
 
 
 class ClassifyRequest(Asked):
     """Texts to screen and classify."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
+    top_k: Count | None = None
     """How many scores to return per text; null returns all."""
 
     @property

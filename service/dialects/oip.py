@@ -5,6 +5,7 @@ does is refused: tensors behind the JSON, base64, further inputs.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -169,7 +170,9 @@ class _Output(BaseModel):
     def values(self) -> list[Any]:
         """The data, flat."""
         flat = self.data
-        while flat and isinstance(flat[0], list):
+        while any(isinstance(row, list) for row in flat):
+            if not all(isinstance(row, list) for row in flat):
+                raise BadAnswer("data that is nested unevenly")
             flat = [value for row in flat for value in row]
         return flat
 
@@ -251,7 +254,8 @@ def _checked(body: bytes, count: int) -> list[_Output]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # A whole number can be too large to be made a float.
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _rows(values: list[Any], count: int) -> list[list[float]]:

@@ -1,0 +1,120 @@
+"""Fuzz what reads requests, and upstreams' answers, in every dialect, guided by coverage.
+
+A body is refused with one of four errors, none of which repeats it, or read: then what is screened
+is what an upstream would get. An upstream's answer is believed, or is a `BadAnswer`.
+
+    pip install atheris==3.0.0
+    python fuzz/fuzz_requests.py CORPUS -max_total_time=600
+
+CORPUS is a folder, in which requests that find something new are kept; it may be empty.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import atheris
+from mutation import mutate
+
+with atheris.instrument_imports(include=["service.body", "service.dialects", "service.schemas"]):
+    from service.body import parse, read_json
+    from service.dialects.dialect import BadAnswer, Dialect, Served
+    from service.dialects.known import SERVED, dialects
+    from service.front import choose
+    from service.guards import GuardrailRequest
+    from service.schemas import ExplainRequest, Result, ScreenRequest, TextsRequest
+
+from starlette.requests import Request
+
+from service.errors import Invalid, Malformed, ServiceError, TooLarge, UnsupportedMedia
+from service.settings import Settings
+
+SETTINGS = Settings(bundle=Path("unused"), max_chars=200, max_inputs=8, max_body_bytes=4096)
+LABELS = ["negative", "positive"]
+WORLD = Served("m", "d" * 64, LABELS)
+UPSTREAMS = [*dialects().values()]
+MEDIA = (b"application/json", b"application/json; charset=utf-8", b"text/plain", b"")
+OURS: list[type[TextsRequest]] = [ScreenRequest, ExplainRequest, GuardrailRequest]
+SECRET = "hunter2"
+
+
+def fuzz(data: bytes) -> None:
+    """Take the first byte for what is read, and the others for its content."""
+    if len(data) < 2:
+        return
+    kind, body = data[0], data[1:]
+    if kind < 128:
+        request(kind, body)
+    else:
+        answer(UPSTREAMS[kind % len(UPSTREAMS)], kind // 64 - 1, body)
+
+
+def request(kind: int, body: bytes) -> None:
+    dialect = SERVED[kind // 4 % len(SERVED)]
+    try:
+        media = [(b"content-type", MEDIA[kind % 4])]
+        given = Request({"type": "http", "headers": media}, received(body))
+        _, read = done(read_json(given, SETTINGS, media_optional=dialect.media_optional))
+        for model in OURS:
+            try:
+                checked(parse(read, model, SETTINGS))
+            except ServiceError as error:
+                refused(error)
+        asked = parse(read, choose([dialect], read).asks, SETTINGS)
+    except ServiceError as error:
+        refused(error)
+        return
+    checked(asked)
+    assert asked.with_texts(asked.texts).texts == asked.texts
+    sent = json.loads(asked.model_dump_json(exclude_none=True))
+    assert parse(sent, dialect.asks, SETTINGS).texts == asked.texts, "an upstream reads others"
+    scores = [{"label": label, "score": 0.5} for label in LABELS]
+    one = {"decision": "allow", "screen": None, "label": LABELS[0], "scores": scores}
+    results = [Result.model_validate(one) for _ in asked.texts]
+    json.dumps(asked.answer(results, WORLD), allow_nan=False).encode()
+
+
+def checked(asked: TextsRequest) -> None:
+    for text in asked.texts:
+        assert text.strip() and len(text) <= SETTINGS.max_chars
+        text.encode()
+
+
+def refused(error: ServiceError) -> None:
+    assert isinstance(error, Malformed | Invalid | TooLarge | UnsupportedMedia), type(error)
+    assert SECRET not in str(error), "an error repeats the text"
+
+
+def answer(dialect: Dialect, count: int, body: bytes) -> None:
+    try:
+        dialect.check(body, count)
+        rows = dialect.scores(body, count, LABELS)
+    except BadAnswer as error:
+        assert SECRET not in str(error)
+        return
+    assert len(rows) == count
+    assert all(math.isfinite(score.score) for row in rows for score in row)
+
+
+def received(body: bytes) -> Any:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+def done(work: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine gives that never waits."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waits")
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, fuzz, custom_mutator=mutate)
+    atheris.Fuzz()
