@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,9 +70,16 @@ def on_ray(
                 time.sleep(0.2)
             yield url
         finally:
+            driver = psutil.Process(running.pid)
+            whole = [*driver.children(recursive=True), driver]
             # As from the keyboard, which `serve run` takes for its end.
             running.send_signal(signal.SIGINT)
-            running.wait(60)
+            try:
+                running.wait(60)
+            finally:
+                for left in whole:
+                    with suppress(psutil.NoSuchProcess):
+                        left.kill()
 
 
 def _ready(url: str) -> bool:
