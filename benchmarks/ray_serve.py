@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import aiohttp
@@ -41,7 +42,9 @@ WHO = ("replicas", "proxy", "Ray", "load")
 
 @contextmanager
 def on_ray(
-    config: Mapping[str, Any], variables: Mapping[str, str], metrics_port: int | None = None
+    config: Mapping[str, Any],
+    variables: Mapping[str, str] = MappingProxyType({}),
+    metrics_port: int | None = None,
 ) -> Iterator[str]:
     """Run a cluster of one node, and on it what is configured; yield the URL of Serve's proxy."""
     environment = os.environ | {
@@ -70,9 +73,16 @@ def on_ray(
                 time.sleep(0.2)
             yield url
         finally:
+            driver = psutil.Process(running.pid)
+            whole = [*driver.children(recursive=True), driver]
             # As from the keyboard, which `serve run` takes for its end.
             running.send_signal(signal.SIGINT)
-            running.wait(60)
+            try:
+                running.wait(60)
+            finally:
+                for left in whole:
+                    with suppress(psutil.NoSuchProcess):
+                        left.kill()
 
 
 def _ready(url: str) -> bool:
@@ -138,13 +148,12 @@ async def uvicorn(bundle: Path) -> AsyncIterator[str]:
         yield url
 
 
-async def compare(bundle: Path, texts: Sequence[str], haproxy: bool) -> Table:
+async def compare(bundle: Path, texts: Sequence[str]) -> Table:
     table = Table("", "connections", "texts/s", "p50, ms", *(f"{who}, ms" for who in WHO))
     async with uvicorn(bundle) as url:
         await measure(url, "uvicorn", texts, table)
     for replicas in (1, 2):
-        variables = {"RAY_SERVE_ENABLE_HA_PROXY": "1"} if haproxy else {}
-        with on_ray(configuration(bundle, replicas, free_port()), variables) as url:
+        with on_ray(configuration(bundle, replicas, free_port())) as url:
             await measure(url, f"Ray Serve, {replicas}", texts, table)
     async with uvicorn(bundle) as url:
         await measure(url, "uvicorn again", texts, table)
@@ -155,10 +164,9 @@ def main(
     bundle: Path,
     texts: str,
     most: Annotated[int, typer.Option(help="Texts in a round.")] = 1024,
-    haproxy: Annotated[bool, typer.Option(help="HAProxy, in place of Serve's proxy.")] = False,
 ) -> None:
     samples = [s.text for s in load_samples(texts, drop_empty=True)][:most]
-    Console(width=120).print(asyncio.run(compare(bundle, samples, haproxy)))
+    Console(width=120).print(asyncio.run(compare(bundle, samples)))
 
 
 if __name__ == "__main__":

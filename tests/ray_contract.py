@@ -18,15 +18,13 @@ HEADER = "x-test"
 """Has a name of the gateway that is asked, and its settings, in JSON."""
 
 
-class Contract(Replica):
-    def __serve_build_asgi_app__(self) -> ASGIApp:
+class Fresh:
+    """Answers each name by a gateway of its own; the one before ends."""
+
+    def __init__(self) -> None:
         self._name, self._lock, self._running = "", asyncio.Lock(), AsyncExitStack()
-        return self.answer
 
-    def check_health(self) -> None:
-        """It has no application of its own that could be ill."""
-
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         name, changes = json.loads(Headers(scope=scope)[HEADER])
@@ -37,6 +35,14 @@ class Contract(Replica):
                 await self._running.enter_async_context(app.router.lifespan_context(app))
                 self._name, self._answer = name, SameRequestId(app)
         await self._answer(scope, receive, send)
+
+
+class Contract(Replica):
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return Fresh()
+
+    def check_health(self) -> None:
+        """It has no application of its own that could be ill."""
 
 
 app = serve.deployment(max_ongoing_requests=100)(serve.ingress()(Contract)).bind()

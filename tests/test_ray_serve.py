@@ -78,7 +78,7 @@ def cluster(
     }
     with on_ray(config, variables, statistics) as url:
         asked = {"x-test": '["first", {}]'}
-        wait_for(lambda: answers(f"{url}/contract/live", asked), 60)
+        wait_for(lambda: answers(f"{url}/contract/live", asked), 90)
         yield Cluster(url, f"http://127.0.0.1:{statistics}/metrics")
 
 
