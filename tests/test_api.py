@@ -231,11 +231,16 @@ def test_sane_request_ids_are_kept_and_others_replaced() -> None:
 
 
 @pytest.mark.parametrize("text", [BROKEN, NAN, UNREADABLE])
-def test_what_cannot_be_screened_is_never_classified(text: str) -> None:
+def test_what_cannot_be_screened_is_never_classified(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     engine = FakeEngine()
     response = ask("/classify", {"inputs": [CLEAN, text]}, engine=engine)
     assert (response.status_code, response.json()["code"]) == (503, "screen_failed")
     assert len(engine.classified) == 1
+    (line,) = [record.__dict__ for record in caplog.records if record.name == "psim.request"]
+    assert (line["outcome"], line["decisions"]) == ("error", {}), "logged as a success"
 
 
 def test_failing_open_is_counted() -> None:
