@@ -121,3 +121,10 @@ def test_documents_link_to_what_is_there() -> None:
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_tests_that_documents_name_are_there() -> None:
+    named = re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs/reliability.md").read_text())
+    assert named
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
