@@ -1,10 +1,8 @@
 """What breaks, breaks here: nobody is left waiting, and no label comes without a verdict."""
 
 import asyncio
-import ctypes
 import hmac
 import json
-import logging
 import os
 import re
 import resource
@@ -50,7 +48,7 @@ from service import recorder, upstream, worker
 from service.audit import writer as audit_writer
 from service.audit.store import Store
 from service.batcher import Batcher
-from service.errors import ClassifyFailed, NotReady
+from service.errors import NotReady
 from service.guards import EXT_PROC
 from service.keys.file import Keys, Scope, hash_of, read_keys
 
@@ -229,55 +227,49 @@ def test_out_of_memory_fails_only_the_row_that_does_not_fit_alone(
     assert caplog.text.count("screen failed for one input: OutOfMemoryError") == 1
 
 
-def kill_the_worker() -> None:
-    """Have the inference thread raise, wherever it is."""
-    (thread,) = [t for t in threading.enumerate() if t.name == "inference"]
-    assert thread.ident is not None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
-    )
+STEPS = (
+    "_next_states _next_texts _tokenize _next_batch _run_screen _judge _run_classify _start "
+    "_outputs _post"
+).split()
 
 
-def test_a_worker_that_is_killed_at_any_moment_leaves_nobody_without_an_answer(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_worker_that_is_killed_at_any_step_leaves_nobody_without_an_answer(
+    step: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.CRITICAL)
-    monkeypatch.setattr(worker, "WINDOW_S", 0.0)  # no death is one too many
-    monkeypatch.setattr(worker, "BACK_OFF_S", 0.001)
-    counts: Counter[str] = Counter()
+    monkeypatch.setattr(worker, "BACK_OFF_S", 0.01)
 
-    async def call(batcher: Batcher, done: asyncio.Event) -> None:
-        while not done.is_set():
-            try:
-                async with asyncio.timeout(10):
-                    answers = await batcher.screen(
-                        [f"{i} film {TRIGGER * (i % 2)}" for i in range(20)]
-                    )
-                    for number, answer in enumerate(answers):
-                        verdict = answer.value.verdict
-                        assert verdict is None or verdict.poisoned == bool(number % 2)
-                    await batcher.classify([answer.value.state for answer in answers])
-                counts["answered"] += 1
-            except (NotReady, ClassifyFailed) as error:
-                counts[type(error).__name__] += 1
-            await asyncio.sleep(0)
+    async def call(batcher: Batcher, name: str) -> bool:
+        """Return whether there was an answer, or else an error; what it says must be true."""
+        texts = [f"{name} film {number} {TRIGGER * (number % 2)}" for number in range(6)]
+        try:
+            screened = [answer.value for answer in await batcher.screen(texts)]
+            assert [s.verdict and s.verdict.poisoned for s in screened] == [False, True] * 3
+            return len(await batcher.classify([one.state for one in screened])) == 6
+        except NotReady:
+            return False
 
     async def run() -> None:
         async with running(FakeEngine(), batch_tokens=8) as batcher:
-            done = asyncio.Event()
-            callers = [asyncio.create_task(call(batcher, done)) for _ in range(6)]
-            for _ in range(100):
+            works, kills = getattr(batcher, step), iter([True])
+
+            def dies(*arguments: Any) -> Any:
+                if when == "before" and next(kills, False):
+                    raise SystemExit
+                found = works(*arguments)
+                if when == "after" and next(kills, False):
+                    raise SystemExit
+                return found
+
+            monkeypatch.setattr(batcher, step, dies)
+            async with asyncio.timeout(10):
+                await asyncio.gather(*(call(batcher, f"c{number}") for number in range(4)))
                 await until(lambda: batcher.alive)
-                kill_the_worker()
-                await asyncio.sleep(0.01)
-            done.set()
-            await asyncio.gather(*callers)
-            await until(lambda: batcher.alive)
-            assert value(batcher, "worker_restarts") > 50
+                assert await call(batcher, "again")
+            assert value(batcher, "worker_restarts") == 1
 
     asyncio.run(run())
-    assert counts["answered"] > 20
-    assert counts["NotReady"] > 5
 
 
 # Callers.
@@ -303,7 +295,8 @@ def test_callers_that_hang_up_mid_batch_take_nothing_from_their_mates() -> None:
             odd, even = {"inputs": "an odd text"}, {"inputs": ["an even quiet text", POISONED]}
             mates = [asyncio.create_task(client.post("/classify", json=b)) for b in (odd, even) * 3]
             await until_queued(client, 10)
-            leaving = client.build_request("POST", "/classify", json={"inputs": [CLEAN] * 3})
+            texts = ["the longest ones, which come first in a batch and in its answers"] * 3
+            leaving = client.build_request("POST", "/classify", json={"inputs": texts})
             sent = b"content-length: %d\r\n\r\n" % len(leaving.content) + leaving.content
             gone = [asyncio.create_task(hang_up(client, sent)) for _ in range(4)]
             await until_queued(client, 22)
