@@ -167,8 +167,11 @@ class Batcher:
     def _wait(self, inputs: int) -> float:
         """Return how many seconds of work go before the last of so many inputs of a new caller.
 
-        Callers take turns: what one of them has more of than the new one comes after.
+        Callers take turns: what one of them has more of than the new one comes after. None, as long
+        as all fit into the window, of which batches are made: slow models need company too.
         """
+        if self._inputs + inputs <= WINDOW:
+            return 0.0
         left = (sum(not job.future.done() for job in jobs) for jobs in self._callers)
         return self._pace * sum(min(inputs, one) for one in left)
 

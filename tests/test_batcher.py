@@ -212,7 +212,7 @@ def test_nobody_waits_longer_than_allowed_by_the_pace_of_late() -> None:
             return super().screen(batch)
 
     async def check() -> None:
-        async with running(Slow(), queue_s=0.9) as batcher:
+        async with running(Slow(), queue_s=0.5) as batcher:
             await batcher.screen(["a"] * 128)  # more than a second, but nothing goes before it
             crowd = asyncio.create_task(batcher.screen(["b"] * 128))
             await asyncio.sleep(0)
@@ -225,6 +225,8 @@ def test_nobody_waits_longer_than_allowed_by_the_pace_of_late() -> None:
             assert not crowd.done()
             await crowd
             await batcher.screen(["c"] * 2)
+            # Some .6 s, but no more than one window.
+            await asyncio.gather(*(batcher.screen([f"d{number}"]) for number in range(64)))
 
     run(check)
 
