@@ -291,7 +291,7 @@ def test_all_kinds_get_the_verdicts_of_the_local_path(bundle: Path, folder: Path
     assert {v["poisoned"] for v in local} == {True, False}
     for name in WRITERS:
         parts = sorted((folder / "out").glob(f"{name[0]}-*.parquet"))
-        table = pa.concat_tables(map(pq.read_table, parts)).filter(
+        table = pa.concat_tables(map(pq.read_table, parts), promote_options="default").filter(
             pc.field("psim_file") == str(folder / "in" / name)
         )
         assert [int(i) for i in table["id"].to_pylist()] == list(range(1300))
