@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.bundle import read_manifest
 from models.offline import bulk
-from models.offline.fragments import OURS, SEPARATORS, Fragment, fragments_of, read
+from models.offline.fragments import OURS, SEPARATORS, Fragment, fragments_of, read, schema_of
 
 TEXTS = [*some_texts(1297), 'says "no",\r\nand leaves', "naïve café", "NA"]
 
@@ -65,6 +65,7 @@ def test_fragments_hold_every_row_once_in_order(name: str, rows: int, tmp_path: 
     )
     found = [(f.row + i, text) for f in fragments for i, text in enumerate(texts_of(f))]
     assert found == list(enumerate(TEXTS, 1))
+    assert schema_of(fragments[-1]).names == ["id", "text"], "no byte order mark"
 
 
 def texts_of(fragment: Fragment) -> list[object]:
@@ -291,7 +292,7 @@ def test_all_kinds_get_the_verdicts_of_the_local_path(bundle: Path, folder: Path
     assert {v["poisoned"] for v in local} == {True, False}
     for name in WRITERS:
         parts = sorted((folder / "out").glob(f"{name[0]}-*.parquet"))
-        table = pa.concat_tables(map(pq.read_table, parts)).filter(
+        table = pa.concat_tables(map(pq.read_table, parts), promote_options="default").filter(
             pc.field("psim_file") == str(folder / "in" / name)
         )
         assert [int(i) for i in table["id"].to_pylist()] == list(range(1300))

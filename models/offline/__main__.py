@@ -397,7 +397,7 @@ def screen_command(
                 f"{totals.rows} rows, of which {totals.poisoned} are poisoned and {totals.failed} "
                 f"could not be screened; wrote {out}"
             )
-            raise typer.Exit(bool(totals.failed))
+            raise typer.Exit(1 if totals.failed else 0)
         if len(files) > 1:
             raise DataError("several files need --on ray")
         loaded = load_bundle(bundle, dtype, engine)

@@ -107,13 +107,13 @@ def schema_of(fragment: Fragment) -> pa.Schema:
     try:
         if file.suffix == ".parquet":
             return pq.read_schema(file).remove_metadata()
-        with _opened(file, fragment.offset) as raw:
-            if file.suffix == ".jsonl":
+        jsonl = file.suffix == ".jsonl"
+        with _opened(file, fragment.offset if jsonl else 0) as raw:
+            if jsonl:
                 rows = map(_json_row, islice(_lines(raw), fragment.rows))
                 found = {key for row in rows if isinstance(row, dict) for key in row}
                 names = sorted(key for key in found if not key.startswith(OURS))
             else:
-                raw.seek(0)
                 names = next(_records(file, raw), [])
     except BROKEN as error:
         raise _unreadable(file, error) from error
