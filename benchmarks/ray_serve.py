@@ -77,12 +77,12 @@ def on_ray(
             whole = [*driver.children(recursive=True), driver]
             # As from the keyboard, which `serve run` takes for its end.
             running.send_signal(signal.SIGINT)
-            try:
-                running.wait(60)
-            finally:
-                for left in whole:
-                    with suppress(psutil.NoSuchProcess):
-                        left.kill()
+            with suppress(subprocess.TimeoutExpired):  # it may hang once in a while
+                running.wait(30)
+            for left in whole:
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
+            running.wait()
 
 
 def _ready(url: str) -> bool:
