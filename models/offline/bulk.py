@@ -141,8 +141,10 @@ def screen_files(
         _tidy(out)
         waiting = [fragment for fragment in fragments if not part_of(fragment, out).exists()]
         job = Job(bundle.resolve(), out, options)
-        _screen(job, waiting, sum(fragment.rows for fragment in fragments), workers, say)
-        _tidy(out)
+        try:
+            _screen(job, waiting, sum(fragment.rows for fragment in fragments), workers, say)
+        finally:
+            _tidy(out)
         for file in files:
             if not _is_as_it_was(file, inputs[str(file)]):
                 raise DataError(f"{file} was changed meanwhile; {_anew(file, out)}")
