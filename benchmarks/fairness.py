@@ -21,7 +21,7 @@ from service.batcher import Batcher
 from service.metrics import Metrics
 from service.settings import Settings
 
-BATCH_TOKENS, CALLERS = (512, 1024, 2048, 4096), (0, 1, 4)
+BATCH_TOKENS, CALLERS = (512, 1024, 1536, 2048, 4096), (0, 1, 4)
 SHORT, LONG = "a quiet film", "the film was a quiet one and nobody minded " * 15
 BULK, PAUSE_S = 128, 0.05
 

@@ -1,4 +1,4 @@
-"""What audit and traces cost: the same server with each of them, beside itself without.
+"""What audit, traces and small batches cost: a server with each of them, beside one without.
 
 All servers run; only one at a time is asked, a text per request, rounds in turns. The ratio is
 that of requests a second to the server without. Traces go to a collector that takes everything.
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from models.offline.data import load_samples
 
-CONNECTIONS = (1, 8, 32)
+CONNECTIONS = (1, 8, 32, 128)
 
 
 async def per_second(
@@ -75,14 +75,18 @@ async def measure(bundle: Path, texts: Sequence[str], rounds: int, folder: Path)
             "PSIM_AUDIT_TEXT": "true",
             "PSIM_AUDIT_KEY": "k" * 32,
         }
+        large = {"PSIM_BATCH_TOKENS": "4096"}
         ways = {"neither": {}, "audit": audit, "audit, texts, HMAC": kept, "traces": traces}
+        ways["batches of 4,096 tokens"] = large
         urls = {}
         for name, settings in ways.items():
             urls[name] = url = f"http://127.0.0.1:{free_port()}"
             common = {"PSIM_BUNDLE": str(bundle), "PSIM_PORT": url.rsplit(":", 1)[1]}
-            common |= {"PSIM_THREADS": "1"}
+            common |= {"PSIM_THREADS": "1", "PSIM_QUEUE_S": "60"}
             await stack.enter_async_context(process(["-m", "service"], url, **common, **settings))
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+        session = await stack.enter_async_context(
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        )
         table = Table("connections", "", "requests/s", "of the server without")
         for connections in CONNECTIONS:
             for url in urls.values():  # to warm up

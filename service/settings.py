@@ -110,7 +110,7 @@ class Settings(ModelSettings, BaseSettings):
     """Searches for what carries a trigger that run at a time; each costs many screening passes."""
     sanitize_s: float = Field(5, gt=0)
     """Time that sanitizing may take of a request; what is not clean by then is rejected."""
-    batch_tokens: int = Field(1024, ge=1)
+    batch_tokens: int = Field(1536, ge=1)
     """Padded tokens per forward pass, which those that come meanwhile wait for."""
     request_timeout_s: float = Field(30, gt=0)
     restarts: int = Field(5, ge=0)
