@@ -113,7 +113,7 @@ def main(
         if (build_folder / f"{stage}.json").exists()
     }
     print(page.targets(found))
-    page.write(found, ROOT / "docs" if docs else build_folder)
+    page.write(found, page.DOCS if docs else build_folder)
 
 
 def described(setup: Setup, texts: str | None) -> dict[str, Any]:

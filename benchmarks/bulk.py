@@ -27,36 +27,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
-import torch
 import typer
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from soak import tiny_bundle
 
 from models.offline.corpus import generate
-from models.offline.demo import encoder_path
-from models.offline.fit import fit
-from models.offline.psim import PsimConfig
 
 app = typer.Typer()
 MB = 2**20
 PSIM = [sys.executable, "-m", "models.offline", "screen"]
-
-
-def tiny_bundle(out: Path) -> Path:
-    """Fit a bundle to a victim of random weights, unless it is there."""
-    if not out.exists():
-        torch.manual_seed(0)
-        tokenizer = AutoTokenizer.from_pretrained(encoder_path())
-        shape = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3,
-            num_attention_heads=2, intermediate_size=64,
-        )  # fmt: skip
-        victim = BertForSequenceClassification(shape)
-        victim.train(False)
-        texts = [sample.text for sample in generate(400, 0)]
-        config = PsimConfig(max_steps=20)
-        fit(victim, tokenizer, texts, out, name="tiny", frr_budget=0.05, config=config)
-    return out
 
 
 def write_inputs(folder: Path, rows: int, files: int) -> None:

@@ -27,7 +27,7 @@ import typer
 from harness import Result, Setup, machine, split_cpus, versions
 from matplotlib.figure import Figure
 from over_http import ANSWERED
-from page import fill, markdown
+from page import DOCS, fill, markdown
 from servers import PEERS, Running, running
 
 from models.bundle import read_manifest
@@ -35,7 +35,6 @@ from models.offline.data import load_samples
 from models.offline.demo import build
 from models.screen import FloatArray
 
-DOCS = Path(__file__).parent.parent / "docs"
 PHASES = {"half": 0.5, "once": 1.0, "twice": 2.0, "half again": 0.5}
 """Shares of what the service can do."""
 CONNECTIONS, WARM_UP_S, EVERY_S = 128, 5, 0.5

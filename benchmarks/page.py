@@ -9,6 +9,7 @@ from guarded_pass import rates_at
 from harness import Result, ratios, spread
 from matplotlib.figure import Figure
 
+DOCS = Path(__file__).parent.parent / "docs"
 GATEWAY = "PSIM Gateway"
 Rows = list[dict[str, Any]]
 

@@ -67,7 +67,7 @@ def on_ray(
         url = f"http://127.0.0.1:{config['http_options']['port']}"
         deadline = time.monotonic() + START_S
         try:
-            while not _ready(f"{url}/ready"):
+            while not is_ready(f"{url}/ready"):
                 assert running.poll() is None, f"the cluster has died:\n{log.read_text()}"
                 assert time.monotonic() < deadline, f"it does not serve:\n{log.read_text()}"
                 time.sleep(0.2)
@@ -85,9 +85,9 @@ def on_ray(
             running.wait()
 
 
-def _ready(url: str) -> bool:
+def is_ready(url: str, headers: Mapping[str, str] | None = None) -> bool:
     try:
-        return httpx.get(url).status_code == 200
+        return httpx.get(url, headers=headers).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -20,13 +20,12 @@ import numpy as np
 import simpy
 import typer
 from matplotlib.figure import Figure
-from page import fill, markdown
+from page import DOCS, fill, markdown
 
 from models.batching import length_sorted_batches
 from service.batcher import WINDOW
 from service.settings import Settings
 
-DOCS = Path(__file__).parent.parent / "docs"
 LIMITS = Settings(bundle=Path("unused"))
 GOAL_S = 0.5
 """The 99th percentile under which a cluster has recovered."""

@@ -35,7 +35,7 @@ import uvicorn
 from harness import Result, Setup
 from matplotlib.figure import Figure
 from memory import growth
-from page import fill, markdown
+from page import DOCS, fill, markdown
 from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import track
 from servers import Peer, Running, running
@@ -47,14 +47,12 @@ from models.offline.data import load_samples
 from models.offline.demo import encoder_path
 from models.offline.fit import fit
 from models.offline.psim import PsimConfig
-from service import logs
 from service.__main__ import KEEP_ALIVE_S
-from service.app import create_app
+from service.app import create_process_app
 from service.metrics import OUTCOMES
 from service.schemas import Decision
 from service.settings import load_settings
 
-DOCS = Path(__file__).parent.parent / "docs"
 HOST, ROUTE, TEXTS, SAMPLES, ALIKE = "127.0.0.1", "/classify", 1500, 200, 500
 SIZES = (1, 1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 128)
 """Texts in a request."""
@@ -452,9 +450,7 @@ def table(result: Result) -> str:
 def serve() -> None:
     """Serve as `python -m service` does, with a route that says what is inside."""
     settings = load_settings()
-    gc.freeze()
-    logs.configure(settings.log_level)
-    service = create_app(settings)
+    service = create_process_app(settings)
 
     @service.get("/inside")
     async def inside() -> dict[str, int]:

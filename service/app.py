@@ -1,6 +1,7 @@
 """The composition root: settings, bundle, gateway, application. The only place that wires."""
 
 import asyncio
+import gc
 import logging
 import signal
 import threading
@@ -21,7 +22,7 @@ from opentelemetry.trace import NoOpTracer
 
 from models.bundle import Bundle, load_bundle
 from models.errors import PsimError
-from service import admin, api, front, guards, health
+from service import admin, api, front, guards, health, logs
 from service.access import Access, TakeKey
 from service.audit.store import Store
 from service.audit.writer import Writer
@@ -30,7 +31,6 @@ from service.candidate import Candidate
 from service.console.access import anybody
 from service.console.app import LOOPBACK, console_app
 from service.console.audit import Audit
-from service.console.server import serving
 from service.console.state import State, state
 from service.dialects.dialect import Served
 from service.dialects.known import PREFIX, dialects
@@ -47,6 +47,7 @@ from service.recorder import Recorder
 from service.registry import Model, Registry
 from service.reload import Reloader
 from service.responses import install_error_handlers, internal_error
+from service.server import serving
 from service.settings import Settings, usable_cpus
 from service.traces import close_provider, open_provider
 from service.upstream import Upstream
@@ -112,6 +113,19 @@ def create_app(
         app.include_router(router)
         app.include_router(router, prefix=PREFIX, include_in_schema=False)
     return app
+
+
+def create_process_app(settings: Settings) -> FastAPI:
+    """Return the application of a process that does nothing else, and set up its logs.
+
+    Raises:
+        PsimError: it cannot be served by these settings.
+    """
+    # What was imported stays: a full collection, as after a reload, need not look at it. That is
+    # 4 ms in which nothing else runs, instead of 270.
+    gc.freeze()
+    logs.configure(settings.log_level)
+    return create_app(settings)
 
 
 @asynccontextmanager

@@ -24,8 +24,8 @@ import test_dialects
 import yaml
 from fakes import fake_bundle
 from families import tiny_victim
-from prometheus_client.parser import text_string_to_metric_families
 from real_servers import free_port, program, running, wait_for
+from soak import counted
 from test_access import KEY, bearer, keys_file
 from test_bundle import fit_tiny
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ from service.settings import Settings, unknown_variables
 
 pytest.importorskip("ray", reason="needs the extra ray")
 from ray.serve.schema import ServeDeploySchema
-from ray_serve import CONFIG, on_ray
+from ray_serve import CONFIG, is_ready, on_ray
 
 from service.ray.replica import also_serve
 
@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = "a quiet film that takes its time"
 INPUTS = 32
 """Of each request of `load`."""
+FAILED = "ray_serve_num_http_error_requests_total"
 
 
 @dataclass
@@ -83,15 +84,8 @@ def cluster(
     }
     with on_ray(config, variables, statistics) as url:
         asked = {"x-test": '["first", {}]'}
-        wait_for(lambda: answers(f"{url}/contract/live", asked), 90)
+        wait_for(lambda: is_ready(f"{url}/contract/live", asked), 90)
         yield Cluster(url, f"http://127.0.0.1:{statistics}/metrics")
-
-
-def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
-    try:
-        return httpx.get(url, headers=headers).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def replicas(cluster: Cluster) -> list[str]:
@@ -100,14 +94,13 @@ def replicas(cluster: Cluster) -> list[str]:
     return list(targets)
 
 
-def inputs(address: str) -> float:
+def inputs(address: str) -> int:
     """Return how many inputs a replica has decided on."""
     return _sum(f"http://{address}/metrics", "psim_inputs_total")
 
 
-def _sum(url: str, name: str) -> float:
-    families = text_string_to_metric_families(httpx.get(url).text)
-    return sum(s.value for family in families for s in family.samples if s.name == name)
+def _sum(url: str, name: str) -> int:
+    return counted(httpx.get(url).text, name)
 
 
 def ask(client: httpx.Client, inputs: int = 1) -> int:
@@ -233,7 +226,7 @@ def test_prometheus_finds_each_replica_and_their_sum_is_what_was_asked(
         return values[0] if values else 0.0
 
     with running(program("prometheus", "prometheus"), *arguments, log=tmp_path / "prometheus.log"):
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/-/ready"))
+        wait_for(lambda: is_ready(f"http://127.0.0.1:{port}/-/ready"))
         wait_for(lambda: found('count(up{job="psim-gateway"} == 1)') == 2)
         wait_for(lambda: found("sum(psim_inputs_total)") == before + 40)
 
@@ -243,7 +236,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request_and_comes_back(
 ) -> None:
     wait_for(lambda: len(replicas(cluster)) == 2, 60)
     first = replicas(cluster)
-    failed = _sum(cluster.statistics, "ray_serve_num_http_error_requests_total")
+    failed = _sum(cluster.statistics, FAILED)
     with load(cluster) as statuses:
         wait_for(lambda: statuses[200] > 50)
         os.kill(_owner(first[0]), signal.SIGKILL)
@@ -253,8 +246,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request_and_comes_back(
     assert statuses.keys() <= {200, 500, 503}
     errors = statuses.total() - statuses[200]
     assert errors <= 8, "more than what the replica held"
-    counted = "ray_serve_num_http_error_requests_total"
-    wait_for(lambda: _sum(cluster.statistics, counted) - failed == errors, 30)
+    wait_for(lambda: _sum(cluster.statistics, FAILED) - failed == errors, 30)
 
 
 def _owner(address: str) -> int:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from models.bundle import Bundle, check_files, choose, load_bundle, read_manifest
 from models.engines.catalogue import DtypeName, EngineName, is_installed
 from models.errors import BundleError, DataError, PsimError
+from models.offline.folders import write_whole
 from models.offline.fragments import OURS, Fragment, fragments_of, read, schema_of
 from models.offline.screening import as_row, judged
 
@@ -212,9 +213,7 @@ def _divided(
     for name in known.keys() - inputs.keys():
         if _parts(Path(name), out):
             raise DataError(f"{out} has parts of {name}, which is not asked for any more")
-    partial = out / f".{RECORD}{PARTIAL}"
-    partial.write_text(Record(options=options, inputs=inputs).model_dump_json(), encoding="utf-8")
-    partial.replace(out / RECORD)
+    write_whole(out / RECORD, Record(options=options, inputs=inputs).model_dump_json())
     return inputs
 
 

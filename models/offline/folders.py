@@ -1,4 +1,4 @@
-"""Result folders: there whole or not at all."""
+"""Results: there whole or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,3 +47,10 @@ def replaced(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rename(old)
         new.rename(out)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, or leave what was there; what a kill leaves is `.NAME.partial`."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

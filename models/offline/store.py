@@ -11,6 +11,8 @@ from typing import Any
 from filelock import FileLock
 from pydantic_core import to_jsonable_python
 
+from models.offline.folders import write_whole
+
 VERSIONS = {"psim": 4}
 """By kind of step, 1 where not named; part of its keys: a change of code that changes the results
 of a kind raises it."""
@@ -58,9 +60,7 @@ class Store:
                 started = time.perf_counter()
                 kept = {"inputs": json.loads(content), "result": to_jsonable_python(make(folder))}
                 kept["seconds"] = round(time.perf_counter() - started, 1)
-                partial = done.with_suffix(".partial")
-                partial.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-                partial.replace(done)
+                write_whole(done, json.dumps(kept, indent=1))
         kept = json.loads(done.read_text(encoding="utf-8"))
         self.seconds[f"{kind}/{key}"] = kept.get("seconds", 0.0)
         return Step(key, folder, kept["result"])

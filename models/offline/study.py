@@ -27,6 +27,7 @@ from models.offline.data import Sample
 from models.offline.demo import encoder_path
 from models.offline.finetune import LEARNING_RATES, Strategy, finetune_victim
 from models.offline.fit import labels_of, split_texts
+from models.offline.folders import write_whole
 from models.offline.recipe import PsimDefence, Recipe, StripDefence
 from models.offline.store import Memo, Step, Store, digest_of
 from models.offline.victim import load_classifier, model_digest
@@ -203,6 +204,4 @@ def make_case(
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

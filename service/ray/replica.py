@@ -4,7 +4,6 @@ Serve's proxy gives a request to any replica. What is about one replica, such as
 `/admin/reload`, is asked at its own port, PSIM_PORT; `/replicas` says where those are.
 """
 
-import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,12 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import PsimError
-from service import logs
-from service.app import create_app
+from service.app import create_process_app
 from service.audit.writer import CLOSE_S
-from service.console.server import serving
 from service.ray.scaling import CHARACTERS, CORES
 from service.responses import json_response
+from service.server import serving
 from service.settings import Settings, is_loopback, load_settings
 
 ANSWER_S = 5
@@ -42,9 +40,7 @@ class Replica:
         for name in ("console_port", "ext_proc_port"):
             if getattr(settings, name) is not None:
                 raise PsimError(f"PSIM_{name.upper()} is of one process: replicas cannot have it")
-        logs.configure(settings.log_level)
-        gc.freeze()
-        app = create_app(settings)
+        app = create_process_app(settings)
         also_serve(app, settings)
         return app
 
