@@ -286,11 +286,17 @@ async def listening(app: Any, port: int = 0) -> AsyncIterator[str]:
         await running
 
 
-async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
-    """Send the beginning of a request and close the connection."""
+async def begin(client: httpx.AsyncClient, sent: bytes) -> asyncio.StreamWriter:
+    """Send the beginning of a request; return the connection."""
     _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
     writer.write(b"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + sent)
     await writer.drain()
+    return writer
+
+
+async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
+    """Send the beginning of a request and close the connection."""
+    writer = await begin(client, sent)
     await asyncio.sleep(0.2)
     writer.close()
     await writer.wait_closed()

@@ -33,7 +33,7 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest, Proces
 from fakes import TRIGGER, FakeEngine
 from real_servers import answers, free_port, wait_for
 from test_access import FEW, KEY, guarded, keys_file
-from test_api import CLEAN, POISONED, client_of, hang_up, metric, served
+from test_api import CLEAN, POISONED, begin, client_of, metric, served
 from test_audit import ROW, rows, writer_of
 from test_batcher import running, until, value
 from test_dialects import ASKED
@@ -298,13 +298,15 @@ def test_callers_that_hang_up_mid_batch_take_nothing_from_their_mates() -> None:
             texts = ["the longest ones, which come first in a batch and in its answers"] * 3
             leaving = client.build_request("POST", "/classify", json={"inputs": texts})
             sent = b"content-length: %d\r\n\r\n" % len(leaving.content) + leaving.content
-            gone = [asyncio.create_task(hang_up(client, sent)) for _ in range(4)]
+            leavers = [await begin(client, sent) for _ in range(4)]
             await until_queued(client, 22)
             engine.gate.set()  # lets the first one through
             engine.gate.clear()
             while engine.inside != 21:
                 await asyncio.sleep(0.005)
-            await asyncio.gather(*gone)
+            for connection in leavers:
+                connection.close()
+                await connection.wait_closed()
             await until_queued(client, 9)
             engine.gate.set()
             assert [labels(mate) for mate in await asyncio.gather(first, *mates)] == [
