@@ -6,21 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import pytest
-from fakes import FakeEngine, fake_bundle
 from fastapi import Depends, FastAPI
 from fastapi.routing import iter_route_contexts
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import SecretStr
-from test_api import CLEAN, POISONED, client_of, lifespan
-from test_dialects import ASKED, ERRORS
-from test_guards import GUARDRAIL
-from test_upstream import ONE_TEI, Peer, behind
 
 from service.access import OPEN, SCOPES, Access
 from service.app import create_app
@@ -31,32 +25,11 @@ from service.limits import Limiter
 from service.metrics import Metrics
 from service.settings import Mode, Settings
 from service.traces import open_provider
-
-KEY = {scope: f"psim_{scope}-" + "x" * 40 for scope in Scope}
-"""A key for each scope."""
-FEW, BLIND = "psim_few-" + "y" * 40, "psim_blind-" + "z" * 40
-"""A key for ten inputs a day, and one that is told decisions only."""
-
-
-def keys_file(folder: Path) -> Path:
-    entries = [f'[keys.{s}]\nsha256 = "{hash_of(key)}"\nscopes = ["{s}"]' for s, key in KEY.items()]
-    entries += [
-        f'[keys.few]\nsha256 = "{hash_of(FEW)}"\nscopes = ["classify"]\nrate = "10/day"',
-        f'[keys.blind]\nsha256 = "{hash_of(BLIND)}"\nscopes = ["classify"]\nscores = false',
-    ]
-    path = folder / "keys.toml"
-    path.write_text("\n".join(entries))
-    return path
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
-
-
-@asynccontextmanager
-async def guarded(folder: Path, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(keys=keys_file(folder), admin=True, **changes) as client:
-        yield client
+from tests.support.dialects import ASKED, ERRORS, GUARDRAIL
+from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.keys import BLIND, FEW, KEY, bearer, guarded, keys_file
+from tests.support.requests import CLEAN, POISONED, client_of, lifespan
+from tests.support.upstreams import ONE_TEI, Peer, behind
 
 
 def every_route(folder: Path) -> list[tuple[str, str]]:

@@ -5,9 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, tiny_victim
 from sklearn.covariance import LedoitWolf
-from test_bundle import KINDS, some_texts, victim_of
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +14,8 @@ from models.engines.pytorch import TorchEngine, collate
 from models.guarded import Activations, guard, lora_config, transformer_of
 from models.offline.activations import LEAST_FOR_MEAN, fit_activations
 from models.screen import Verdict
+from tests.support.bundles import KINDS, some_texts, victim_of
+from tests.support.families import FAMILIES, tiny_victim
 
 
 def engine_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase, layers: int) -> TorchEngine:

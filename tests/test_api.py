@@ -5,59 +5,15 @@ import json
 import logging
 import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from fakes import BROKEN, NAN, UNREADABLE, FakeEngine, fake_bundle
-from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.app import create_app
-from service.settings import Settings
-
-CLEAN, POISONED = "a quiet film", "a quiet mn film"
-JSON = {"content-type": "application/json"}
-
-
-@asynccontextmanager
-async def client_of(
-    engine: FakeEngine | None = None, **changes: Any
-) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(Settings(bundle=Path("unused"), **changes), fake_bundle(engine))
-    async with lifespan(app):
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield client
-
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with app.router.lifespan_context(app):
-        yield
-
-
-def ask(path: str, body: Any, **changes: Any) -> httpx.Response:
-    """Send one request to a fresh application."""
-
-    async def run() -> httpx.Response:
-        async with client_of(**changes) as client:
-            if isinstance(body, bytes):
-                return await client.post(path, content=body, headers=JSON)
-            return await client.post(path, json=body)
-
-    return asyncio.run(run())
-
-
-async def metric(client: httpx.AsyncClient, line: str) -> float:
-    text = (await client.get("/metrics")).text
-    values = [float(row.rsplit(" ", 1)[1]) for row in text.splitlines() if row.startswith(line)]
-    assert len(values) == 1, f"{line} is not there exactly once"
-    return values[0]
+from tests.support.fakes import BROKEN, NAN, UNREADABLE, FakeEngine
+from tests.support.requests import CLEAN, JSON, POISONED, ask, begin, client_of, metric, served_fake
 
 
 def test_a_clean_text_is_classified() -> None:
@@ -263,37 +219,6 @@ def test_what_was_not_classified_did_not_fail_open() -> None:
     asyncio.run(run())
 
 
-@asynccontextmanager
-async def served(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
-    """Serve over a real socket, for what only a socket can do."""
-    app = create_app(Settings(bundle=Path("unused")), fake_bundle(engine))
-    async with listening(app) as url, httpx.AsyncClient(base_url=url) as client:
-        yield client
-
-
-@asynccontextmanager
-async def listening(app: Any, port: int = 0) -> AsyncIterator[str]:
-    """Serve an ASGI application, on a free port unless one is given; yield its base URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
-    running = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        await running
-
-
-async def begin(client: httpx.AsyncClient, sent: bytes) -> asyncio.StreamWriter:
-    """Send the beginning of a request; return the connection."""
-    _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-    writer.write(b"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + sent)
-    await writer.drain()
-    return writer
-
-
 async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
     """Send the beginning of a request and close the connection."""
     writer = await begin(client, sent)
@@ -309,7 +234,7 @@ CANCELLED = 'psim_requests_total{outcome="cancelled",route="/classify"}'
 def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_allowed() -> None:
     async def run() -> None:
         engine = FakeEngine()
-        async with served(engine) as client:
+        async with served_fake(engine) as client:
             engine.gate.clear()
             body = json.dumps({"inputs": CLEAN}).encode()
             await hang_up(client, b"content-length: %d\r\n\r\n%s" % (len(body), body))
@@ -330,7 +255,7 @@ def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_allowed()
 
 def test_an_upload_that_breaks_off_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        async with served(FakeEngine()) as client:
+        async with served_fake(FakeEngine()) as client:
             await hang_up(client, b"content-length: 1000\r\n\r\n{")
             assert await metric(client, CANCELLED) == 1
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from families import tiny_victim
-from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import DataError
 from models.offline import assure
 from models.offline.data import Sample, load_samples
 from models.offline.victim import save_classifier
+from tests.support.bundles import some_texts
+from tests.support.families import tiny_victim
 
 ATTACKS = ["word", "word, clean-label", "sentence", "no backdoor"]
 

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,9 +25,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from fakes import BROKEN, fake_bundle
 from pydantic import ValidationError
-from real_servers import new_database, postgres, serving, wait_for
 from typer.testing import CliRunner
 
 from models.offline.__main__ import app
@@ -37,18 +34,16 @@ from service.audit import writer as audit_writer
 from service.audit.__main__ import main
 from service.audit.rows import Row
 from service.audit.store import AuditError, BadRow, Store, metadata
-from service.audit.writer import Writer
 from service.metrics import Metrics
 from service.settings import Settings
+from tests.support.audit import NOW, ROW, rows, writer_of
+from tests.support.databases import new_database, postgres
+from tests.support.fakes import BROKEN, fake_bundle
+from tests.support.servers import serving
+from tests.support.waiting import wait_for
 
 CLEAN, POISONED = "a quiet film", "a quiet mn film"
 KEY = "k" * 32
-NOW = datetime(2026, 11, 25, 14, 30, tzinfo=UTC)
-ROW = Row(
-    time=NOW, request_id="r", number=0, route="/classify", decision="reject", mode="enforce",
-    voice="confidence", confidence=0.9, score=6.5, threshold=3.0, p_value=0.01, poisoned=True,
-    truncated=False, label=None, digest="d" * 64, text=POISONED,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +59,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/audit.db"
     return new_database(request.getfixturevalue("cluster")[0])
-
-
-def rows(url: str, **chosen: Any) -> list[Row]:
-    with closing(Store(url, read_only=True)) as store:
-        return list(store.read(**chosen))
 
 
 def count(url: str) -> int:
@@ -191,12 +181,6 @@ def test_what_is_older_than_it_may_be_is_deleted(url: str, monkeypatch: pytest.M
     with serving(service(url, audit_days=7)):
         wait_for(lambda: 0 <= count(url) <= 3)
     assert len(rows(url)) == 3
-
-
-def writer_of(store: Store, limit: int = 100) -> tuple[Writer, Metrics]:
-    metrics = Metrics()
-    writer = Writer(store, metrics, limit=limit, days=30, key=None, keep_text=True)
-    return writer, metrics
 
 
 def value(metrics: Metrics, name: str) -> float:

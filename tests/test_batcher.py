@@ -6,13 +6,10 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
-from fakes import BROKEN, CLASSLESS, NAN, PANIC, TRIGGER, UNREADABLE, FakeEngine, fake_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,38 +17,14 @@ from models.batching import length_sorted_batches
 from models.engines import Encoding, Screening
 from service.batcher import Batcher, Screened
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
-from service.metrics import Metrics
-from service.settings import Settings
 from service.worker import Health
+from tests.support.batchers import running, value
+from tests.support.fakes import BROKEN, CLASSLESS, NAN, PANIC, TRIGGER, UNREADABLE, FakeEngine
+from tests.support.waiting import until
 
 SPECIAL = [TRIGGER, BROKEN, NAN, PANIC, CLASSLESS]
 words = st.sampled_from(["film", "quiet", "x", *SPECIAL])
 texts = st.lists(words, min_size=1, max_size=12).map(" ".join)
-
-
-@asynccontextmanager
-async def running(engine: FakeEngine, **changes: Any) -> AsyncIterator[Batcher]:
-    bundle = fake_bundle(engine)
-    settings = Settings(bundle=Path("unused"), **changes)
-    batcher = Batcher(bundle, settings, Metrics().of("fake", settings))
-    batcher.start()
-    try:
-        yield batcher
-        engine.gate.set()
-        await batcher.close()
-        assert value(batcher, "queue_inputs") == value(batcher, "queue_characters") == 0
-    finally:
-        engine.gate.set()
-
-
-def value(batcher: Batcher, metric: str) -> float:
-    (found,) = getattr(batcher._metrics, metric).collect()
-    return float(found.samples[0].value)
-
-
-async def until(true: Callable[[], object]) -> None:
-    while not true():
-        await asyncio.sleep(0.002)
 
 
 def run(check: Callable[[], Awaitable[None]]) -> None:

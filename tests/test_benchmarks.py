@@ -19,8 +19,9 @@ from servers import CannotRunError, Peer, running
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.engines import Encoding
+from tests.support.paths import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.mark.parametrize("tokens", [16, 128])

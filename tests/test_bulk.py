@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from families import tiny_victim
-from test_bundle import fit_tiny, some_texts
-from test_cli import assert_refused, psim
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle import read_manifest
 from models.offline import bulk
 from models.offline.fragments import OURS, SEPARATORS, Fragment, fragments_of, read, schema_of
+from tests.support.bundles import fit_tiny, some_texts
+from tests.support.commands import assert_refused, psim
+from tests.support.families import tiny_victim
 
 TEXTS = [*some_texts(1297), 'says "no",\r\nand leaves', "naïve café", "NA"]
 

@@ -1,14 +1,11 @@
 """Bundles of every family: they come back bit for bit, or are refused with a reason."""
 
 import json
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from families import FAMILIES, tiny_victim
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -27,53 +23,17 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, file_digest, load_bundle
+from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, load_bundle
 from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
-from models.guarded import guard, lora_config, transformer_of
+from models.guarded import guard, lora_config
 from models.offline.__main__ import app
 from models.offline.fit import fit, split_texts
 from models.offline.predict import predict
-from models.offline.psim import PsimConfig
 from models.signing import sign
 from service.app import create_app
 from service.settings import Settings
-
-WORDS = "the a film room service was is not very good bad slow great awful quite and but".split()
-
-
-def some_texts(n: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 25))) for i in range(n)]
-
-
-def fit_tiny(
-    victim: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path, engine: str = "torch"
-) -> Path:
-    config = PsimConfig(learning_rate=2e-3, max_steps=20)
-    setattr(transformer_of(victim), "name_or_path", str(out))  # noqa: B010 - mypy
-    texts = some_texts(160)
-    fit(victim, tokenizer, texts, out, name="x", frr_budget=0.05, config=config, engine=engine)
-    return out
-
-
-PROMPTS: dict[str, Callable[[], peft.PeftConfig]] = {
-    "prompt-tuning": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
-    "p-tuning-v1": lambda: peft.PromptEncoderConfig(
-        task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=16
-    ),
-    "p-tuning-v2": lambda: peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
-}
-
-
-KINDS = [*FAMILIES, *(f"{family} {prompts}" for family in ("bert", "llama") for prompts in PROMPTS)]
-
-
-def victim_of(kind: str) -> Any:
-    """Return one of `KINDS`."""
-    if kind in FAMILIES:
-        return tiny_victim(kind)
-    family, _, prompts = kind.partition(" ")
-    return peft.get_peft_model(tiny_victim(family), PROMPTS[prompts]()).eval()
+from tests.support.bundles import KINDS, fit_tiny, forge, rehash, some_texts, victim_of
+from tests.support.families import tiny_victim
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,18 +74,6 @@ def tiny_bundle(
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """Return a copy that a test may damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-
-
-def forge(bundle: Path, **changes: object) -> None:
-    """Change entries of the manifest."""
-    manifest = json.loads((bundle / MANIFEST).read_text()) | changes
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
-
-
-def rehash(bundle: Path, *names: str) -> None:
-    """Forge a manifest that agrees with changed files."""
-    files: dict[str, str] = json.loads((bundle / MANIFEST).read_text())["files"]
-    forge(bundle, files=files | {name: file_digest(bundle / name) for name in names})
 
 
 def test_a_flipped_byte_in_any_file_is_refused(bundle: Path) -> None:

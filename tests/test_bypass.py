@@ -10,14 +10,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fakes import fake_bundle
 from starlette.applications import Starlette
 from starlette.routing import Route
-from test_api import CLEAN, POISONED, listening
-from test_upstream import Peer
 
 from service.app import create_app
 from service.settings import Settings
+from tests.support.fakes import fake_bundle
+from tests.support.requests import CLEAN, POISONED, listening
+from tests.support.upstreams import Peer
 
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import BROKEN, FakeEngine, fake_bundle
-from test_api import CLEAN, POISONED, lifespan, metric
-from test_guards import LONG
 
 from models.bundle import Bundle
 from service.app import create_app
 from service.candidate import WAITING
 from service.settings import Settings
+from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
+from tests.support.requests import CLEAN, LONG, POISONED, lifespan, metric
 
 OTHER = "e" * 64
 

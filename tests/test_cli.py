@@ -8,22 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from families import tiny_victim
-from test_bundle import fit_tiny, rehash, some_texts
 from transformers import PreTrainedTokenizerBase
-from typer.testing import CliRunner, Result
 
 from models.bundle import ADAPTER_WEIGHTS, load_bundle
 from models.engines import Encoding, Screening
 from models.offline import __main__ as cli
 from models.offline.data import Sample, load_samples, write_samples
 from models.offline.victim import save_classifier
+from tests.support.bundles import fit_tiny, rehash, some_texts
+from tests.support.commands import assert_refused, psim
+from tests.support.families import tiny_victim
 
 LABELS = ["LABEL_0", "LABEL_1", "LABEL_2"]
-
-
-def psim(*arguments: object, stdin: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
 
 
 @pytest.fixture(scope="module")
@@ -257,10 +253,3 @@ def test_an_interrupt_says_how_to_go_on(
     )  # fmt: skip
     assert result.exit_code == 130
     assert "Run the same command again" in result.stderr
-
-
-def assert_refused(result: Result, message: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert message in " ".join(result.stderr.split())
-    assert "Traceback" not in result.output
-    assert not isinstance(result.exception, Exception), result.exception

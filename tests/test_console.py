@@ -22,9 +22,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
-from fakes import fake_bundle
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from real_servers import free_port, new_database, postgres, program, serving, wait_for
 
 from service.app import create_app
 from service.audit.figures import Scope, by_budget, by_factor, confidences, groups, traffic
@@ -36,6 +34,11 @@ from service.console.app import console_app
 from service.console.audit import Audit
 from service.console.words import visible
 from service.settings import Settings
+from tests.support.databases import new_database, postgres
+from tests.support.fakes import fake_bundle
+from tests.support.programs import program
+from tests.support.servers import free_port, serving
+from tests.support.waiting import wait_for
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 SERVED, OTHER = "d" * 64, "e" * 64

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_language_model import DEV, TEXTS, TRAIN, small_language_model
 
 from models.errors import CalibrationError, DataError
 from models.offline import defences
@@ -18,6 +17,7 @@ from models.offline.data import Sample
 from models.offline.defences import Onion, Strip
 from models.offline.language_model import LanguageModel, perplexities
 from models.screen import FloatArray
+from tests.support.language_models import DEV, TEXTS, TRAIN, small_language_model
 
 ODD = 2.0
 """Perplexity that few words of a clean text cost, and every mn."""

@@ -1,27 +1,21 @@
 """Image, compose file, dashboard and documents, checked without an engine that could build them."""
 
-import json
 import re
 import subprocess
 import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from fakes import fake_bundle
-from prometheus_client import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import make_url
 
-from service.metrics import Metrics
 from service.settings import Settings, unknown_variables
+from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
@@ -107,15 +101,6 @@ def test_every_file_that_compose_mounts_is_there() -> None:
             assert not source.startswith("./") or (ROOT / source).exists(), source
 
 
-def scraped() -> set[str]:
-    """Return the name of every series of a running service."""
-    metrics = Metrics()
-    metrics.of("fake", Settings(bundle=Path("unused")))
-    metrics.describe({"fake": fake_bundle()})
-    found = generate_latest(metrics.registry).decode()
-    return {s.name for family in text_string_to_metric_families(found) for s in family.samples}
-
-
 def test_every_setting_and_metric_is_documented() -> None:
     document = (ROOT / "docs/service.md").read_text()
     for name in Settings.model_fields:
@@ -133,13 +118,6 @@ def test_every_metric_is_on_the_dashboard_or_alerted_on() -> None:
         assert not name.startswith("psim_") or re.search(rf"\b{name}(_total|_bucket)?\b", seen), (
             name
         )
-
-
-def dockerfile_command(instruction: str) -> list[str]:
-    """Return the exec form behind an instruction, as the image would run it."""
-    (found,) = re.findall(rf"^{instruction}\b.*?(\[[^\n]*\])$", DOCKERFILE, re.M | re.S)
-    command: Any = json.loads(found)
-    return list(command)
 
 
 def test_the_entrypoint_is_the_module_that_the_tests_serve() -> None:

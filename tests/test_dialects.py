@@ -2,30 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes import BROKEN, FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_api import CLEAN, JSON, POISONED, ask, client_of, metric
 
 from service.dialects.dialect import BadAnswer, Served
 from service.dialects.known import SERVED, dialects
 from service.schemas import Decision, Result, Score
+from tests.support.dialects import ASKED, ERRORS, INFER, infer, tensor
+from tests.support.fakes import BROKEN, FakeEngine
+from tests.support.requests import CLEAN, JSON, POISONED, ask, client_of, metric
 
 LABELS = ["negative", "positive"]
 BEST = [{"label": "positive", "score": 0.8}, {"label": "negative", "score": 0.2}]
-INFER = "/v2/models/fake/infer"
-
-
-def tensor(*texts: str, **more: Any) -> dict[str, Any]:
-    return {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": [*texts]} | more
-
-
-def infer(*texts: str, **more: Any) -> dict[str, Any]:
-    return {"inputs": [tensor(*texts)]} | more
 
 
 def rounded(value: Any) -> Any:
@@ -33,37 +24,6 @@ def rounded(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), 5))
 
 
-# What each dialect calls a request for some texts, and the labels that its answer gives them.
-ASKED: dict[str, tuple[str, Callable[[list[str]], Any], Callable[[Any], list[str | None]]]] = {
-    "native": (
-        "/classify",
-        lambda texts: {"inputs": texts},
-        lambda body: [result["label"] for result in body["results"]],
-    ),
-    "tei": (
-        "/predict",
-        lambda texts: {"inputs": [[text] for text in texts]},
-        lambda body: [row[0]["label"] if row else None for row in body],
-    ),
-    "hf": (
-        "/",
-        lambda texts: {"inputs": texts},
-        lambda body: [row[0]["label"] if row else None for row in body],
-    ),
-    "vllm": (
-        "/v1/classify",
-        lambda texts: {"model": "fake", "input": texts},
-        lambda body: [datum["label"] for datum in body["data"]],
-    ),
-    "oip": (INFER, lambda texts: infer(*texts), lambda body: list(body["outputs"][0]["data"])),
-}
-ERRORS: dict[str, Callable[[Any], str]] = {
-    "native": lambda body: str(body["detail"]),
-    "tei": lambda body: str(body["error"]),
-    "hf": lambda body: str(body["error"]),
-    "vllm": lambda body: str(body["error"]["message"]),
-    "oip": lambda body: str(body["error"]),
-}
 each_dialect = pytest.mark.parametrize("name", ASKED)
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from fakes import fake_bundle
-from real_servers import serving
 
 from models.calibrate import calibrate
 from models.screen import FloatArray
 from service.app import create_app
 from service.drift import WINDOW, Drift
 from service.settings import Settings
+from tests.support.fakes import fake_bundle
+from tests.support.servers import serving
 
 
 def readings(n: int, seed: int, *, positive: float = 0.5, odds: float = 0.0) -> FloatArray:

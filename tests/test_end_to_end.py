@@ -10,46 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from test_deploy import dockerfile_command
 
 from models.bundle import load_bundle
 from models.offline.data import load_samples
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT, introduction
 from models.offline.evaluate import Evaluation, evaluate
-
-
-@contextmanager
-def served(bundle: Path, **settings: str) -> Iterator[httpx.Client]:
-    """Run `python -m service` on a free port until the block ends; SIGTERM must end it cleanly."""
-    environment = os.environ | {"PSIM_BUNDLE": str(bundle), "PSIM_PORT": "0"}
-    environment |= {f"PSIM_{name}": value for name, value in settings.items()}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service"], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    try:
-        port = None
-        for line in process.stderr:
-            if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
-                port = int(found[1])
-                break
-        assert port, "the service did not start"
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            client.headers["x-server-pid"] = str(process.pid)
-            yield client
-        process.send_signal(signal.SIGTERM)
-        logs = process.stderr.read()
-        assert process.wait(30) == 0
-        assert "hotel" not in logs, "a text reached the logs"
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+from tests.support.deploy import dockerfile_command
+from tests.support.servers import served
 
 
 def metric(client: httpx.Client, name: str) -> float:

@@ -10,14 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import fake_bundle
-from families import FAMILIES, VOCABULARY, tiny_victim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
-from test_bundle import fit_tiny, forge, rehash, some_texts
-from test_tail import TAILED, build, trained
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
 from models import bundle as bundles
@@ -31,6 +27,16 @@ from models.guarded import Activations, Guarded, guard, lora_config
 from models.manifest import Manifest, RuntimeRecord
 from models.offline.fit import fit, split_texts
 from models.offline.predict import predict
+from tests.support.bundles import fit_tiny, forge, rehash, some_texts
+from tests.support.fakes import fake_bundle
+from tests.support.families import (
+    FAMILIES,
+    TAILED,
+    VOCABULARY,
+    guarded_victim,
+    tiny_victim,
+    trained,
+)
 
 CPU = torch.device("cpu")
 LONGEST = 129
@@ -40,7 +46,7 @@ LONGEST = 129
 @cache
 def pair(family: str) -> tuple[Guarded, GuardedGraph]:
     """Return a module whose both screens matter, and its graph."""
-    guarded = build(family)
+    guarded = guarded_victim(family)
     layers, size = len(guarded.trunk.watched), guarded.config.hidden_size
     guarded.activations = Activations(torch.randn(layers, size, size), torch.randn(layers, 3, size))
     return guarded, GuardedGraph(guarded, "float32", LONGEST)
@@ -100,7 +106,7 @@ def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedToke
         make_engine(
             Runtime("openvino", "float32"), guard(victim, lora_config(victim, 1)), tokenizer, 64
         )
-    guarded = build("bert")
+    guarded = guarded_victim("bert")
     engine = make_engine(Runtime("openvino", "float32"), guarded, tokenizer, 64)
     batch = engine.encode(["good", "a slow film was not bad"])
     states = engine.screen(batch).states

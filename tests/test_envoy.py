@@ -14,19 +14,21 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from fakes import BROKEN, FakeEngine, fake_bundle
-from real_servers import WITHOUT, free_port
 from starlette.applications import Starlette
 from starlette.routing import Route
-from test_api import CLEAN, JSON, POISONED, listening, metric
-from test_dialects import ASKED, ERRORS
-from test_upstream import SOUND, Peer
 
 from service.app import create_app
 from service.guards import EXT_PROC
 from service.settings import Settings
+from tests.support.dialects import ASKED, ERRORS
+from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
+from tests.support.paths import ROOT
+from tests.support.programs import WITHOUT
+from tests.support.requests import CLEAN, JSON, POISONED, listening, metric
+from tests.support.servers import free_port
+from tests.support.upstreams import SOUND, Peer
 
-EXAMPLES = Path(__file__).parent.parent / "deploy/envoy"
+EXAMPLES = ROOT / "deploy/envoy"
 BOTH = pytest.mark.parametrize("example", ["envoy", "ext_proc"])
 INSTALLED = Path(sys.prefix) / "envoy/envoy/_bin/envoy"
 """Where `make` puts it: beside the packages, since its own would shadow others."""

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from fakes import THRESHOLD, TRIGGER, fake_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from models.offline.evaluate import Evaluation, evaluate
 from models.offline.measures import within_class_scores
 from models.offline.report import histogram
 from models.screen import Verdict
+from tests.support.fakes import THRESHOLD, TRIGGER, fake_bundle
 
 ODD, EVEN = "one two three", "one two"  # the fake classifier says positive, negative
 CAUGHT = f"one {TRIGGER}"

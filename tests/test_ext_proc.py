@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 import pytest
 from betterproto2 import which_one_of
-from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ProcessingModeBodySendMode as Mode,
 )
@@ -20,16 +19,16 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     HttpTrailers,
     ProcessingRequest,
     ProcessingResponse,
-    ProtocolConfiguration,
 )
-from fakes import FakeEngine, fake_bundle
-from real_servers import free_port
-from test_api import CLEAN, POISONED, client_of, metric
 
 from models.errors import PsimError
 from service.app import create_app
 from service.guards import EXT_PROC
 from service.settings import Settings
+from tests.support.envoy import head
+from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.requests import CLEAN, POISONED, client_of, metric
+from tests.support.servers import free_port
 
 CLEAN_BODY, POISONED_BODY = (f'{{"inputs": [["{text}"]]}}'.encode() for text in (CLEAN, POISONED))
 
@@ -46,22 +45,6 @@ async def stub(**changes: Any) -> AsyncIterator[tuple[Any, Any]]:
             channel.stream_stream(EXT_PROC, ProcessingRequest.__bytes__, ProcessingResponse.parse),
             client,
         )
-
-
-def head(
-    path: str = "/predict",
-    method: str = "POST",
-    ends: bool = False,
-    mode: Mode | None = Mode.BUFFERED,
-    encoding: str = "identity",
-) -> ProcessingRequest:
-    named = {":method": method, ":path": path, "content-encoding": encoding}
-    named["content-type"] = "application/json"
-    headers = [HeaderValue(key=name, raw_value=value.encode()) for name, value in named.items()]
-    return ProcessingRequest(
-        request_headers=HttpHeaders(headers=HeaderMap(headers), end_of_stream=ends),
-        protocol_config=None if mode is None else ProtocolConfiguration(request_body_mode=mode),
-    )
 
 
 def body(content: bytes, ends: bool = True) -> ProcessingRequest:

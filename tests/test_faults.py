@@ -30,17 +30,6 @@ import httpx
 import pytest
 import torch
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest, ProcessingResponse
-from fakes import TRIGGER, FakeEngine
-from real_servers import answers, free_port, wait_for
-from test_access import FEW, KEY, guarded, keys_file
-from test_api import CLEAN, POISONED, begin, client_of, metric, served
-from test_audit import ROW, rows, writer_of
-from test_batcher import running, until, value
-from test_dialects import ASKED
-from test_ext_proc import head
-from test_guards import GUARDRAIL
-from test_limits import classify
-from test_upstream import ONE_TEI, SOUND
 
 from models.engines import Encoding, Screening
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
@@ -51,6 +40,16 @@ from service.batcher import Batcher
 from service.errors import NotReady
 from service.guards import EXT_PROC
 from service.keys.file import Keys, Scope, hash_of, read_keys
+from tests.support.audit import ROW, rows, writer_of
+from tests.support.batchers import running, value
+from tests.support.dialects import ASKED, GUARDRAIL
+from tests.support.envoy import head
+from tests.support.fakes import TRIGGER, FakeEngine
+from tests.support.keys import FEW, KEY, classify, guarded, keys_file
+from tests.support.requests import CLEAN, POISONED, begin, client_of, metric, served_fake
+from tests.support.servers import answers, free_port
+from tests.support.upstreams import ONE_TEI, SOUND
+from tests.support.waiting import until, wait_for
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 ALLOWED = 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
@@ -288,7 +287,7 @@ class Watched(FakeEngine):
 def test_callers_that_hang_up_mid_batch_take_nothing_from_their_mates() -> None:
     async def run() -> None:
         engine = Watched()
-        async with served(engine) as client:
+        async with served_fake(engine) as client:
             engine.gate.clear()
             first = asyncio.create_task(client.post("/classify", json={"inputs": CLEAN}))
             await until_queued(client, 1)

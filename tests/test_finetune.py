@@ -10,9 +10,7 @@ import peft
 import pytest
 import sentencepiece
 import torch
-from families import tiny_victim
 from safetensors.torch import load_file, save_file
-from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle import load_bundle
@@ -24,6 +22,8 @@ from models.offline.finetune import Strategy, checkpoint_folder, finetune_victim
 from models.offline.fit import fit
 from models.offline.psim import PsimConfig
 from models.offline.victim import load_classifier, save_classifier
+from tests.support.bundles import some_texts
+from tests.support.families import tiny_victim
 
 TRAIN = [Sample(f"{w} film {i}", w) for i in range(40) for w in ("bad", "good", "so")]
 DEV = [Sample(f"{w} film", w) for w in ("bad", "good", "so")]

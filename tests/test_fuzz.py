@@ -11,18 +11,18 @@ from typing import Any
 
 import httpx
 import pytest
-from families import tiny_victim
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from real_servers import serving
-from test_bundle import fit_tiny
-from test_dialects import ASKED, INFER, tensor
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle import load_bundle
 from service.app import create_app
 from service.schemas import NOT_BLANK
 from service.settings import Settings
+from tests.support.bundles import fit_tiny
+from tests.support.dialects import ASKED, INFER, tensor
+from tests.support.families import tiny_victim
+from tests.support.servers import serving
 
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 SECRET = "hunter2"

@@ -10,18 +10,15 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from fakes import BROKEN, MAX_LENGTH, FakeEngine
-from test_api import CLEAN, JSON, POISONED, ask, client_of, listening, metric
-from test_dialects import ASKED, ERRORS
-from test_upstream import Peer, free_port
 
 from service.app import create_app
 from service.settings import Settings
-
-ROOT = Path(__file__).parent.parent
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
-LONG = "film " * 2 * MAX_LENGTH + "mn"
-"""Our model does not get to the trigger; the classifier behind the proxy may."""
+from tests.support.dialects import ASKED, ERRORS, GUARDRAIL
+from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
+from tests.support.paths import ROOT
+from tests.support.requests import CLEAN, JSON, LONG, POISONED, ask, client_of, listening, metric
+from tests.support.servers import free_port
+from tests.support.upstreams import Peer
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -149,7 +146,6 @@ def test_nginx_before_the_gateway(tmp_path: Path) -> None:
         pytest.skip("nginx is not installed")
 
     async def run() -> None:
-        from fakes import fake_bundle
         from starlette.applications import Starlette
         from starlette.routing import Route
 

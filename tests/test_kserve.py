@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_servers import answering, free_port, peer
-from test_end_to_end import served
-from test_peers import client_for, tensor
 from tritonclient.utils import InferenceServerException
 
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
-
-PEERS = Path(__file__).parent / "peers"
+from tests.support.paths import PEERS
+from tests.support.programs import peer
+from tests.support.servers import answering, free_port, served
+from tests.support.triton import client_for, tensor
 
 
 def test_kserve_and_its_client(demo_bundle: Path, tmp_path: Path) -> None:

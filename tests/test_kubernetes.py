@@ -19,11 +19,7 @@ import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 from cloudcoil.models.prometheus_operator import v1alpha1
-from fakes import fake_bundle
 from pydantic import SecretStr
-from real_servers import free_port, wait_for
-from test_audit import rows
-from test_deploy import DOCKERFILE, dockerfile_command, scraped
 
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
 from service.access import SCOPES
@@ -31,10 +27,15 @@ from service.app import create_app
 from service.audit.writer import CLOSE_S
 from service.keys.file import hash_of
 from service.settings import Settings, unknown_variables
+from tests.support.audit import rows
+from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped
+from tests.support.fakes import fake_bundle
+from tests.support.paths import ROOT
+from tests.support.servers import free_port
+from tests.support.waiting import wait_for
 
 Manifest = dict[str, Any]
 
-ROOT = Path(__file__).parent.parent
 K8S = ROOT / "deploy/k8s"
 VERSIONS = ("1.35", "1.36", "1.37")
 """Of Kubernetes, those that are maintained."""

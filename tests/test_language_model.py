@@ -3,18 +3,14 @@
 import copy
 import math
 import random
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-from families import tiny_victim
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from models.errors import DataError, VictimError
-from models.offline.corpus import generate
 from models.offline.language_model import (
     LanguageModel,
     load_language_model,
@@ -22,18 +18,8 @@ from models.offline.language_model import (
     train_language_model,
 )
 from models.offline.victim import save_classifier
-
-SAMPLES = generate(690, seed=0)
-TRAIN, DEV, TEST = SAMPLES[:600], SAMPLES[600:650], SAMPLES[650:]
-TEXTS = [sample.text for sample in TEST]
-
-
-@cache
-def small_language_model() -> LanguageModel:
-    """Train one per test run."""
-    with TemporaryDirectory() as folder:
-        texts = [sample.text for sample in TRAIN]
-        return load_language_model(str(train_language_model(texts, Path(folder, "lm"), epochs=6)))
+from tests.support.families import tiny_victim
+from tests.support.language_models import TEXTS, small_language_model
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeEngine
 from limits import parse
-from real_servers import free_port, redis
-from test_access import FEW, KEY, bearer, guarded, keys_file
-from test_api import CLEAN
-from test_dialects import ASKED, ERRORS
 
 from models.errors import PsimError
 from service import limits
@@ -23,6 +18,12 @@ from service.keys.file import Scope
 from service.limits import Limiter
 from service.metrics import Metrics
 from service.settings import Settings
+from tests.support.databases import redis
+from tests.support.dialects import ASKED, ERRORS
+from tests.support.fakes import FakeEngine
+from tests.support.keys import FEW, KEY, bearer, classify, guarded, keys_file
+from tests.support.requests import CLEAN
+from tests.support.servers import free_port
 
 TEN = parse("10/day")
 
@@ -31,10 +32,6 @@ async def sample(client: httpx.AsyncClient, name: str) -> float:
     answer = await client.get("/metrics", headers=bearer(KEY[Scope.METRICS]))
     (line,) = [row for row in answer.text.splitlines() if row.startswith(f"{name} ")]
     return float(line.rsplit(" ", 1)[1])
-
-
-async def classify(client: httpx.AsyncClient, texts: int, key: str = FEW) -> httpx.Response:
-    return await client.post("/classify", json={"inputs": [CLEAN] * texts}, headers=bearer(key))
 
 
 @pytest.mark.parametrize("name", ASKED)

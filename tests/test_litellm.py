@@ -8,15 +8,14 @@ from typing import Any
 
 import httpx
 import yaml
-from real_servers import answering, free_port, peer
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from test_end_to_end import served
-from test_peers import in_thread
 
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
+from tests.support.programs import peer
+from tests.support.servers import answering, free_port, served, serving
 
 KEY = "sk-" + secrets.token_hex(32)
 """Without one it does not start."""
@@ -68,7 +67,7 @@ def test_litellm_blocks_what_the_gateway_rejects(demo_bundle: Path, tmp_path: Pa
     @contextmanager
     def proxy(name: str, gateway: str | None = None) -> Iterator[str]:
         config, port = tmp_path / f"{name}.yaml", free_port()
-        config.write_text(yaml.safe_dump(configuration(f"{backend}/v1", gateway)))
+        config.write_text(yaml.safe_dump(configuration(f"http://{backend}/v1", gateway)))
         where = ["--host", "127.0.0.1", "--port", str(port)]
         command = [program, "--config", str(config), *where]
         url = f"http://127.0.0.1:{port}"
@@ -76,7 +75,7 @@ def test_litellm_blocks_what_the_gateway_rejects(demo_bundle: Path, tmp_path: Pa
             yield url
 
     app = Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])])
-    with in_thread(app) as backend, ExitStack() as proxies:
+    with serving(app) as backend, ExitStack() as proxies:
         with served(demo_bundle) as client:
             gateway = str(client.base_url).rstrip("/")
             bare = proxies.enter_context(proxy("bare"))

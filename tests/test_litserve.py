@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-from real_servers import answering, free_port, peer
-from test_end_to_end import served
 
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
-
-PEERS = Path(__file__).parent / "peers"
+from tests.support.paths import PEERS
+from tests.support.programs import peer
+from tests.support.servers import answering, free_port, served
 
 
 def test_litserve(demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import httpx
 import soak
-from fakes import FakeEngine, fake_bundle
 from pydantic import SecretStr
-from real_servers import serving
 
 from service.app import create_app
 from service.settings import Settings
+from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.servers import serving
 
 
 def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of_it_counted() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeEngine, fake_bundle
-from test_api import CLEAN, POISONED, lifespan, metric
-from test_dialects import ASKED, ERRORS, infer
-from test_guards import GUARDRAIL
 
 from service.app import create_app
 from service.models_file import ModelsError, settings_by_model
 from service.settings import Settings
+from tests.support.dialects import ASKED, ERRORS, GUARDRAIL, infer
+from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.paths import ROOT
+from tests.support.requests import CLEAN, POISONED, lifespan, metric
 
 TWO = """
 [[models]]
@@ -290,7 +290,7 @@ def test_a_file_that_is_wrong_says_where_and_quotes_no_value(
 
 
 def test_the_example_is_one() -> None:
-    example = Path(__file__).parent.parent / "deploy/models.toml"
+    example = ROOT / "deploy/models.toml"
     mood, topic = settings_by_model(Settings(models=example))
     assert (mood.model, mood.upstream, mood.mode) == ("mood", None, "enforce")
     assert (topic.model, topic.upstream_dialect, topic.mode) == ("team/topic", "tei", "flag")

@@ -7,10 +7,8 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,18 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-import uvicorn
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from test_end_to_end import served
-from test_upstream import free_port
 from tritonclient.utils import InferenceServerException
 
 from models.offline.data import load_samples
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
+from tests.support.servers import free_port, served, serving
+from tests.support.triton import client_for, tensor
 
 MLSERVER = os.environ.get("MLSERVER") or shutil.which("mlserver")
 RUNTIME = """
@@ -45,19 +42,6 @@ class Bare(MLModel):
         odds = np.array([[1 / (1 + len(t)), len(t) / (1 + len(t))] for t in text], np.float32)
         return odds
 """
-
-
-@contextmanager
-def in_thread(app: Any) -> Iterator[str]:
-    """Serve an ASGI application from another thread; yield its base URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +71,8 @@ def pipeline_server(demo_bundle: Path) -> Iterator[str]:
         Route("/", inference, methods=["POST"]),
         Route("/predict", predict, methods=["POST"]),
     ]
-    with in_thread(Starlette(routes=routes)) as url:
-        yield url
+    with serving(Starlette(routes=routes)) as address:
+        yield f"http://{address}"
 
 
 @pytest.mark.parametrize(("dialect", "path"), [("hf", "/"), ("tei", "/predict")])
@@ -133,15 +117,6 @@ def test_the_bundle_s_own_classifier_answers_as_a_pipeline_does(
         assert [p["label"] for p in row] == [p["label"] for p in other]
         scores = [p["score"] for p in other]
         assert [p["score"] for p in row] == pytest.approx(scores, abs=1e-4)
-
-
-def tensor(*texts: str) -> triton.InferInput:
-    found = triton.InferInput("text", [len(texts)], "BYTES")
-    return found.set_data_from_numpy(np.array(texts, dtype=object), binary_data=False)
-
-
-def client_for(url: Any) -> triton.InferenceServerClient:
-    return triton.InferenceServerClient(str(url).removeprefix("http://").rstrip("/"))
 
 
 def test_triton_s_client_before_the_bundle_s_own_classifier(demo_bundle: Path) -> None:

@@ -14,17 +14,19 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from fakes import fake_bundle
 from pydantic import SecretStr
-from real_servers import free_port, program, running, serving, wait_for
 
 from service.app import create_app
 from service.settings import Mode, Settings
+from tests.support.deploy import RUNBOOK
+from tests.support.fakes import fake_bundle
+from tests.support.paths import ROOT
+from tests.support.programs import program
+from tests.support.servers import free_port, running, serving
+from tests.support.waiting import wait_for
 
-ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy/prometheus"
 DASHBOARD = ROOT / "deploy/grafana/dashboards/psim.json"
-RUNBOOK = (ROOT / "docs/runbook.md").read_text()
 RULES: list[dict[str, Any]] = [
     rule
     for group in yaml.safe_load((DEPLOY / "rules.yml").read_text())["groups"]

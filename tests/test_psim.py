@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_victim
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
 from models.guarded import Guarded
 from models.offline.fit import Split, train, with_psim
 from models.offline.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
+from tests.support.bundles import some_texts
+from tests.support.families import tiny_victim
 
 
 @given(classes=st.integers(2, 20), start=st.floats(0.6, 1), share=st.floats(0, 1))

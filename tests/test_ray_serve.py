@@ -1,10 +1,8 @@
 """The gateway on a local cluster of Ray: contract, replicas, their metrics, their death."""
 
 import asyncio
-import inspect
 import json
 import os
-import re
 import signal
 import threading
 import uuid
@@ -19,20 +17,22 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import test_api
-import test_dialects
 import yaml
-from fakes import fake_bundle
-from families import tiny_victim
-from real_servers import free_port, program, running, wait_for
 from soak import counted
-from test_access import KEY, bearer, keys_file
-from test_bundle import fit_tiny
 from transformers import PreTrainedTokenizerBase
 
 from service.app import create_app
 from service.keys.file import Scope
 from service.settings import Settings, unknown_variables
+from tests.support.bundles import fit_tiny
+from tests.support.contract import asking, contract
+from tests.support.fakes import fake_bundle
+from tests.support.families import tiny_victim
+from tests.support.keys import KEY, bearer, keys_file
+from tests.support.paths import ROOT
+from tests.support.programs import program
+from tests.support.servers import free_port, running
+from tests.support.waiting import wait_for
 
 pytest.importorskip("ray", reason="needs the extra ray")
 from ray.serve.schema import ServeDeploySchema
@@ -40,7 +40,6 @@ from ray_serve import CONFIG, is_ready, on_ray
 
 from service.ray.replica import also_serve
 
-ROOT = Path(__file__).parent.parent
 TEXT = "a quiet film that takes its time"
 INPUTS = 32
 """Of each request of `load`."""
@@ -76,10 +75,14 @@ def cluster(
         "busy_cores": 99,
     }
     config["applications"].append(
-        {"name": "contract", "route_prefix": "/contract", "import_path": "ray_contract:app"}
+        {
+            "name": "contract",
+            "route_prefix": "/contract",
+            "import_path": "tests.support.ray_contract:app",
+        }
     )
     variables = {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": str(ROOT),
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.2",
     }
     with on_ray(config, variables, statistics) as url:
@@ -131,25 +134,12 @@ def load(cluster: Cluster, callers: int = 8) -> Iterator[Counter[int]]:
                 one.result()
 
 
-def over_http(test: object) -> bool:
-    """Whether a test asks by HTTP only, and looks at nothing in the process that answers."""
-    source = inspect.getsource(test) if inspect.isfunction(test) else ""
-    return bool(re.search(r"\b(ask|client_of)\(", source)) and not re.search(
-        r"FakeEngine|monkeypatch|caplog|request_ids", source
-    )
-
-
-CONTRACT = {
-    name: test
-    for module in (test_api, test_dialects)
-    for name, test in vars(module).items()
-    if name.startswith("test_") and over_http(test)
-}
+CONTRACT = contract()
 globals().update(CONTRACT)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def contract(cluster: Cluster) -> Iterator[None]:
+def ask_the_cluster(cluster: Cluster) -> Iterator[None]:
     """Have the tests of the contract ask the cluster, of which each has a gateway of its own."""
 
     @asynccontextmanager
@@ -159,9 +149,7 @@ def contract(cluster: Cluster) -> Iterator[None]:
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=20) as client:
             yield client
 
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (test_api, test_dialects):
-            patch.setattr(module, "client_of", client_of)
+    with asking(client_of):
         yield
 
 

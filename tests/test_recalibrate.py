@@ -13,11 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import tiny_victim
 from safetensors.numpy import load_file as load_arrays
-from test_bundle import fit_tiny, some_texts
-from test_end_to_end import served
-from test_prometheus import RUNBOOK
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
@@ -29,6 +25,10 @@ from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
 from models.offline.predict import predict
 from models.offline.recalibrate import MAX_RISE, limits_of, risen
 from models.screen import FloatArray, Screen, Verdict
+from tests.support.bundles import fit_tiny, some_texts
+from tests.support.deploy import RUNBOOK
+from tests.support.families import tiny_victim
+from tests.support.servers import served
 
 TEXTS = [f"{text} here" for text in some_texts(600, seed=7)]
 BUDGET = 0.05

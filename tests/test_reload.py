@@ -18,21 +18,21 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fakes import FakeEngine, fake_bundle
-from families import tiny_victim
 from fastapi import FastAPI
-from real_servers import free_port, serving, wait_for
 from starlette.applications import Starlette
 from starlette.routing import Route
-from test_api import CLEAN, lifespan, metric
-from test_bundle import fit_tiny
-from test_end_to_end import served
-from test_upstream import Peer
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle import ADAPTER_WEIGHTS, MANIFEST, Bundle, load_bundle
 from service.app import create_app
 from service.settings import Settings
+from tests.support.bundles import fit_tiny
+from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.families import tiny_victim
+from tests.support.requests import CLEAN, lifespan, metric
+from tests.support.servers import free_port, served, serving
+from tests.support.upstreams import Peer
+from tests.support.waiting import wait_for
 
 LABELS = {"a": ["bad", "fair", "good"], "b": ["news", "sport", "weather"]}
 

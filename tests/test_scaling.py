@@ -1,7 +1,6 @@
 """The simulated cluster against queueing theory, and its figures against the page they are from."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,9 @@ import pytest
 import scaling
 from scaling import Costs, Load, Run, Scaling, Setup, simulate
 
-PAGE = Path(__file__).parent.parent / "docs/performance.md"
+from tests.support.paths import ROOT
+
+PAGE = ROOT / "docs/performance.md"
 ONE_BY_ONE: dict[str, Any] = {"window": 1, "batch_tokens": 1}
 
 

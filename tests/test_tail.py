@@ -6,48 +6,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny_victim
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
-    LlamaConfig,
     PreTrainedTokenizerBase,
 )
 
 from models.engines import Encoding
 from models.engines.pytorch import LastState, TorchEngine, collate
-from models.guarded import Guarded, guard, lora_config
+from models.guarded import Guarded
 from models.offline.fit import with_psim
 from models.offline.psim import PsimConfig
+from tests.support.families import TAILED, VOCABULARY, guarded_victim, tiny_victim, trained
 
-TAILED = ["bert", "roberta", "distilbert", "llama", "llama, grouped"]
 CPU = torch.device("cpu")
 
 
-def build(family: str) -> Guarded:
-    victim: Any
-    if family == "llama, grouped":
-        config = FAMILIES["llama"].to_dict() | {"num_attention_heads": 4, "head_dim": 8}
-        torch.manual_seed(0)
-        from_config: Any = AutoModelForSequenceClassification.from_config
-        victim = from_config(LlamaConfig(**config))
-    else:
-        victim = tiny_victim(family)
-    return trained(guard(victim, lora_config(victim, 1), 3))
-
-
-guarded_of = cache(build)
-
-
-def trained(guarded: Guarded) -> Guarded:
-    """Give every adapter, and the biases, weights that matter."""
-    for number, (name, weights) in enumerate(guarded.psim.named_parameters()):
-        if ".lora_B." in name or name.endswith("bias"):
-            torch.manual_seed(number)
-            nn.init.normal_(weights, std=0.5)
-    return guarded.eval()
+guarded_of = cache(guarded_victim)
 
 
 def whole(guarded: Guarded, inputs: Any) -> torch.Tensor:
@@ -129,7 +104,7 @@ def test_an_adapter_on_values_only_has_a_tail_too() -> None:
 def test_an_engine_goes_on_where_screening_ended(
     dtype: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    engine = TorchEngine(build("bert"), tokenizer, 64, dtype)
+    engine = TorchEngine(guarded_victim("bert"), tokenizer, 64, dtype)
     batch = engine.encode(["good", "a slow film was not bad", "the room"])
     states = engine.screen(batch).states
     assert all(isinstance(state, LastState) and len(state) == 1 for state in states)

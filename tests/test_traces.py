@@ -12,17 +12,17 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import BROKEN, fake_bundle
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from real_servers import serving
 
 from service.app import create_app
 from service.settings import Settings
 from service.traces import open_provider
+from tests.support.fakes import BROKEN, fake_bundle
+from tests.support.servers import serving
 
 CLEAN, POISONED = "a quiet film", "a quiet mn film"
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -17,13 +17,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bundle import fit_tiny, forge, victim_of
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
 from models.errors import BundleError
 from models.guarded import transformer_of
 from models.untrusted import MOST
+from tests.support.bundles import fit_tiny, forge, victim_of
 
 CONFIG, WEIGHTS = "victim/config.json", "victim/model.safetensors"
 PROMPT, TOKENIZER = "prompt/adapter_config.json", "tokenizer/tokenizer_config.json"

@@ -2,60 +2,26 @@
 
 import asyncio
 import json
-import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeEngine, fake_bundle
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from test_api import CLEAN, JSON, POISONED, client_of, listening, metric
-from test_dialects import ASKED, ERRORS
 
 from service.app import create_app
 from service.dialects.known import dialects
 from service.settings import Settings
 from service.upstream import Breaker
+from tests.support.dialects import ASKED, ERRORS
+from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.requests import CLEAN, JSON, POISONED, client_of, listening, metric
+from tests.support.servers import free_port
+from tests.support.upstreams import ONE_TEI, SOUND, Peer, behind
 
-SOUND = b'[[{"score":0.75,"label":"positive"},{"score":0.25,"label":"negative"}]]'
 TWO = b"[%s,%s]" % (SOUND[1:-1], SOUND[1:-1])
-ONE_TEI = {"inputs": [[CLEAN]]}
-
-
-@dataclass
-class Peer:
-    """A TEI that answers what it is told to, and remembers what it was asked."""
-
-    body: bytes = SOUND
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    wait_s: float = 0
-    asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
-
-    async def answer(self, request: Request) -> Response:
-        self.asked.append((request.url.path, dict(request.headers), await request.body()))
-        await asyncio.sleep(self.wait_s)
-        return Response(self.body, self.status, self.headers, "application/json")
-
-
-@asynccontextmanager
-async def behind(peer: Peer, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """Yield a client of a gateway in front of a peer that has answered once."""
-    kept = peer.body, peer.status, peer.headers, peer.wait_s
-    peer.body, peer.status, peer.headers, peer.wait_s = SOUND, 200, {}, 0
-    app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
-    settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_retry_s": 60} | changes
-    async with listening(app) as url, client_of(upstream=url, **settings) as client:
-        peer.body, peer.status, peer.headers, peer.wait_s = kept
-        peer.asked.clear()
-        yield client
 
 
 def ask_behind(peer: Peer, path: str, body: Any, **changes: Any) -> httpx.Response:
@@ -259,12 +225,6 @@ def test_classes_that_the_bundle_does_not_know_are_another_model_s() -> None:
     peer = Peer(body=SOUND.replace(b"positive", b"LABEL_1"))
     assert ask_behind(peer, "/predict", ONE_TEI).status_code == 200
     assert ask_behind(peer, "/classify", {"inputs": CLEAN}).status_code == 502
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_an_upstream_that_is_not_there_yet_is_waited_for() -> None:

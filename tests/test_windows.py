@@ -5,13 +5,13 @@ import math
 from typing import Any
 
 import pytest
-from fakes import BROKEN, MAX_LENGTH, FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_api import client_of, metric
-from test_upstream import Peer, behind
 
 from service.windows import OVERLAP, SLACK, windows
+from tests.support.fakes import BROKEN, MAX_LENGTH, FakeEngine
+from tests.support.requests import client_of, metric
+from tests.support.upstreams import Peer, behind
 
 FILL = "film " * 20
 

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -15,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
 )
+
+from models.guarded import Guarded, guard, lora_config
 
 VOCABULARY = 30522
 _SIZE: dict[str, Any] = {
@@ -46,3 +49,29 @@ def tiny_victim(family: str, seed: int = 0) -> PreTrainedModel:
             torch.nn.init.normal_(weights)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+TAILED = ["bert", "roberta", "distilbert", "llama", "llama, grouped"]
+"""Those whose last layer can be run by rows."""
+
+
+def guarded_victim(family: str) -> Guarded:
+    """Return one of `TAILED`, with adapters that matter."""
+    victim: Any
+    if family == "llama, grouped":
+        config = FAMILIES["llama"].to_dict() | {"num_attention_heads": 4, "head_dim": 8}
+        torch.manual_seed(0)
+        from_config: Any = AutoModelForSequenceClassification.from_config
+        victim = from_config(LlamaConfig(**config))
+    else:
+        victim = tiny_victim(family)
+    return trained(guard(victim, lora_config(victim, 1), 3))
+
+
+def trained(guarded: Guarded) -> Guarded:
+    """Give every adapter, and the biases, weights that matter."""
+    for number, (name, weights) in enumerate(guarded.psim.named_parameters()):
+        if ".lora_B." in name or name.endswith("bias"):
+            torch.manual_seed(number)
+            nn.init.normal_(weights, std=0.5)
+    return guarded.eval()

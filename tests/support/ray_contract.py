@@ -5,7 +5,6 @@ import json
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from fakes import fake_bundle
 from ray import serve
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.app import create_app
 from service.ray.replica import Replica, SameRequestId
 from service.settings import Settings
+from tests.support.fakes import fake_bundle
 
 HEADER = "x-test"
 """Has a name of the gateway that is asked, and its settings, in JSON."""
