@@ -15,7 +15,7 @@ from tests.support import requests
 
 def modules() -> list[ModuleType]:
     """Return the modules that have such tests; they are imported by name only here."""
-    return [importlib.import_module(f"tests.{name}") for name in ("test_api", "test_dialects")]
+    return [importlib.import_module(f"tests.http.{name}") for name in ("test_api", "test_dialects")]
 
 
 def contract() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """KServe's own client; runs in KServe's own environment, and prints what it hears as JSON.
 
-python tests/peers/kserve_client.py URL TEXT ...
+python tests/support/peers/kserve_client.py URL TEXT ...
 """
 
 import asyncio

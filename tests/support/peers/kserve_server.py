@@ -1,6 +1,6 @@
 """KServe's model server with a transformers pipeline; runs in KServe's own environment.
 
-python tests/peers/kserve_server.py VICTIM TOKENIZER PORT
+python tests/support/peers/kserve_server.py VICTIM TOKENIZER PORT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """LitServe with a transformers pipeline, as an endpoint of Hugging Face's; in its own environment.
 
-python tests/peers/litserve_endpoint.py VICTIM TOKENIZER PORT
+python tests/support/peers/litserve_endpoint.py VICTIM TOKENIZER PORT
 """
 
 import sys

@@ -234,7 +234,7 @@ def test_every_command_of_the_runbook_runs(live: Live, tmp_path: Path) -> None:
     environment = os.environ | {"PSIM_AUDIT_URL": live.audit}
     for command in commands:
         if command.startswith(("psim triggers", "psim recalibrate")):
-            continue  # of a bundle and its traffic: tests/test_recalibrate.py runs them
+            continue  # of a bundle and its traffic: test_recalibrate.py runs them
         for there, replacement in here.items():
             command = command.replace(there, replacement)
         done = subprocess.run(
