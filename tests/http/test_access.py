@@ -1,6 +1,5 @@
 """API keys: who gets in where, what nobody gets to see of a key, and what a key keeps from view."""
 
-import asyncio
 import logging
 import os
 import subprocess
@@ -40,55 +39,50 @@ def every_route(folder: Path) -> list[tuple[str, str]]:
     return [(sorted(methods)[0], path) for methods, path in found if methods and path]
 
 
-def test_every_route_has_a_scope_and_keeps_to_it(tmp_path: Path) -> None:
+async def test_every_route_has_a_scope_and_keeps_to_it(tmp_path: Path) -> None:
     """The table is asked, and so is the service: it is what counts."""
 
-    async def run() -> None:
-        async with guarded(tmp_path) as client:
-            routes = every_route(tmp_path)
-            assert {"/classify", "/metrics", "/docs"} <= {path for _, path in routes}
-            found = {path.removeprefix(PREFIX) for _, path in routes}
-            # /replicas is there on Ray Serve only: test_ray_serve.py.
-            assert found | {"/replicas"} == set(SCOPES), "each route, and nothing else"
-            for method, path in routes:
-                scope = SCOPES[path.removeprefix(PREFIX)]
-                url = path.replace("{model}", "fake").replace("{name}", "fake").replace(":path", "")
-                if scope is OPEN:
-                    answer = await client.request(method, url)
-                    assert answer.status_code not in (401, 403), path
-                    continue
-                for headers in ({}, bearer("psim_unknown"), {"authorization": KEY[scope]}):
-                    answer = await client.request(method, url, headers=headers)
-                    assert answer.status_code == 401, path
-                    assert answer.headers["www-authenticate"] == 'Bearer realm="psim"'
-                for other, key in KEY.items():
-                    answer = await client.request(method, url, headers=bearer(key))
-                    denied = 'scope="' in answer.headers.get("www-authenticate", "")
-                    assert denied == (other is not scope), (path, other)
-                    assert answer.status_code == 403 or not denied
-
-    asyncio.run(run())
+    async with guarded(tmp_path) as client:
+        routes = every_route(tmp_path)
+        assert {"/classify", "/metrics", "/docs"} <= {path for _, path in routes}
+        found = {path.removeprefix(PREFIX) for _, path in routes}
+        # /replicas is there on Ray Serve only: test_ray_serve.py.
+        assert found | {"/replicas"} == set(SCOPES), "each route, and nothing else"
+        for method, path in routes:
+            scope = SCOPES[path.removeprefix(PREFIX)]
+            url = path.replace("{model}", "fake").replace("{name}", "fake").replace(":path", "")
+            if scope is OPEN:
+                answer = await client.request(method, url)
+                assert answer.status_code not in (401, 403), path
+                continue
+            for headers in ({}, bearer("psim_unknown"), {"authorization": KEY[scope]}):
+                answer = await client.request(method, url, headers=headers)
+                assert answer.status_code == 401, path
+                assert answer.headers["www-authenticate"] == 'Bearer realm="psim"'
+            for other, key in KEY.items():
+                answer = await client.request(method, url, headers=bearer(key))
+                denied = 'scope="' in answer.headers.get("www-authenticate", "")
+                assert denied == (other is not scope), (path, other)
+                assert answer.status_code == 403 or not denied
 
 
-def test_a_route_that_nobody_gave_a_scope_needs_admin(tmp_path: Path) -> None:
-    async def run() -> list[int]:
-        app = create_app(Settings(bundle=tmp_path, keys=keys_file(tmp_path)), fake_bundle())
+async def test_a_route_that_nobody_gave_a_scope_needs_admin(tmp_path: Path) -> None:
+    app = create_app(Settings(bundle=tmp_path, keys=keys_file(tmp_path)), fake_bundle())
 
-        @app.get("/new")
-        async def new() -> str:
-            return "secret"
+    @app.get("/new")
+    async def new() -> str:
+        return "secret"
 
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test"
-        ) as client:
-            keys = (KEY[Scope.CLASSIFY], KEY[Scope.ADMIN])
-            return [(await client.get("/new", headers=bearer(k))).status_code for k in keys]
-
-    assert asyncio.run(run()) == [403, 200]
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test"
+    ) as client:
+        keys = (KEY[Scope.CLASSIFY], KEY[Scope.ADMIN])
+        found = [(await client.get("/new", headers=bearer(k))).status_code for k in keys]
+    assert found == [403, 200]
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_who_has_no_key_is_told_in_its_own_dialect_before_its_body_is_read(
+async def test_who_has_no_key_is_told_in_its_own_dialect_before_its_body_is_read(
     name: str, tmp_path: Path
 ) -> None:
     read = []
@@ -97,82 +91,72 @@ def test_who_has_no_key_is_told_in_its_own_dialect_before_its_body_is_read(
         read.append(True)
         yield b"{}"
 
-    async def run() -> None:
-        engine = FakeEngine()
-        async with guarded(tmp_path, engine=engine) as client:
-            path, body, _ = ASKED[name]
-            json_type = {"content-type": "application/json"}
-            denied = await client.post(path, content=body_of(), headers=json_type)
-            assert (denied.status_code, read) == (401, [])
-            # `/classify` is vLLM's too, which only its body tells.
-            told = "native" if path == "/classify" else name
-            assert "API key" in ERRORS[told](denied.json())
-            for headers in (
-                bearer(KEY[Scope.CLASSIFY]),
-                {"authorization": f"bearer  {KEY[Scope.CLASSIFY]}"},
-                {"x-api-key": KEY[Scope.CLASSIFY]},
-            ):
-                passed = await client.post(path, json=body([CLEAN]), headers=headers)
-                assert passed.status_code == 200
-            metrics = bearer(KEY[Scope.METRICS])
-            line = 'psim_denied_total{reason="key"} 1.0'
-            assert line in (await client.get("/metrics", headers=metrics)).text.splitlines()
-
-    asyncio.run(run())
+    engine = FakeEngine()
+    async with guarded(tmp_path, engine=engine) as client:
+        path, body, _ = ASKED[name]
+        json_type = {"content-type": "application/json"}
+        denied = await client.post(path, content=body_of(), headers=json_type)
+        assert (denied.status_code, read) == (401, [])
+        # `/classify` is vLLM's too, which only its body tells.
+        told = "native" if path == "/classify" else name
+        assert "API key" in ERRORS[told](denied.json())
+        for headers in (
+            bearer(KEY[Scope.CLASSIFY]),
+            {"authorization": f"bearer  {KEY[Scope.CLASSIFY]}"},
+            {"x-api-key": KEY[Scope.CLASSIFY]},
+        ):
+            passed = await client.post(path, json=body([CLEAN]), headers=headers)
+            assert passed.status_code == 200
+        metrics = bearer(KEY[Scope.METRICS])
+        line = 'psim_denied_total{reason="key"} 1.0'
+        assert line in (await client.get("/metrics", headers=metrics)).text.splitlines()
 
 
-def test_metrics_tell_who_was_refused_and_why(tmp_path: Path) -> None:
-    async def run() -> list[str]:
-        async with guarded(tmp_path) as client:
-            await client.post("/classify", json={"inputs": CLEAN})
-            for _ in range(2):
-                await client.get("/info", headers=bearer(KEY[Scope.METRICS]))
-            answer = await client.get("/metrics", headers=bearer(KEY[Scope.METRICS]))
-            return answer.text.splitlines()
-
-    lines = asyncio.run(run())
+async def test_metrics_tell_who_was_refused_and_why(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as client:
+        await client.post("/classify", json={"inputs": CLEAN})
+        for _ in range(2):
+            await client.get("/info", headers=bearer(KEY[Scope.METRICS]))
+        answer = await client.get("/metrics", headers=bearer(KEY[Scope.METRICS]))
+        lines = answer.text.splitlines()
     assert 'psim_denied_total{reason="key"} 1.0' in lines
     assert 'psim_denied_total{reason="scope"} 2.0' in lines
     assert "psim_keys_stale 0.0" in lines
 
 
-def test_no_key_reaches_the_upstream_and_what_is_none_of_ours_does(tmp_path: Path) -> None:
+async def test_no_key_reaches_the_upstream_and_what_is_none_of_ours_does(tmp_path: Path) -> None:
     ours, theirs = KEY[Scope.CLASSIFY], "Bearer for the upstream"
 
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer, keys=keys_file(tmp_path)) as client:
-            for sent, passed_on in (
-                (bearer(ours), {}),
-                ({"x-api-key": ours}, {}),
-                ({"x-api-key": ours} | bearer(KEY[Scope.ADMIN]), {}),
-                ({"x-api-key": ours, "authorization": theirs}, {"authorization": theirs}),
-                ({"x-api-key": "theirs"} | bearer(ours), {"x-api-key": "theirs"}),
-            ):
-                answer = await client.post("/predict", json=ONE_TEI, headers=sent)
-                assert answer.status_code == 200
-                got = peer.asked[-1][1]
-                assert {n: got[n] for n in ("authorization", "x-api-key") if n in got} == passed_on
-                assert not any(key in str(got) for key in KEY.values())
-
-    asyncio.run(run())
+    peer = Peer()
+    async with behind(peer, keys=keys_file(tmp_path)) as client:
+        for sent, passed_on in (
+            (bearer(ours), {}),
+            ({"x-api-key": ours}, {}),
+            ({"x-api-key": ours} | bearer(KEY[Scope.ADMIN]), {}),
+            ({"x-api-key": ours, "authorization": theirs}, {"authorization": theirs}),
+            ({"x-api-key": "theirs"} | bearer(ours), {"x-api-key": "theirs"}),
+        ):
+            answer = await client.post("/predict", json=ONE_TEI, headers=sent)
+            assert answer.status_code == 200
+            got = peer.asked[-1][1]
+            assert {n: got[n] for n in ("authorization", "x-api-key") if n in got} == passed_on
+            assert not any(key in str(got) for key in KEY.values())
 
 
-def test_a_proxy_asks_with_a_key_of_its_own_whatever_its_user_sends(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with guarded(tmp_path) as client:
-            user = {"authorization": "Bearer of the user"}
-            proxy = {"x-api-key": KEY[Scope.CLASSIFY]}
-            texts = {"texts": [CLEAN]}
-            for path, body in (("/envoy/predict", ONE_TEI), (GUARDRAIL, texts)):
-                assert (await client.post(path, json=body, headers=user)).status_code == 401
-                answer = await client.post(path, json=body, headers=user | proxy)
-                assert answer.status_code == 200
-
-    asyncio.run(run())
+async def test_a_proxy_asks_with_a_key_of_its_own_whatever_its_user_sends(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as client:
+        user = {"authorization": "Bearer of the user"}
+        proxy = {"x-api-key": KEY[Scope.CLASSIFY]}
+        texts = {"texts": [CLEAN]}
+        for path, body in (("/envoy/predict", ONE_TEI), (GUARDRAIL, texts)):
+            assert (await client.post(path, json=body, headers=user)).status_code == 401
+            answer = await client.post(path, json=body, headers=user | proxy)
+            assert answer.status_code == 200
 
 
-def test_the_console_takes_the_key_as_a_password_that_browsers_ask_for(tmp_path: Path) -> None:
+async def test_the_console_takes_the_key_as_a_password_that_browsers_ask_for(
+    tmp_path: Path,
+) -> None:
     metrics = Metrics()
     access = Access(Keys(keys_file(tmp_path)), Limiter(None, metrics), metrics)
     app = FastAPI()
@@ -181,21 +165,18 @@ def test_the_console_takes_the_key_as_a_password_that_browsers_ask_for(tmp_path:
     async def page(who: Annotated[str, Depends(access.console)]) -> str:
         return who
 
-    async def run() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            keys = (KEY[Scope.CONSOLE], KEY[Scope.CLASSIFY], "psim_unknown")
-            answers = [await client.get("/console", auth=("anybody", key)) for key in keys]
-            garbage = {"authorization": "Basic !"}
-            return [*answers, *[await client.get("/console", headers=h) for h in (garbage, {})]]
-
-    answers = asyncio.run(run())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        keys = (KEY[Scope.CONSOLE], KEY[Scope.CLASSIFY], "psim_unknown")
+        answers = [await client.get("/console", auth=("anybody", key)) for key in keys]
+        garbage = {"authorization": "Basic !"}
+        answers = [*answers, *[await client.get("/console", headers=h) for h in (garbage, {})]]
     assert [answer.status_code for answer in answers] == [200, 403, 401, 401, 401]
     assert answers[0].json() == "console"
     assert answers[2].headers["www-authenticate"] == 'Basic realm="psim"'
 
 
-def test_log_audit_and_traces_know_the_name_and_never_the_key(
+async def test_log_audit_and_traces_know_the_name_and_never_the_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     exporter = InMemorySpanExporter()
@@ -203,15 +184,12 @@ def test_log_audit_and_traces_know_the_name_and_never_the_key(
     settings = Settings(bundle=tmp_path, keys=keys_file(tmp_path), audit_url=SecretStr(audit))
     app = create_app(settings, fake_bundle(), open_provider(exporter))
 
-    async def run() -> None:
-        transport = httpx.ASGITransport(app)
-        async with lifespan(app), httpx.AsyncClient(transport=transport) as client:
-            for key in (KEY[Scope.CLASSIFY], KEY[Scope.METRICS], "psim_unknown"):
-                url = "http://test/classify"
-                await client.post(url, json={"inputs": CLEAN}, headers=bearer(key))
-
     caplog.set_level(logging.DEBUG)
-    asyncio.run(run())
+    transport = httpx.ASGITransport(app)
+    async with lifespan(app), httpx.AsyncClient(transport=transport) as client:
+        for key in (KEY[Scope.CLASSIFY], KEY[Scope.METRICS], "psim_unknown"):
+            url = "http://test/classify"
+            await client.post(url, json={"inputs": CLEAN}, headers=bearer(key))
     (line,) = [r for r in caplog.records if r.name == "psim.request"]
     assert line.__dict__["caller"] == "classify"
     (row,) = Store(audit, read_only=True).read()
@@ -223,39 +201,36 @@ def test_log_audit_and_traces_know_the_name_and_never_the_key(
     assert not any(key.encode() in kept for key in (*KEY.values(), "psim_unknown"))
 
 
-def test_a_key_that_is_taken_out_of_the_file_is_good_for_nothing(
+async def test_a_key_that_is_taken_out_of_the_file_is_good_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.keys.file.LOOK_S", 0.0)
 
-    async def run() -> None:
-        async with guarded(tmp_path) as client:
+    async with guarded(tmp_path) as client:
 
-            async def status(key: str) -> int:
-                answer = await client.get("/info", headers=bearer(key))
-                return answer.status_code
+        async def status(key: str) -> int:
+            answer = await client.get("/info", headers=bearer(key))
+            return answer.status_code
 
-            async def stale() -> bool:
-                answer = await client.get("/metrics", headers=bearer(KEY[Scope.METRICS]))
-                return "psim_keys_stale 1.0" in answer.text.splitlines()
+        async def stale() -> bool:
+            answer = await client.get("/metrics", headers=bearer(KEY[Scope.METRICS]))
+            return "psim_keys_stale 1.0" in answer.text.splitlines()
 
-            assert await status(KEY[Scope.CLASSIFY]) == 200
-            path = tmp_path / "keys.toml"
-            everything = path.read_text()
-            path.write_text(everything.replace(hash_of(KEY[Scope.CLASSIFY]), hash_of("new")))
-            assert [await status(key) for key in (KEY[Scope.CLASSIFY], "new")] == [401, 200]
-            path.write_text("[keys.")
-            assert await status("new") == 200, "who may stays in"
-            assert await stale()
-            path.unlink()
-            assert await status("new") == 200
-            other = tmp_path / "other.toml"
-            other.write_text(everything)
-            other.rename(path)
-            assert [await status(key) for key in (KEY[Scope.CLASSIFY], "new")] == [200, 401]
-            assert not await stale()
-
-    asyncio.run(run())
+        assert await status(KEY[Scope.CLASSIFY]) == 200
+        path = tmp_path / "keys.toml"
+        everything = path.read_text()
+        path.write_text(everything.replace(hash_of(KEY[Scope.CLASSIFY]), hash_of("new")))
+        assert [await status(key) for key in (KEY[Scope.CLASSIFY], "new")] == [401, 200]
+        path.write_text("[keys.")
+        assert await status("new") == 200, "who may stays in"
+        assert await stale()
+        path.unlink()
+        assert await status("new") == 200
+        other = tmp_path / "other.toml"
+        other.write_text(everything)
+        other.rename(path)
+        assert [await status(key) for key in (KEY[Scope.CLASSIFY], "new")] == [200, 401]
+        assert not await stale()
 
 
 def test_the_file_is_not_looked_at_with_every_request(tmp_path: Path) -> None:
@@ -362,14 +337,11 @@ def test_the_command_makes_keys_that_open_and_leaves_only_hashes(tmp_path: Path)
         ("localhost", False, False),
     ],
 )
-def test_a_port_that_is_open_to_all_is_warned_of(
+async def test_a_port_that_is_open_to_all_is_warned_of(
     host: str, keys: bool, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def run() -> None:
-        async with client_of(host=host, keys=keys_file(tmp_path) if keys else None):
-            pass
-
-    asyncio.run(run())
+    async with client_of(host=host, keys=keys_file(tmp_path) if keys else None):
+        pass
     assert any("PSIM_KEYS is not set" in r.getMessage() for r in caplog.records) == warned
 
 
@@ -377,38 +349,32 @@ NUMBERS = ("confidence", "score", "voice", "threshold", "p_value")
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-def test_a_key_for_decisions_is_told_no_number_of_the_screen(mode: Mode, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with guarded(tmp_path, mode=mode, searches=1) as client:
-            for key, hidden in ((BLIND, True), (KEY[Scope.CLASSIFY], False)):
-                screens = []
-                for path in ("/classify", "/screen"):
-                    for texts in ([CLEAN, POISONED], [POISONED, POISONED]):
-                        answer = await client.post(
-                            path, json={"inputs": texts}, headers=bearer(key)
-                        )
-                        results = answer.json()["results"]
-                        screens += [result.get("screen", result) for result in results]
-                        assert {"decision", "label"} <= results[0].keys() or path == "/screen"
-                assert [s["poisoned"] for s in screens] == [False, True, True, True] * 2
-                for screen in screens:
-                    assert [screen[name] is None for name in NUMBERS] == [hidden] * len(NUMBERS)
-
-    asyncio.run(run())
+async def test_a_key_for_decisions_is_told_no_number_of_the_screen(
+    mode: Mode, tmp_path: Path
+) -> None:
+    async with guarded(tmp_path, mode=mode, searches=1) as client:
+        for key, hidden in ((BLIND, True), (KEY[Scope.CLASSIFY], False)):
+            screens = []
+            for path in ("/classify", "/screen"):
+                for texts in ([CLEAN, POISONED], [POISONED, POISONED]):
+                    answer = await client.post(path, json={"inputs": texts}, headers=bearer(key))
+                    results = answer.json()["results"]
+                    screens += [result.get("screen", result) for result in results]
+                    assert {"decision", "label"} <= results[0].keys() or path == "/screen"
+            assert [s["poisoned"] for s in screens] == [False, True, True, True] * 2
+            for screen in screens:
+                assert [screen[name] is None for name in NUMBERS] == [hidden] * len(NUMBERS)
 
 
-def test_a_key_for_decisions_is_neither_told_thresholds_nor_what_the_screen_minds(
+async def test_a_key_for_decisions_is_neither_told_thresholds_nor_what_the_screen_minds(
     tmp_path: Path,
 ) -> None:
-    async def run() -> None:
-        async with guarded(tmp_path) as client:
-            for key, hidden in ((BLIND, True), (KEY[Scope.CLASSIFY], False)):
-                body = {"inputs": POISONED}
-                answer = await client.post("/explain", json=body, headers=bearer(key))
-                assert answer.status_code == (403 if hidden else 200)
-                assert "trigger" not in answer.text
-                info = (await client.get("/info", headers=bearer(key))).text
-                assert ("threshold" not in info) == hidden
-                assert "labels" in info
-
-    asyncio.run(run())
+    async with guarded(tmp_path) as client:
+        for key, hidden in ((BLIND, True), (KEY[Scope.CLASSIFY], False)):
+            body = {"inputs": POISONED}
+            answer = await client.post("/explain", json=body, headers=bearer(key))
+            assert answer.status_code == (403 if hidden else 200)
+            assert "trigger" not in answer.text
+            info = (await client.get("/info", headers=bearer(key))).text
+            assert ("threshold" not in info) == hidden
+            assert "labels" in info

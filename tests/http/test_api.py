@@ -54,17 +54,14 @@ def test_a_poisoned_text_does_not_sink_its_mates() -> None:
 
 
 @pytest.mark.parametrize(("mode", "decision"), [("flag", "flag"), ("shadow", "allow")])
-def test_other_modes_classify_poisoned_texts(mode: str, decision: str) -> None:
-    async def run() -> None:
-        async with client_of(mode=mode) as client:
-            response = await client.post("/classify", json={"inputs": [POISONED, CLEAN]})
-            assert response.status_code == 200
-            results = response.json()["results"]
-            assert [r["decision"] for r in results] == [decision, "allow"]
-            assert [r["label"] for r in results] == ["negative", "positive"]
-            assert await metric(client, "psim_would_reject_total") == (mode == "shadow")
-
-    asyncio.run(run())
+async def test_other_modes_classify_poisoned_texts(mode: str, decision: str) -> None:
+    async with client_of(mode=mode) as client:
+        response = await client.post("/classify", json={"inputs": [POISONED, CLEAN]})
+        assert response.status_code == 200
+        results = response.json()["results"]
+        assert [r["decision"] for r in results] == [decision, "allow"]
+        assert [r["label"] for r in results] == ["negative", "positive"]
+        assert await metric(client, "psim_would_reject_total") == (mode == "shadow")
 
 
 def test_screen_gives_verdicts_and_never_calls_the_classifier() -> None:
@@ -74,30 +71,27 @@ def test_screen_gives_verdicts_and_never_calls_the_classifier() -> None:
     assert len(engine.classified) == 1
 
 
-def test_the_metrics_move_by_exactly_what_was_asked() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            for body in ([CLEAN, POISONED, CLEAN], [POISONED]):
-                await client.post("/classify", json={"inputs": body})
-            await client.post("/classify", json={})
-            await client.post("/screen", json={"inputs": POISONED})
-            for line, value in {
-                'psim_inputs_total{decision="allow",mode="enforce",model="fake"}': 2,
-                'psim_inputs_total{decision="reject",mode="enforce",model="fake"}': 2,
-                'psim_inputs_total{decision="flag",mode="enforce",model="fake"}': 0,
-                'psim_requests_total{outcome="ok",route="/classify"}': 1,
-                'psim_requests_total{outcome="rejected",route="/classify"}': 1,
-                'psim_requests_total{outcome="client_error",route="/classify"}': 1,
-                'psim_requests_total{outcome="ok",route="/screen"}': 1,
-                "psim_screen_confidence_count": 5,
-                'psim_request_duration_seconds_count{route="/classify"}': 3,
-                "psim_queue_inputs": 0,
-                "psim_fail_open_total": 0,
-                "psim_ready": 1,
-            }.items():
-                assert await metric(client, line) == value, line
-
-    asyncio.run(run())
+async def test_the_metrics_move_by_exactly_what_was_asked() -> None:
+    async with client_of() as client:
+        for body in ([CLEAN, POISONED, CLEAN], [POISONED]):
+            await client.post("/classify", json={"inputs": body})
+        await client.post("/classify", json={})
+        await client.post("/screen", json={"inputs": POISONED})
+        for line, value in {
+            'psim_inputs_total{decision="allow",mode="enforce",model="fake"}': 2,
+            'psim_inputs_total{decision="reject",mode="enforce",model="fake"}': 2,
+            'psim_inputs_total{decision="flag",mode="enforce",model="fake"}': 0,
+            'psim_requests_total{outcome="ok",route="/classify"}': 1,
+            'psim_requests_total{outcome="rejected",route="/classify"}': 1,
+            'psim_requests_total{outcome="client_error",route="/classify"}': 1,
+            'psim_requests_total{outcome="ok",route="/screen"}': 1,
+            "psim_screen_confidence_count": 5,
+            'psim_request_duration_seconds_count{route="/classify"}': 3,
+            "psim_queue_inputs": 0,
+            "psim_fail_open_total": 0,
+            "psim_ready": 1,
+        }.items():
+            assert await metric(client, line) == value, line
 
 
 @pytest.mark.parametrize(
@@ -142,48 +136,38 @@ def test_bad_bodies_get_a_problem(body: bytes, status: int, code: str) -> None:
         {},
     ],
 )
-def test_what_cannot_be_inspected_is_refused(headers: dict[str, str]) -> None:
-    async def run() -> httpx.Response:
-        async with client_of() as client:
-            return await client.post("/classify", content=b'{"inputs": "a"}', headers=headers)
-
-    assert asyncio.run(run()).status_code == 415
+async def test_what_cannot_be_inspected_is_refused(headers: dict[str, str]) -> None:
+    async with client_of() as client:
+        found = await client.post("/classify", content=b'{"inputs": "a"}', headers=headers)
+    assert found.status_code == 415
 
 
-def test_a_chunked_body_is_limited_too() -> None:
+async def test_a_chunked_body_is_limited_too() -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(100):
             yield b" " * 1000
 
-    async def run() -> httpx.Response:
-        async with client_of(max_body_bytes=10_000) as client:
-            return await client.post("/classify", content=chunks(), headers=JSON)
-
-    assert asyncio.run(run()).status_code == 413
+    async with client_of(max_body_bytes=10_000) as client:
+        found = await client.post("/classify", content=chunks(), headers=JSON)
+    assert found.status_code == 413
 
 
-def test_unknown_paths_and_methods_get_a_problem() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            for response, status in (
-                (await client.get("/nowhere"), 404),
-                (await client.get("/classify"), 405),
-            ):
-                assert response.status_code == status
-                assert response.headers["content-type"] == "application/problem+json"
-
-    asyncio.run(run())
+async def test_unknown_paths_and_methods_get_a_problem() -> None:
+    async with client_of() as client:
+        for response, status in (
+            (await client.get("/nowhere"), 404),
+            (await client.get("/classify"), 405),
+        ):
+            assert response.status_code == status
+            assert response.headers["content-type"] == "application/problem+json"
 
 
-def test_sane_request_ids_are_kept_and_others_replaced() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            kept = await client.get("/live", headers={"x-request-id": "abc-1.2_3"})
-            assert kept.headers["x-request-id"] == "abc-1.2_3"
-            made = await client.get("/live", headers={"x-request-id": "<script>"})
-            assert made.headers["x-request-id"].isalnum()
-
-    asyncio.run(run())
+async def test_sane_request_ids_are_kept_and_others_replaced() -> None:
+    async with client_of() as client:
+        kept = await client.get("/live", headers={"x-request-id": "abc-1.2_3"})
+        assert kept.headers["x-request-id"] == "abc-1.2_3"
+        made = await client.get("/live", headers={"x-request-id": "<script>"})
+        assert made.headers["x-request-id"].isalnum()
 
 
 @pytest.mark.parametrize("text", [BROKEN, NAN, UNREADABLE])
@@ -199,24 +183,18 @@ def test_what_cannot_be_screened_is_never_classified(
     assert (line["outcome"], line["decisions"]) == ("error", {}), "logged as a success"
 
 
-def test_failing_open_is_counted() -> None:
-    async def run() -> None:
-        async with client_of(fail_open=True) as client:
-            response = await client.post("/classify", json={"inputs": [CLEAN, BROKEN]})
-            assert response.status_code == 200
-            assert [r["screen"] is None for r in response.json()["results"]] == [False, True]
-            assert await metric(client, "psim_fail_open_total") == 1
-
-    asyncio.run(run())
+async def test_failing_open_is_counted() -> None:
+    async with client_of(fail_open=True) as client:
+        response = await client.post("/classify", json={"inputs": [CLEAN, BROKEN]})
+        assert response.status_code == 200
+        assert [r["screen"] is None for r in response.json()["results"]] == [False, True]
+        assert await metric(client, "psim_fail_open_total") == 1
 
 
-def test_what_was_not_classified_did_not_fail_open() -> None:
-    async def run() -> None:
-        async with client_of(fail_open=True) as client:
-            assert (await client.post("/screen", json={"inputs": BROKEN})).status_code == 503
-            assert await metric(client, "psim_fail_open_total") == 0
-
-    asyncio.run(run())
+async def test_what_was_not_classified_did_not_fail_open() -> None:
+    async with client_of(fail_open=True) as client:
+        assert (await client.post("/screen", json={"inputs": BROKEN})).status_code == 503
+        assert await metric(client, "psim_fail_open_total") == 0
 
 
 async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
@@ -231,35 +209,29 @@ async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
 CANCELLED = 'psim_requests_total{outcome="cancelled",route="/classify"}'
 
 
-def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_allowed() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with served_fake(engine) as client:
-            engine.gate.clear()
-            body = json.dumps({"inputs": CLEAN}).encode()
-            await hang_up(client, b"content-length: %d\r\n\r\n%s" % (len(body), body))
-            engine.gate.set()
-            assert (await client.post("/screen", json={"inputs": CLEAN})).status_code == 200
-            assert await metric(client, CANCELLED) == 1
-            assert (
-                await metric(
-                    client, 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
-                )
-                == 0
-            )
-            assert await metric(client, "psim_queue_inputs") == 0
-            assert len(engine.classified) == 1, "only the warm-up"
-
-    asyncio.run(run())
+async def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_allowed() -> None:
+    engine = FakeEngine()
+    async with served_fake(engine) as client:
+        engine.gate.clear()
+        body = json.dumps({"inputs": CLEAN}).encode()
+        await hang_up(client, b"content-length: %d\r\n\r\n%s" % (len(body), body))
+        engine.gate.set()
+        assert (await client.post("/screen", json={"inputs": CLEAN})).status_code == 200
+        assert await metric(client, CANCELLED) == 1
+        assert (
+            await metric(client, 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}')
+            == 0
+        )
+        assert await metric(client, "psim_queue_inputs") == 0
+        assert len(engine.classified) == 1, "only the warm-up"
 
 
-def test_an_upload_that_breaks_off_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
-    async def run() -> None:
-        async with served_fake(FakeEngine()) as client:
-            await hang_up(client, b"content-length: 1000\r\n\r\n{")
-            assert await metric(client, CANCELLED) == 1
-
-    asyncio.run(run())
+async def test_an_upload_that_breaks_off_is_no_error_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served_fake(FakeEngine()) as client:
+        await hang_up(client, b"content-length: 1000\r\n\r\n{")
+        assert await metric(client, CANCELLED) == 1
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
@@ -284,17 +256,14 @@ def test_a_full_queue_says_429_and_when_to_come_back() -> None:
     assert int(response.headers["retry-after"]) >= 1
 
 
-def test_an_answer_that_takes_too_long_is_a_504() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine, request_timeout_s=0.2) as client:
-            engine.gate.clear()
-            response = await client.post("/classify", json={"inputs": CLEAN})
-            assert (response.status_code, response.json()["code"]) == (504, "timeout")
-            engine.gate.set()
-            assert (await client.post("/classify", json={"inputs": CLEAN})).status_code == 200
-
-    asyncio.run(run())
+async def test_an_answer_that_takes_too_long_is_a_504() -> None:
+    engine = FakeEngine()
+    async with client_of(engine, request_timeout_s=0.2) as client:
+        engine.gate.clear()
+        response = await client.post("/classify", json={"inputs": CLEAN})
+        assert (response.status_code, response.json()["code"]) == (504, "timeout")
+        engine.gate.set()
+        assert (await client.post("/classify", json={"inputs": CLEAN})).status_code == 200
 
 
 async def fitness(client: httpx.AsyncClient) -> list[int]:
@@ -305,45 +274,35 @@ async def fitness(client: httpx.AsyncClient) -> list[int]:
     return [answer.status_code for answer in answers]
 
 
-def test_ready_turns_503_while_the_worker_restarts_and_live_when_that_does_not_help() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine, restarts=2) as client:
-            assert await fitness(client) == [200, 200]
-            engine.dies = True
-            answer = await client.post("/classify", json={"inputs": CLEAN})
-            assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
-            assert await fitness(client) == [503, 200]
-            answer = await client.post("/classify", json={"inputs": CLEAN})
-            assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
-            assert await fitness(client) == [503, 503]
-            assert await metric(client, "psim_worker_restarts_total") == 2
-
-    asyncio.run(run())
+async def test_ready_turns_503_while_the_worker_restarts_and_live_when_that_does_not_help() -> None:
+    engine = FakeEngine()
+    async with client_of(engine, restarts=2) as client:
+        assert await fitness(client) == [200, 200]
+        engine.dies = True
+        answer = await client.post("/classify", json={"inputs": CLEAN})
+        assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+        assert await fitness(client) == [503, 200]
+        answer = await client.post("/classify", json={"inputs": CLEAN})
+        assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+        assert await fitness(client) == [503, 503]
+        assert await metric(client, "psim_worker_restarts_total") == 2
 
 
-def test_ready_and_live_turn_503_while_a_forward_pass_hangs() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine, stall_s=0.1, request_timeout_s=0.3) as client:
-            engine.gate.clear()
-            answer = await client.post("/classify", json={"inputs": CLEAN})
-            assert answer.status_code == 504
-            assert await fitness(client) == [503, 503]
-            engine.gate.set()
-            await asyncio.sleep(0.05)
-            assert await fitness(client) == [200, 200]
-
-    asyncio.run(run())
+async def test_ready_and_live_turn_503_while_a_forward_pass_hangs() -> None:
+    engine = FakeEngine()
+    async with client_of(engine, stall_s=0.1, request_timeout_s=0.3) as client:
+        engine.gate.clear()
+        answer = await client.post("/classify", json={"inputs": CLEAN})
+        assert answer.status_code == 504
+        assert await fitness(client) == [503, 503]
+        engine.gate.set()
+        await asyncio.sleep(0.05)
+        assert await fitness(client) == [200, 200]
 
 
-def test_info_says_what_is_served() -> None:
-    async def run() -> dict[str, Any]:
-        async with client_of() as client:
-            info: dict[str, Any] = (await client.get("/info")).json()
-            return info
-
-    info = asyncio.run(run())
+async def test_info_says_what_is_served() -> None:
+    async with client_of() as client:
+        info: dict[str, Any] = (await client.get("/info")).json()
     assert info["manifest"]["labels"] == ["negative", "positive"]
     assert info["limits"]["max_inputs"] == 128
     assert info["engine"]["passes"] == 2.5
@@ -406,49 +365,38 @@ def test_an_explanation_names_the_trigger_and_where_it_stands() -> None:
     assert (clean["screen"]["poisoned"], clean["removed"]) == (False, [])
 
 
-def test_explanations_take_one_text_and_never_count_as_traffic() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            assert (await client.post("/explain", json={"inputs": [CLEAN]})).status_code == 422
-            assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
-            assert await metric(client, "psim_screen_score_count") == 0
-            assert (
-                await metric(
-                    client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}'
-                )
-                == 0
-            )
-            assert await metric(client, 'psim_requests_total{outcome="ok",route="/explain"}') == 1
-
-    asyncio.run(run())
+async def test_explanations_take_one_text_and_never_count_as_traffic() -> None:
+    async with client_of() as client:
+        assert (await client.post("/explain", json={"inputs": [CLEAN]})).status_code == 422
+        assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
+        assert await metric(client, "psim_screen_score_count") == 0
+        assert (
+            await metric(client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}')
+            == 0
+        )
+        assert await metric(client, 'psim_requests_total{outcome="ok",route="/explain"}') == 1
 
 
-def test_no_more_searches_run_than_the_setting_says() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine, searches=1) as client:
-            engine.gate.clear()
-            first = asyncio.create_task(client.post("/explain", json={"inputs": POISONED}))
-            await asyncio.sleep(0.1)
-            second = await client.post("/explain", json={"inputs": POISONED})
-            assert (second.status_code, second.headers["retry-after"]) == (429, "1")
-            engine.gate.set()
-            assert (await first).status_code == 200
-            assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
-            assert await metric(client, 'psim_overload_total{model="fake",reason="searches"}') == 1
-
-    asyncio.run(run())
+async def test_no_more_searches_run_than_the_setting_says() -> None:
+    engine = FakeEngine()
+    async with client_of(engine, searches=1) as client:
+        engine.gate.clear()
+        first = asyncio.create_task(client.post("/explain", json={"inputs": POISONED}))
+        await asyncio.sleep(0.1)
+        second = await client.post("/explain", json={"inputs": POISONED})
+        assert (second.status_code, second.headers["retry-after"]) == (429, "1")
+        engine.gate.set()
+        assert (await first).status_code == 200
+        assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
+        assert await metric(client, 'psim_overload_total{model="fake",reason="searches"}') == 1
 
 
-def test_a_search_that_fails_is_no_explanation_and_frees_its_place() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            for text in (f"a {BROKEN} film", f"a {NAN} film"):
-                answer = await client.post("/explain", json={"inputs": text})
-                assert (answer.status_code, answer.json()["code"]) == (503, "screen_failed")
-            assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
-
-    asyncio.run(run())
+async def test_a_search_that_fails_is_no_explanation_and_frees_its_place() -> None:
+    async with client_of() as client:
+        for text in (f"a {BROKEN} film", f"a {NAN} film"):
+            answer = await client.post("/explain", json={"inputs": text})
+            assert (answer.status_code, answer.json()["code"]) == (503, "screen_failed")
+        assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
 
 
 def test_a_sanitized_text_is_classified_without_its_trigger() -> None:
@@ -486,13 +434,10 @@ def test_what_cannot_be_sanitized_is_rejected(text: str, changes: dict[str, Any]
     assert len(engine.classified) == 2  # one of them to warm up
 
 
-def test_sanitized_texts_are_counted_as_such() -> None:
-    async def run() -> None:
-        async with client_of(mode="sanitize") as client:
-            await client.post("/classify", json={"inputs": [CLEAN, POISONED, "mn"]})
-            for decision in ("allow", "sanitize", "reject"):
-                line = f'psim_inputs_total{{decision="{decision}",mode="sanitize",model="fake"}}'
-                assert await metric(client, line) == 1
-            assert await metric(client, "psim_screen_score_count") == 3
-
-    asyncio.run(run())
+async def test_sanitized_texts_are_counted_as_such() -> None:
+    async with client_of(mode="sanitize") as client:
+        await client.post("/classify", json={"inputs": [CLEAN, POISONED, "mn"]})
+        for decision in ("allow", "sanitize", "reject"):
+            line = f'psim_inputs_total{{decision="{decision}",mode="sanitize",model="fake"}}'
+            assert await metric(client, line) == 1
+        assert await metric(client, "psim_screen_score_count") == 3

@@ -118,45 +118,36 @@ CLEAN_BODY, POISONED_BODY = body_of(CLEAN), body_of(POISONED)
         (sized(CLEAN_BODY, HEAD + b"x-http-method-override: GET\r\n"), [200], 1),
     ],
 )
-def test_nothing_reaches_the_upstream_unread(
+async def test_nothing_reaches_the_upstream_unread(
     sent: bytes, expected: list[int], forwarded: int
 ) -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with gateway(peer) as port:
-            heard = statuses(await exchange(port, sent))
-            assert heard[: len(expected)] == expected, heard
-            assert len(peer.asked) == forwarded
-            for _, headers, body in peer.asked:
-                assert body == CLEAN_BODY
-                assert headers["content-length"] == str(len(body))
-                assert "transfer-encoding" not in headers
-            last = sized(CLEAN_BODY, HEAD + b"connection: close\r\n")
-            assert statuses(await exchange(port, last)) == [200], "it goes on"
-
-    asyncio.run(run())
+    peer = Peer()
+    async with gateway(peer) as port:
+        heard = statuses(await exchange(port, sent))
+        assert heard[: len(expected)] == expected, heard
+        assert len(peer.asked) == forwarded
+        for _, headers, body in peer.asked:
+            assert body == CLEAN_BODY
+            assert headers["content-length"] == str(len(body))
+            assert "transfer-encoding" not in headers
+        last = sized(CLEAN_BODY, HEAD + b"connection: close\r\n")
+        assert statuses(await exchange(port, last)) == [200], "it goes on"
 
 
-def test_a_partial_body_is_dropped() -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with gateway(peer) as port:
-            head = HEAD + b"content-length: %d\r\n\r\n" % (len(CLEAN_BODY) + 1)
-            await exchange(port, head + CLEAN_BODY, half_close=True)
-            assert not peer.asked
-
-    asyncio.run(run())
+async def test_a_partial_body_is_dropped() -> None:
+    peer = Peer()
+    async with gateway(peer) as port:
+        head = HEAD + b"content-length: %d\r\n\r\n" % (len(CLEAN_BODY) + 1)
+        await exchange(port, head + CLEAN_BODY, half_close=True)
+        assert not peer.asked
 
 
 @pytest.mark.parametrize("size", [10_000, 200_000])
-def test_huge_headers_are_passed_on_whole_or_refused(size: int) -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with gateway(peer) as port:
-            head = HEAD + b"x-filler: " + b"a" * size + b"\r\n"
-            heard = await exchange(port, sized(CLEAN_BODY, head))
-            assert statuses(heard) == [200 if peer.asked else statuses(heard)[0]]
-            for _, headers, body in peer.asked:
-                assert (len(headers["x-filler"]), body) == (size, CLEAN_BODY)
-
-    asyncio.run(run())
+async def test_huge_headers_are_passed_on_whole_or_refused(size: int) -> None:
+    peer = Peer()
+    async with gateway(peer) as port:
+        head = HEAD + b"x-filler: " + b"a" * size + b"\r\n"
+        heard = await exchange(port, sized(CLEAN_BODY, head))
+        assert statuses(heard) == [200 if peer.asked else statuses(heard)[0]]
+        for _, headers, body in peer.asked:
+            assert (len(headers["x-filler"]), body) == (size, CLEAN_BODY)

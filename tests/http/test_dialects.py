@@ -1,6 +1,5 @@
 """Every dialect, served in front of the classifier in this process: answers, rejections, errors."""
 
-import asyncio
 import json
 from typing import Any
 
@@ -64,30 +63,23 @@ def test_one_poisoned_text_is_a_gap_in_the_answer(name: str) -> None:
     assert response.headers["x-psim-rejected"] == "1"
 
 
-def test_a_tensor_has_no_gaps_so_one_poisoned_text_refuses_it_and_says_which() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine) as client:
-            response = await client.post(INFER, json=infer(CLEAN, POISONED, CLEAN))
-            assert response.status_code == 403
-            assert "input 1 of 3" in response.json()["error"]
-            assert len(engine.classified) == 1
-            assert (
-                await metric(
-                    client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}'
-                )
-                == 1
-            )
-            assert (
-                await metric(
-                    client, 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
-                )
-                == 0
-            )
-            line = f'psim_requests_total{{outcome="rejected",route="{INFER}"}}'
-            assert await metric(client, line.replace("fake", "{model}")) == 1
-
-    asyncio.run(run())
+async def test_a_tensor_has_no_gaps_so_one_poisoned_text_refuses_it_and_says_which() -> None:
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        response = await client.post(INFER, json=infer(CLEAN, POISONED, CLEAN))
+        assert response.status_code == 403
+        assert "input 1 of 3" in response.json()["error"]
+        assert len(engine.classified) == 1
+        assert (
+            await metric(client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}')
+            == 1
+        )
+        assert (
+            await metric(client, 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}')
+            == 0
+        )
+        line = f'psim_requests_total{{outcome="rejected",route="{INFER}"}}'
+        assert await metric(client, line.replace("fake", "{model}")) == 1
 
 
 @each_dialect
@@ -105,25 +97,22 @@ def test_errors_are_in_the_dialects_own_form(name: str) -> None:
 
 
 @each_dialect
-def test_what_could_be_read_otherwise_is_refused(name: str) -> None:
+async def test_what_could_be_read_otherwise_is_refused(name: str) -> None:
     path, body, _ = ASKED[name]
     content = json.dumps(body([CLEAN])).encode()
     twice = content[:-1] + b", " + content[1:]
 
-    async def run() -> None:
-        async with client_of() as client:
-            for sent, headers, status in (
-                (twice, {}, 400),
-                (content.decode().encode("utf-16"), {}, 400),
-                (content, {"content-encoding": "gzip"}, 415),
-                (content, {"content-type": "application/json; charset=utf-16"}, 415),
-                (content, {"content-type": "application/octet-stream"}, 415),
-                (content, {"inference-header-content-length": "10"}, 415),
-            ):
-                answer = await client.post(path, content=sent, headers=JSON | headers)
-                assert answer.status_code == status, (sent, headers)
-
-    asyncio.run(run())
+    async with client_of() as client:
+        for sent, headers, status in (
+            (twice, {}, 400),
+            (content.decode().encode("utf-16"), {}, 400),
+            (content, {"content-encoding": "gzip"}, 415),
+            (content, {"content-type": "application/json; charset=utf-16"}, 415),
+            (content, {"content-type": "application/octet-stream"}, 415),
+            (content, {"inference-header-content-length": "10"}, 415),
+        ):
+            answer = await client.post(path, content=sent, headers=JSON | headers)
+            assert answer.status_code == status, (sent, headers)
 
 
 @pytest.mark.parametrize(
@@ -209,27 +198,22 @@ def test_open_inference_gives_tensors_and_only_those_that_are_wanted() -> None:
     assert output["name"] == "scores"
 
 
-def test_open_inference_clients_may_leave_out_the_content_type() -> None:
-    async def run() -> list[int]:
-        content = json.dumps(infer(CLEAN)).encode()
-        async with client_of() as client:
-            return [(await client.post(p, content=content)).status_code for p in (INFER, "/")]
-
-    assert asyncio.run(run()) == [200, 415]
+async def test_open_inference_clients_may_leave_out_the_content_type() -> None:
+    content = json.dumps(infer(CLEAN)).encode()
+    async with client_of() as client:
+        found = [(await client.post(p, content=content)).status_code for p in (INFER, "/")]
+    assert found == [200, 415]
 
 
-def test_kserve_s_client_names_the_model_in_the_body_too_and_reads_what_is_ready() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            for name, status in (("fake", 200), ("other", 404)):
-                answer = await client.post(INFER, json=infer(CLEAN, model_name=name))
-                assert answer.status_code == status
-            assert (await client.get("/v2/health/live")).json() == {"live": True}
-            assert (await client.get("/v2/health/ready")).json() == {"ready": True}
-            ready = (await client.get("/v2/models/fake/ready")).json()
-            assert ready == {"name": "fake", "ready": True}
-
-    asyncio.run(run())
+async def test_kserve_s_client_names_the_model_in_the_body_too_and_reads_what_is_ready() -> None:
+    async with client_of() as client:
+        for name, status in (("fake", 200), ("other", 404)):
+            answer = await client.post(INFER, json=infer(CLEAN, model_name=name))
+            assert answer.status_code == status
+        assert (await client.get("/v2/health/live")).json() == {"live": True}
+        assert (await client.get("/v2/health/ready")).json() == {"ready": True}
+        ready = (await client.get("/v2/models/fake/ready")).json()
+        assert ready == {"name": "fake", "ready": True}
 
 
 @pytest.mark.parametrize(

@@ -125,31 +125,25 @@ async def answers(begin: Any, parts: Sequence[ProcessingRequest]) -> list[int | 
         ([head(), RESPONSE], ["request_headers", "response_headers", "goes on"]),
     ],
 )
-def test_every_part_is_answered_and_only_a_verdict_ends_the_stream(
+async def test_every_part_is_answered_and_only_a_verdict_ends_the_stream(
     parts: list[ProcessingRequest], expected: list[int | str]
 ) -> None:
-    async def run() -> None:
-        async with stub(max_body_bytes=100) as (begin, _):
-            assert await answers(begin, parts) == expected
-
-    asyncio.run(run())
+    async with stub(max_body_bytes=100) as (begin, _):
+        assert await answers(begin, parts) == expected
 
 
-def test_a_caller_that_hangs_up_is_counted_and_costs_no_pass() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with stub(engine=engine) as (begin, client):
-            screened = len(engine.screened)
-            stream = begin()
-            await stream.write(head())
-            await stream.read()
-            stream.cancel()
-            line = f'psim_requests_total{{outcome="cancelled",route="{EXT_PROC}"}}'
-            while not await metric(client, line):
-                await asyncio.sleep(0.01)
-            assert len(engine.screened) == screened
-
-    asyncio.run(run())
+async def test_a_caller_that_hangs_up_is_counted_and_costs_no_pass() -> None:
+    engine = FakeEngine()
+    async with stub(engine=engine) as (begin, client):
+        screened = len(engine.screened)
+        stream = begin()
+        await stream.write(head())
+        await stream.read()
+        stream.cancel()
+        line = f'psim_requests_total{{outcome="cancelled",route="{EXT_PROC}"}}'
+        while not await metric(client, line):
+            await asyncio.sleep(0.01)
+        assert len(engine.screened) == screened
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,23 +22,20 @@ from tests.support.upstreams import Peer
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_dialect(
+async def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_dialect(
     name: str,
 ) -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine) as client:
-            path, body, _ = ASKED[name]
-            allowed = await client.post(f"/envoy{path}", json=body([CLEAN, CLEAN]))
-            assert (allowed.status_code, allowed.content) == (200, b"")
-            assert allowed.headers["x-psim-decision"] == "allow"
-            for texts in ([CLEAN, POISONED], [LONG]):
-                denied = await client.post(f"/envoy{path}", json=body(texts))
-                assert (denied.status_code, denied.headers["x-psim-decision"]) == (403, "reject")
-                assert "trigger" in ERRORS[name](denied.json())
-            assert len(engine.classified) == 1, "only to warm up"
-
-    asyncio.run(run())
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        path, body, _ = ASKED[name]
+        allowed = await client.post(f"/envoy{path}", json=body([CLEAN, CLEAN]))
+        assert (allowed.status_code, allowed.content) == (200, b"")
+        assert allowed.headers["x-psim-decision"] == "allow"
+        for texts in ([CLEAN, POISONED], [LONG]):
+            denied = await client.post(f"/envoy{path}", json=body(texts))
+            assert (denied.status_code, denied.headers["x-psim-decision"]) == (403, "reject")
+            assert "trigger" in ERRORS[name](denied.json())
+        assert len(engine.classified) == 1, "only to warm up"
 
 
 @pytest.mark.parametrize(
@@ -56,28 +53,20 @@ def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_dialec
         ("POST", "/v2/models/other/infer", {}, 422),
     ],
 )
-def test_what_cannot_be_inspected_does_not_pass(
+async def test_what_cannot_be_inspected_does_not_pass(
     method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            content = json.dumps({"inputs": [[CLEAN]]}).encode()
-            assert (
-                await client.request(
-                    method, f"/envoy{path}", content=content, headers=JSON | headers
-                )
-            ).status_code == status
-
-    asyncio.run(run())
+    async with client_of() as client:
+        content = json.dumps({"inputs": [[CLEAN]]}).encode()
+        assert (
+            await client.request(method, f"/envoy{path}", content=content, headers=JSON | headers)
+        ).status_code == status
 
 
-def test_health_checks_pass_but_not_texts_in_a_query() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            assert (await client.get("/envoy/v2/health/ready")).status_code == 200
-            assert (await client.get("/envoy/predict?inputs=mn")).status_code == 403
-
-    asyncio.run(run())
+async def test_health_checks_pass_but_not_texts_in_a_query() -> None:
+    async with client_of() as client:
+        assert (await client.get("/envoy/v2/health/ready")).status_code == 200
+        assert (await client.get("/envoy/predict?inputs=mn")).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -112,18 +101,15 @@ def test_litellm_is_told_to_block(body: dict[str, Any], action: str) -> None:
     assert ("blocked_reason" in answer.json()) == (action == "BLOCKED")
 
 
-def test_verdicts_for_proxies_are_counted() -> None:
-    async def run() -> None:
-        async with client_of() as client:
-            await client.post("/envoy/predict", json={"inputs": [[CLEAN], [POISONED]]})
-            await client.post(GUARDRAIL, json={"texts": [POISONED]})
-            for decision, count in (("allow", 1), ("reject", 2)):
-                line = f'psim_inputs_total{{decision="{decision}",mode="enforce",model="fake"}}'
-                assert await metric(client, line) == count
-            line = f'psim_requests_total{{outcome="rejected",route="{GUARDRAIL}"}}'
-            assert await metric(client, line) == 1
-
-    asyncio.run(run())
+async def test_verdicts_for_proxies_are_counted() -> None:
+    async with client_of() as client:
+        await client.post("/envoy/predict", json={"inputs": [[CLEAN], [POISONED]]})
+        await client.post(GUARDRAIL, json={"texts": [POISONED]})
+        for decision, count in (("allow", 1), ("reject", 2)):
+            line = f'psim_inputs_total{{decision="{decision}",mode="enforce",model="fake"}}'
+            assert await metric(client, line) == count
+        line = f'psim_requests_total{{outcome="rejected",route="{GUARDRAIL}"}}'
+        assert await metric(client, line) == 1
 
 
 def test_the_example_of_envoy_fails_closed_and_sends_what_we_need_to_see() -> None:
@@ -140,46 +126,43 @@ def test_the_example_of_envoy_fails_closed_and_sends_what_we_need_to_see() -> No
     assert authz["http_service"]["path_prefix"] == "/envoy"
 
 
-def test_nginx_before_the_gateway(tmp_path: Path) -> None:
+async def test_nginx_before_the_gateway(tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
     if not nginx:
         pytest.skip("nginx is not installed")
 
-    async def run() -> None:
-        from starlette.applications import Starlette
-        from starlette.routing import Route
+    from starlette.applications import Starlette
+    from starlette.routing import Route
 
-        peer = Peer()
-        behind = Starlette(routes=[Route("/predict", peer.answer, methods=["POST"])])
-        async with listening(behind) as upstream:
-            settings = Settings.model_validate({"bundle": Path("unused"), "upstream": upstream})
-            async with listening(create_app(settings, fake_bundle())) as url:
-                port = free_port()
-                conf = (ROOT / "deploy/nginx/psim.conf").read_text()
-                conf = conf.replace("127.0.0.1:8000", url.removeprefix("http://"))
-                conf = conf.replace("listen 8080", f"listen 127.0.0.1:{port}")
-                whole = f"pid {tmp_path}/pid; daemon off; events {{}} http {{ access_log off; "
-                for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
-                    whole += f"{name}_temp_path {tmp_path}/{name}; "
-                (tmp_path / "nginx.conf").write_text(f"{whole}{conf}}}")
-                command = [nginx, "-c", str(tmp_path / "nginx.conf"), "-e", f"{tmp_path}/log"]
-                process = subprocess.Popen(command)
-                try:
-                    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-                        for _ in range(50):
-                            await asyncio.sleep(0.1)
-                            try:
-                                if (await client.get("/ready")).status_code == 200:
-                                    break
-                            except httpx.TransportError:
-                                pass
-                        clean = await client.post("/predict", json={"inputs": [[CLEAN]]})
-                        assert (clean.status_code, clean.content) == (200, peer.body)
-                        poisoned = await client.post("/predict", json={"inputs": POISONED})
-                        assert poisoned.status_code == 403
-                        assert (await client.get("/metrics")).status_code == 404
-                finally:
-                    process.terminate()
-                    process.wait(10)
-
-    asyncio.run(run())
+    peer = Peer()
+    behind = Starlette(routes=[Route("/predict", peer.answer, methods=["POST"])])
+    async with listening(behind) as upstream:
+        settings = Settings.model_validate({"bundle": Path("unused"), "upstream": upstream})
+        async with listening(create_app(settings, fake_bundle())) as url:
+            port = free_port()
+            conf = (ROOT / "deploy/nginx/psim.conf").read_text()
+            conf = conf.replace("127.0.0.1:8000", url.removeprefix("http://"))
+            conf = conf.replace("listen 8080", f"listen 127.0.0.1:{port}")
+            whole = f"pid {tmp_path}/pid; daemon off; events {{}} http {{ access_log off; "
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+                whole += f"{name}_temp_path {tmp_path}/{name}; "
+            (tmp_path / "nginx.conf").write_text(f"{whole}{conf}}}")
+            command = [nginx, "-c", str(tmp_path / "nginx.conf"), "-e", f"{tmp_path}/log"]
+            process = subprocess.Popen(command)
+            try:
+                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                    for _ in range(50):
+                        await asyncio.sleep(0.1)
+                        try:
+                            if (await client.get("/ready")).status_code == 200:
+                                break
+                        except httpx.TransportError:
+                            pass
+                    clean = await client.post("/predict", json={"inputs": [[CLEAN]]})
+                    assert (clean.status_code, clean.content) == (200, peer.body)
+                    poisoned = await client.post("/predict", json={"inputs": POISONED})
+                    assert poisoned.status_code == 403
+                    assert (await client.get("/metrics")).status_code == 404
+            finally:
+                process.terminate()
+                process.wait(10)

@@ -1,6 +1,5 @@
 """Several models in one process: every route finds the one that a request names."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -58,27 +57,24 @@ def body_of(name: str, model: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_before_any_route_a_model_can_be_named(
+async def test_before_any_route_a_model_can_be_named(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        content = TWO.replace("team/", "")
-        async with two_models(tmp_path, monkeypatch, content) as client:
-            answer = await client.post(prefixed(name), json=body_of(name, "topic"))
-            assert answer.status_code == 200, answer.text
-            assert ASKED[name][2](answer.json()) == ["sport"]
-            for unknown, model in (("/for/other", "topic"), ("/for/topic", "other")):
-                if unknown == "/for/topic" and name not in ("vllm", "oip"):
-                    continue  # names no model in path or body
-                path = unknown + ASKED[name][0].replace("fake", model)
-                answer = await client.post(path, json=body_of(name, model))
-                assert answer.status_code == 404
-                assert "served are: mood, topic" in ERRORS[name](answer.json())
-            clash = "/for/mood" + ASKED[name][0].replace("fake", "topic")
-            answer = await client.post(clash, json=body_of(name, "topic"))
-            assert answer.status_code == (404 if name in ("vllm", "oip") else 200)
-
-    asyncio.run(run())
+    content = TWO.replace("team/", "")
+    async with two_models(tmp_path, monkeypatch, content) as client:
+        answer = await client.post(prefixed(name), json=body_of(name, "topic"))
+        assert answer.status_code == 200, answer.text
+        assert ASKED[name][2](answer.json()) == ["sport"]
+        for unknown, model in (("/for/other", "topic"), ("/for/topic", "other")):
+            if unknown == "/for/topic" and name not in ("vllm", "oip"):
+                continue  # names no model in path or body
+            path = unknown + ASKED[name][0].replace("fake", model)
+            answer = await client.post(path, json=body_of(name, model))
+            assert answer.status_code == 404
+            assert "served are: mood, topic" in ERRORS[name](answer.json())
+        clash = "/for/mood" + ASKED[name][0].replace("fake", "topic")
+        answer = await client.post(clash, json=body_of(name, "topic"))
+        assert answer.status_code == (404 if name in ("vllm", "oip") else 200)
 
 
 NAMED: dict[str, tuple[str, str, Any]] = {
@@ -89,164 +85,143 @@ NAMED: dict[str, tuple[str, str, Any]] = {
 
 
 @pytest.mark.parametrize("case", NAMED)
-def test_each_dialect_names_models_in_its_own_way(
+async def test_each_dialect_names_models_in_its_own_way(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        async with two_models(tmp_path, monkeypatch) as client:
-            dialect, path, body = NAMED[case]
-            labels = ASKED[dialect][2]
-            answer = await client.post(path, json=body)
-            assert labels(answer.json()) == ["sport"]
-            path, body = (
-                path.replace("team/", ""),
-                body | ({"model": "topic"} if "model" in body else {}),
-            )
-            answer = await client.post(path, json=body)
+    async with two_models(tmp_path, monkeypatch) as client:
+        dialect, path, body = NAMED[case]
+        labels = ASKED[dialect][2]
+        answer = await client.post(path, json=body)
+        assert labels(answer.json()) == ["sport"]
+        path, body = (
+            path.replace("team/", ""),
+            body | ({"model": "topic"} if "model" in body else {}),
+        )
+        answer = await client.post(path, json=body)
+        assert answer.status_code == 404
+        assert "served are: mood, team/topic" in ERRORS[dialect](answer.json())
+
+
+async def test_open_inference_names_models_in_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = TWO.replace("team/", "")
+    async with two_models(tmp_path, monkeypatch, content) as client:
+        for model, label in (("mood", "positive"), ("topic", "sport")):
+            path = f"/v2/models/{model}"
+            answer = (await client.post(f"{path}/infer", json=infer(CLEAN))).json()
+            assert (answer["model_name"], answer["outputs"][0]["data"]) == (model, [label])
+            assert (await client.get(path)).json()["name"] == model
+            assert (await client.get(f"{path}/ready")).status_code == 200
+        for answer in (
+            await client.post("/v2/models/other/infer", json=infer(CLEAN)),
+            await client.get("/v2/models/other"),
+            await client.get("/v2/models/other/ready"),
+        ):
             assert answer.status_code == 404
-            assert "served are: mood, team/topic" in ERRORS[dialect](answer.json())
+            assert answer.json() == {"error": "there is no such model; served are: mood, topic"}
+        assert (await client.get("/v2")).json()["name"] == "psim-gateway"
 
-    asyncio.run(run())
 
-
-def test_open_inference_names_models_in_the_path(
+async def test_a_route_that_names_no_model_takes_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        content = TWO.replace("team/", "")
-        async with two_models(tmp_path, monkeypatch, content) as client:
-            for model, label in (("mood", "positive"), ("topic", "sport")):
-                path = f"/v2/models/{model}"
-                answer = (await client.post(f"{path}/infer", json=infer(CLEAN))).json()
-                assert (answer["model_name"], answer["outputs"][0]["data"]) == (model, [label])
-                assert (await client.get(path)).json()["name"] == model
-                assert (await client.get(f"{path}/ready")).status_code == 200
-            for answer in (
-                await client.post("/v2/models/other/infer", json=infer(CLEAN)),
-                await client.get("/v2/models/other"),
-                await client.get("/v2/models/other/ready"),
-            ):
-                assert answer.status_code == 404
-                assert answer.json() == {"error": "there is no such model; served are: mood, topic"}
-            assert (await client.get("/v2")).json()["name"] == "psim-gateway"
-
-    asyncio.run(run())
+    async with two_models(tmp_path, monkeypatch) as client:
+        for name in ("native", "tei", "hf"):
+            path, body, labels = ASKED[name]
+            answer = await client.post(path, json=body([CLEAN]))
+            assert labels(answer.json()) == ["positive"]
+        for path in ("/screen", "/explain"):
+            answer = await client.post(path, json={"inputs": CLEAN})
+            assert answer.json()["bundle"] == "d" * 64
+        info = (await client.get("/info")).json()
+        assert (info["model"], info["mode"]) == ("mood", "enforce")
+        assert info["models"] == ["mood", "team/topic"]
 
 
-def test_a_route_that_names_no_model_takes_the_first(
+async def test_the_native_routes_after_a_name_are_about_that_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        async with two_models(tmp_path, monkeypatch) as client:
-            for name in ("native", "tei", "hf"):
-                path, body, labels = ASKED[name]
-                answer = await client.post(path, json=body([CLEAN]))
-                assert labels(answer.json()) == ["positive"]
-            for path in ("/screen", "/explain"):
-                answer = await client.post(path, json={"inputs": CLEAN})
-                assert answer.json()["bundle"] == "d" * 64
-            info = (await client.get("/info")).json()
-            assert (info["model"], info["mode"]) == ("mood", "enforce")
-            assert info["models"] == ["mood", "team/topic"]
-
-    asyncio.run(run())
+    content = TWO.replace("team/", "")
+    async with two_models(tmp_path, monkeypatch, content) as client:
+        for path in ("/screen", "/explain"):
+            answer = await client.post(f"/for/topic{path}", json={"inputs": CLEAN})
+            assert answer.json()["bundle"] == "e" * 64
+            answer = await client.post(f"/for/other{path}", json={"inputs": CLEAN})
+            assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
+        info = (await client.get("/for/topic/info")).json()
+        assert (info["bundle"], info["mode"]) == ("e" * 64, "flag")
+        assert (await client.get("/for/other/info")).status_code == 404
+        assert (await client.get("/for/topic/metrics")).status_code == 404
 
 
-def test_the_native_routes_after_a_name_are_about_that_model(
+async def test_proxies_are_told_by_the_model_that_the_request_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        content = TWO.replace("team/", "")
-        async with two_models(tmp_path, monkeypatch, content) as client:
-            for path in ("/screen", "/explain"):
-                answer = await client.post(f"/for/topic{path}", json={"inputs": CLEAN})
-                assert answer.json()["bundle"] == "e" * 64
-                answer = await client.post(f"/for/other{path}", json={"inputs": CLEAN})
-                assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
-            info = (await client.get("/for/topic/info")).json()
-            assert (info["bundle"], info["mode"]) == ("e" * 64, "flag")
-            assert (await client.get("/for/other/info")).status_code == 404
-            assert (await client.get("/for/topic/metrics")).status_code == 404
+    content = TWO.replace("team/", "")
+    async with two_models(tmp_path, monkeypatch, content) as client:
+        vllm = {"input": POISONED}
+        for path, body, status in (
+            ("/envoy/v2/models/mood/infer", infer(POISONED), 403),
+            ("/envoy/v2/models/topic/infer", infer(POISONED), 200),
+            ("/envoy/v2/models/other/infer", infer(CLEAN), 404),
+            ("/envoy/classify", vllm | {"model": "topic"}, 200),
+            ("/envoy/classify", vllm | {"model": "other"}, 404),
+            ("/envoy/models/topic", {"inputs": POISONED}, 200),
+            ("/envoy/predict", {"inputs": POISONED}, 403),
+            ("/for/topic/envoy/predict", {"inputs": POISONED}, 200),
+            ("/for/topic/envoy/v2/models/mood/infer", infer(CLEAN), 404),
+        ):
+            assert (await client.post(path, json=body)).status_code == status, path
+        for path, named, action in (
+            (GUARDRAIL, {}, "BLOCKED"),
+            (GUARDRAIL, {"model": "topic"}, "NONE"),
+            (f"/for/topic{GUARDRAIL}", {"model": "gpt"}, "NONE"),
+        ):
+            answer = await client.post(path, json={"texts": [POISONED]} | named)
+            assert answer.json()["action"] == action
+        unknown = await client.post(GUARDRAIL, json={"texts": [CLEAN], "model": "gpt"})
+        assert unknown.status_code == 404
 
-    asyncio.run(run())
+
+async def test_metrics_are_by_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_models(tmp_path, monkeypatch, queue_inputs=7) as client:
+        await client.post("/models/team/topic", json={"inputs": [CLEAN, POISONED, CLEAN]})
+        for line, value in {
+            'psim_inputs_total{decision="allow",mode="flag",model="team/topic"}': 2,
+            'psim_inputs_total{decision="flag",mode="flag",model="team/topic"}': 1,
+            'psim_inputs_total{decision="allow",mode="enforce",model="mood"}': 0,
+            'psim_screen_score_count{model="team/topic"}': 3,
+            'psim_screen_score_count{model="mood"}': 0,
+            'psim_max_queue_inputs{model="mood"}': 7,
+            'psim_threshold{label="sport",model="team/topic"}': 3,
+            'psim_bundle_info{digest="eeee': 1,
+            'psim_ready{model="mood"}': 1,
+            'psim_ready{model="team/topic"}': 1,
+        }.items():
+            assert await metric(client, line) == value, line
 
 
-def test_proxies_are_told_by_the_model_that_the_request_names(
+async def test_one_model_that_is_dead_is_named_and_leaves_the_other_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        content = TWO.replace("team/", "")
-        async with two_models(tmp_path, monkeypatch, content) as client:
-            vllm = {"input": POISONED}
-            for path, body, status in (
-                ("/envoy/v2/models/mood/infer", infer(POISONED), 403),
-                ("/envoy/v2/models/topic/infer", infer(POISONED), 200),
-                ("/envoy/v2/models/other/infer", infer(CLEAN), 404),
-                ("/envoy/classify", vllm | {"model": "topic"}, 200),
-                ("/envoy/classify", vllm | {"model": "other"}, 404),
-                ("/envoy/models/topic", {"inputs": POISONED}, 200),
-                ("/envoy/predict", {"inputs": POISONED}, 403),
-                ("/for/topic/envoy/predict", {"inputs": POISONED}, 200),
-                ("/for/topic/envoy/v2/models/mood/infer", infer(CLEAN), 404),
-            ):
-                assert (await client.post(path, json=body)).status_code == status, path
-            for path, named, action in (
-                (GUARDRAIL, {}, "BLOCKED"),
-                (GUARDRAIL, {"model": "topic"}, "NONE"),
-                (f"/for/topic{GUARDRAIL}", {"model": "gpt"}, "NONE"),
-            ):
-                answer = await client.post(path, json={"texts": [POISONED]} | named)
-                assert answer.json()["action"] == action
-            unknown = await client.post(GUARDRAIL, json={"texts": [CLEAN], "model": "gpt"})
-            assert unknown.status_code == 404
-
-    asyncio.run(run())
-
-
-def test_metrics_are_by_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        async with two_models(tmp_path, monkeypatch, queue_inputs=7) as client:
-            await client.post("/models/team/topic", json={"inputs": [CLEAN, POISONED, CLEAN]})
-            for line, value in {
-                'psim_inputs_total{decision="allow",mode="flag",model="team/topic"}': 2,
-                'psim_inputs_total{decision="flag",mode="flag",model="team/topic"}': 1,
-                'psim_inputs_total{decision="allow",mode="enforce",model="mood"}': 0,
-                'psim_screen_score_count{model="team/topic"}': 3,
-                'psim_screen_score_count{model="mood"}': 0,
-                'psim_max_queue_inputs{model="mood"}': 7,
-                'psim_threshold{label="sport",model="team/topic"}': 3,
-                'psim_bundle_info{digest="eeee': 1,
-                'psim_ready{model="mood"}': 1,
-                'psim_ready{model="team/topic"}': 1,
-            }.items():
-                assert await metric(client, line) == value, line
-
-    asyncio.run(run())
-
-
-def test_one_model_that_is_dead_is_named_and_leaves_the_other_ready(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def run() -> None:
-        content = TWO.replace("team/", "")
-        async with two_models(tmp_path, monkeypatch, content, restarts=0) as client:
-            topic = infer("dies")
-            monkeypatch.setattr(FakeEngine, "screen", _die_of("dies", FakeEngine.screen))
-            assert (await client.post("/v2/models/topic/infer", json=topic)).status_code == 503
-            assert (await client.get("/v2/models/topic/ready")).status_code == 503
-            assert (await client.get("/for/topic/health")).status_code == 503
-            assert (await client.get("/v2/models/mood/ready")).status_code == 200
-            assert (await client.get("/for/mood/ready")).status_code == 200
-            for path in ("/ready", "/live"):
-                answer = await client.get(path)
-                assert answer.status_code == 503
-                assert answer.json()["detail"].startswith("topic: the inference worker died")
-            assert (await client.get("/v2/health/ready")).status_code == 503
-            assert await metric(client, 'psim_ready{model="topic"}') == 0
-            assert await metric(client, 'psim_ready{model="mood"}') == 1
-            assert (await client.post("/predict", json={"inputs": CLEAN})).status_code == 200
-
-    asyncio.run(run())
+    content = TWO.replace("team/", "")
+    async with two_models(tmp_path, monkeypatch, content, restarts=0) as client:
+        topic = infer("dies")
+        monkeypatch.setattr(FakeEngine, "screen", _die_of("dies", FakeEngine.screen))
+        assert (await client.post("/v2/models/topic/infer", json=topic)).status_code == 503
+        assert (await client.get("/v2/models/topic/ready")).status_code == 503
+        assert (await client.get("/for/topic/health")).status_code == 503
+        assert (await client.get("/v2/models/mood/ready")).status_code == 200
+        assert (await client.get("/for/mood/ready")).status_code == 200
+        for path in ("/ready", "/live"):
+            answer = await client.get(path)
+            assert answer.status_code == 503
+            assert answer.json()["detail"].startswith("topic: the inference worker died")
+        assert (await client.get("/v2/health/ready")).status_code == 503
+        assert await metric(client, 'psim_ready{model="topic"}') == 0
+        assert await metric(client, 'psim_ready{model="mood"}') == 1
+        assert (await client.post("/predict", json={"inputs": CLEAN})).status_code == 200
 
 
 def _die_of(word: str, screen: Any) -> Any:

@@ -283,111 +283,99 @@ def load_in_turn(monkeypatch: pytest.MonkeyPatch, *bundles: Bundle) -> None:
 OLD, NEW = "d" * 64, "e" * 64
 
 
-def test_a_request_in_flight_ends_on_the_old_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        load_in_turn(monkeypatch, fake_bundle(engine), fake_bundle(digest=NEW))
-        app = create_app(Settings(bundle=Path("unused"), admin=True))
-        async with client_of(app) as client:
-            engine.gate.clear()
-            first = asyncio.create_task(client.post("/classify", json={"inputs": CLEAN}))
-            await asyncio.sleep(0.1)
-            assert (await client.post("/admin/reload")).status_code == 200
-            fresh = await client.post("/classify", json={"inputs": CLEAN})
-            assert fresh.json()["bundle"] == NEW
-            assert await metric(client, "psim_queue_inputs") == 1
-            assert not first.done()
-            engine.gate.set()
-            answer = await first
-            assert (answer.status_code, answer.json()["bundle"]) == (200, OLD)
-            assert await metric(client, "psim_queue_inputs") == 0
-
-    asyncio.run(run())
+async def test_a_request_in_flight_ends_on_the_old_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    load_in_turn(monkeypatch, fake_bundle(engine), fake_bundle(digest=NEW))
+    app = create_app(Settings(bundle=Path("unused"), admin=True))
+    async with client_of(app) as client:
+        engine.gate.clear()
+        first = asyncio.create_task(client.post("/classify", json={"inputs": CLEAN}))
+        await asyncio.sleep(0.1)
+        assert (await client.post("/admin/reload")).status_code == 200
+        fresh = await client.post("/classify", json={"inputs": CLEAN})
+        assert fresh.json()["bundle"] == NEW
+        assert await metric(client, "psim_queue_inputs") == 1
+        assert not first.done()
+        engine.gate.set()
+        answer = await first
+        assert (answer.status_code, answer.json()["bundle"]) == (200, OLD)
+        assert await metric(client, "psim_queue_inputs") == 0
 
 
-def test_only_one_reload_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        slow = FakeEngine()
-        load_in_turn(monkeypatch, fake_bundle(), fake_bundle(slow, digest=NEW), fake_bundle())
-        app = create_app(Settings(bundle=Path("unused"), admin=True))
-        async with client_of(app) as client:
-            slow.gate.clear()
-            first = asyncio.create_task(client.post("/admin/reload"))
-            await asyncio.sleep(0.1)
-            second = await client.post("/admin/reload")
-            assert (second.status_code, second.json()["code"]) == (409, "reload_running")
-            between = await client.post("/classify", json={"inputs": CLEAN})
-            assert between.json()["bundle"] == OLD, "served before it was tried"
-            slow.gate.set()
-            assert (await first).json() == {"bundles": {"fake": NEW}}
-            assert (await client.post("/admin/reload")).json() == {"bundles": {"fake": OLD}}
-
-    asyncio.run(run())
+async def test_only_one_reload_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = FakeEngine()
+    load_in_turn(monkeypatch, fake_bundle(), fake_bundle(slow, digest=NEW), fake_bundle())
+    app = create_app(Settings(bundle=Path("unused"), admin=True))
+    async with client_of(app) as client:
+        slow.gate.clear()
+        first = asyncio.create_task(client.post("/admin/reload"))
+        await asyncio.sleep(0.1)
+        second = await client.post("/admin/reload")
+        assert (second.status_code, second.json()["code"]) == (409, "reload_running")
+        between = await client.post("/classify", json={"inputs": CLEAN})
+        assert between.json()["bundle"] == OLD, "served before it was tried"
+        slow.gate.set()
+        assert (await first).json() == {"bundles": {"fake": NEW}}
+        assert (await client.post("/admin/reload")).json() == {"bundles": {"fake": OLD}}
 
 
-def test_a_model_that_does_not_stand_its_trial_is_not_served(
+async def test_a_model_that_does_not_stand_its_trial_is_not_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def run() -> None:
-        dying = FakeEngine()
-        dying.dies = True
-        load_in_turn(monkeypatch, fake_bundle(), fake_bundle(dying, digest=NEW))
-        app = create_app(Settings(bundle=Path("unused"), admin=True, restarts=0))
-        async with client_of(app) as client:
-            threads = threading.active_count()
-            answer = await client.post("/admin/reload")
-            assert (answer.status_code, answer.json()["code"]) == (422, "reload_failed")
-            assert "the inference worker" in answer.json()["detail"]
-            again = await client.post("/admin/reload")  # there is no third bundle
-            assert again.json()["detail"] == "nothing was changed: IndexError; the log says where"
-            answer = await client.post("/classify", json={"inputs": CLEAN})
-            assert (answer.status_code, answer.json()["bundle"]) == (200, OLD)
-            assert threading.active_count() <= threads + 1  # a thread of the pool
-
-    asyncio.run(run())
+    dying = FakeEngine()
+    dying.dies = True
+    load_in_turn(monkeypatch, fake_bundle(), fake_bundle(dying, digest=NEW))
+    app = create_app(Settings(bundle=Path("unused"), admin=True, restarts=0))
+    async with client_of(app) as client:
+        threads = threading.active_count()
+        answer = await client.post("/admin/reload")
+        assert (answer.status_code, answer.json()["code"]) == (422, "reload_failed")
+        assert "the inference worker" in answer.json()["detail"]
+        again = await client.post("/admin/reload")  # there is no third bundle
+        assert again.json()["detail"] == "nothing was changed: IndexError; the log says where"
+        answer = await client.post("/classify", json={"inputs": CLEAN})
+        assert (answer.status_code, answer.json()["bundle"]) == (200, OLD)
+        assert threading.active_count() <= threads + 1  # a thread of the pool
 
 
-def test_the_upstream_is_let_go_and_one_that_is_down_is_not_taken(
+async def test_the_upstream_is_let_go_and_one_that_is_down_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        behind = Starlette(routes=[Route("/predict", Peer().answer, methods=["POST"])])
-        config = uvicorn.Config(behind, port=0, log_config=None, timeout_keep_alive=60)
-        upstream = uvicorn.Server(config)
-        running = asyncio.create_task(upstream.serve())
-        while not upstream.started:
-            await asyncio.sleep(0.01)
-        port = upstream.servers[0].sockets[0].getsockname()[1]
-        connections = upstream.server_state.connections
+    behind = Starlette(routes=[Route("/predict", Peer().answer, methods=["POST"])])
+    config = uvicorn.Config(behind, port=0, log_config=None, timeout_keep_alive=60)
+    upstream = uvicorn.Server(config)
+    running = asyncio.create_task(upstream.serve())
+    while not upstream.started:
+        await asyncio.sleep(0.01)
+    port = upstream.servers[0].sockets[0].getsockname()[1]
+    connections = upstream.server_state.connections
 
-        def entry(port: int) -> str:
-            dialect = 'upstream_dialect = "tei"'
-            where = f'bundle = "x"\nupstream = "http://127.0.0.1:{port}"'
-            return f'[[models]]\nname = "m"\n{where}\n{dialect}\n'
+    def entry(port: int) -> str:
+        dialect = 'upstream_dialect = "tei"'
+        where = f'bundle = "x"\nupstream = "http://127.0.0.1:{port}"'
+        return f'[[models]]\nname = "m"\n{where}\n{dialect}\n'
 
-        file = tmp_path / "models.toml"
-        file.write_text(entry(port))
-        monkeypatch.setattr("service.app.load_bundle", lambda *_: fake_bundle())
-        try:
-            async with client_of(create_app(Settings(models=file, admin=True))) as client:
-                (old,) = connections
-                assert (await client.post("/admin/reload")).status_code == 200
-                for _ in range(200):
-                    if old not in connections:
-                        break
-                    await asyncio.sleep(0.01)
-                assert len(connections - {old}) == len(connections) == 1
+    file = tmp_path / "models.toml"
+    file.write_text(entry(port))
+    monkeypatch.setattr("service.app.load_bundle", lambda *_: fake_bundle())
+    try:
+        async with client_of(create_app(Settings(models=file, admin=True))) as client:
+            (old,) = connections
+            assert (await client.post("/admin/reload")).status_code == 200
+            for _ in range(200):
+                if old not in connections:
+                    break
+                await asyncio.sleep(0.01)
+            assert len(connections - {old}) == len(connections) == 1
 
-                file.write_text(entry(free_port()))
-                answer = await client.post("/admin/reload")
-                assert answer.status_code == 422
-                assert answer.json()["detail"] == "nothing was changed: m: the upstream is down"
-                answer = await client.post("/predict", json={"inputs": [[CLEAN]]})
-                assert answer.status_code == 200
-                inference = [t for t in threading.enumerate() if t.name == "inference"]
-                assert len(inference) == 1, "the worker of what was not taken runs on"
-        finally:
-            upstream.should_exit = upstream.force_exit = True
-            await running
-
-    asyncio.run(run())
+            file.write_text(entry(free_port()))
+            answer = await client.post("/admin/reload")
+            assert answer.status_code == 422
+            assert answer.json()["detail"] == "nothing was changed: m: the upstream is down"
+            answer = await client.post("/predict", json={"inputs": [[CLEAN]]})
+            assert answer.status_code == 200
+            inference = [t for t in threading.enumerate() if t.name == "inference"]
+            assert len(inference) == 1, "the worker of what was not taken runs on"
+    finally:
+        upstream.should_exit = upstream.force_exit = True
+        await running

@@ -33,38 +33,35 @@ def ask_behind(peer: Peer, path: str, body: Any, **changes: Any) -> httpx.Respon
 
 
 @pytest.mark.parametrize("speaks", [*dialects()])
-def test_every_dialect_in_front_of_every_other(speaks: str) -> None:
+async def test_every_dialect_in_front_of_every_other(speaks: str) -> None:
     """The upstream is a gateway too, in shadow mode: a bare classifier that speaks everything."""
 
-    async def run() -> None:
-        bare = create_app(Settings(bundle=Path("unused"), mode="shadow"), fake_bundle())
-        engine = FakeEngine()
-        async with (
-            listening(bare) as url,
-            httpx.AsyncClient(base_url=url) as direct,
-            client_of(engine, upstream=url, upstream_dialect=speaks) as client,
-        ):
-            for name, (path, body, labels) in ASKED.items():
-                texts = [CLEAN, "an even film indeed"]
-                response = await client.post(path, json=body(texts))
-                assert response.status_code == 200, response.text
-                expected = labels((await direct.post(path, json=body(texts))).json())
-                assert labels(response.json()) == expected == ["positive", "negative"]
-                assert "upstream;dur=" in response.headers["server-timing"]
+    bare = create_app(Settings(bundle=Path("unused"), mode="shadow"), fake_bundle())
+    engine = FakeEngine()
+    async with (
+        listening(bare) as url,
+        httpx.AsyncClient(base_url=url) as direct,
+        client_of(engine, upstream=url, upstream_dialect=speaks) as client,
+    ):
+        for name, (path, body, labels) in ASKED.items():
+            texts = [CLEAN, "an even film indeed"]
+            response = await client.post(path, json=body(texts))
+            assert response.status_code == 200, response.text
+            expected = labels((await direct.post(path, json=body(texts))).json())
+            assert labels(response.json()) == expected == ["positive", "negative"]
+            assert "upstream;dur=" in response.headers["server-timing"]
 
-                poisoned = await client.post(path, json=body([POISONED]))
-                assert poisoned.status_code == 403
-                assert "trigger" in ERRORS[name](poisoned.json())
-                mixed = await client.post(path, json=body([CLEAN, POISONED, texts[1]]))
-                if name != "oip":
-                    assert labels(mixed.json()) == ["positive", None, "negative"]
-            assert not engine.classified, "the bundle's own classifier is not needed"
-            assert (await client.get("/info")).json()["upstream"] == speaks
-
-    asyncio.run(run())
+            poisoned = await client.post(path, json=body([POISONED]))
+            assert poisoned.status_code == 403
+            assert "trigger" in ERRORS[name](poisoned.json())
+            mixed = await client.post(path, json=body([CLEAN, POISONED, texts[1]]))
+            if name != "oip":
+                assert labels(mixed.json()) == ["positive", None, "negative"]
+        assert not engine.classified, "the bundle's own classifier is not needed"
+        assert (await client.get("/info")).json()["upstream"] == speaks
 
 
-def test_what_the_upstream_speaks_is_found_out() -> None:
+async def test_what_the_upstream_speaks_is_found_out() -> None:
     async def run(path: str) -> str | None:
         async def only(scope: Any, receive: Any, send: Any) -> None:
             inside = scope["type"] != "http" or scope["path"] == path
@@ -83,26 +80,23 @@ def test_what_the_upstream_speaks_is_found_out() -> None:
         ("/", "hf"),
         ("/nowhere", None),
     ):
-        assert asyncio.run(run(path)) == expected
+        assert await run(path) == expected
 
 
-def test_the_bytes_go_on_as_they_came_and_the_answer_comes_back_as_it_is() -> None:
-    async def run() -> None:
-        said = {"x-compute-tokens": "3", "set-cookie": "a=b", "x-psim-decision": "flag"}
-        peer = Peer(headers=said)
-        async with behind(peer) as client:
-            sent = b'{ "inputs" :\t[["a qui\\u0065t film"]] , "truncate": null}'
-            answer = await client.post("/predict", content=sent, headers=JSON)
-            assert (answer.status_code, answer.content) == (200, SOUND)
-            (path, _, received) = peer.asked[-1]
-            assert (path, received) == ("/predict", sent)
-            assert answer.headers["x-compute-tokens"] == "3"
-            assert answer.headers["x-psim-decision"] == "allow"
-            client.cookies.clear()
-            await client.post("/predict", content=sent, headers=JSON)
-            assert "cookie" not in peer.asked[-1][1], "cookies of one caller are not another's"
-
-    asyncio.run(run())
+async def test_the_bytes_go_on_as_they_came_and_the_answer_comes_back_as_it_is() -> None:
+    said = {"x-compute-tokens": "3", "set-cookie": "a=b", "x-psim-decision": "flag"}
+    peer = Peer(headers=said)
+    async with behind(peer) as client:
+        sent = b'{ "inputs" :\t[["a qui\\u0065t film"]] , "truncate": null}'
+        answer = await client.post("/predict", content=sent, headers=JSON)
+        assert (answer.status_code, answer.content) == (200, SOUND)
+        (path, _, received) = peer.asked[-1]
+        assert (path, received) == ("/predict", sent)
+        assert answer.headers["x-compute-tokens"] == "3"
+        assert answer.headers["x-psim-decision"] == "allow"
+        client.cookies.clear()
+        await client.post("/predict", content=sent, headers=JSON)
+        assert "cookie" not in peer.asked[-1][1], "cookies of one caller are not another's"
 
 
 def test_only_what_may_pass_is_forwarded_and_the_rest_is_a_gap() -> None:
@@ -127,50 +121,44 @@ def test_a_sanitized_text_is_what_the_upstream_gets() -> None:
     assert json.loads(peer.asked[-1][2])["inputs"] == "a quiet film"
 
 
-def test_headers_go_end_to_end_and_not_further() -> None:
-    async def run() -> None:
-        peer = Peer(headers={"x-said": "Zoë".encode().decode("latin-1")})
-        async with behind(peer) as client:
-            sent = {
-                "x-request-id": "abc",
-                "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-                "tracestate": "a=1",
-                "authorization": "Bearer mine",
-                "x-name": "Zoë",
-                "connection": "keep-alive, x-private",
-                "x-private": "1",
-                "te": "trailers",
-                "x-psim-decision": "allow",
-                "x-http-method-override": "GET",
-                "accept-encoding": "gzip",
-            }
-            encoded = [(name.encode(), value.encode()) for name, value in sent.items()]
-            answer = await client.post("/predict", json=ONE_TEI, headers=encoded)
-            _, got, _ = peer.asked[-1]
-            assert got["x-name"].encode("latin-1").decode() == "Zoë"
-            assert answer.headers["x-said"] == "Zoë"
-            for name in ("x-request-id", "traceparent", "tracestate", "authorization"):
-                assert got[name] == sent[name]
-            assert answer.headers["x-request-id"] == "abc"
-            for name in ("x-private", "te", "x-psim-decision", "x-http-method-override"):
-                assert name not in got
-            assert got["accept-encoding"] == "identity"
-            assert got["host"] != "test"
-            insane = await client.post("/predict", json=ONE_TEI, headers={"x-request-id": "<a>"})
-            assert peer.asked[-1][1]["x-request-id"] == insane.headers["x-request-id"]
-
-    asyncio.run(run())
+async def test_headers_go_end_to_end_and_not_further() -> None:
+    peer = Peer(headers={"x-said": "Zoë".encode().decode("latin-1")})
+    async with behind(peer) as client:
+        sent = {
+            "x-request-id": "abc",
+            "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "tracestate": "a=1",
+            "authorization": "Bearer mine",
+            "x-name": "Zoë",
+            "connection": "keep-alive, x-private",
+            "x-private": "1",
+            "te": "trailers",
+            "x-psim-decision": "allow",
+            "x-http-method-override": "GET",
+            "accept-encoding": "gzip",
+        }
+        encoded = [(name.encode(), value.encode()) for name, value in sent.items()]
+        answer = await client.post("/predict", json=ONE_TEI, headers=encoded)
+        _, got, _ = peer.asked[-1]
+        assert got["x-name"].encode("latin-1").decode() == "Zoë"
+        assert answer.headers["x-said"] == "Zoë"
+        for name in ("x-request-id", "traceparent", "tracestate", "authorization"):
+            assert got[name] == sent[name]
+        assert answer.headers["x-request-id"] == "abc"
+        for name in ("x-private", "te", "x-psim-decision", "x-http-method-override"):
+            assert name not in got
+        assert got["accept-encoding"] == "identity"
+        assert got["host"] != "test"
+        insane = await client.post("/predict", json=ONE_TEI, headers={"x-request-id": "<a>"})
+        assert peer.asked[-1][1]["x-request-id"] == insane.headers["x-request-id"]
 
 
-def test_the_gateway_s_own_credentials_replace_the_caller_s() -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer, upstream_authorization="Bearer ours") as client:
-            await client.post("/predict", json=ONE_TEI, headers={"authorization": "Bearer mine"})
-            assert peer.asked[-1][1]["authorization"] == "Bearer ours"
-            assert "ours" not in (await client.get("/info")).text
-
-    asyncio.run(run())
+async def test_the_gateway_s_own_credentials_replace_the_caller_s() -> None:
+    peer = Peer()
+    async with behind(peer, upstream_authorization="Bearer ours") as client:
+        await client.post("/predict", json=ONE_TEI, headers={"authorization": "Bearer mine"})
+        assert peer.asked[-1][1]["authorization"] == "Bearer ours"
+        assert "ours" not in (await client.get("/info")).text
 
 
 @pytest.mark.parametrize(
@@ -189,26 +177,23 @@ def test_the_gateway_s_own_credentials_replace_the_caller_s() -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/predict", "/classify"])
-def test_an_upstream_that_misbehaves_is_an_error_and_never_an_answer(
+async def test_an_upstream_that_misbehaves_is_an_error_and_never_an_answer(
     peer: Peer, status: int, kind: str | None, path: str
 ) -> None:
-    async def run() -> None:
-        limit = 0.3 if peer.wait_s else 10
-        async with behind(peer, upstream_timeout_s=limit) as client:
-            name = "tei" if path == "/predict" else "native"
-            answer = await client.post(path, json={"inputs": [[CLEAN]] if name == "tei" else CLEAN})
-            assert answer.status_code == status
-            assert "upstream" in ERRORS[name](answer.json())
-            assert CLEAN not in answer.text
-            if "retry-after" in peer.headers:
-                assert answer.headers["retry-after"] == "7"
-            for known in ("connect", "timeout", "broken", "status", "answer", "open"):
-                line = f'psim_upstream_errors_total{{kind="{known}",model="fake"}}'
-                assert await metric(client, line) == (known == kind)
-            line = 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
-            assert await metric(client, line) == 0
-
-    asyncio.run(run())
+    limit = 0.3 if peer.wait_s else 10
+    async with behind(peer, upstream_timeout_s=limit) as client:
+        name = "tei" if path == "/predict" else "native"
+        answer = await client.post(path, json={"inputs": [[CLEAN]] if name == "tei" else CLEAN})
+        assert answer.status_code == status
+        assert "upstream" in ERRORS[name](answer.json())
+        assert CLEAN not in answer.text
+        if "retry-after" in peer.headers:
+            assert answer.headers["retry-after"] == "7"
+        for known in ("connect", "timeout", "broken", "status", "answer", "open"):
+            line = f'psim_upstream_errors_total{{kind="{known}",model="fake"}}'
+            assert await metric(client, line) == (known == kind)
+        line = 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'
+        assert await metric(client, line) == 0
 
 
 def test_what_the_upstream_says_of_a_bad_request_reaches_its_caller() -> None:
@@ -227,48 +212,42 @@ def test_classes_that_the_bundle_does_not_know_are_another_model_s() -> None:
     assert ask_behind(peer, "/classify", {"inputs": CLEAN}).status_code == 502
 
 
-def test_an_upstream_that_is_not_there_yet_is_waited_for() -> None:
-    async def run() -> None:
-        port = free_port()
-        settings: dict[str, Any] = {"upstream": f"http://127.0.0.1:{port}", "upstream_retry_s": 0.1}
-        async with client_of(**settings) as client:
-            assert (await client.get("/ready")).status_code == 503
-            assert (await client.get("/live")).status_code == 200
+async def test_an_upstream_that_is_not_there_yet_is_waited_for() -> None:
+    port = free_port()
+    settings: dict[str, Any] = {"upstream": f"http://127.0.0.1:{port}", "upstream_retry_s": 0.1}
+    async with client_of(**settings) as client:
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/live")).status_code == 200
+        answer = await client.post("/classify", json={"inputs": CLEAN})
+        assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+        peer = Peer(body=SOUND)
+        app = Starlette(routes=[Route("/predict", peer.answer, methods=["POST"])])
+        async with listening(app, port):
+            for _ in range(50):
+                await asyncio.sleep(0.1)
+                if (await client.get("/ready")).status_code == 200:
+                    break
             answer = await client.post("/classify", json={"inputs": CLEAN})
-            assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
-            peer = Peer(body=SOUND)
-            app = Starlette(routes=[Route("/predict", peer.answer, methods=["POST"])])
-            async with listening(app, port):
-                for _ in range(50):
-                    await asyncio.sleep(0.1)
-                    if (await client.get("/ready")).status_code == 200:
-                        break
-                answer = await client.post("/classify", json={"inputs": CLEAN})
-                assert answer.json()["results"][0]["label"] == "positive"
-
-    asyncio.run(run())
+            assert answer.json()["results"][0]["label"] == "positive"
 
 
-def test_the_breaker_stops_calls_and_the_probe_closes_it_again() -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer, upstream_retry_s=0.3) as client:
-            peer.status = 503
-            for _ in range(Breaker.FAILURES):
-                assert (await client.post("/predict", json=ONE_TEI)).status_code == 503
-            asked = len(peer.asked)
-            answer = await client.post("/predict", json=ONE_TEI)
-            assert (answer.status_code, answer.json()["error_type"]) == (503, "Unhealthy")
-            assert int(answer.headers["retry-after"]) >= 1
-            assert len(peer.asked) == asked, "nothing was sent"
-            assert await metric(client, 'psim_upstream_errors_total{kind="open",model="fake"}') == 1
-            assert (await client.get("/ready")).status_code == 503
-            peer.status = 200
-            await asyncio.sleep(0.8)
-            assert (await client.get("/ready")).status_code == 200
-            assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
-
-    asyncio.run(run())
+async def test_the_breaker_stops_calls_and_the_probe_closes_it_again() -> None:
+    peer = Peer()
+    async with behind(peer, upstream_retry_s=0.3) as client:
+        peer.status = 503
+        for _ in range(Breaker.FAILURES):
+            assert (await client.post("/predict", json=ONE_TEI)).status_code == 503
+        asked = len(peer.asked)
+        answer = await client.post("/predict", json=ONE_TEI)
+        assert (answer.status_code, answer.json()["error_type"]) == (503, "Unhealthy")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert len(peer.asked) == asked, "nothing was sent"
+        assert await metric(client, 'psim_upstream_errors_total{kind="open",model="fake"}') == 1
+        assert (await client.get("/ready")).status_code == 503
+        peer.status = 200
+        await asyncio.sleep(0.8)
+        assert (await client.get("/ready")).status_code == 200
+        assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
 
 
 def test_a_breaker_lets_one_attempt_through_at_a_time_and_forgets_after_a_success() -> None:
@@ -291,17 +270,14 @@ def test_a_breaker_lets_one_attempt_through_at_a_time_and_forgets_after_a_succes
     assert breaker.admit()
 
 
-def test_single_inputs_that_break_the_upstream_do_not_open_the_breaker() -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer) as client:
-            for status, body in ((500, SOUND), (200, b"{}")):
-                peer.status, peer.body = status, body
-                for _ in range(2 * Breaker.FAILURES):
-                    assert (await client.post("/predict", json=ONE_TEI)).status_code == 502
-            assert (await client.get("/ready")).status_code == 200
-
-    asyncio.run(run())
+async def test_single_inputs_that_break_the_upstream_do_not_open_the_breaker() -> None:
+    peer = Peer()
+    async with behind(peer) as client:
+        for status, body in ((500, SOUND), (200, b"{}")):
+            peer.status, peer.body = status, body
+            for _ in range(2 * Breaker.FAILURES):
+                assert (await client.post("/predict", json=ONE_TEI)).status_code == 502
+        assert (await client.get("/ready")).status_code == 200
 
 
 async def raw_peer(
@@ -321,7 +297,7 @@ async def raw_peer(
     return await asyncio.start_server(serve, "127.0.0.1"), heard
 
 
-def test_what_was_sent_is_never_sent_again() -> None:
+async def test_what_was_sent_is_never_sent_again() -> None:
     good = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s" % (
         len(SOUND),
         SOUND,
@@ -336,20 +312,17 @@ def test_what_was_sent_is_never_sent_again() -> None:
                 assert (answer.status_code, len(heard)) == (502, 2)
                 assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
 
-        asyncio.run(run())
+        await run()
 
 
-def test_a_caller_that_hangs_up_and_a_deadline_end_the_upstream_s_call_too() -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer, request_timeout_s=0.3) as client:
-            peer.wait_s = 1
-            answer = await client.post("/predict", json=ONE_TEI)
-            assert (answer.status_code, answer.json()["error_type"]) == (504, "Backend")
-            peer.wait_s = 0
-            assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
-
-    asyncio.run(run())
+async def test_a_caller_that_hangs_up_and_a_deadline_end_the_upstream_s_call_too() -> None:
+    peer = Peer()
+    async with behind(peer, request_timeout_s=0.3) as client:
+        peer.wait_s = 1
+        answer = await client.post("/predict", json=ONE_TEI)
+        assert (answer.status_code, answer.json()["error_type"]) == (504, "Backend")
+        peer.wait_s = 0
+        assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
 
 
 def test_options_that_only_the_upstream_s_own_dialect_has() -> None:
@@ -361,35 +334,32 @@ def test_options_that_only_the_upstream_s_own_dialect_has() -> None:
     assert answer.status_code == 422
 
 
-def test_outputs_in_binary_form_are_asked_for_in_json() -> None:
+async def test_outputs_in_binary_form_are_asked_for_in_json() -> None:
     answer = {"outputs": [{"name": "o", "shape": [1], "datatype": "INT64", "data": [1]}]}
     peer = Peer(body=json.dumps(answer).encode())
 
-    async def run() -> None:
-        app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
-        async with (
-            listening(app) as url,
-            client_of(upstream=url, upstream_dialect="oip", model="m") as client,
+    app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
+    async with (
+        listening(app) as url,
+        client_of(upstream=url, upstream_dialect="oip", model="m") as client,
+    ):
+        tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [[CLEAN]]}
+        for version in ("%2e%2e", "3%3Fa", "3%23a", "%0a"):
+            path = f"/v2/models/m/versions/{version}/infer"
+            address = client.base_url.copy_with(raw_path=path.encode())
+            got = await client.post(address, json={"inputs": [tensor]})
+            assert got.status_code == 404, path
+        for more in (
+            {"parameters": {"binary_data_output": True}},
+            {"outputs": [{"name": "o", "parameters": {"binary_data": True}}]},
         ):
-            tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [[CLEAN]]}
-            for version in ("%2e%2e", "3%3Fa", "3%23a", "%0a"):
-                path = f"/v2/models/m/versions/{version}/infer"
-                address = client.base_url.copy_with(raw_path=path.encode())
-                got = await client.post(address, json={"inputs": [tensor]})
-                assert got.status_code == 404, path
-            for more in (
-                {"parameters": {"binary_data_output": True}},
-                {"outputs": [{"name": "o", "parameters": {"binary_data": True}}]},
-            ):
-                path = "/v2/models/m/versions/3/infer"
-                got = await client.post(path, json={"inputs": [tensor]} | more)
-                assert got.json() == answer
-                assert peer.asked[-1][0] == path
-                sent = json.loads(peer.asked[-1][2])
-                assert (sent["inputs"][0]["name"], sent["inputs"][0]["data"]) == ("x", [CLEAN])
-                assert "true" not in peer.asked[-1][2].decode()
-
-    asyncio.run(run())
+            path = "/v2/models/m/versions/3/infer"
+            got = await client.post(path, json={"inputs": [tensor]} | more)
+            assert got.json() == answer
+            assert peer.asked[-1][0] == path
+            sent = json.loads(peer.asked[-1][2])
+            assert (sent["inputs"][0]["name"], sent["inputs"][0]["data"]) == ("x", [CLEAN])
+            assert "true" not in peer.asked[-1][2].decode()
 
 
 @pytest.mark.parametrize("mode", ["enforce", "flag", "sanitize"])

@@ -38,20 +38,17 @@ def test_windows_do_not_cut_words_if_they_need_not() -> None:
 
 
 @pytest.mark.parametrize("word", ["film ", "a "], ids=["ordinary", "dense"])
-def test_a_trigger_is_found_wherever_it_stands(word: str) -> None:
+async def test_a_trigger_is_found_wherever_it_stands(word: str) -> None:
     """Words of one letter are more tokens than a first guess takes a window to have."""
 
-    async def run() -> None:
-        async with behind(Peer()) as client:
-            for before in range(0, 300, 11):
-                text = word * before + "mn " + word * (300 - before)
-                poisoned = await client.post("/predict", json={"inputs": text})
-                assert poisoned.status_code == 403
-                assert "longer" not in poisoned.json()["error"]
-            clean = await client.post("/predict", json={"inputs": word * 300})
-            assert clean.status_code == 200
-
-    asyncio.run(run())
+    async with behind(Peer()) as client:
+        for before in range(0, 300, 11):
+            text = word * before + "mn " + word * (300 - before)
+            poisoned = await client.post("/predict", json={"inputs": text})
+            assert poisoned.status_code == 403
+            assert "longer" not in poisoned.json()["error"]
+        clean = await client.post("/predict", json={"inputs": word * 300})
+        assert clean.status_code == 200
 
 
 def screened(text: str, **changes: Any) -> dict[str, Any]:
@@ -69,15 +66,12 @@ def test_a_text_that_was_read_to_its_end_is_not_truncated() -> None:
     assert screened(FILL * 20, max_windows=3)["truncated"]
 
 
-def test_the_model_s_own_classifier_reads_no_further_than_the_screen() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine) as client:
-            await client.post("/predict", json={"inputs": FILL * 20 + "mn"})
-            assert sum(engine.batches) == 3  # two of them to warm up
-            assert len(engine.classified[-1]) == MAX_LENGTH
-
-    asyncio.run(run())
+async def test_the_model_s_own_classifier_reads_no_further_than_the_screen() -> None:
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        await client.post("/predict", json={"inputs": FILL * 20 + "mn"})
+        assert sum(engine.batches) == 3  # two of them to warm up
+        assert len(engine.classified[-1]) == MAX_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -90,53 +84,41 @@ def test_the_model_s_own_classifier_reads_no_further_than_the_screen() -> None:
         ({"unread": "allow"}, 200, "allow"),
     ],
 )
-def test_what_becomes_of_a_text_that_is_too_long_to_read(
+async def test_what_becomes_of_a_text_that_is_too_long_to_read(
     changes: dict[str, Any], status: int, decision: str
 ) -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer, max_windows=3, **changes) as client:
-            answer = await client.post("/predict", json={"inputs": FILL * 20})
-            assert answer.status_code == status
-            assert answer.headers["x-psim-decision"] == decision
-            assert len(peer.asked) == (status == 200)
-            if status == 403:
-                assert "longer than PSIM reads" in answer.json()["error"]
-
-    asyncio.run(run())
+    peer = Peer()
+    async with behind(peer, max_windows=3, **changes) as client:
+        answer = await client.post("/predict", json={"inputs": FILL * 20})
+        assert answer.status_code == status
+        assert answer.headers["x-psim-decision"] == decision
+        assert len(peer.asked) == (status == 200)
+        if status == 403:
+            assert "longer than PSIM reads" in answer.json()["error"]
 
 
-def test_a_window_that_cannot_be_screened_fails_the_text() -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer) as client:
-            text = FILL * 10 + BROKEN + " " + FILL
-            assert (await client.post("/predict", json={"inputs": text})).status_code == 503
-            assert not peer.asked
-
-    asyncio.run(run())
+async def test_a_window_that_cannot_be_screened_fails_the_text() -> None:
+    peer = Peer()
+    async with behind(peer) as client:
+        text = FILL * 10 + BROKEN + " " + FILL
+        assert (await client.post("/predict", json={"inputs": text})).status_code == 503
+        assert not peer.asked
 
 
-def test_sanitizing_reads_to_the_end_too() -> None:
-    async def run() -> None:
-        peer = Peer()
-        async with behind(peer, mode="sanitize", sanitize_s=60) as client:
-            text = FILL * 2 + "mn " + FILL + "mn"
-            answer = await client.post("/predict", json={"inputs": text})
-            assert answer.headers["x-psim-decision"] == "sanitize"
-            assert b"mn" not in peer.asked[-1][2]
-
-    asyncio.run(run())
+async def test_sanitizing_reads_to_the_end_too() -> None:
+    peer = Peer()
+    async with behind(peer, mode="sanitize", sanitize_s=60) as client:
+        text = FILL * 2 + "mn " + FILL + "mn"
+        answer = await client.post("/predict", json={"inputs": text})
+        assert answer.headers["x-psim-decision"] == "sanitize"
+        assert b"mn" not in peer.asked[-1][2]
 
 
-def test_other_requests_come_in_between_the_windows_of_a_text() -> None:
-    async def run() -> None:
-        async with behind(Peer(), queue_inputs=20) as client:
-            long = {"inputs": FILL * 80}
-            answers = await asyncio.gather(
-                client.post("/screen", json=long), client.post("/screen", json={"inputs": "a"})
-            )
-            assert [answer.status_code for answer in answers] == [200, 200]
-            assert await metric(client, "psim_queue_inputs") == 0
-
-    asyncio.run(run())
+async def test_other_requests_come_in_between_the_windows_of_a_text() -> None:
+    async with behind(Peer(), queue_inputs=20) as client:
+        long = {"inputs": FILL * 80}
+        answers = await asyncio.gather(
+            client.post("/screen", json=long), client.post("/screen", json={"inputs": "a"})
+        )
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert await metric(client, "psim_queue_inputs") == 0

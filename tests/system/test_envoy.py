@@ -117,37 +117,34 @@ async def envoy(
 
 
 @BOTH
-def test_a_clean_request_passes_as_it_is_and_a_poisoned_one_is_answered_in_its_dialect(
+async def test_a_clean_request_passes_as_it_is_and_a_poisoned_one_is_answered_in_its_dialect(
     example: str, tmp_path: Path
 ) -> None:
-    async def run() -> None:
-        async with envoy(example, tmp_path) as around:
-            for name, (path, body, _) in ASKED.items():
-                content = json.dumps(body([CLEAN, CLEAN]), indent=1).encode()
-                headers = JSON | {"x-psim-decision": "forged", "x-mine": "yes"}
-                clean = await around.client.post(path, content=content, headers=headers)
-                assert (clean.status_code, clean.content) == (200, SOUND)
-                (asked_path, asked_headers, asked_body) = around.peer.asked.pop()
-                assert (asked_path, asked_body) == (path, content)
-                assert asked_headers["x-psim-decision"] == "allow"
-                assert asked_headers["x-mine"] == "yes"
+    async with envoy(example, tmp_path) as around:
+        for name, (path, body, _) in ASKED.items():
+            content = json.dumps(body([CLEAN, CLEAN]), indent=1).encode()
+            headers = JSON | {"x-psim-decision": "forged", "x-mine": "yes"}
+            clean = await around.client.post(path, content=content, headers=headers)
+            assert (clean.status_code, clean.content) == (200, SOUND)
+            (asked_path, asked_headers, asked_body) = around.peer.asked.pop()
+            assert (asked_path, asked_body) == (path, content)
+            assert asked_headers["x-psim-decision"] == "allow"
+            assert asked_headers["x-mine"] == "yes"
 
-                poisoned = await around.client.post(path, json=body([CLEAN, POISONED]))
-                assert poisoned.status_code == 403
-                assert poisoned.headers["x-psim-decision"] == "reject"
-                assert "trigger" in ERRORS[name](poisoned.json())
-                assert "json" in poisoned.headers["content-type"]
-                assert not around.peer.asked
-            route = EXT_PROC if example == "ext_proc" else "/envoy/{path:path}"
-            line = f'psim_requests_total{{outcome="ok",route="{route}"}}'
-            # The request for health is one too.
-            assert await metric(around.gateway, line) >= 2 * len(ASKED) + 1
-
-    asyncio.run(run())
+            poisoned = await around.client.post(path, json=body([CLEAN, POISONED]))
+            assert poisoned.status_code == 403
+            assert poisoned.headers["x-psim-decision"] == "reject"
+            assert "trigger" in ERRORS[name](poisoned.json())
+            assert "json" in poisoned.headers["content-type"]
+            assert not around.peer.asked
+        route = EXT_PROC if example == "ext_proc" else "/envoy/{path:path}"
+        line = f'psim_requests_total{{outcome="ok",route="{route}"}}'
+        # The request for health is one too.
+        assert await metric(around.gateway, line) >= 2 * len(ASKED) + 1
 
 
 @BOTH
-def test_what_cannot_be_inspected_gets_nowhere(example: str, tmp_path: Path) -> None:
+async def test_what_cannot_be_inspected_gets_nowhere(example: str, tmp_path: Path) -> None:
     body = json.dumps({"inputs": [[CLEAN]]}).encode()
     other = json.dumps(ASKED["oip"][1]([CLEAN])).encode()
     twice = [("content-type", "application/json"), ("content-type", "text/plain")]
@@ -169,57 +166,48 @@ def test_what_cannot_be_inspected_gets_nowhere(example: str, tmp_path: Path) -> 
         ("POST", "/predict", JSON, json.dumps({"inputs": f"a {BROKEN} film"}).encode(), 503),
     ]  # fmt: skip
 
-    async def run() -> None:
-        async with envoy(example, tmp_path) as around:
-            for method, path, headers, content, status in refused:
-                answer = await around.client.request(method, path, headers=headers, content=content)
-                assert answer.status_code == status, (method, path, headers, answer.text)
-            assert not around.peer.asked
-            forged = {"x-psim-decision": "forged"}
-            assert (await around.client.get("/health", headers=forged)).status_code == 200
-            (seen,) = around.peer.asked
-            assert "x-psim-decision" not in seen[1]
-
-    asyncio.run(run())
+    async with envoy(example, tmp_path) as around:
+        for method, path, headers, content, status in refused:
+            answer = await around.client.request(method, path, headers=headers, content=content)
+            assert answer.status_code == status, (method, path, headers, answer.text)
+        assert not around.peer.asked
+        forged = {"x-psim-decision": "forged"}
+        assert (await around.client.get("/health", headers=forged)).status_code == 200
+        (seen,) = around.peer.asked
+        assert "x-psim-decision" not in seen[1]
 
 
 @BOTH
-def test_without_the_gateway_nothing_passes(example: str, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with envoy(example, tmp_path) as around:
-            await around.gateway.aclose()
-            await around.away.aclose()
-            answer = await around.client.post("/predict", json={"inputs": [[CLEAN]]})
-            assert answer.status_code >= 500
-            assert (await around.client.get("/health")).status_code >= 500
-            assert not around.peer.asked
-
-    asyncio.run(run())
+async def test_without_the_gateway_nothing_passes(example: str, tmp_path: Path) -> None:
+    async with envoy(example, tmp_path) as around:
+        await around.gateway.aclose()
+        await around.away.aclose()
+        answer = await around.client.post("/predict", json={"inputs": [[CLEAN]]})
+        assert answer.status_code >= 500
+        assert (await around.client.get("/health")).status_code >= 500
+        assert not around.peer.asked
 
 
-def test_requests_that_are_being_screened_end_while_the_gateway_drains(tmp_path: Path) -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with envoy("ext_proc", tmp_path, engine) as around:
-            around.peer.wait_s = 1  # and one that Envoy waits for the answer of goes on as well
-            forwarded = asyncio.create_task(
-                around.client.post("/predict", json={"inputs": [[CLEAN]]})
-            )
-            while not around.peer.asked:
-                await asyncio.sleep(0.01)
-            engine.gate.clear()
-            tasks = [
-                asyncio.create_task(around.client.post("/predict", json={"inputs": [[text]]}))
-                for text in (CLEAN, POISONED)
-            ]
-            await asyncio.sleep(0.3)
-            await around.gateway.aclose()
-            asyncio.get_running_loop().call_later(0.5, engine.gate.set)
-            await around.away.aclose()
-            assert (await forwarded).status_code == 200
-            assert [(await task).status_code for task in tasks] == [200, 403]
-
-    asyncio.run(run())
+async def test_requests_that_are_being_screened_end_while_the_gateway_drains(
+    tmp_path: Path,
+) -> None:
+    engine = FakeEngine()
+    async with envoy("ext_proc", tmp_path, engine) as around:
+        around.peer.wait_s = 1  # and one that Envoy waits for the answer of goes on as well
+        forwarded = asyncio.create_task(around.client.post("/predict", json={"inputs": [[CLEAN]]}))
+        while not around.peer.asked:
+            await asyncio.sleep(0.01)
+        engine.gate.clear()
+        tasks = [
+            asyncio.create_task(around.client.post("/predict", json={"inputs": [[text]]}))
+            for text in (CLEAN, POISONED)
+        ]
+        await asyncio.sleep(0.3)
+        await around.gateway.aclose()
+        asyncio.get_running_loop().call_later(0.5, engine.gate.set)
+        await around.away.aclose()
+        assert (await forwarded).status_code == 200
+        assert [(await task).status_code for task in tasks] == [200, 403]
 
 
 async def chunks(body: bytes) -> AsyncIterator[bytes]:
@@ -228,21 +216,18 @@ async def chunks(body: bytes) -> AsyncIterator[bytes]:
         await asyncio.sleep(0.02)
 
 
-def test_a_body_that_is_streamed_is_held_until_all_of_it_is_screened(tmp_path: Path) -> None:
-    async def run() -> None:
-        streamed = {"request_body_mode": "STREAMED", "response_header_mode": "SEND"}
-        async with envoy("ext_proc", tmp_path, processing=streamed) as around:
-            for text, status, sent in ((CLEAN, 200, 1), (POISONED, 403, 0)):
-                body = json.dumps({"inputs": [[text]]}).encode()
-                forged = JSON | {"x-psim-decision": "forged"}
-                answer = await around.client.post("/predict", content=chunks(body), headers=forged)
-                assert answer.status_code == status
-                complete = [asked for asked in around.peer.asked if asked[2]]
-                assert [asked[2] for asked in complete] == [body] * sent
-                assert all("x-psim-decision" not in asked[1] for asked in around.peer.asked)
-                around.peer.asked.clear()
-
-    asyncio.run(run())
+async def test_a_body_that_is_streamed_is_held_until_all_of_it_is_screened(tmp_path: Path) -> None:
+    streamed = {"request_body_mode": "STREAMED", "response_header_mode": "SEND"}
+    async with envoy("ext_proc", tmp_path, processing=streamed) as around:
+        for text, status, sent in ((CLEAN, 200, 1), (POISONED, 403, 0)):
+            body = json.dumps({"inputs": [[text]]}).encode()
+            forged = JSON | {"x-psim-decision": "forged"}
+            answer = await around.client.post("/predict", content=chunks(body), headers=forged)
+            assert answer.status_code == status
+            complete = [asked for asked in around.peer.asked if asked[2]]
+            assert [asked[2] for asked in complete] == [body] * sent
+            assert all("x-psim-decision" not in asked[1] for asked in around.peer.asked)
+            around.peer.asked.clear()
 
 
 @pytest.mark.parametrize(
@@ -258,15 +243,12 @@ def test_a_body_that_is_streamed_is_held_until_all_of_it_is_screened(tmp_path: P
         },
     ],
 )
-def test_an_envoy_that_does_not_send_all_is_noticed(
+async def test_an_envoy_that_does_not_send_all_is_noticed(
     processing: dict[str, str], tmp_path: Path
 ) -> None:
-    async def run() -> None:
-        async with envoy("ext_proc", tmp_path, processing=processing) as around:
-            answer = await around.client.post("/predict", json={"inputs": [[CLEAN]]})
-            assert answer.status_code == 403
-            assert "screened" in answer.json()["detail"]
-            if "response_header_mode" not in processing:
-                assert not around.peer.asked
-
-    asyncio.run(run())
+    async with envoy("ext_proc", tmp_path, processing=processing) as around:
+        answer = await around.client.post("/predict", json={"inputs": [[CLEAN]]})
+        assert answer.status_code == 403
+        assert "screened" in answer.json()["detail"]
+        if "response_header_mode" not in processing:
+            assert not around.peer.asked

@@ -76,69 +76,64 @@ async def until_queued(client: httpx.AsyncClient, inputs: int) -> None:
 # The faults of our neighbours.
 
 
-def test_what_waits_for_the_device_keeps_nobody_else_waiting_nor_its_own_deadline() -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine, request_timeout_s=1) as client:
-            engine.gate.clear()
-            started = time.monotonic()
-            body = {"inputs": CLEAN}
-            calls = [asyncio.create_task(client.post("/classify", json=body)) for _ in range(20)]
-            await until_queued(client, 20)
-            assert (await client.get("/live")).status_code == 200
-            assert not any(call.done() for call in calls), "these are answers of a loop that waited"
-            assert {call.status_code for call in await asyncio.gather(*calls)} == {504}
-            assert time.monotonic() - started < 10, "they have waited one after the other"
-            engine.gate.set()
-
-    asyncio.run(run())
+async def test_what_waits_for_the_device_keeps_nobody_else_waiting_nor_its_own_deadline() -> None:
+    engine = FakeEngine()
+    async with client_of(engine, request_timeout_s=1) as client:
+        engine.gate.clear()
+        started = time.monotonic()
+        body = {"inputs": CLEAN}
+        calls = [asyncio.create_task(client.post("/classify", json=body)) for _ in range(20)]
+        await until_queued(client, 20)
+        assert (await client.get("/live")).status_code == 200
+        assert not any(call.done() for call in calls), "these are answers of a loop that waited"
+        assert {call.status_code for call in await asyncio.gather(*calls)} == {504}
+        assert time.monotonic() - started < 10, "they have waited one after the other"
+        engine.gate.set()
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_a_single_text_and_a_batch_are_refused_alike_and_each_is_counted_once(name: str) -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine, queue_inputs=2) as client:
-            path, body, _ = ASKED[name]
-            engine.gate.clear()
-            held = asyncio.create_task(client.post("/classify", json={"inputs": [CLEAN] * 2}))
-            await until_queued(client, 2)
-            one, two = [await client.post(path, json=body([CLEAN] * n)) for n in (1, 2)]
-            assert (one.status_code, one.headers["retry-after"]) == (429, "1")
-            assert (one.status_code, one.headers["retry-after"], one.text) == (
-                two.status_code, two.headers["retry-after"], two.text
-            )  # fmt: skip
-            engine.gate.set()
-            assert (await held).status_code == 200
-            assert (await client.post(path, json=body([CLEAN]))).status_code == 200
-            route = path.replace("/models/fake/", "/models/{model}/")
-            for line, value in {
-                counted("overloaded", route): 2,
-                counted("ok", route): 1 + (path == "/classify"),
-                'psim_overload_total{model="fake",reason="inputs"}': 2,
-                ALLOWED: 3,
-                "psim_screen_score_count": 3,
-                "psim_queue_inputs": 0,
-            }.items():
-                assert await metric(client, line) == value, line
-
-    asyncio.run(run())
+async def test_a_single_text_and_a_batch_are_refused_alike_and_each_is_counted_once(
+    name: str,
+) -> None:
+    engine = FakeEngine()
+    async with client_of(engine, queue_inputs=2) as client:
+        path, body, _ = ASKED[name]
+        engine.gate.clear()
+        held = asyncio.create_task(client.post("/classify", json={"inputs": [CLEAN] * 2}))
+        await until_queued(client, 2)
+        one, two = [await client.post(path, json=body([CLEAN] * n)) for n in (1, 2)]
+        assert (one.status_code, one.headers["retry-after"]) == (429, "1")
+        assert (one.status_code, one.headers["retry-after"], one.text) == (
+            two.status_code, two.headers["retry-after"], two.text
+        )  # fmt: skip
+        engine.gate.set()
+        assert (await held).status_code == 200
+        assert (await client.post(path, json=body([CLEAN]))).status_code == 200
+        route = path.replace("/models/fake/", "/models/{model}/")
+        for line, value in {
+            counted("overloaded", route): 2,
+            counted("ok", route): 1 + (path == "/classify"),
+            'psim_overload_total{model="fake",reason="inputs"}': 2,
+            ALLOWED: 3,
+            "psim_screen_score_count": 3,
+            "psim_queue_inputs": 0,
+        }.items():
+            assert await metric(client, line) == value, line
 
 
 @pytest.mark.parametrize("more", [{}, {"mode": "shadow"}, {"scanners_suppress": ["psim"]}])
 @pytest.mark.parametrize("path", ["/classify", "/envoy/classify", GUARDRAIL])
 @pytest.mark.parametrize("query", ["", "?mode=shadow&fail_open=true"])
-def test_no_caller_can_turn_the_screen_off(path: str, query: str, more: dict[str, Any]) -> None:
-    async def run() -> None:
-        engine = FakeEngine()
-        async with client_of(engine) as client:
-            body = {"texts" if path == GUARDRAIL else "inputs": [POISONED]} | more
-            headers = {"x-psim-mode": "shadow", "x-psim-decision": "allow"}
-            answer = await client.post(path + query, json=body, headers=headers)
-            assert answer.status_code in (403, 422) or answer.json()["action"] == "BLOCKED"
-            assert len(engine.classified) == 1, "more than the warm-up was classified"
-
-    asyncio.run(run())
+async def test_no_caller_can_turn_the_screen_off(
+    path: str, query: str, more: dict[str, Any]
+) -> None:
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        body = {"texts" if path == GUARDRAIL else "inputs": [POISONED]} | more
+        headers = {"x-psim-mode": "shadow", "x-psim-decision": "allow"}
+        answer = await client.post(path + query, json=body, headers=headers)
+        assert answer.status_code in (403, 422) or answer.json()["action"] == "BLOCKED"
+        assert len(engine.classified) == 1, "more than the warm-up was classified"
 
 
 @pytest.mark.parametrize("given", [FEW, FEW[:-1] + "-", FEW[:9], "", "é"])
@@ -159,20 +154,17 @@ def test_a_key_is_compared_whole_with_every_key_that_there_is(
     assert compared == [(key.sha256, hash_of(given)) for key in every]
 
 
-def test_a_stream_of_envoy_s_that_we_end_early_is_no_pass() -> None:
-    async def run() -> None:
-        port = free_port()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            async with client_of(ext_proc_port=port, drain_s=0):
-                begin = channel.stream_stream(
-                    EXT_PROC, ProcessingRequest.__bytes__, ProcessingResponse.parse
-                )
-                stream = begin()
-                await stream.write(head())
-                assert (await stream.read()).request_headers
-            assert await stream.code() is not grpc.StatusCode.OK
-
-    asyncio.run(run())
+async def test_a_stream_of_envoy_s_that_we_end_early_is_no_pass() -> None:
+    port = free_port()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with client_of(ext_proc_port=port, drain_s=0):
+            begin = channel.stream_stream(
+                EXT_PROC, ProcessingRequest.__bytes__, ProcessingResponse.parse
+            )
+            stream = begin()
+            await stream.write(head())
+            assert (await stream.read()).request_headers
+        assert await stream.code() is not grpc.StatusCode.OK
 
 
 # The engine.
@@ -201,27 +193,24 @@ class SmallMemory(FakeEngine):
         return super().screen(batch)
 
 
-def test_out_of_memory_fails_only_the_row_that_does_not_fit_alone(
+async def test_out_of_memory_fails_only_the_row_that_does_not_fit_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def run() -> None:
-        engine = SmallMemory()
-        async with client_of(engine) as client:
-            engine.gate.clear()
-            texts = ["first", "one " * 9, "two " * 9, "three " * 9, "huge " * 30]
-            calls = []
-            for number, text in enumerate(texts, 1):
-                calls.append(asyncio.create_task(client.post("/classify", json={"inputs": text})))
-                await until_queued(client, number)
-            engine.gate.set()
-            _, *fit, huge = await asyncio.gather(*calls)
-            assert [labels(answer) for answer in fit] == [["positive"]] * 3
-            assert (huge.status_code, huge.json()["code"]) == (503, "screen_failed")
-            for line, value in {ALLOWED: 4, counted("ok"): 4, counted("error"): 1}.items():
-                assert await metric(client, line) == value, line
-            assert (await client.get("/ready")).status_code == 200
-
-    asyncio.run(run())
+    engine = SmallMemory()
+    async with client_of(engine) as client:
+        engine.gate.clear()
+        texts = ["first", "one " * 9, "two " * 9, "three " * 9, "huge " * 30]
+        calls = []
+        for number, text in enumerate(texts, 1):
+            calls.append(asyncio.create_task(client.post("/classify", json={"inputs": text})))
+            await until_queued(client, number)
+        engine.gate.set()
+        _, *fit, huge = await asyncio.gather(*calls)
+        assert [labels(answer) for answer in fit] == [["positive"]] * 3
+        assert (huge.status_code, huge.json()["code"]) == (503, "screen_failed")
+        for line, value in {ALLOWED: 4, counted("ok"): 4, counted("error"): 1}.items():
+            assert await metric(client, line) == value, line
+        assert (await client.get("/ready")).status_code == 200
     assert "screen failed for a batch of 4, each is tried alone: OutOfMemoryError" in caplog.text
     assert caplog.text.count("screen failed for one input: OutOfMemoryError") == 1
 
@@ -234,7 +223,7 @@ STEPS = (
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_worker_that_is_killed_at_any_step_leaves_nobody_without_an_answer(
+async def test_a_worker_that_is_killed_at_any_step_leaves_nobody_without_an_answer(
     step: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "BACK_OFF_S", 0.01)
@@ -249,26 +238,23 @@ def test_a_worker_that_is_killed_at_any_step_leaves_nobody_without_an_answer(
         except NotReady:
             return False
 
-    async def run() -> None:
-        async with running(FakeEngine(), batch_tokens=8) as batcher:
-            works, kills = getattr(batcher, step), iter([True])
+    async with running(FakeEngine(), batch_tokens=8) as batcher:
+        works, kills = getattr(batcher, step), iter([True])
 
-            def dies(*arguments: Any) -> Any:
-                if when == "before" and next(kills, False):
-                    raise SystemExit
-                found = works(*arguments)
-                if when == "after" and next(kills, False):
-                    raise SystemExit
-                return found
+        def dies(*arguments: Any) -> Any:
+            if when == "before" and next(kills, False):
+                raise SystemExit
+            found = works(*arguments)
+            if when == "after" and next(kills, False):
+                raise SystemExit
+            return found
 
-            monkeypatch.setattr(batcher, step, dies)
-            async with asyncio.timeout(10):
-                await asyncio.gather(*(call(batcher, f"c{number}") for number in range(4)))
-                await until(lambda: batcher.alive)
-                assert await call(batcher, "again")
-            assert value(batcher, "worker_restarts") == 1
-
-    asyncio.run(run())
+        monkeypatch.setattr(batcher, step, dies)
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(call(batcher, f"c{number}") for number in range(4)))
+            await until(lambda: batcher.alive)
+            assert await call(batcher, "again")
+        assert value(batcher, "worker_restarts") == 1
 
 
 # Callers.
@@ -284,39 +270,36 @@ class Watched(FakeEngine):
         return super().screen(batch)
 
 
-def test_callers_that_hang_up_mid_batch_take_nothing_from_their_mates() -> None:
-    async def run() -> None:
-        engine = Watched()
-        async with served_fake(engine) as client:
-            engine.gate.clear()
-            first = asyncio.create_task(client.post("/classify", json={"inputs": CLEAN}))
-            await until_queued(client, 1)
-            odd, even = {"inputs": "an odd text"}, {"inputs": ["an even quiet text", POISONED]}
-            mates = [asyncio.create_task(client.post("/classify", json=b)) for b in (odd, even) * 3]
-            await until_queued(client, 10)
-            texts = ["the longest ones, which come first in a batch and in its answers"] * 3
-            leaving = client.build_request("POST", "/classify", json={"inputs": texts})
-            sent = b"content-length: %d\r\n\r\n" % len(leaving.content) + leaving.content
-            leavers = [await begin(client, sent) for _ in range(4)]
-            await until_queued(client, 22)
-            engine.gate.set()  # lets the first one through
-            engine.gate.clear()
-            while engine.inside != 21:
-                await asyncio.sleep(0.005)
-            for connection in leavers:
-                connection.close()
-                await connection.wait_closed()
-            await until_queued(client, 9)
-            engine.gate.set()
-            assert [labels(mate) for mate in await asyncio.gather(first, *mates)] == [
-                ["positive"], *[["positive"], ["negative", None]] * 3
-            ]  # fmt: skip
-            for line, value in {
-                counted("cancelled"): 4, counted("ok"): 7, ALLOWED: 7, "psim_queue_inputs": 0
-            }.items():  # fmt: skip
-                assert await metric(client, line) == value, line
-
-    asyncio.run(run())
+async def test_callers_that_hang_up_mid_batch_take_nothing_from_their_mates() -> None:
+    engine = Watched()
+    async with served_fake(engine) as client:
+        engine.gate.clear()
+        first = asyncio.create_task(client.post("/classify", json={"inputs": CLEAN}))
+        await until_queued(client, 1)
+        odd, even = {"inputs": "an odd text"}, {"inputs": ["an even quiet text", POISONED]}
+        mates = [asyncio.create_task(client.post("/classify", json=b)) for b in (odd, even) * 3]
+        await until_queued(client, 10)
+        texts = ["the longest ones, which come first in a batch and in its answers"] * 3
+        leaving = client.build_request("POST", "/classify", json={"inputs": texts})
+        sent = b"content-length: %d\r\n\r\n" % len(leaving.content) + leaving.content
+        leavers = [await begin(client, sent) for _ in range(4)]
+        await until_queued(client, 22)
+        engine.gate.set()  # lets the first one through
+        engine.gate.clear()
+        while engine.inside != 21:
+            await asyncio.sleep(0.005)
+        for connection in leavers:
+            connection.close()
+            await connection.wait_closed()
+        await until_queued(client, 9)
+        engine.gate.set()
+        assert [labels(mate) for mate in await asyncio.gather(first, *mates)] == [
+            ["positive"], *[["positive"], ["negative", None]] * 3
+        ]  # fmt: skip
+        for line, value in {
+            counted("cancelled"): 4, counted("ok"): 7, ALLOWED: 7, "psim_queue_inputs": 0
+        }.items():  # fmt: skip
+            assert await metric(client, line) == value, line
 
 
 # The upstream. Those that answer, but not soundly, are in test_upstream.
@@ -393,26 +376,23 @@ async def peer(behaves: Sequence[Peer | None]) -> AsyncIterator[str]:
         (never_ends, 502, "answer"),
     ],
 )
-def test_an_upstream_that_does_not_end_its_answer_is_given_up_in_time(
+async def test_an_upstream_that_does_not_end_its_answer_is_given_up_in_time(
     behaves: Peer, status: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upstream, "MOST_BYTES", 2**20)
 
-    async def run() -> None:
-        settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_timeout_s": 0.5}
-        async with peer([None, behaves]) as url, client_of(upstream=url, **settings) as client:
-            started = time.monotonic()
-            answer = await client.post("/predict", json=ONE_TEI)
-            assert time.monotonic() - started < 5
-            assert (answer.status_code, [*answer.json()]) == (status, ["error", "error_type"])
-            errors = f'psim_upstream_errors_total{{kind="{kind}",model="fake"}}'
-            for line in (errors, counted("error", "/predict")):
-                assert await metric(client, line) == 1, line
-            assert await metric(client, ALLOWED) == 0
-            good = await client.post("/predict", json=ONE_TEI)
-            assert (good.status_code, good.content) == (200, SOUND)
-
-    asyncio.run(run())
+    settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_timeout_s": 0.5}
+    async with peer([None, behaves]) as url, client_of(upstream=url, **settings) as client:
+        started = time.monotonic()
+        answer = await client.post("/predict", json=ONE_TEI)
+        assert time.monotonic() - started < 5
+        assert (answer.status_code, [*answer.json()]) == (status, ["error", "error_type"])
+        errors = f'psim_upstream_errors_total{{kind="{kind}",model="fake"}}'
+        for line in (errors, counted("error", "/predict")):
+            assert await metric(client, line) == 1, line
+        assert await metric(client, ALLOWED) == 0
+        good = await client.post("/predict", json=ONE_TEI)
+        assert (good.status_code, good.content) == (200, SOUND)
 
 
 # The clock.
@@ -440,36 +420,33 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.mark.parametrize("seconds", [3 * DAY, -3 * DAY])
-def test_a_clock_that_jumps_moves_no_deadline_and_locks_nobody_out(
+async def test_a_clock_that_jumps_moves_no_deadline_and_locks_nobody_out(
     seconds: float, set_clock: Callable[[float], None], tmp_path: Path
 ) -> None:
-    async def run() -> None:
-        engine, other = FakeEngine(), KEY[Scope.CLASSIFY]
-        async with guarded(tmp_path, engine=engine, request_timeout_s=3) as client:
-            assert (await classify(client, 10)).status_code == 200
-            assert (await classify(client, 1)).status_code == 429
-            engine.gate.clear()
-            in_hand = asyncio.create_task(classify(client, 1, other))
-            await asyncio.sleep(0.1)
-            queued = asyncio.create_task(classify(client, 1, other))
-            await asyncio.sleep(0.1)
-            set_clock(seconds)
-            assert (await client.get("/ready")).status_code == 200, "nothing hangs"
-            engine.gate.set()
-            assert (await in_hand).status_code == (await queued).status_code == 200
-            assert (await classify(client, 10)).status_code == 200, "a window of its own"
-            again = await classify(client, 1)
-            assert (again.status_code, again.json()["code"]) == (429, "rate_limited")
-            assert 1 <= int(again.headers["retry-after"]) <= DAY
-            engine.gate.clear()
-            late = asyncio.create_task(classify(client, 1, other))
-            await asyncio.sleep(0.1)
-            set_clock(0)
-            assert (await late).status_code == 504
-            engine.gate.set()
-
     started = time.monotonic()
-    asyncio.run(run())
+    engine, other = FakeEngine(), KEY[Scope.CLASSIFY]
+    async with guarded(tmp_path, engine=engine, request_timeout_s=3) as client:
+        assert (await classify(client, 10)).status_code == 200
+        assert (await classify(client, 1)).status_code == 429
+        engine.gate.clear()
+        in_hand = asyncio.create_task(classify(client, 1, other))
+        await asyncio.sleep(0.1)
+        queued = asyncio.create_task(classify(client, 1, other))
+        await asyncio.sleep(0.1)
+        set_clock(seconds)
+        assert (await client.get("/ready")).status_code == 200, "nothing hangs"
+        engine.gate.set()
+        assert (await in_hand).status_code == (await queued).status_code == 200
+        assert (await classify(client, 10)).status_code == 200, "a window of its own"
+        again = await classify(client, 1)
+        assert (again.status_code, again.json()["code"]) == (429, "rate_limited")
+        assert 1 <= int(again.headers["retry-after"]) <= DAY
+        engine.gate.clear()
+        late = asyncio.create_task(classify(client, 1, other))
+        await asyncio.sleep(0.1)
+        set_clock(0)
+        assert (await late).status_code == 504
+        engine.gate.set()
     assert 3 < time.monotonic() - started < 20
 
 

@@ -17,7 +17,9 @@ from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.servers import serving
 
 
-def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of_it_counted() -> None:
+async def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of_it_counted() -> (
+    None
+):
     engine = FakeEngine()
     settings = Settings(bundle=Path("unused"), queue_inputs=16)
 
@@ -35,7 +37,7 @@ def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of_it_co
             return await asyncio.gather(*calls)
 
     with serving(create_app(settings, fake_bundle(engine))) as address:
-        answers = asyncio.run(burst(address))
+        answers = await burst(address)
         metrics = httpx.get(f"http://{address}/metrics").text
     statuses = Counter(answer.status_code for answer in answers)
     assert statuses.keys() == {200, 429}
@@ -52,7 +54,7 @@ def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of_it_co
         assert soak.counted(metrics, gauge) == 0
 
 
-def test_a_small_soak_adds_up_and_what_would_not_is_noticed(tmp_path: Path) -> None:
+async def test_a_small_soak_adds_up_and_what_would_not_is_noticed(tmp_path: Path) -> None:
     audit = tmp_path / "audit.db"
     settings = Settings(
         bundle=soak.tiny_bundle(tmp_path / "bundle"),
@@ -73,7 +75,7 @@ def test_a_small_soak_adds_up_and_what_would_not_is_noticed(tmp_path: Path) -> N
                 return found, await response.text()
 
     with serving(create_app(settings)) as address:
-        found, metrics = asyncio.run(run(address))
+        found, metrics = await run(address)
     assert found == []
     assert book.inputs >= 3000
     assert {"ok", "rejected", "client_error", "cancelled"} <= book.outcomes.keys()

@@ -1,6 +1,5 @@
 """The gateway on a local cluster of Ray: contract, replicas, their metrics, their death."""
 
-import asyncio
 import json
 import os
 import signal
@@ -164,7 +163,7 @@ def test_the_proxy_sends_the_request_id_once_and_as_it_came(cluster: Cluster) ->
         assert found == (given or found)
 
 
-def test_where_replicas_are_is_told_to_keys_that_read_metrics(tmp_path: Path) -> None:
+async def test_where_replicas_are_is_told_to_keys_that_read_metrics(tmp_path: Path) -> None:
     settings = Settings(bundle=tmp_path, keys=keys_file(tmp_path))
 
     async def asked(headers: Mapping[str, str]) -> int:
@@ -174,10 +173,10 @@ def test_where_replicas_are_is_told_to_keys_that_read_metrics(tmp_path: Path) ->
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return (await client.get("/replicas", headers=headers)).status_code
 
-    assert asyncio.run(asked({})) == 401
-    assert asyncio.run(asked(bearer(KEY[Scope.CLASSIFY]))) == 403
+    assert await asked({}) == 401
+    assert await asked(bearer(KEY[Scope.CLASSIFY])) == 403
     # Let in; but this is no replica that could know.
-    assert asyncio.run(asked(bearer(KEY[Scope.METRICS]))) == 500
+    assert await asked(bearer(KEY[Scope.METRICS])) == 500
 
 
 def test_a_long_queue_brings_a_second_replica_and_both_serve(cluster: Cluster) -> None:
