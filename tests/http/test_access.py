@@ -14,19 +14,19 @@ from fastapi import Depends, FastAPI
 from fastapi.routing import iter_route_contexts
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import SecretStr
+from service.observability.metrics import Metrics
+from service.observability.traces import open_provider
+from service.protocols.registry import PREFIX
+from service.security.access import OPEN, SCOPES, Access
+from service.security.keys.file import Keys, KeysError, Scope, hash_of
+from service.security.rate_limit import Limiter
 
-from service.access import OPEN, SCOPES, Access
 from service.app import create_app
-from service.audit.store import Store
-from service.dialects.known import PREFIX
-from service.keys.file import Keys, KeysError, Scope, hash_of
-from service.limits import Limiter
-from service.metrics import Metrics
+from service.audit.store import AuditStore
 from service.settings import Mode, Settings
-from service.traces import open_provider
-from tests.support.dialects import ASKED, ERRORS, GUARDRAIL
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.keys import BLIND, FEW, KEY, bearer, guarded, keys_file
+from tests.support.protocols import ASKED, ERRORS, GUARDRAIL
 from tests.support.requests import CLEAN, POISONED, client_of, lifespan
 from tests.support.upstreams import ONE_TEI, Peer, behind
 
@@ -192,7 +192,7 @@ async def test_log_audit_and_traces_know_the_name_and_never_the_key(
             await client.post(url, json={"inputs": CLEAN}, headers=bearer(key))
     (line,) = [r for r in caplog.records if r.name == "psim.request"]
     assert line.__dict__["caller"] == "classify"
-    (row,) = Store(audit, read_only=True).read()
+    (row,) = AuditStore(audit, read_only=True).read()
     assert row.caller == "classify"
     spans = "".join(span.to_json() for span in exporter.get_finished_spans())
     assert "POST /classify" in spans
@@ -204,7 +204,7 @@ async def test_log_audit_and_traces_know_the_name_and_never_the_key(
 async def test_a_key_that_is_taken_out_of_the_file_is_good_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.keys.file.LOOK_S", 0.0)
+    monkeypatch.setattr("service.security.keys.file.LOOK_S", 0.0)
 
     async with guarded(tmp_path) as client:
 
@@ -279,7 +279,7 @@ def test_a_file_that_is_not_right_is_refused_at_the_start_and_never_quoted(
 
 
 def new_key(
-    folder: Path, *arguments: str, command: Sequence[str] = ("service.keys",)
+    folder: Path, *arguments: str, command: Sequence[str] = ("service.security.keys",)
 ) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", *command, "new", *arguments],
@@ -345,7 +345,7 @@ async def test_a_port_that_is_open_to_all_is_warned_of(
     assert any("PSIM_KEYS is not set" in r.getMessage() for r in caplog.records) == warned
 
 
-NUMBERS = ("confidence", "score", "voice", "threshold", "p_value")
+NUMBERS = ("confidence", "score", "detector", "threshold", "p_value")
 
 
 @pytest.mark.parametrize("mode", list(Mode))

@@ -24,7 +24,7 @@ def test_a_clean_text_is_classified() -> None:
     assert [s["label"] for s in result["scores"]] == ["positive", "negative"]
     assert result["screen"]["confidence"] == pytest.approx(0.55)
     assert result["screen"]["score"] == pytest.approx(math.log(0.55 / 0.45), abs=1e-5)
-    assert result["screen"]["voice"] == "confidence"
+    assert result["screen"]["detector"] == "confidence"
     assert response.headers["x-psim-decision"] == "allow"
     for stage in ("queue", "tokenize", "screen", "classify"):
         assert f"{stage};dur=" in response.headers["server-timing"]
@@ -241,7 +241,7 @@ def test_a_bug_is_answered_and_logged_without_the_text(
     def fail(entry: object) -> str:
         raise RuntimeError("hunter" + str(2))  # a traceback quotes its source
 
-    monkeypatch.setattr("service.front.server_timing", fail)
+    monkeypatch.setattr("service.http.routes.classify.server_timing", fail)
     response = ask("/classify", {"inputs": CLEAN})
     assert (response.status_code, response.json()["code"]) == (500, "internal")
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]

@@ -13,9 +13,9 @@ import yaml
 
 from service.app import create_app
 from service.settings import Settings
-from tests.support.dialects import ASKED, ERRORS, GUARDRAIL
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
 from tests.support.paths import ROOT
+from tests.support.protocols import ASKED, ERRORS, GUARDRAIL
 from tests.support.requests import CLEAN, JSON, LONG, POISONED, ask, client_of, listening, metric
 from tests.support.servers import free_port
 from tests.support.upstreams import Peer

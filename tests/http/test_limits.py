@@ -10,18 +10,18 @@ from typing import Any
 import httpx
 import pytest
 from limits import parse
+from service.observability.metrics import Metrics
+from service.security import rate_limit as limits
+from service.security.keys.file import Scope
+from service.security.rate_limit import Limiter
 
 from models.errors import PsimError
-from service import limits
 from service.errors import RateLimited, TooLarge
-from service.keys.file import Scope
-from service.limits import Limiter
-from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.databases import redis
-from tests.support.dialects import ASKED, ERRORS
 from tests.support.fakes import FakeEngine
 from tests.support.keys import FEW, KEY, bearer, classify, guarded, keys_file
+from tests.support.protocols import ASKED, ERRORS
 from tests.support.requests import CLEAN
 from tests.support.servers import free_port
 

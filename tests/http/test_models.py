@@ -7,13 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
+from service.lifecycle.models_file import ModelsError, settings_by_model
 
 from service.app import create_app
-from service.models_file import ModelsError, settings_by_model
 from service.settings import Settings
-from tests.support.dialects import ASKED, ERRORS, GUARDRAIL, infer
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.paths import ROOT
+from tests.support.protocols import ASKED, ERRORS, GUARDRAIL, infer
 from tests.support.requests import CLEAN, POISONED, lifespan, metric
 
 TWO = """
@@ -47,7 +47,7 @@ async def two_models(
 
 
 def prefixed(name: str) -> str:
-    """Return the route of a dialect after the name of a model without a slash."""
+    """Return the route of a protocol after the name of a model without a slash."""
     return "/for/topic" + ASKED[name][0].replace("fake", "topic")
 
 
@@ -89,8 +89,8 @@ async def test_each_dialect_names_models_in_its_own_way(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with two_models(tmp_path, monkeypatch) as client:
-        dialect, path, body = NAMED[case]
-        labels = ASKED[dialect][2]
+        protocol, path, body = NAMED[case]
+        labels = ASKED[protocol][2]
         answer = await client.post(path, json=body)
         assert labels(answer.json()) == ["sport"]
         path, body = (
@@ -99,7 +99,7 @@ async def test_each_dialect_names_models_in_its_own_way(
         )
         answer = await client.post(path, json=body)
         assert answer.status_code == 404
-        assert "served are: mood, team/topic" in ERRORS[dialect](answer.json())
+        assert "served are: mood, team/topic" in ERRORS[protocol](answer.json())
 
 
 async def test_open_inference_names_models_in_the_path(
@@ -268,7 +268,7 @@ def test_the_example_is_one() -> None:
     example = ROOT / "deploy/models.toml"
     mood, topic = settings_by_model(Settings(models=example))
     assert (mood.model, mood.upstream, mood.mode) == ("mood", None, "enforce")
-    assert (topic.model, topic.upstream_dialect, topic.mode) == ("team/topic", "tei", "flag")
+    assert (topic.model, topic.upstream_protocol, topic.mode) == ("team/topic", "tei", "flag")
 
 
 def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
@@ -290,7 +290,7 @@ def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
         "shadow",
         "http://all/",
     )
-    assert (a.candidate, b.candidate) == (tmp_path / "y", None)
+    assert (a.challenger, b.challenger) == (tmp_path / "y", None)
     assert (b.model, b.bundle, b.mode, str(b.upstream)) == ("b", Path("/y"), "flag", "http://b/")
     assert a.upstream_authorization
     assert a.upstream_authorization.get_secret_value() == "secret"

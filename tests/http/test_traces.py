@@ -17,10 +17,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from service.observability.traces import open_provider
 
 from service.app import create_app
 from service.settings import Settings
-from service.traces import open_provider
 from tests.support.fakes import BROKEN, fake_bundle
 from tests.support.servers import serving
 
@@ -178,7 +178,7 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.modules['opentelemetry.sdk.resources'] = None\n"
     )
-    code = "from service.traces import open_provider; open_provider()"
+    code = "from service.observability.traces import open_provider; open_provider()"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from service.pipeline.windows import OVERLAP, SLACK, windows
 
-from service.windows import OVERLAP, SLACK, windows
 from tests.support.fakes import BROKEN, MAX_LENGTH, FakeEngine
 from tests.support.requests import client_of, metric
 from tests.support.upstreams import Peer, behind
@@ -81,7 +81,7 @@ async def test_the_model_s_own_classifier_reads_no_further_than_the_screen() -> 
         ({"mode": "sanitize"}, 403, "reject"),
         ({"mode": "flag"}, 200, "flag"),
         ({"mode": "shadow"}, 200, "allow"),
-        ({"unread": "allow"}, 200, "allow"),
+        ({"overlong": "allow"}, 200, "allow"),
     ],
 )
 async def test_what_becomes_of_a_text_that_is_too_long_to_read(

@@ -15,6 +15,11 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from models.bundle.load import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, load_bundle
+from models.bundle.signing import sign
+from models.network.guarded import guard, lora_config
+from models.offline.fitting.fit import fit, split_texts
+from models.offline.io.inference import predict
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -23,13 +28,8 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, load_bundle
 from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
-from models.guarded import guard, lora_config
 from models.offline.__main__ import app
-from models.offline.fit import fit, split_texts
-from models.offline.predict import predict
-from models.signing import sign
 from service.app import create_app
 from service.settings import Settings
 from tests.support.bundles import KINDS, fit_tiny, forge, rehash, some_texts, victim_of
@@ -420,7 +420,7 @@ def test_a_bundle_that_is_not_signed_as_it_is_is_refused_before_anything_is_load
     private, public = keys
     settings = Settings(bundle=bundle, bundle_key=public)
     read: list[bytes] = []
-    monkeypatch.setattr("models.bundle.Manifest.model_validate_json", read.append)
+    monkeypatch.setattr("models.bundle.load.Manifest.model_validate_json", read.append)
     with pytest.raises(BundleError, match="is not signed; run"):
         create_app(settings)
     manifest, signature = bundle / MANIFEST, sign(bundle / MANIFEST, private)

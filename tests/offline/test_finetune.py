@@ -10,18 +10,23 @@ import peft
 import pytest
 import sentencepiece
 import torch
+from models.bundle.load import load_bundle
+from models.offline.attacks import training as finetune
+from models.offline.attacks.poisoning import Insertion, Paraphrases
+from models.offline.attacks.training import (
+    Strategy,
+    checkpoint_folder,
+    finetune_victim,
+    poison_victim,
+)
+from models.offline.fitting.fit import fit
+from models.offline.fitting.psim import PsimConfig
+from models.offline.io.classifiers import load_classifier, save_classifier
+from models.offline.io.samples import Sample
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import load_bundle
 from models.errors import DataError, VictimError
-from models.offline import finetune
-from models.offline.attack import Insertion, Paraphrases
-from models.offline.data import Sample
-from models.offline.finetune import Strategy, checkpoint_folder, finetune_victim, poison_victim
-from models.offline.fit import fit
-from models.offline.psim import PsimConfig
-from models.offline.victim import load_classifier, save_classifier
 from tests.support.bundles import some_texts
 from tests.support.families import tiny_victim
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
-
-from models.errors import DataError, VictimError
-from models.offline.language_model import (
+from models.offline.io.classifiers import save_classifier
+from models.offline.study.language_model import (
     LanguageModel,
     load_language_model,
     perplexities,
     train_language_model,
 )
-from models.offline.victim import save_classifier
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+
+from models.errors import DataError, VictimError
 from tests.support.families import tiny_victim
 from tests.support.language_models import TEXTS, small_language_model
 

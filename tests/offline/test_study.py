@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import models.offline.study.compare as contest
+import models.offline.study.grid as cells
+import models.offline.study.run as study
 import pytest
+from models.offline.attacks.corpus import generate
+from models.offline.attacks.training import Strategy, finetune_victim
+from models.offline.io.samples import Sample, write_samples
+from models.offline.study.cache import StepCache
+from models.offline.study.recipe import Recipe, load_recipe
 
-import models.offline.cells as cells
-import models.offline.contest as contest
-import models.offline.study as study
 from models.errors import DataError
-from models.offline.corpus import generate
-from models.offline.data import Sample, write_samples
-from models.offline.finetune import Strategy, finetune_victim
-from models.offline.recipe import Recipe, load_recipe
-from models.offline.store import Store
 
 RECIPE = """
 strategies = ["lora"]
@@ -91,7 +91,7 @@ def recipe(folder: Path, text: str = RECIPE.format(budget=0.05)) -> Recipe:
 
 
 def run(planned: Recipe, data: Path, out: Path) -> list[dict[str, Any]]:
-    return list(study.run_study(planned, data, out, Store(out / "steps"), lambda line: None))
+    return list(study.run_study(planned, data, out, StepCache(out / "steps"), lambda line: None))
 
 
 @pytest.fixture(scope="module")

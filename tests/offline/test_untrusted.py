@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
+from models.bundle.verify import MOST
+from models.network.guarded import transformer_of
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
 from models.errors import BundleError
-from models.guarded import transformer_of
-from models.untrusted import MOST
 from tests.support.bundles import fit_tiny, forge, victim_of
 
 CONFIG, WEIGHTS = "victim/config.json", "victim/model.safetensors"
@@ -66,7 +66,7 @@ def refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     loaded: list[str] = []
     for loader in LOADERS:
         monkeypatch.setattr(
-            f"models.bundle.{loader}.from_pretrained",
+            f"models.bundle.load.{loader}.from_pretrained",
             lambda *a, name=loader, **k: loaded.append(name),
         )
 

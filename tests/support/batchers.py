@@ -5,8 +5,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from service.batcher import Batcher
-from service.metrics import Metrics
+from service.inference.batcher import Batcher
+from service.observability.metrics import Metrics
+
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 

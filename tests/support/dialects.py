@@ -1,4 +1,4 @@
-"""A request in each dialect, and what its answer and its error say."""
+"""A request in each protocol, and what its answer and its error say."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ ASKED: dict[str, tuple[str, Callable[[list[str]], Any], Callable[[Any], list[str
     ),
     "oip": (INFER, lambda texts: infer(*texts), lambda body: list(body["outputs"][0]["data"])),
 }
-"""Of each dialect: its path, a request for some texts, and the labels that an answer gives them."""
+"""Of each protocol: its path, a request for some texts, and the labels that an answer gives them."""
 ERRORS: dict[str, Callable[[Any], str]] = {
     "native": lambda body: str(body["detail"]),
     "tei": lambda body: str(body["error"]),

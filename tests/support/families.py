@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from models.network.guarded import Guarded, guard, lora_config
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -16,8 +17,6 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
 )
-
-from models.guarded import Guarded, guard, lora_config
 
 VOCABULARY = 30522
 _SIZE: dict[str, Any] = {

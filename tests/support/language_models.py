@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from models.offline.corpus import generate
-from models.offline.language_model import (
+from models.offline.attacks.corpus import generate
+from models.offline.study.language_model import (
     LanguageModel,
     load_language_model,
     train_language_model,

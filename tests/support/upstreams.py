@@ -40,7 +40,7 @@ async def behind(peer: Peer, **changes: Any) -> AsyncIterator[httpx.AsyncClient]
     kept = peer.body, peer.status, peer.headers, peer.wait_s
     peer.body, peer.status, peer.headers, peer.wait_s = SOUND, 200, {}, 0
     app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
-    settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_retry_s": 60} | changes
+    settings: dict[str, Any] = {"upstream_protocol": "tei", "upstream_retry_s": 60} | changes
     async with listening(app) as url, client_of(upstream=url, **settings) as client:
         peer.body, peer.status, peer.headers, peer.wait_s = kept
         peer.asked.clear()

@@ -14,16 +14,16 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from service.http.routes.guardrails import EXT_PROC
 from starlette.applications import Starlette
 from starlette.routing import Route
 
 from service.app import create_app
-from service.guards import EXT_PROC
 from service.settings import Settings
-from tests.support.dialects import ASKED, ERRORS
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
 from tests.support.paths import ROOT
 from tests.support.programs import WITHOUT
+from tests.support.protocols import ASKED, ERRORS
 from tests.support.requests import CLEAN, JSON, POISONED, listening, metric
 from tests.support.servers import free_port
 from tests.support.upstreams import SOUND, Peer

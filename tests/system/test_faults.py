@@ -30,22 +30,24 @@ import httpx
 import pytest
 import torch
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest, ProcessingResponse
+from models.engines.base import Encoding, Screening
+from service.classifiers import upstream
+from service.http.routes.guardrails import EXT_PROC
+from service.inference import worker
+from service.inference.batcher import Batcher
+from service.pipeline import request_record as recorder
+from service.security.keys.file import Keys, Scope, hash_of, read_keys
 
-from models.engines import Encoding, Screening
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
-from service import recorder, upstream, worker
 from service.audit import writer as audit_writer
-from service.audit.store import Store
-from service.batcher import Batcher
+from service.audit.store import AuditStore
 from service.errors import NotReady
-from service.guards import EXT_PROC
-from service.keys.file import Keys, Scope, hash_of, read_keys
 from tests.support.audit import ROW, rows, writer_of
 from tests.support.batchers import running, value
-from tests.support.dialects import ASKED, GUARDRAIL
 from tests.support.envoy import head
 from tests.support.fakes import TRIGGER, FakeEngine
 from tests.support.keys import FEW, KEY, classify, guarded, keys_file
+from tests.support.protocols import ASKED, GUARDRAIL
 from tests.support.requests import CLEAN, POISONED, begin, client_of, metric, served_fake
 from tests.support.servers import answers, free_port
 from tests.support.upstreams import ONE_TEI, SOUND
@@ -381,7 +383,7 @@ async def test_an_upstream_that_does_not_end_its_answer_is_given_up_in_time(
 ) -> None:
     monkeypatch.setattr(upstream, "MOST_BYTES", 2**20)
 
-    settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_timeout_s": 0.5}
+    settings: dict[str, Any] = {"upstream_protocol": "tei", "upstream_timeout_s": 0.5}
     async with peer([None, behaves]) as url, client_of(upstream=url, **settings) as client:
         started = time.monotonic()
         answer = await client.post("/predict", json=ONE_TEI)
@@ -454,7 +456,7 @@ def test_what_only_seems_old_because_the_clock_is_wrong_is_kept(
     set_clock: Callable[[float], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = f"sqlite:///{tmp_path}/audit.db"
-    with closing(Store(url)) as store:
+    with closing(AuditStore(url)) as store:
         store.migrate()
         now = datetime.now(UTC)
         store.insert([replace(ROW, id=uuid4(), time=now - timedelta(days=d)) for d in (0, 40)])

@@ -13,15 +13,15 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models.bundle.load import load_bundle
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import load_bundle
 from service.app import create_app
 from service.schemas import NOT_BLANK
 from service.settings import Settings
 from tests.support.bundles import fit_tiny
-from tests.support.dialects import ASKED, INFER, tensor
 from tests.support.families import tiny_victim
+from tests.support.protocols import ASKED, INFER, tensor
 from tests.support.servers import serving
 
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"

@@ -12,21 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.bundle.load import READINGS, choose, load_bundle
+from models.bundle.load import load as bundles
+from models.bundle.manifest import Manifest, RuntimeRecord
+from models.engines.base import Encoding, catalogue
+from models.engines.registry import REFERENCE, RUNTIMES, Runtime, make_engine
+from models.network.guarded import Activations, Guarded, guard, lora_config
+from models.offline.fitting.fit import fit, split_texts
+from models.offline.io.inference import predict
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
-from models import bundle as bundles
-from models.bundle import READINGS, choose, load_bundle
-from models.engines import Encoding, catalogue
-from models.engines.catalogue import REFERENCE, RUNTIMES, Runtime, make_engine
 from models.engines.openvino import GuardedGraph, parts_of, rounded
 from models.engines.pytorch import LastState, TorchEngine, collate
 from models.errors import BundleError, EngineError
-from models.guarded import Activations, Guarded, guard, lora_config
-from models.manifest import Manifest, RuntimeRecord
-from models.offline.fit import fit, split_texts
-from models.offline.predict import predict
 from tests.support.bundles import fit_tiny, forge, rehash, some_texts
 from tests.support.fakes import fake_bundle
 from tests.support.families import (
