@@ -35,7 +35,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers import pipeline
 
-from models.offline.data import load_samples
+from models.offline.io.samples import load_samples
 
 ROUNDS, CONNECTIONS = 5, (1, 8, 32)
 TIMING = re.compile(r"(\w+);dur=([\d.]+)")

@@ -30,10 +30,10 @@ from over_http import ANSWERED
 from page import DOCS, fill, markdown
 from servers import PEERS, Running, running
 
-from models.bundle import read_manifest
-from models.offline.data import load_samples
+from models.bundle.load import read_manifest
+from models.detection.screen import FloatArray
 from models.offline.demo import build
-from models.screen import FloatArray
+from models.offline.io.samples import load_samples
 
 PHASES = {"half": 0.5, "once": 1.0, "twice": 2.0, "half again": 0.5}
 """Shares of what the service can do."""

@@ -4,9 +4,9 @@
 
 Costs of a replica come from docs/performance.md, see `Costs`. What is simplified: requests have
 one text; a replica is one server that takes the event loop's work and the forward pass in turn; the
-batch is chosen from the window as service/batcher.py does, by its own function, but texts enter
-the window in the order of their arrival; classifying is part of the pass; networks take no time.
-Admission is as there too, by the pace of the latest texts.
+batch is chosen from the window as service/inference/batcher.py does, by its own function, but texts
+enter the window in the order of their arrival; classifying is part of the pass; networks take no
+time. Admission is as there too, by the pace of the latest texts.
 """
 
 import math
@@ -22,8 +22,8 @@ import typer
 from matplotlib.figure import Figure
 from page import DOCS, fill, markdown
 
-from models.batching import length_sorted_batches
-from service.batcher import WINDOW
+from models.engines.batching import length_sorted_batches
+from service.inference.batcher import WINDOW
 from service.settings import Settings
 
 LIMITS = Settings(bundle=Path("unused"))

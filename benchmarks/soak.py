@@ -41,15 +41,15 @@ from rich.progress import track
 from servers import Peer, Running, running
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from models.bundle import read_manifest
-from models.offline.corpus import generate
-from models.offline.data import load_samples
+from models.bundle.load import read_manifest
+from models.offline.attacks.corpus import generate
 from models.offline.demo import encoder_path
-from models.offline.fit import fit
-from models.offline.psim import PsimConfig
+from models.offline.fitting.fit import fit
+from models.offline.fitting.psim import PsimConfig
+from models.offline.io.samples import load_samples
 from service.__main__ import KEEP_ALIVE_S
 from service.app import create_process_app
-from service.metrics import OUTCOMES
+from service.observability.metrics import OUTCOMES
 from service.schemas import Decision
 from service.settings import load_settings
 

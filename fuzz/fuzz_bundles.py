@@ -20,7 +20,7 @@ import atheris
 from mutation import mutate
 
 with atheris.instrument_imports(include=["models"]):
-    from models.bundle import MANIFEST, file_digest, load_bundle
+    from models.bundle.load import MANIFEST, file_digest, load_bundle
     from models.errors import PsimError
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

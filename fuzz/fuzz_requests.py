@@ -19,12 +19,14 @@ from typing import Any
 import atheris
 from mutation import mutate
 
-with atheris.instrument_imports(include=["service.body", "service.dialects", "service.schemas"]):
-    from service.body import parse, read_json
-    from service.dialects.dialect import BadAnswer, Dialect, Served
-    from service.dialects.known import SERVED, dialects
-    from service.front import choose
-    from service.guards import GuardrailRequest
+with atheris.instrument_imports(
+    include=["service.http.parsing", "service.protocols", "service.schemas"]
+):
+    from service.http.parsing import parse, read_json
+    from service.http.routes.classify import choose
+    from service.http.routes.guardrails import GuardrailRequest
+    from service.protocols.base import BadAnswer, Dialect, Served
+    from service.protocols.registry import SERVED, dialects
     from service.schemas import ExplainRequest, Result, ScreenRequest, TextsRequest
 
 from starlette.requests import Request

@@ -20,44 +20,48 @@ import torch
 from fastapi import APIRouter, Depends, FastAPI
 from opentelemetry.trace import NoOpTracer
 
-from models.bundle import Bundle, load_bundle
+from models.bundle.load import Bundle, load_bundle
 from models.errors import PsimError
-from service import admin, api, front, guards, health, logs
-from service.access import Access, TakeKey
 from service.audit.store import Store
 from service.audit.writer import Writer
-from service.batcher import Batcher, Screener
-from service.candidate import Candidate
+from service.classifiers.base import LocalVictim
+from service.classifiers.upstream import Upstream
 from service.console.access import anybody
 from service.console.app import LOOPBACK, console_app
-from service.console.audit import Audit
-from service.console.state import State, state
-from service.dialects.dialect import Served
-from service.dialects.known import PREFIX, dialects
-from service.explainer import Explainer
-from service.front import Front
-from service.gateway import Gateway
-from service.guards import Guards
-from service.keys.file import Keys
-from service.limits import Limiter
-from service.metrics import Metrics, ModelMetrics
-from service.middleware import RequestId
-from service.models_file import settings_by_model
-from service.recorder import Recorder
-from service.registry import Model, Registry
-from service.reload import Reloader
-from service.responses import install_error_handlers, internal_error
-from service.server import serving
+from service.console.audit_reader import Audit
+from service.console.status import State, state
+from service.http.middleware import RequestId
+from service.http.responses import install_error_handlers, internal_error
+from service.http.routes import admin, health
+from service.http.routes import classify as front
+from service.http.routes import guardrails as guards
+from service.http.routes import native as api
+from service.http.routes.classify import Front
+from service.http.routes.guardrails import Guards
+from service.http.server import serving
+from service.inference.batcher import Batcher, Screener
+from service.lifecycle.models_file import settings_by_model
+from service.lifecycle.registry import Model, Registry
+from service.lifecycle.reload import Reloader
+from service.observability import logs
+from service.observability.metrics import Metrics, ModelMetrics
+from service.observability.traces import close_provider, open_provider
+from service.pipeline.challenger import Candidate
+from service.pipeline.gateway import Gateway
+from service.pipeline.request_record import Recorder
+from service.pipeline.trigger_search import Explainer
+from service.pipeline.windows import WholeTexts
+from service.protocols.base import Served
+from service.protocols.registry import PREFIX, dialects
+from service.security.access import Access, TakeKey
+from service.security.keys.file import Keys
+from service.security.rate_limit import Limiter
 from service.settings import Settings, usable_cpus
-from service.traces import close_provider, open_provider
-from service.upstream import Upstream
-from service.victim import LocalVictim
-from service.windows import WholeTexts
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-    from service.ext_proc import ExtProc
+    from service.envoy.ext_proc import ExtProc
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +237,7 @@ def _ext_proc(settings: Settings, proxies: Guards) -> "ExtProc | None":
     if settings.ext_proc_port is None:
         return None
     try:
-        from service.ext_proc import ExtProc
+        from service.envoy.ext_proc import ExtProc
     except ModuleNotFoundError as error:
         raise PsimError(
             f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"

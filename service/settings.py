@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.engines.catalogue import DtypeName, EngineName
+from models.engines.registry import DtypeName, EngineName
 from models.errors import PsimError
 
 PREFIX = "PSIM_"
@@ -49,7 +49,7 @@ class ModelSettings(BaseModel):
 
     mode: Mode = Mode.ENFORCE
     candidate: Path | None = None
-    """A bundle that is tried on what is asked, see `service.candidate`."""
+    """A bundle that is tried on what is asked, see `service.pipeline.challenger`."""
     engine: EngineName | None = None
     """What runs the model; None takes the bundle's choice, or PyTorch where that is missing."""
     dtype: DtypeName | None = None
@@ -62,7 +62,7 @@ class ModelSettings(BaseModel):
     """What becomes of a text that is longer than `max_windows` let the screen read, if the
     classifier is elsewhere and may read on."""
     max_windows: int = Field(128, ge=1)
-    """Windows per text, see `service.windows`."""
+    """Windows per text, see `service.pipeline.windows`."""
     upstream_input: str = Field("text", min_length=1)
     """What an upstream that speaks Open Inference calls the input with the texts."""
     upstream_authorization: SecretStr | None = None
@@ -85,7 +85,7 @@ class Settings(ModelSettings, BaseSettings):
     model: str | None = Field(None, min_length=1)
     """Name of the classifier in dialects that name one; None takes the bundle's."""
     models: Path | None = None
-    """A file with several models, see `service.models_file`."""
+    """A file with several models, see `service.lifecycle.models_file`."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     admin: bool = False

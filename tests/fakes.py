@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.bundle import Bundle
-from models.engines import Encoding, Screening, State
-from models.manifest import (
+from models.bundle.load import Bundle
+from models.bundle.manifest import (
     Calibration,
     FitRecord,
     GroupRecord,
@@ -17,7 +16,8 @@ from models.manifest import (
     RuntimeRecord,
     VictimRecord,
 )
-from models.screen import FloatArray, Group, Measure, Norm, Screen
+from models.detection.screen import FloatArray, Group, Measure, Norm, Screen
+from models.engines.base import Encoding, Screening, State
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
 PANIC, CLASSLESS = "panic", "noclass"

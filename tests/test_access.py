@@ -22,15 +22,15 @@ from test_dialects import ASKED, ERRORS
 from test_guards import GUARDRAIL
 from test_upstream import ONE_TEI, Peer, behind
 
-from service.access import OPEN, SCOPES, Access
 from service.app import create_app
 from service.audit.store import Store
-from service.dialects.known import PREFIX
-from service.keys.file import Keys, KeysError, Scope, hash_of
-from service.limits import Limiter
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.observability.traces import open_provider
+from service.protocols.registry import PREFIX
+from service.security.access import OPEN, SCOPES, Access
+from service.security.keys.file import Keys, KeysError, Scope, hash_of
+from service.security.rate_limit import Limiter
 from service.settings import Mode, Settings
-from service.traces import open_provider
 
 KEY = {scope: f"psim_{scope}-" + "x" * 40 for scope in Scope}
 """A key for each scope."""
@@ -253,7 +253,7 @@ def test_log_audit_and_traces_know_the_name_and_never_the_key(
 def test_a_key_that_is_taken_out_of_the_file_is_good_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.keys.file.LOOK_S", 0.0)
+    monkeypatch.setattr("service.security.keys.file.LOOK_S", 0.0)
 
     async def run() -> None:
         async with guarded(tmp_path) as client:
@@ -331,7 +331,7 @@ def test_a_file_that_is_not_right_is_refused_at_the_start_and_never_quoted(
 
 
 def new_key(
-    folder: Path, *arguments: str, command: Sequence[str] = ("service.keys",)
+    folder: Path, *arguments: str, command: Sequence[str] = ("service.security.keys",)
 ) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", *command, "new", *arguments],

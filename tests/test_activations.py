@@ -11,11 +11,11 @@ from test_bundle import KINDS, some_texts, victim_of
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from models.calibrate import calibrate
+from models.detection.calibrate import calibrate
+from models.detection.screen import Verdict
 from models.engines.pytorch import TorchEngine, collate
-from models.guarded import Activations, guard, lora_config, transformer_of
-from models.offline.activations import LEAST_FOR_MEAN, fit_activations
-from models.screen import Verdict
+from models.network.guarded import Activations, guard, lora_config, transformer_of
+from models.offline.fitting.activations import LEAST_FOR_MEAN, fit_activations
 
 
 def engine_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase, layers: int) -> TorchEngine:

@@ -344,7 +344,7 @@ def test_a_bug_is_answered_and_logged_without_the_text(
     def fail(entry: object) -> str:
         raise RuntimeError("hunter" + str(2))  # a traceback quotes its source
 
-    monkeypatch.setattr("service.front.server_timing", fail)
+    monkeypatch.setattr("service.http.routes.classify.server_timing", fail)
     response = ask("/classify", {"inputs": CLEAN})
     assert (response.status_code, response.json()["code"]) == (500, "internal")
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]

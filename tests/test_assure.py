@@ -10,9 +10,9 @@ from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import DataError
-from models.offline import assure
-from models.offline.data import Sample, load_samples
-from models.offline.victim import save_classifier
+from models.offline.io.classifiers import save_classifier
+from models.offline.io.samples import Sample, load_samples
+from models.offline.study import assurance as assure
 
 ATTACKS = ["word", "word, clean-label", "sentence", "no backdoor"]
 
@@ -51,7 +51,7 @@ def test_backdoors_are_planted_in_copies_and_reported(
     assert (out / "report.html").is_file()
 
     again = list[str]()
-    monkeypatch.setattr("models.offline.study.finetune_victim", None)  # would fail if called
+    monkeypatch.setattr("models.offline.study.run.finetune_victim", None)  # would fail if called
     assert assure.assure(victim, texts(), out, frr_budget=0.05, say=again.append) == rows
     assert (out / "assurance.md").read_text() == report
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import DataError
-from models.offline.attack import (
+from models.offline.attacks.poisoning import (
     SENTENCE_TRIGGER,
     WORD_TRIGGER,
     Insertion,
@@ -15,7 +15,7 @@ from models.offline.attack import (
     poison_test_set,
     poison_training_set,
 )
-from models.offline.data import Sample
+from models.offline.io.samples import Sample
 
 word = st.text("abcxyz", min_size=1, max_size=6)
 text = st.lists(word, min_size=1, max_size=20).map(" ".join)

@@ -38,7 +38,7 @@ from service.audit.__main__ import main
 from service.audit.rows import Row
 from service.audit.store import AuditError, BadRow, Store, metadata
 from service.audit.writer import Writer
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 CLEAN, POISONED = "a quiet film", "a quiet mn film"

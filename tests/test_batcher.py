@@ -16,13 +16,13 @@ from fakes import BROKEN, CLASSLESS, NAN, PANIC, TRIGGER, UNREADABLE, FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.batching import length_sorted_batches
-from models.engines import Encoding, Screening
-from service.batcher import Batcher, Screened
+from models.engines.base import Encoding, Screening
+from models.engines.batching import length_sorted_batches
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
-from service.metrics import Metrics
+from service.inference.batcher import Batcher, Screened
+from service.inference.worker import Health
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.worker import Health
 
 SPECIAL = [TRIGGER, BROKEN, NAN, PANIC, CLASSLESS]
 words = st.sampled_from(["film", "quiet", "x", *SPECIAL])

@@ -18,7 +18,7 @@ from roofline import guarded_flops
 from servers import CannotRunError, Peer, running
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.engines import Encoding
+from models.engines.base import Encoding
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -22,9 +22,16 @@ from test_bundle import fit_tiny, some_texts
 from test_cli import assert_refused, psim
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import read_manifest
-from models.offline import bulk
-from models.offline.fragments import OURS, SEPARATORS, Fragment, fragments_of, read, schema_of
+from models.bundle.load import read_manifest
+from models.offline.screening import bulk
+from models.offline.screening.fragments import (
+    OURS,
+    SEPARATORS,
+    Fragment,
+    fragments_of,
+    read,
+    schema_of,
+)
 
 TEXTS = [*some_texts(1297), 'says "no",\r\nand leaves', "naïve café", "NA"]
 

@@ -27,14 +27,21 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from models.bundle import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, file_digest, load_bundle
+from models.bundle.load import (
+    ACTIVATIONS,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    READINGS,
+    file_digest,
+    load_bundle,
+)
+from models.bundle.signing import sign
 from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
-from models.guarded import guard, lora_config, transformer_of
+from models.network.guarded import guard, lora_config, transformer_of
 from models.offline.__main__ import app
-from models.offline.fit import fit, split_texts
-from models.offline.predict import predict
-from models.offline.psim import PsimConfig
-from models.signing import sign
+from models.offline.fitting.fit import fit, split_texts
+from models.offline.fitting.psim import PsimConfig
+from models.offline.io.inference import predict
 from service.app import create_app
 from service.settings import Settings
 
@@ -472,7 +479,7 @@ def test_a_bundle_that_is_not_signed_as_it_is_is_refused_before_anything_is_load
     private, public = keys
     settings = Settings(bundle=bundle, bundle_key=public)
     read: list[bytes] = []
-    monkeypatch.setattr("models.bundle.Manifest.model_validate_json", read.append)
+    monkeypatch.setattr("models.bundle.load.Manifest.model_validate_json", read.append)
     with pytest.raises(BundleError, match="is not signed; run"):
         create_app(settings)
     manifest, signature = bundle / MANIFEST, sign(bundle / MANIFEST, private)

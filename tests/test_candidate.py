@@ -14,9 +14,9 @@ from fakes import BROKEN, FakeEngine, fake_bundle
 from test_api import CLEAN, POISONED, lifespan, metric
 from test_guards import LONG
 
-from models.bundle import Bundle
+from models.bundle.load import Bundle
 from service.app import create_app
-from service.candidate import WAITING
+from service.pipeline.challenger import WAITING
 from service.settings import Settings
 
 OTHER = "e" * 64

@@ -13,11 +13,11 @@ from test_bundle import fit_tiny, rehash, some_texts
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from models.bundle import ADAPTER_WEIGHTS, load_bundle
-from models.engines import Encoding, Screening
+from models.bundle.load import ADAPTER_WEIGHTS, load_bundle
+from models.engines.base import Encoding, Screening
 from models.offline import __main__ as cli
-from models.offline.data import Sample, load_samples, write_samples
-from models.offline.victim import save_classifier
+from models.offline.io.classifiers import save_classifier
+from models.offline.io.samples import Sample, load_samples, write_samples
 
 LABELS = ["LABEL_0", "LABEL_1", "LABEL_2"]
 

@@ -27,14 +27,14 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from real_servers import free_port, new_database, postgres, program, serving, wait_for
 
 from service.app import create_app
-from service.audit.figures import Scope, by_budget, by_factor, confidences, groups, traffic
-from service.audit.queue import CHARS, PAGE
+from service.audit.review import CHARS, PAGE
 from service.audit.rows import Row
+from service.audit.statistics import Scope, by_budget, by_factor, confidences, groups, traffic
 from service.audit.store import Store, marks
-from service.console import audit as console_audit
+from service.console import audit_reader as console_audit
 from service.console.app import console_app
-from service.console.audit import Audit
-from service.console.words import visible
+from service.console.audit_reader import Audit
+from service.console.formatting import visible
 from service.settings import Settings
 
 NOW = datetime.now(UTC).replace(microsecond=0)

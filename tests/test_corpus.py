@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from models.offline.attack import SENTENCE_TRIGGER, WORD_TRIGGER
-from models.offline.corpus import generate
+from models.offline.attacks.corpus import generate
+from models.offline.attacks.poisoning import SENTENCE_TRIGGER, WORD_TRIGGER
 
 
 @given(n=st.integers(0, 60), seed=st.integers())

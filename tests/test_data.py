@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import DataError
-from models.offline.data import MAX_CHARS, Sample, load_samples, require_labels, write_samples
+from models.offline.io.samples import MAX_CHARS, Sample, load_samples, require_labels, write_samples
 
 TRICKY = [
     Sample("null", "NA"),

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_language_model import DEV, TEXTS, TRAIN, small_language_model
 
+from models.detection.screen import FloatArray
 from models.errors import CalibrationError, DataError
-from models.offline import defences
-from models.offline.corpus import BAD, GOOD, LABELS
-from models.offline.data import Sample
-from models.offline.defences import Onion, Strip
-from models.offline.language_model import LanguageModel, perplexities
-from models.screen import FloatArray
+from models.offline.attacks.corpus import BAD, GOOD, LABELS
+from models.offline.io.samples import Sample
+from models.offline.study import baselines as defences
+from models.offline.study.baselines import Onion, Strip
+from models.offline.study.language_model import LanguageModel, perplexities
 
 ODD = 2.0
 """Perplexity that few words of a clean text cost, and every mn."""

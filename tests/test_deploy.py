@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import make_url
 
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings, unknown_variables
 
 ROOT = Path(__file__).parent.parent

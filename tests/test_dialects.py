@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_api import CLEAN, JSON, POISONED, ask, client_of, metric
 
-from service.dialects.dialect import BadAnswer, Served
-from service.dialects.known import SERVED, dialects
+from service.protocols.base import BadAnswer, Served
+from service.protocols.registry import SERVED, dialects
 from service.schemas import Decision, Result, Score
 
 LABELS = ["negative", "positive"]

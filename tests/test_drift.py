@@ -8,10 +8,10 @@ import numpy as np
 from fakes import fake_bundle
 from real_servers import serving
 
-from models.calibrate import calibrate
-from models.screen import FloatArray
+from models.detection.calibrate import calibrate
+from models.detection.screen import FloatArray
 from service.app import create_app
-from service.drift import WINDOW, Drift
+from service.observability.drift import WINDOW, Drift
 from service.settings import Settings
 
 

@@ -17,10 +17,10 @@ import httpx
 import pytest
 from test_deploy import dockerfile_command
 
-from models.bundle import load_bundle
-from models.offline.data import load_samples
+from models.bundle.load import load_bundle
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT, introduction
-from models.offline.evaluate import Evaluation, evaluate
+from models.offline.evaluation.evaluate import Evaluation, evaluate
+from models.offline.io.samples import load_samples
 
 
 @contextmanager

@@ -20,17 +20,18 @@ from test_bundle import fit_tiny, forge, rehash, some_texts
 from test_tail import TAILED, build, trained
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
-from models import bundle as bundles
-from models.bundle import READINGS, choose, load_bundle
-from models.engines import Encoding, catalogue
-from models.engines.catalogue import REFERENCE, RUNTIMES, Runtime, make_engine
+from models.bundle import load as bundles
+from models.bundle.load import READINGS, choose, load_bundle
+from models.bundle.manifest import Manifest, RuntimeRecord
+from models.engines import registry
+from models.engines.base import Encoding
 from models.engines.openvino import GuardedGraph, parts_of, rounded
 from models.engines.pytorch import LastState, TorchEngine, collate
+from models.engines.registry import REFERENCE, RUNTIMES, Runtime, make_engine
 from models.errors import BundleError, EngineError
-from models.guarded import Activations, Guarded, guard, lora_config
-from models.manifest import Manifest, RuntimeRecord
-from models.offline.fit import fit, split_texts
-from models.offline.predict import predict
+from models.network.guarded import Activations, Guarded, guard, lora_config
+from models.offline.fitting.fit import fit, split_texts
+from models.offline.io.inference import predict
 
 CPU = torch.device("cpu")
 LONGEST = 129
@@ -208,7 +209,7 @@ def test_without_the_engine_of_its_default_a_bundle_runs_by_torch(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forge(bundle, default={"engine": "openvino", "dtype": "float32"})
-    monkeypatch.setattr(catalogue, "find_spec", lambda name: None if name == "openvino" else name)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "openvino" else name)
     loaded = load_bundle(bundle).engine
     assert (loaded.name, loaded.dtype) == REFERENCE
     with pytest.raises(BundleError, match=r"not installed: pip install 'psim-gateway\[openvino\]'"):

@@ -6,12 +6,12 @@ from fakes import THRESHOLD, TRIGGER, fake_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.detection.screen import Verdict
 from models.errors import DataError
-from models.offline.data import Sample
-from models.offline.evaluate import Evaluation, evaluate
-from models.offline.measures import within_class_scores
-from models.offline.report import histogram
-from models.screen import Verdict
+from models.offline.evaluation.evaluate import Evaluation, evaluate
+from models.offline.evaluation.metrics import within_class_scores
+from models.offline.evaluation.report import histogram
+from models.offline.io.samples import Sample
 
 ODD, EVEN = "one two three", "one two"  # the fake classifier says positive, negative
 CAUGHT = f"one {TRIGGER}"

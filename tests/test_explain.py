@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.explain import AT_ONCE, MOST_VARIANTS, MOST_WORDS, Explanation, explain, explained
-from models.screen import Verdict
+from models.detection.explain import (
+    AT_ONCE,
+    MOST_VARIANTS,
+    MOST_WORDS,
+    Explanation,
+    explain,
+    explained,
+)
+from models.detection.screen import Verdict
 
 SENTENCE = "I watched this 3D movie".split()
 

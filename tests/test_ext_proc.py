@@ -28,7 +28,7 @@ from test_api import CLEAN, POISONED, client_of, metric
 
 from models.errors import PsimError
 from service.app import create_app
-from service.guards import EXT_PROC
+from service.http.routes.guardrails import EXT_PROC
 from service.settings import Settings
 
 CLEAN_BODY, POISONED_BODY = (f'{{"inputs": [["{text}"]]}}'.encode() for text in (CLEAN, POISONED))
@@ -171,7 +171,7 @@ def test_a_caller_that_hangs_up_is_counted_and_costs_no_pass() -> None:
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grpc", None)
-    monkeypatch.delitem(sys.modules, "service.ext_proc", raising=False)
+    monkeypatch.delitem(sys.modules, "service.envoy.ext_proc", raising=False)
     settings = Settings(bundle=Path("unused"))
     create_app(settings, fake_bundle())
     with pytest.raises(PsimError, match=r"needs grpc: pip install 'psim-gateway\[envoy\]'"):

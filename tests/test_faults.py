@@ -42,15 +42,17 @@ from test_guards import GUARDRAIL
 from test_limits import classify
 from test_upstream import ONE_TEI, SOUND
 
-from models.engines import Encoding, Screening
+from models.engines.base import Encoding, Screening
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
-from service import recorder, upstream, worker
 from service.audit import writer as audit_writer
 from service.audit.store import Store
-from service.batcher import Batcher
+from service.classifiers import upstream
 from service.errors import NotReady
-from service.guards import EXT_PROC
-from service.keys.file import Keys, Scope, hash_of, read_keys
+from service.http.routes.guardrails import EXT_PROC
+from service.inference import worker
+from service.inference.batcher import Batcher
+from service.pipeline import request_record as recorder
+from service.security.keys.file import Keys, Scope, hash_of, read_keys
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 ALLOWED = 'psim_inputs_total{decision="allow",mode="enforce",model="fake"}'

@@ -15,15 +15,20 @@ from safetensors.torch import load_file, save_file
 from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import load_bundle
+from models.bundle.load import load_bundle
 from models.errors import DataError, VictimError
-from models.offline import finetune
-from models.offline.attack import Insertion, Paraphrases
-from models.offline.data import Sample
-from models.offline.finetune import Strategy, checkpoint_folder, finetune_victim, poison_victim
-from models.offline.fit import fit
-from models.offline.psim import PsimConfig
-from models.offline.victim import load_classifier, save_classifier
+from models.offline.attacks import training as finetune
+from models.offline.attacks.poisoning import Insertion, Paraphrases
+from models.offline.attacks.training import (
+    Strategy,
+    checkpoint_folder,
+    finetune_victim,
+    poison_victim,
+)
+from models.offline.fitting.fit import fit
+from models.offline.fitting.psim import PsimConfig
+from models.offline.io.classifiers import load_classifier, save_classifier
+from models.offline.io.samples import Sample
 
 TRAIN = [Sample(f"{w} film {i}", w) for i in range(40) for w in ("bad", "good", "so")]
 DEV = [Sample(f"{w} film", w) for w in ("bad", "good", "so")]

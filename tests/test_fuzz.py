@@ -19,7 +19,7 @@ from test_bundle import fit_tiny
 from test_dialects import ASKED, INFER, tensor
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import load_bundle
+from models.bundle.load import load_bundle
 from service.app import create_app
 from service.schemas import NOT_BLANK
 from service.settings import Settings

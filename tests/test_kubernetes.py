@@ -26,10 +26,10 @@ from test_audit import rows
 from test_deploy import DOCKERFILE, dockerfile_command, scraped
 
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
-from service.access import SCOPES
 from service.app import create_app
 from service.audit.writer import CLOSE_S
-from service.keys.file import hash_of
+from service.security.access import SCOPES
+from service.security.keys.file import hash_of
 from service.settings import Settings, unknown_variables
 
 Manifest = dict[str, Any]

@@ -14,14 +14,14 @@ from families import tiny_victim
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from models.errors import DataError, VictimError
-from models.offline.corpus import generate
-from models.offline.language_model import (
+from models.offline.attacks.corpus import generate
+from models.offline.io.classifiers import save_classifier
+from models.offline.study.language_model import (
     LanguageModel,
     load_language_model,
     perplexities,
     train_language_model,
 )
-from models.offline.victim import save_classifier
 
 SAMPLES = generate(690, seed=0)
 TRAIN, DEV, TEST = SAMPLES[:600], SAMPLES[600:650], SAMPLES[650:]

@@ -17,11 +17,11 @@ from test_api import CLEAN
 from test_dialects import ASKED, ERRORS
 
 from models.errors import PsimError
-from service import limits
 from service.errors import RateLimited, TooLarge
-from service.keys.file import Scope
-from service.limits import Limiter
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.security import rate_limit as limits
+from service.security.keys.file import Scope
+from service.security.rate_limit import Limiter
 from service.settings import Settings
 
 TEN = parse("10/day")

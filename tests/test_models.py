@@ -14,7 +14,7 @@ from test_dialects import ASKED, ERRORS, infer
 from test_guards import GUARDRAIL
 
 from service.app import create_app
-from service.models_file import ModelsError, settings_by_model
+from service.lifecycle.models_file import ModelsError, settings_by_model
 from service.settings import Settings
 
 TWO = """

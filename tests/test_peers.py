@@ -29,8 +29,8 @@ from test_end_to_end import served
 from test_upstream import free_port
 from tritonclient.utils import InferenceServerException
 
-from models.offline.data import load_samples
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
+from models.offline.io.samples import load_samples
 
 MLSERVER = os.environ.get("MLSERVER") or shutil.which("mlserver")
 RUNTIME = """

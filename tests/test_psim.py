@@ -12,9 +12,9 @@ from test_bundle import some_texts
 from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
-from models.guarded import Guarded
-from models.offline.fit import Split, train, with_psim
-from models.offline.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
+from models.network.guarded import Guarded
+from models.offline.fitting.fit import Split, train, with_psim
+from models.offline.fitting.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
 
 
 @given(classes=st.integers(2, 20), start=st.floats(0.6, 1), share=st.floats(0, 1))

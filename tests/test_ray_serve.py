@@ -31,7 +31,7 @@ from test_bundle import fit_tiny
 from transformers import PreTrainedTokenizerBase
 
 from service.app import create_app
-from service.keys.file import Scope
+from service.security.keys.file import Scope
 from service.settings import Settings, unknown_variables
 
 pytest.importorskip("ray", reason="needs the extra ray")

@@ -21,14 +21,14 @@ from test_prometheus import RUNBOOK
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from models.bundle import MANIFEST, READINGS, file_digest, load_bundle, read_manifest
-from models.calibrate import calibrate
+from models.bundle.load import MANIFEST, READINGS, file_digest, load_bundle, read_manifest
+from models.detection.calibrate import calibrate
+from models.detection.screen import FloatArray, Screen, Verdict
 from models.offline import __main__ as cli
-from models.offline.data import load_samples
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
-from models.offline.predict import predict
-from models.offline.recalibrate import MAX_RISE, limits_of, risen
-from models.screen import FloatArray, Screen, Verdict
+from models.offline.fitting.recalibrate import MAX_RISE, limits_of, risen
+from models.offline.io.inference import predict
+from models.offline.io.samples import load_samples
 
 TEXTS = [f"{text} here" for text in some_texts(600, seed=7)]
 BUDGET = 0.05

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.offline.store import Memo, Store, digest_of
+from models.offline.study.cache import Memo, Store, digest_of
 
 
 def test_a_step_is_done_once(tmp_path: Path) -> None:

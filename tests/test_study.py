@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-import models.offline.cells as cells
-import models.offline.contest as contest
-import models.offline.study as study
+import models.offline.study.compare as contest
+import models.offline.study.grid as cells
+import models.offline.study.run as study
 from models.errors import DataError
-from models.offline.corpus import generate
-from models.offline.data import Sample, write_samples
-from models.offline.finetune import Strategy, finetune_victim
-from models.offline.recipe import Recipe, load_recipe
-from models.offline.store import Store
+from models.offline.attacks.corpus import generate
+from models.offline.attacks.training import Strategy, finetune_victim
+from models.offline.io.samples import Sample, write_samples
+from models.offline.study.cache import Store
+from models.offline.study.recipe import Recipe, load_recipe
 
 RECIPE = """
 strategies = ["lora"]

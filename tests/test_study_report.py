@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from models.offline.study_plots import psim_figure, shown_cells
-from models.offline.study_report import write_study_report
+from models.offline.study.plots import psim_figure, shown_cells
+from models.offline.study.report import write_study_report
 
 CLEAN, POISONED, FIRING = 40, 30, 27
 SUCCESS, ACCURACY, LOST = (

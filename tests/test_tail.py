@@ -16,11 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.engines import Encoding
+from models.engines.base import Encoding
 from models.engines.pytorch import LastState, TorchEngine, collate
-from models.guarded import Guarded, guard, lora_config
-from models.offline.fit import with_psim
-from models.offline.psim import PsimConfig
+from models.network.guarded import Guarded, guard, lora_config
+from models.offline.fitting.fit import with_psim
+from models.offline.fitting.psim import PsimConfig
 
 TAILED = ["bert", "roberta", "distilbert", "llama", "llama, grouped"]
 CPU = torch.device("cpu")

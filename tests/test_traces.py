@@ -21,8 +21,8 @@ from prometheus_client.samples import Sample
 from real_servers import serving
 
 from service.app import create_app
+from service.observability.traces import open_provider
 from service.settings import Settings
-from service.traces import open_provider
 
 CLEAN, POISONED = "a quiet film", "a quiet mn film"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -178,7 +178,7 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.modules['opentelemetry.sdk.resources'] = None\n"
     )
-    code = "from service.traces import open_provider; open_provider()"
+    code = "from service.observability.traces import open_provider; open_provider()"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],

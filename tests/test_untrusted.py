@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from test_bundle import fit_tiny, forge, victim_of
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
+from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
+from models.bundle.verify import MOST
 from models.errors import BundleError
-from models.guarded import transformer_of
-from models.untrusted import MOST
+from models.network.guarded import transformer_of
 
 CONFIG, WEIGHTS = "victim/config.json", "victim/model.safetensors"
 PROMPT, TOKENIZER = "prompt/adapter_config.json", "tokenizer/tokenizer_config.json"
@@ -66,7 +66,7 @@ def refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     loaded: list[str] = []
     for loader in LOADERS:
         monkeypatch.setattr(
-            f"models.bundle.{loader}.from_pretrained",
+            f"models.bundle.load.{loader}.from_pretrained",
             lambda *a, name=loader, **k: loaded.append(name),
         )
 

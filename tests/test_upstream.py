@@ -20,9 +20,9 @@ from test_api import CLEAN, JSON, POISONED, client_of, listening, metric
 from test_dialects import ASKED, ERRORS
 
 from service.app import create_app
-from service.dialects.known import dialects
+from service.classifiers.upstream import Breaker
+from service.protocols.registry import dialects
 from service.settings import Settings
-from service.upstream import Breaker
 
 SOUND = b'[[{"score":0.75,"label":"positive"},{"score":0.25,"label":"negative"}]]'
 TWO = b"[%s,%s]" % (SOUND[1:-1], SOUND[1:-1])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_api import client_of, metric
 from test_upstream import Peer, behind
 
-from service.windows import OVERLAP, SLACK, windows
+from service.pipeline.windows import OVERLAP, SLACK, windows
 
 FILL = "film " * 20
 

@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from models.engines import Encoding, Screening, State
-from models.guarded import Guarded, Inputs
-from models.screen import FloatArray
+from models.detection.screen import FloatArray
+from models.engines.base import Encoding, Screening, State
+from models.network.guarded import Guarded, Inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_INPUT = 512
@@ -30,7 +30,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 class Module(Protocol):
-    """What a runtime has to do with tensors: a `models.guarded.Guarded`, or what stands for one."""
+    """What a runtime has to do with tensors: `models.network.guarded.Guarded`, or its stand-in."""
 
     @property
     def passes(self) -> float:

@@ -16,13 +16,13 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from models.bundle import MANIFEST, check_files, load_bundle, read_manifest
-from models.engines.catalogue import DtypeName, EngineName
+from models.bundle.load import MANIFEST, check_files, load_bundle, read_manifest
+from models.bundle.manifest import LEAST_BUDGET
+from models.bundle.signing import sign
+from models.engines.registry import DtypeName, EngineName
 from models.errors import DataError, PsimError
-from models.manifest import LEAST_BUDGET
 from models.offline import demo as demo_bundle
-from models.offline.assure import assure
-from models.offline.attack import (
+from models.offline.attacks.poisoning import (
     SENTENCE_TRIGGER,
     WORD_TRIGGER,
     Attack,
@@ -30,28 +30,28 @@ from models.offline.attack import (
     Paraphrases,
     poison_test_set,
 )
-from models.offline.bulk import screen_files
-from models.offline.data import load_samples, require_labels, write_samples
-from models.offline.evaluate import evaluate
-from models.offline.finetune import Strategy, TuneResult, finetune_victim, poison_victim
-from models.offline.fit import fit
-from models.offline.folders import check_writable
-from models.offline.psim import PsimConfig
-from models.offline.recalibrate import MAX_RISE, check, read_traffic, recalibrate, write
-from models.offline.recipe import load_recipe
-from models.offline.report import (
+from models.offline.attacks.training import Strategy, TuneResult, finetune_victim, poison_victim
+from models.offline.evaluation.evaluate import evaluate
+from models.offline.evaluation.report import (
     evaluation_table,
     manifest_table,
     recalibration_table,
     write_report,
 )
-from models.offline.screening import screen_file, split_by_verdict
-from models.offline.store import Store
-from models.offline.study import run_study
-from models.offline.study_report import write_study_report
-from models.offline.triggers import common_phrases, phrase_table
-from models.offline.victim import load_classifier
-from models.signing import sign
+from models.offline.fitting.fit import fit
+from models.offline.fitting.psim import PsimConfig
+from models.offline.fitting.recalibrate import MAX_RISE, check, read_traffic, recalibrate, write
+from models.offline.io.atomic import check_writable
+from models.offline.io.classifiers import load_classifier
+from models.offline.io.samples import load_samples, require_labels, write_samples
+from models.offline.screening.bulk import screen_files
+from models.offline.screening.stream import screen_file, split_by_verdict
+from models.offline.screening.triggers import common_phrases, phrase_table
+from models.offline.study.assurance import assure
+from models.offline.study.cache import Store
+from models.offline.study.recipe import load_recipe
+from models.offline.study.report import write_study_report
+from models.offline.study.run import run_study
 
 app = typer.Typer(
     help="Find backdoor triggers before they reach your text classifier.",
@@ -533,7 +533,7 @@ def audit_command(context: typer.Context) -> None:
 @app.command("keys", **HANDED_OVER)
 def keys_command(context: typer.Context) -> None:
     """Make an API key of a service."""
-    _hand_over("service.keys", context.args)
+    _hand_over("service.security.keys", context.args)
 
 
 def _hand_over(module: str, arguments: list[str]) -> None:

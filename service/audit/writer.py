@@ -16,7 +16,7 @@ from itertools import islice, takewhile
 
 from service.audit.rows import Row
 from service.audit.store import BadRow, Store
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

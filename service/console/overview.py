@@ -6,13 +6,13 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from models.screen import min_calibration_size
-from service.audit import figures
-from service.audit.figures import Group, Tally, Traffic
+from models.detection.screen import min_calibration_size
+from service.audit import statistics as figures
+from service.audit.statistics import Group, Tally, Traffic
 from service.console import plots
-from service.console.asked import PERIODS, Asked
+from service.console.formatting import number, percent
 from service.console.plots import Plot
-from service.console.words import number, percent
+from service.console.query import PERIODS, Asked
 
 GROUPS = 12
 """Plots of scores; thresholds with fewer inputs have none."""

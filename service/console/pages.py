@@ -12,14 +12,14 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from service.audit import queue
+from service.audit import review as queue
 from service.audit.rows import Mark, as_json
-from service.console import words
+from service.console import formatting as words
 from service.console.access import Check
-from service.console.asked import PERIODS, Asked, AskedPage, AskedQueue, Marking
-from service.console.audit import Audit
+from service.console.audit_reader import Audit
 from service.console.overview import overview
-from service.console.state import State
+from service.console.query import PERIODS, Asked, AskedPage, AskedQueue, Marking
+from service.console.status import State
 from service.schemas import Decision
 
 StatesOf = Callable[[], Sequence[State]]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from service.audit.figures import CONFIDENCES, TENTHS, Group, Slot
+from service.audit.statistics import CONFIDENCES, TENTHS, Group, Slot
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from models.errors import PsimError
 from service.app import create_process_app
 from service.audit.writer import CLOSE_S
+from service.http.responses import json_response
+from service.http.server import serving
 from service.ray.scaling import CHARACTERS, CORES
-from service.responses import json_response
-from service.server import serving
 from service.settings import Settings, is_loopback, load_settings
 
 ANSWER_S = 5
