@@ -116,7 +116,7 @@ async def measure(bundle: Path, texts: Sequence[str]) -> Table:
         "PSIM_BUNDLE": str(bundle),
         "PSIM_PORT": gateway.rsplit(":", 1)[1],
         "PSIM_UPSTREAM": upstream,
-        "PSIM_UPSTREAM_DIALECT": "tei",
+        "PSIM_UPSTREAM_PROTOCOL": "tei",
         "PSIM_THREADS": "1",
     }
     columns = ("connections", "direct, ms", "gateway, ms", "of it screen, ms", "ratio", "rounds")

@@ -1,4 +1,4 @@
-"""Fuzz what reads requests, and upstreams' answers, in every dialect, guided by coverage.
+"""Fuzz what reads requests, and upstreams' answers, in every protocol, guided by coverage.
 
 A body is refused with one of four errors, none of which repeats it, or read: then what is screened
 is what an upstream would get. An upstream's answer is believed, or is a `BadAnswer`.
@@ -25,8 +25,8 @@ with atheris.instrument_imports(
     from service.http.parsing import parse, read_json
     from service.http.routes.classify import choose
     from service.http.routes.guardrails import GuardrailRequest
-    from service.protocols.base import BadAnswer, Dialect, Served
-    from service.protocols.registry import SERVED, dialects
+    from service.protocols.base import BadAnswer, ModelInfo, WireProtocol
+    from service.protocols.registry import SERVED, protocols
     from service.schemas import ExplainRequest, Result, ScreenRequest, TextsRequest
 
 from starlette.requests import Request
@@ -36,8 +36,8 @@ from service.settings import Settings
 
 SETTINGS = Settings(bundle=Path("unused"), max_chars=200, max_inputs=8, max_body_bytes=4096)
 LABELS = ["negative", "positive"]
-WORLD = Served("m", "d" * 64, LABELS)
-UPSTREAMS = [*dialects().values()]
+WORLD = ModelInfo("m", "d" * 64, LABELS)
+UPSTREAMS = [*protocols().values()]
 MEDIA = (b"application/json", b"application/json; charset=utf-8", b"text/plain", b"")
 OURS: list[type[TextsRequest]] = [ScreenRequest, ExplainRequest, GuardrailRequest]
 SECRET = "hunter2"
@@ -55,28 +55,30 @@ def fuzz(data: bytes) -> None:
 
 
 def request(kind: int, body: bytes) -> None:
-    dialect = SERVED[kind // 4 % len(SERVED)]
+    protocol = SERVED[kind // 4 % len(SERVED)]
     try:
         media = [(b"content-type", MEDIA[kind % 4])]
         given = Request({"type": "http", "headers": media}, received(body))
-        _, read = done(read_json(given, SETTINGS, media_optional=dialect.media_optional))
+        _, read = done(read_json(given, SETTINGS, media_optional=protocol.media_optional))
         for model in OURS:
             try:
                 checked(parse(read, model, SETTINGS))
             except ServiceError as error:
                 refused(error)
-        asked = parse(read, choose([dialect], read).asks, SETTINGS)
+        asked = parse(read, choose([protocol], read).request_type, SETTINGS)
     except ServiceError as error:
         refused(error)
         return
     checked(asked)
     assert asked.with_texts(asked.texts).texts == asked.texts
     sent = json.loads(asked.model_dump_json(exclude_none=True))
-    assert parse(sent, dialect.asks, SETTINGS).texts == asked.texts, "an upstream reads others"
+    assert parse(sent, protocol.request_type, SETTINGS).texts == asked.texts, (
+        "an upstream reads others"
+    )
     scores = [{"label": label, "score": 0.5} for label in LABELS]
     one = {"decision": "allow", "screen": None, "label": LABELS[0], "scores": scores}
     results = [Result.model_validate(one) for _ in asked.texts]
-    json.dumps(asked.answer(results, WORLD), allow_nan=False).encode()
+    json.dumps(asked.to_response(results, WORLD), allow_nan=False).encode()
 
 
 def checked(asked: TextsRequest) -> None:
@@ -90,10 +92,10 @@ def refused(error: ServiceError) -> None:
     assert SECRET not in str(error), "an error repeats the text"
 
 
-def answer(dialect: Dialect, count: int, body: bytes) -> None:
+def answer(protocol: WireProtocol, count: int, body: bytes) -> None:
     try:
-        dialect.check(body, count)
-        rows = dialect.scores(body, count, LABELS)
+        protocol.check(body, count)
+        rows = protocol.scores(body, count, LABELS)
     except BadAnswer as error:
         assert SECRET not in str(error)
         return

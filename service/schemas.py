@@ -1,4 +1,4 @@
-"""The native wire format; what dialects have in common is in its words too."""
+"""The native wire format; what protocols have in common is in its words too."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from models.detection.screen import Voice
+from models.detection.screen import Detector
 
 NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 """What `str.strip` leaves, as a regular expression for OpenAPI; requests are checked in Python."""
@@ -73,7 +73,7 @@ class ScreenResult(_Wire):
 
     confidence: float | None = None
     score: float | None = None
-    voice: Voice | None = None
+    detector: Detector | None = None
     threshold: float | None = None
     p_value: float | None = None
     poisoned: bool

@@ -16,8 +16,8 @@ from models.bundle.manifest import (
     RuntimeRecord,
     VictimRecord,
 )
-from models.detection.screen import FloatArray, Group, Measure, Norm, Screen
-from models.engines.base import Encoding, Screening, State
+from models.detection.screen import FloatArray, Normalizer, Screen, ThresholdGroup, ZScore
+from models.engines.base import ClassifierState, Encoding, Screening
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
 PANIC, CLASSLESS = "panic", "noclass"
@@ -60,7 +60,7 @@ class FakeEngine:
         readings = np.array([[[0.5, 0.5], [p, 1 - p]] for p in top], np.float32)
         return Screening(readings, batch)
 
-    def classify(self, batch: Sequence[State]) -> FloatArray:
+    def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
         _refuse([e for e in batch if isinstance(e, Encoding)], CLASSLESS, RuntimeError)
         self.classified += [e.input_ids for e in batch if isinstance(e, Encoding)]
         return np.array([[0.2, 0.8] if len(e) % 2 else [0.7, 0.3] for e in batch], np.float32)
@@ -127,7 +127,7 @@ def fake_bundle(
         versions={},
     )
     scores = np.linspace(0, 2, 99, dtype=np.float32)
-    as_it_is = Measure(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
-    norm = Norm(Measure(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
-    screen = Screen([Group((0, 1), threshold, scores)], norm)
+    as_it_is = ZScore(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
+    normalizer = Normalizer(ZScore(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
+    screen = Screen([ThresholdGroup((0, 1), threshold, scores)], normalizer)
     return Bundle(manifest, digest, engine or FakeEngine(), screen)

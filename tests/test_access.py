@@ -23,7 +23,7 @@ from test_guards import GUARDRAIL
 from test_upstream import ONE_TEI, Peer, behind
 
 from service.app import create_app
-from service.audit.store import Store
+from service.audit.store import AuditStore
 from service.observability.metrics import Metrics
 from service.observability.traces import open_provider
 from service.protocols.registry import PREFIX
@@ -241,7 +241,7 @@ def test_log_audit_and_traces_know_the_name_and_never_the_key(
     asyncio.run(run())
     (line,) = [r for r in caplog.records if r.name == "psim.request"]
     assert line.__dict__["caller"] == "classify"
-    (row,) = Store(audit, read_only=True).read()
+    (row,) = AuditStore(audit, read_only=True).read()
     assert row.caller == "classify"
     spans = "".join(span.to_json() for span in exporter.get_finished_spans())
     assert "POST /classify" in spans
@@ -400,7 +400,7 @@ def test_a_port_that_is_open_to_all_is_warned_of(
     assert any("PSIM_KEYS is not set" in r.getMessage() for r in caplog.records) == warned
 
 
-NUMBERS = ("confidence", "score", "voice", "threshold", "p_value")
+NUMBERS = ("confidence", "score", "detector", "threshold", "p_value")
 
 
 @pytest.mark.parametrize("mode", list(Mode))

@@ -85,7 +85,7 @@ def test_distances_are_mahalanobis() -> None:
         torch.tensor(a, dtype=torch.float32) for a in (np.stack([factor] * 3), means @ factor)
     )
     found = Activations(*tensors).distances([torch.tensor(h, dtype=torch.float32) for h in states])
-    assert found.shape == (5, Activations.VOICES, 3)
+    assert found.shape == (5, Activations.FEATURES, 3)
     np.testing.assert_allclose(found[:, 0], np.sqrt(low * middle), rtol=1e-4)
     np.testing.assert_allclose(found[:, 1], top, rtol=1e-4)
 
@@ -136,7 +136,7 @@ def test_a_text_far_from_its_class_is_heard_although_psim_is_unsure(own: int) ->
 
     assert not judge(0.7, 4.0, 9.0).poisoned, "far from the other class only"
     verdict = judge(0.7, 9.0, 4.0)
-    assert (verdict.poisoned, verdict.voice) == (True, "activations")
+    assert (verdict.poisoned, verdict.detector) == (True, "activations")
     assert verdict.confidence == pytest.approx(0.7)
     verdict = judge(0.9999, 4.0, 4.0)
-    assert (verdict.poisoned, verdict.voice) == (True, "confidence")
+    assert (verdict.poisoned, verdict.detector) == (True, "confidence")

@@ -68,7 +68,7 @@ def test_a_clean_text_is_classified() -> None:
     assert [s["label"] for s in result["scores"]] == ["positive", "negative"]
     assert result["screen"]["confidence"] == pytest.approx(0.55)
     assert result["screen"]["score"] == pytest.approx(math.log(0.55 / 0.45), abs=1e-5)
-    assert result["screen"]["voice"] == "confidence"
+    assert result["screen"]["detector"] == "confidence"
     assert response.headers["x-psim-decision"] == "allow"
     for stage in ("queue", "tokenize", "screen", "classify"):
         assert f"{stage};dur=" in response.headers["server-timing"]

@@ -36,7 +36,7 @@ from service.app import create_app
 from service.audit import writer as audit_writer
 from service.audit.__main__ import main
 from service.audit.rows import Row
-from service.audit.store import AuditError, BadRow, Store, metadata
+from service.audit.store import AuditError, AuditStore, BadRow, metadata
 from service.audit.writer import Writer
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -46,7 +46,7 @@ KEY = "k" * 32
 NOW = datetime(2026, 11, 25, 14, 30, tzinfo=UTC)
 ROW = Row(
     time=NOW, request_id="r", number=0, route="/classify", decision="reject", mode="enforce",
-    voice="confidence", confidence=0.9, score=6.5, threshold=3.0, p_value=0.01, poisoned=True,
+    detector="confidence", confidence=0.9, score=6.5, threshold=3.0, p_value=0.01, poisoned=True,
     truncated=False, label=None, digest="d" * 64, text=POISONED,
 )  # fmt: skip
 
@@ -67,7 +67,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def rows(url: str, **chosen: Any) -> list[Row]:
-    with closing(Store(url, read_only=True)) as store:
+    with closing(AuditStore(url, read_only=True)) as store:
         return list(store.read(**chosen))
 
 
@@ -79,7 +79,7 @@ def count(url: str) -> int:
         return -1
 
 
-def written(store: Store, *new: Row) -> Store:
+def written(store: AuditStore, *new: Row) -> AuditStore:
     store.migrate()
     store.insert(new)
     return store
@@ -133,7 +133,7 @@ def test_every_input_that_was_answered_is_there_when_the_service_is_down(url: st
     rejected = next(row for row in found if row.decision == "reject")
     assert (rejected.request_id, rejected.number, rejected.mode) == ("mine", 1, "enforce")
     assert rejected.model == "fake"
-    assert (rejected.voice, rejected.threshold, rejected.digest) == ("confidence", 3.0, "d" * 64)
+    assert (rejected.detector, rejected.threshold, rejected.digest) == ("confidence", 3.0, "d" * 64)
     assert rejected.score is not None
     assert rejected.score > 3
     assert (rejected.poisoned, rejected.truncated, rejected.mark) == (True, False, None)
@@ -163,7 +163,7 @@ def test_what_passed_unscreened_and_what_shadow_mode_let_pass_can_be_told(url: s
 
 
 def test_the_migrations_make_the_table_that_the_code_writes(url: str) -> None:
-    store = written(Store(url), ROW)
+    store = written(AuditStore(url), ROW)
     store.migrate()
     with store._engine.connect() as connection:
         options = {"include_object": lambda o, name, *_: "version" not in (name or "")}
@@ -173,7 +173,7 @@ def test_the_migrations_make_the_table_that_the_code_writes(url: str) -> None:
 
 
 def test_a_row_written_twice_is_there_once_and_a_bad_one_is_named(url: str) -> None:
-    store = written(Store(url), ROW, ROW)
+    store = written(AuditStore(url), ROW, ROW)
     store.insert([ROW, replace(ROW, id=uuid4())])
     with pytest.raises(BadRow):
         store.insert([replace(ROW, mark="nonsense", id=uuid4())])
@@ -186,14 +186,14 @@ def test_what_is_older_than_it_may_be_is_deleted(url: str, monkeypatch: pytest.M
     now = datetime.now(UTC)
     ages = [0, 1, 6.9, 7.1, 8, 9, 400]
     written(
-        Store(url), *(replace(ROW, id=uuid4(), time=now - timedelta(days=d)) for d in ages)
+        AuditStore(url), *(replace(ROW, id=uuid4(), time=now - timedelta(days=d)) for d in ages)
     ).close()
     with serving(service(url, audit_days=7)):
         wait_for(lambda: 0 <= count(url) <= 3)
     assert len(rows(url)) == 3
 
 
-def writer_of(store: Store, limit: int = 100) -> tuple[Writer, Metrics]:
+def writer_of(store: AuditStore, limit: int = 100) -> tuple[Writer, Metrics]:
     metrics = Metrics()
     writer = Writer(store, metrics, limit=limit, days=30, key=None, keep_text=True)
     return writer, metrics
@@ -206,7 +206,7 @@ def value(metrics: Metrics, name: str) -> float:
 
 
 def test_a_bad_row_is_dropped_and_its_mates_are_written(url: str) -> None:
-    writer, metrics = writer_of(Store(url))
+    writer, metrics = writer_of(AuditStore(url))
     bad = replace(ROW, id=uuid4(), mark="nonsense")
     writer.add([replace(ROW, id=uuid4()), bad, replace(ROW, id=uuid4())])
     writer.start()
@@ -215,7 +215,7 @@ def test_a_bad_row_is_dropped_and_its_mates_are_written(url: str) -> None:
     assert value(metrics, "psim_audit_dropped_total") == 1
 
 
-class CountingStore(Store):
+class CountingStore(AuditStore):
     inserts = 0
 
     def insert(self, rows: Sequence[Row]) -> None:
@@ -235,7 +235,7 @@ def test_rows_that_come_one_after_the_other_are_written_together(url: str) -> No
     writer.close()
 
 
-class SlowStore(Store):
+class SlowStore(AuditStore):
     def insert(self, rows: Sequence[Row]) -> None:
         time.sleep(0.2)
         super().insert(rows)
@@ -257,7 +257,7 @@ def test_texts_that_wait_are_bounded_by_their_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_writer, "MAX_CHARS", 100)
-    writer, metrics = writer_of(Store(f"sqlite:///{tmp_path}/audit.db"))
+    writer, metrics = writer_of(AuditStore(f"sqlite:///{tmp_path}/audit.db"))
     writer.add([replace(ROW, id=uuid4(), text="x" * 40) for _ in range(5)])
     assert value(metrics, "psim_audit_dropped_total") == 3
     writer.start()
@@ -396,7 +396,7 @@ def test_settings_of_an_audit_that_is_off_and_short_keys_are_refused() -> None:
 
 
 def test_only_its_owner_may_read_the_file(tmp_path: Path) -> None:
-    written(Store(f"sqlite:///{tmp_path}/audit.db"), ROW).close()
+    written(AuditStore(f"sqlite:///{tmp_path}/audit.db"), ROW).close()
     for file in tmp_path.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -421,7 +421,7 @@ def test_the_export_is_what_was_written_in_the_range_that_is_asked_for(
         for h, text in enumerate(['a "quoted",\nfilm', "=1+1", None])
     ]
     allowed = replace(ROW, id=uuid4(), decision="allow", label="positive", number=1)
-    written(Store(url), *hours, allowed).close()
+    written(AuditStore(url), *hours, allowed).close()
     lines = [json.loads(line) for line in exported(url, capsys=capsys).splitlines()]
     assert [line["request_id"] for line in lines] == ["r", "r0", "r1", "r2"]
     assert lines[1]["text"] == hours[0].text

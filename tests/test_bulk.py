@@ -82,7 +82,7 @@ def texts_of(fragment: Fragment) -> list[object]:
 def job(bundle: Path, out: Path, rows: int = 100) -> bulk.Job:
     out.mkdir(exist_ok=True)
     digest = read_manifest(bundle)[1]
-    options = bulk.Options(
+    options = bulk.BulkOptions(
         bundle=digest, engine="torch", dtype="float32", text_column="text", part_rows=rows
     )
     return bulk.Job(bundle, out, options)
@@ -108,7 +108,7 @@ def test_rows_of_jsonl_that_cannot_be_screened_say_why_as_by_the_local_path(
     file, out = tmp_path / "x.jsonl", tmp_path / "out"
     file.write_bytes(b"\n".join(BROKEN_LINES))
     (fragment,) = fragments_of(file, "text", 100)
-    outcome = bulk.Screener(job(bundle, out), 1)(asdict(fragment))
+    outcome = bulk.BulkScreener(job(bundle, out), 1)(asdict(fragment))
     assert outcome == {"rows": 10, "failure": None, "fatal": False}
     part = pq.read_table(bulk.part_of(fragment, out))
     local = psim("screen", file, "--bundle", bundle).stdout.splitlines()
@@ -137,7 +137,7 @@ def test_rows_of_csv_and_parquet_that_cannot_be_screened_say_why(
     csv, parquet = tmp_path / "x.csv", tmp_path / "x.parquet"
     csv.write_bytes(b'id,text\n1,fine\n2,"  "\n\n3\n4,a,b\n5,\xff\n6,also fine\n')
     pq.write_table(pa.table({"text": ["fine", None, ""], "id": [[1], [2], None]}), parquet)
-    screener = bulk.Screener(job(bundle, tmp_path / "out"), 1)
+    screener = bulk.BulkScreener(job(bundle, tmp_path / "out"), 1)
     errors = {}
     for file in (csv, parquet):
         (fragment,) = fragments_of(file, "text", 100)
@@ -161,7 +161,7 @@ def test_a_fragment_that_workers_die_of_is_left_out_by_name(bundle: Path, tmp_pa
     file, out = tmp_path / "x.csv", tmp_path / "out"
     file.write_text("text\n" + "fine\n" * 30)
     first, second, _ = fragments_of(file, "text", 10)
-    screener = bulk.Screener(job(bundle, out), 1)
+    screener = bulk.BulkScreener(job(bundle, out), 1)
     for death in range(bulk.ATTEMPTS):
         (out / f".{bulk.part_of(second, out).name}.{death}{bulk.PARTIAL}").touch()
     assert screener(asdict(first))["failure"] is None
@@ -176,10 +176,10 @@ def test_a_worker_says_what_stops_all_of_them(bundle: Path, tmp_path: Path) -> N
     (fragment,) = fragments_of(file, "text", 10)
     asked = job(bundle, out)
     other = bulk.Job(bundle, out, asked.options.model_copy(update={"bundle": "0" * 64}))
-    outcome = bulk.Screener(other, 1)(asdict(fragment))
+    outcome = bulk.BulkScreener(other, 1)(asdict(fragment))
     assert "was replaced meanwhile" in outcome["failure"]
     shutil.rmtree(out)
-    gone = bulk.Screener(asked, 1)(asdict(fragment))
+    gone = bulk.BulkScreener(asked, 1)(asdict(fragment))
     assert outcome["fatal"]
     assert gone["fatal"]
 

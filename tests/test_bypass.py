@@ -41,7 +41,7 @@ async def gateway(peer: Peer) -> AsyncIterator[int]:
     behind = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
     async with listening(behind) as upstream:
         settings = Settings.model_validate(
-            {"bundle": Path("unused"), "upstream": upstream, "upstream_dialect": "tei"}
+            {"bundle": Path("unused"), "upstream": upstream, "upstream_protocol": "tei"}
         )
         async with listening(create_app(settings, fake_bundle())) as url:
             peer.asked.clear()

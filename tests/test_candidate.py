@@ -1,4 +1,4 @@
-"""A candidate on live traffic: it is compared, and nobody who asks can tell that it is there."""
+"""A challenger on live traffic: it is compared, and nobody who asks can tell that it is there."""
 
 import asyncio
 import threading
@@ -24,20 +24,20 @@ OTHER = "e" * 64
 
 @asynccontextmanager
 async def on_trial(
-    monkeypatch: pytest.MonkeyPatch, candidate: Bundle, **changes: Any
+    monkeypatch: pytest.MonkeyPatch, challenger: Bundle, **changes: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    bundles = {"served": fake_bundle, "candidate": lambda: candidate}
+    bundles = {"served": fake_bundle, "challenger": lambda: challenger}
     monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name]())
-    settings = Settings(bundle=Path("served"), candidate=Path("candidate"), admin=True, **changes)
+    settings = Settings(bundle=Path("served"), challenger=Path("challenger"), admin=True, **changes)
     async with lifespan(app := create_app(settings)):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client
 
 
-def both(served: str, candidate: str) -> str:
-    labels = f'candidate="{candidate}",model="fake",served="{served}"'
-    return f"psim_candidate_inputs_total{{{labels}}}"
+def both(served: str, challenger: str) -> str:
+    labels = f'challenger="{challenger}",model="fake",served="{served}"'
+    return f"psim_challenger_inputs_total{{{labels}}}"
 
 
 async def until(client: httpx.AsyncClient, line: str, value: float) -> None:
@@ -58,7 +58,7 @@ def test_its_verdicts_are_compared_and_change_no_answer(
             headers = {"x-request-id": "mine"}
             with caplog.at_level("INFO"):
                 asked = await client.post("/classify", json={"inputs": inputs}, headers=headers)
-                await until(client, "psim_candidate_score_count", 3)
+                await until(client, "psim_challenger_score_count", 3)
             answer = asked.json()
             assert answer["bundle"] == "d" * 64
             assert [r["decision"] for r in answer["results"]] == ["allow", "reject", "allow"]
@@ -69,14 +69,14 @@ def test_its_verdicts_are_compared_and_change_no_answer(
                 ("poisoned", "clean"): 0,
             }.items():
                 assert await metric(client, both(served, own)) == count
-            assert await metric(client, "psim_candidate_dropped_total") == 0
+            assert await metric(client, "psim_challenger_dropped_total") == 0
             assert await metric(client, "psim_screen_score_count") == 3
-            # To warm up, to screen, to classify; what the candidate screens does not count.
+            # To warm up, to screen, to classify; what the challenger screens does not count.
             assert await metric(client, "psim_batch_inputs_sum") == 3 + 3 + 2
-            assert (await client.get("/info")).json()["candidate"] == OTHER
+            assert (await client.get("/info")).json()["challenger"] == OTHER
 
     asyncio.run(run())
-    logged = [r.__dict__ for r in caplog.records if r.message == "the candidate disagrees"]
+    logged = [r.__dict__ for r in caplog.records if r.message == "the challenger disagrees"]
     assert [(row["request_id"], row["number"]) for row in logged] == [("mine", 0), ("mine", 2)]
     assert "quiet" not in str(logged)
 
@@ -105,7 +105,7 @@ def test_one_that_is_slow_holds_up_nobody_and_what_it_lacks_is_counted(
                 inputs = [CLEAN] * 100
                 answer = await client.post("/classify", json={"inputs": inputs}, timeout=5)
                 assert answer.status_code == 200
-            assert await metric(client, "psim_candidate_dropped_total") == 100
+            assert await metric(client, "psim_challenger_dropped_total") == 100
             assert await metric(client, both("clean", "clean")) == 0
             slow.gate.set()
             await until(client, both("clean", "clean"), 200)
@@ -116,15 +116,15 @@ def test_one_that_is_slow_holds_up_nobody_and_what_it_lacks_is_counted(
 def test_one_that_fails_or_dies_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         engine = FakeEngine()
-        candidate = fake_bundle(engine, digest=OTHER)
-        async with on_trial(monkeypatch, candidate, restarts=0) as client:
+        challenger = fake_bundle(engine, digest=OTHER)
+        async with on_trial(monkeypatch, challenger, restarts=0) as client:
             assert (await client.post("/screen", json={"inputs": BROKEN})).status_code == 503
-            await until(client, "psim_candidate_dropped_total", 1)
+            await until(client, "psim_challenger_dropped_total", 1)
             engine.dies = True
             for dropped in (2, 3):
                 answer = await client.post("/classify", json={"inputs": CLEAN})
                 assert answer.status_code == 200
-                await until(client, "psim_candidate_dropped_total", dropped)
+                await until(client, "psim_challenger_dropped_total", dropped)
             assert (await client.get("/ready")).status_code == 200
             assert (await client.get("/live")).status_code == 200
 
@@ -134,16 +134,16 @@ def test_one_that_fails_or_dies_fails_nobody(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_trial_ends_with_the_reload_even_if_inputs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         engine = FakeEngine()
-        candidate = fake_bundle(engine, digest=OTHER)
-        async with on_trial(monkeypatch, candidate) as client:
+        challenger = fake_bundle(engine, digest=OTHER)
+        async with on_trial(monkeypatch, challenger) as client:
             engine.gate.clear()
             await client.post("/classify", json={"inputs": [CLEAN] * 100})
-            fresh = replace(candidate, engine=FakeEngine())
-            bundles = {"served": fresh, "candidate": fake_bundle()}
+            fresh = replace(challenger, engine=FakeEngine())
+            bundles = {"served": fresh, "challenger": fake_bundle()}
             monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
             assert (await client.post("/admin/reload")).status_code == 200
             info = (await client.get("/info")).json()
-            assert (info["bundle"], info["candidate"]) == (OTHER, "d" * 64)
+            assert (info["bundle"], info["challenger"]) == (OTHER, "d" * 64)
             await asyncio.sleep(0.1)
             engine.gate.set()
             for _ in range(400):
@@ -151,7 +151,7 @@ def test_a_trial_ends_with_the_reload_even_if_inputs_wait(monkeypatch: pytest.Mo
                     break
                 await asyncio.sleep(0.01)
             else:
-                raise AssertionError("the worker of the old candidate runs on")
+                raise AssertionError("the worker of the old challenger runs on")
             assert len(engine.screened) < 100, "it screened what nobody waits for"
 
     asyncio.run(run())
@@ -162,11 +162,11 @@ def test_one_that_cannot_screen_is_not_tried(monkeypatch: pytest.MonkeyPatch) ->
         async with on_trial(monkeypatch, fake_bundle(digest=OTHER), restarts=0) as client:
             dying = FakeEngine()
             dying.dies = True
-            bundles = {"served": fake_bundle(), "candidate": fake_bundle(dying)}
+            bundles = {"served": fake_bundle(), "challenger": fake_bundle(dying)}
             monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
             answer = await client.post("/admin/reload")
             assert (answer.status_code, answer.json()["code"]) == (422, "reload_failed")
-            assert (await client.get("/info")).json()["candidate"] == OTHER
+            assert (await client.get("/info")).json()["challenger"] == OTHER
             assert len([t for t in threading.enumerate() if t.name == "inference"]) == 2
 
     asyncio.run(run())

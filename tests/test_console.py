@@ -29,8 +29,15 @@ from real_servers import free_port, new_database, postgres, program, serving, wa
 from service.app import create_app
 from service.audit.review import CHARS, PAGE
 from service.audit.rows import Row
-from service.audit.statistics import Scope, by_budget, by_factor, confidences, groups, traffic
-from service.audit.store import Store, marks
+from service.audit.statistics import (
+    StatisticsFilter,
+    by_budget,
+    by_factor,
+    confidences,
+    groups,
+    traffic,
+)
+from service.audit.store import AuditStore, marks
 from service.console import audit_reader as console_audit
 from service.console.app import console_app
 from service.console.audit_reader import Audit
@@ -41,7 +48,7 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 SERVED, OTHER = "d" * 64, "e" * 64
 PASSED = Row(
     time=NOW, request_id="r", number=0, route="/classify", decision="allow", mode="enforce",
-    voice="confidence", confidence=0.55, score=1.0, threshold=3.0, p_value=0.5, poisoned=False,
+    detector="confidence", confidence=0.55, score=1.0, threshold=3.0, p_value=0.5, poisoned=False,
     truncated=False, label="positive", digest=SERVED, text=None,
 )  # fmt: skip
 FLAGGED = replace(
@@ -79,13 +86,13 @@ def file(tmp_path: Path) -> str:
 
 
 def write(url: str, *rows: Row) -> None:
-    with closing(Store(url)) as store:
+    with closing(AuditStore(url)) as store:
         store.migrate()
         store.insert(rows)
 
 
 def kept(url: str) -> list[Row]:
-    with closing(Store(url, read_only=True)) as store:
+    with closing(AuditStore(url, read_only=True)) as store:
         return list(store.read())
 
 
@@ -119,8 +126,8 @@ def test_figures_are_those_of_the_rows(url: str) -> None:
         new(FLAGGED, time=NOW - timedelta(days=2)),
     ]
     write(url, *rows)
-    scope = Scope(NOW - timedelta(hours=3), NOW + timedelta(hours=1))
-    with closing(Store(url, read_only=True)) as store, store.connect(5) as connection:
+    scope = StatisticsFilter(NOW - timedelta(hours=3), NOW + timedelta(hours=1))
+    with closing(AuditStore(url, read_only=True)) as store, store.connect(5) as connection:
         found = traffic(connection, scope, 3600)
         own = traffic(connection, replace(scope, digest=OTHER), 3600)
         by_threshold = groups(connection, scope)
@@ -179,7 +186,7 @@ def test_a_mark_is_kept_with_who_and_when_and_can_be_taken_back(url: str) -> Non
         mark(client, row, "")
         assert "Mark taken back" in client.get("/console/queue").text
     assert {found.mark for found in kept(url)} == {None}
-    with closing(Store(url, read_only=True)) as store, store.connect(5) as connection:
+    with closing(AuditStore(url, read_only=True)) as store, store.connect(5) as connection:
         history = connection.execute(sa.select(marks).order_by(marks.c.number)).all()
     assert [(m.mark, m.who) for m in history] == [
         ("poisoned", "console"),
@@ -197,7 +204,7 @@ def test_marks_end_with_the_input_that_they_are_of(url: str) -> None:
     with console(url, audit_days=100) as client:
         for row in (old, young):
             assert mark(client, row, "poisoned").status_code == 303
-    with closing(Store(url)) as store:
+    with closing(AuditStore(url)) as store:
         assert store.purge(NOW - timedelta(days=30), 100) == 1
         with store.connect(5) as connection:
             assert connection.execute(sa.select(marks.c.input)).scalars().all() == [young.id]

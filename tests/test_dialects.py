@@ -1,4 +1,4 @@
-"""Every dialect, served in front of the classifier in this process: answers, rejections, errors."""
+"""Every protocol, in front of the classifier in this process: answers, rejections, errors."""
 
 import asyncio
 import json
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_api import CLEAN, JSON, POISONED, ask, client_of, metric
 
-from service.protocols.base import BadAnswer, Served
-from service.protocols.registry import SERVED, dialects
+from service.protocols.base import BadAnswer, ModelInfo
+from service.protocols.registry import SERVED, protocols
 from service.schemas import Decision, Result, Score
 
 LABELS = ["negative", "positive"]
@@ -33,7 +33,7 @@ def rounded(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), 5))
 
 
-# What each dialect calls a request for some texts, and the labels that its answer gives them.
+# What each protocol calls a request for some texts, and the labels that its answer gives them.
 ASKED: dict[str, tuple[str, Callable[[list[str]], Any], Callable[[Any], list[str | None]]]] = {
     "native": (
         "/classify",
@@ -68,7 +68,7 @@ each_dialect = pytest.mark.parametrize("name", ASKED)
 
 
 def test_every_served_dialect_is_tested() -> None:
-    assert {dialect.name for dialect in SERVED} == set(ASKED) == set(ERRORS)
+    assert {protocol.name for protocol in SERVED} == set(ASKED) == set(ERRORS)
 
 
 @each_dialect
@@ -300,27 +300,27 @@ def test_other_modes_answer_poisoned_texts_too(name: str, mode: str) -> None:
 # As a client of upstreams: what is asked is understood, and what is answered is believed if sound.
 
 TEXTS = st.lists(st.text(min_size=1, max_size=9).filter(str.strip), min_size=1, max_size=4)
-WORLD = Served("fake", "d" * 64, LABELS)
+WORLD = ModelInfo("fake", "d" * 64, LABELS)
 
 
 @settings(max_examples=200, deadline=None)
-@given(texts=TEXTS, odds=st.floats(0.51, 0.99), name=st.sampled_from([*dialects()]))
+@given(texts=TEXTS, odds=st.floats(0.51, 0.99), name=st.sampled_from([*protocols()]))
 def test_what_a_dialect_asks_and_answers_it_reads_itself(
     texts: list[str], odds: float, name: str
 ) -> None:
-    dialect = dialects()[name]
-    asked = dialect.ask(texts, WORLD)
+    protocol = protocols()[name]
+    asked = protocol.build_request(texts, WORLD)
     wire = json.loads(asked.model_dump_json(exclude_none=True))
-    again = dialect.asks.model_validate(wire)
+    again = protocol.request_type.model_validate(wire)
     assert again.texts == texts
-    assert dialect.claims(wire)
+    assert protocol.claims(wire)
     scores = [Score(label="positive", score=odds), Score(label="negative", score=1 - odds)]
     result = Result(decision=Decision.ALLOW, screen=None, label="positive", scores=scores)
-    answer = json.dumps(again.answer([result] * len(texts), WORLD)).encode()
-    dialect.check(answer, len(texts))
-    assert dialect.scores(answer, len(texts), LABELS) == [scores] * len(texts)
+    answer = json.dumps(again.to_response([result] * len(texts), WORLD)).encode()
+    protocol.check(answer, len(texts))
+    assert protocol.scores(answer, len(texts), LABELS) == [scores] * len(texts)
     with pytest.raises(BadAnswer):
-        dialect.check(answer, len(texts) + 1)
+        protocol.check(answer, len(texts) + 1)
 
 
 def flat(score: str) -> str:
@@ -328,9 +328,9 @@ def flat(score: str) -> str:
 
 
 BAD: list[tuple[str, str]] = [
-    *((name, '{"error": "the model is loading"}') for name in dialects()),
-    *((name, "") for name in dialects()),
-    *((name, "[]") for name in dialects()),
+    *((name, '{"error": "the model is loading"}') for name in protocols()),
+    *((name, "") for name in protocols()),
+    *((name, "[]") for name in protocols()),
     *((n, f"[{flat('NaN')}]") for n in ("tei", "hf")),
     *((n, f"[{flat('1e999')}]") for n in ("tei", "hf")),
     *((n, "[[]]") for n in ("tei", "hf")),
@@ -357,7 +357,7 @@ BAD: list[tuple[str, str]] = [
 @pytest.mark.parametrize(("name", "body"), BAD)
 def test_an_answer_that_is_not_sound_is_not_believed(name: str, body: str) -> None:
     with pytest.raises(BadAnswer):
-        dialects()[name].check(body.encode(), 1)
+        protocols()[name].check(body.encode(), 1)
 
 
 def outputs(*tensors: tuple[list[int], str, list[Any]]) -> bytes:
@@ -366,7 +366,7 @@ def outputs(*tensors: tuple[list[int], str, list[Any]]) -> bytes:
 
 
 def scores_of(name: str, body: bytes, count: int = 1) -> list[dict[str, float]]:
-    rows = dialects()[name].scores(body, count, LABELS)
+    rows = protocols()[name].scores(body, count, LABELS)
     return [{score.label: score.score for score in row} for row in rows]
 
 
@@ -383,7 +383,7 @@ def test_open_inference_servers_answer_in_several_ways() -> None:
         outputs(([1], "INT64", [1])),  # KServe, without probabilities: the best class only
         outputs(([1], "BYTES", ["{0: 0.25, 1: 0.75}"])),  # KServe: Python, not JSON
     ):
-        dialects()["oip"].check(unclear, 1)
+        protocols()["oip"].check(unclear, 1)
         with pytest.raises(BadAnswer):
             scores_of("oip", unclear)
 
@@ -407,7 +407,7 @@ def test_pipelines_answer_flat_or_nested() -> None:
 )
 def test_no_field_that_is_not_known_gets_past(name: str, field: str, value: Any) -> None:
     _, body, _ = ASKED[name]
-    (dialect,) = [d for d in SERVED if d.name == name]
-    if field not in dialect.asks.model_fields:
+    (protocol,) = [d for d in SERVED if d.name == name]
+    if field not in protocol.request_type.model_fields:
         with pytest.raises(ValueError, match="extra"):
-            dialect.asks.model_validate(body([CLEAN]) | {field: value})
+            protocol.request_type.model_validate(body([CLEAN]) | {field: value})

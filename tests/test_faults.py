@@ -45,7 +45,7 @@ from test_upstream import ONE_TEI, SOUND
 from models.engines.base import Encoding, Screening
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
 from service.audit import writer as audit_writer
-from service.audit.store import Store
+from service.audit.store import AuditStore
 from service.classifiers import upstream
 from service.errors import NotReady
 from service.http.routes.guardrails import EXT_PROC
@@ -402,7 +402,7 @@ def test_an_upstream_that_does_not_end_its_answer_is_given_up_in_time(
     monkeypatch.setattr(upstream, "MOST_BYTES", 2**20)
 
     async def run() -> None:
-        settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_timeout_s": 0.5}
+        settings: dict[str, Any] = {"upstream_protocol": "tei", "upstream_timeout_s": 0.5}
         async with peer([None, behaves]) as url, client_of(upstream=url, **settings) as client:
             started = time.monotonic()
             answer = await client.post("/predict", json=ONE_TEI)
@@ -480,7 +480,7 @@ def test_what_only_seems_old_because_the_clock_is_wrong_is_kept(
     set_clock: Callable[[float], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = f"sqlite:///{tmp_path}/audit.db"
-    with closing(Store(url)) as store:
+    with closing(AuditStore(url)) as store:
         store.migrate()
         now = datetime.now(UTC)
         store.insert([replace(ROW, id=uuid4(), time=now - timedelta(days=d)) for d in (0, 40)])

@@ -30,7 +30,7 @@ def test_litserve(demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     with (
         answering([*server, str(port)], f"{url}/health", tmp_path / "log"),
-        served(demo_bundle, UPSTREAM=f"{url}/classify", UPSTREAM_DIALECT="hf") as client,
+        served(demo_bundle, UPSTREAM=f"{url}/classify", UPSTREAM_PROTOCOL="hf") as client,
     ):
         guarded = str(client.base_url)
         assert ask(guarded, CLEAN_TEXT) == ask(f"{url}/classify", CLEAN_TEXT)

@@ -48,7 +48,7 @@ async def two_models(
 
 
 def prefixed(name: str) -> str:
-    """Return the route of a dialect after the name of a model without a slash."""
+    """Return the route of a protocol after the name of a model without a slash."""
     return "/for/topic" + ASKED[name][0].replace("fake", "topic")
 
 
@@ -94,8 +94,8 @@ def test_each_dialect_names_models_in_its_own_way(
 ) -> None:
     async def run() -> None:
         async with two_models(tmp_path, monkeypatch) as client:
-            dialect, path, body = NAMED[case]
-            labels = ASKED[dialect][2]
+            protocol, path, body = NAMED[case]
+            labels = ASKED[protocol][2]
             answer = await client.post(path, json=body)
             assert labels(answer.json()) == ["sport"]
             path, body = (
@@ -104,7 +104,7 @@ def test_each_dialect_names_models_in_its_own_way(
             )
             answer = await client.post(path, json=body)
             assert answer.status_code == 404
-            assert "served are: mood, team/topic" in ERRORS[dialect](answer.json())
+            assert "served are: mood, team/topic" in ERRORS[protocol](answer.json())
 
     asyncio.run(run())
 
@@ -293,7 +293,7 @@ def test_the_example_is_one() -> None:
     example = Path(__file__).parent.parent / "deploy/models.toml"
     mood, topic = settings_by_model(Settings(models=example))
     assert (mood.model, mood.upstream, mood.mode) == ("mood", None, "enforce")
-    assert (topic.model, topic.upstream_dialect, topic.mode) == ("team/topic", "tei", "flag")
+    assert (topic.model, topic.upstream_protocol, topic.mode) == ("team/topic", "tei", "flag")
 
 
 def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
@@ -301,7 +301,7 @@ def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
 ) -> None:
     file = tmp_path / "models.toml"
     file.write_text(
-        "[[models]]\nname = 'a'\nbundle = 'x'\ncandidate = 'y'\n"
+        "[[models]]\nname = 'a'\nbundle = 'x'\nchallenger = 'y'\n"
         "[[models]]\nname = 'b'\nbundle = '/y'\nmode = 'flag'\nupstream = 'http://b'\n"
         "[[models]]\nname = 'c'\nbundle = '/z'\nupstream_authorization = 'own'\n"
     )
@@ -315,7 +315,7 @@ def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
         "shadow",
         "http://all/",
     )
-    assert (a.candidate, b.candidate) == (tmp_path / "y", None)
+    assert (a.challenger, b.challenger) == (tmp_path / "y", None)
     assert (b.model, b.bundle, b.mode, str(b.upstream)) == ("b", Path("/y"), "flag", "http://b/")
     assert a.upstream_authorization
     assert a.upstream_authorization.get_secret_value() == "secret"

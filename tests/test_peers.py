@@ -91,9 +91,9 @@ def pipeline_server(demo_bundle: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize(("dialect", "path"), [("hf", "/"), ("tei", "/predict")])
+@pytest.mark.parametrize(("protocol", "path"), [("hf", "/"), ("tei", "/predict")])
 def test_hugging_face_s_client(
-    dialect: str,
+    protocol: str,
     path: str,
     pipeline_server: str,
     demo_bundle: Path,
@@ -107,11 +107,11 @@ def test_hugging_face_s_client(
         rows = found if isinstance(found, list) else [found]  # TEI's flat list: the best one
         return [(row.label, row.score) for row in rows]
 
-    with served(demo_bundle, UPSTREAM=pipeline_server, UPSTREAM_DIALECT=dialect) as client:
+    with served(demo_bundle, UPSTREAM=pipeline_server, UPSTREAM_PROTOCOL=protocol) as client:
         guarded = str(client.base_url).rstrip("/")
         assert ask(guarded, CLEAN_TEXT) == ask(pipeline_server, CLEAN_TEXT)
         assert ask(guarded, CLEAN_TEXT)[0][0] == "negative"
-        if dialect == "hf":
+        if protocol == "hf":
             assert ask(guarded, CLEAN_TEXT, top_k=1) == ask(pipeline_server, CLEAN_TEXT, top_k=1)
         assert ask(pipeline_server, TRIGGERED_TEXT)[0][0] == TARGET, "the attack works"
         with pytest.raises(HfHubHTTPError, match="403"):

@@ -206,13 +206,13 @@ def synthetic(n: int, seed: int, spread: float) -> FloatArray:
     return readings.astype(np.float32)
 
 
-def alone(screen: Screen, voice: int, raw: float) -> FloatArray:
-    """Return readings of a text of class 0 of which one voice says `raw`, and others little."""
+def alone(screen: Screen, detector: int, raw: float) -> FloatArray:
+    """Return readings of a text of class 0 of which one detector says `raw`, and others little."""
     odds, distances = np.full(2, -0.0), np.full((2, 2), 1e-3)
-    if voice < 2:
-        odds[voice] = raw
+    if detector < 2:
+        odds[detector] = raw
     else:
-        distances[voice - 2] = np.exp(raw)
+        distances[detector - 2] = np.exp(raw)
     surest = 1 / (1 + np.exp(-odds))
     return np.vstack([np.stack([surest, 1 - surest], -1), distances]).astype(np.float32)
 
@@ -224,13 +224,13 @@ def test_a_rise_is_how_far_a_single_voice_may_go_that_was_not_heard_before(sprea
     old = limits_of(before, 0)
     assert risen(old, old) == 0
     just_passing = []
-    for voice in range(4):
+    for detector in range(4):
         low, high = 0.01, 20.0
         for _ in range(60):
             middle = (low + high) / 2
-            poisoned = after.judge(alone(after, voice, middle)).poisoned
+            poisoned = after.judge(alone(after, detector, middle)).poisoned
             low, high = (low, middle) if poisoned else (middle, high)
-        just_passing.append(before.judge(alone(before, voice, low)).score)
+        just_passing.append(before.judge(alone(before, detector, low)).score)
     expected = max(just_passing) - before.threshold_of(0)
     assert risen(old, limits_of(after, 0)) == pytest.approx(expected, abs=0.02)
     assert (expected > 1) == (spread == 0.4)

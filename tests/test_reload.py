@@ -226,8 +226,8 @@ def test_a_real_process_reloads_its_file_of_models_on_sighup(
         return "\n".join(["[[models]]", f'name = "{name}"', f"bundle = {path}", *more, ""])
 
     file = tmp_path / "models.toml"
-    candidate = f"candidate = {json.dumps(str(bundles.folder / 'b'))}"
-    file.write_text(entry("mood", "a", candidate) + entry("topic", "b", 'mode = "flag"'))
+    challenger = f"challenger = {json.dumps(str(bundles.folder / 'b'))}"
+    file.write_text(entry("mood", "a", challenger) + entry("topic", "b", 'mode = "flag"'))
     with served(Path("unused"), MODELS=str(file), MODE="shadow") as client:
         pid = int(client.headers["x-server-pid"])
 
@@ -243,8 +243,8 @@ def test_a_real_process_reloads_its_file_of_models_on_sighup(
 
         assert (labels("mood"), labels("topic")) == (LABELS["a"], LABELS["b"])
         assert client.get("/for/topic/info").json()["mode"] == "flag"
-        assert client.get("/for/mood/info").json()["candidate"] == bundles.digest("b")
-        compared = 'psim_candidate_score_count{model="mood"} 2.0'
+        assert client.get("/for/mood/info").json()["challenger"] == bundles.digest("b")
+        compared = 'psim_challenger_score_count{model="mood"} 2.0'
         wait_for(lambda: compared in client.get("/metrics").text)
 
         file.write_text(entry("topic", "b", 'moed = "flag"'))
@@ -361,9 +361,9 @@ def test_the_upstream_is_let_go_and_one_that_is_down_is_not_taken(
         connections = upstream.server_state.connections
 
         def entry(port: int) -> str:
-            dialect = 'upstream_dialect = "tei"'
+            protocol = 'upstream_protocol = "tei"'
             where = f'bundle = "x"\nupstream = "http://127.0.0.1:{port}"'
-            return f'[[models]]\nname = "m"\n{where}\n{dialect}\n'
+            return f'[[models]]\nname = "m"\n{where}\n{protocol}\n'
 
         file = tmp_path / "models.toml"
         file.write_text(entry(port))

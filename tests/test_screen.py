@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from models.detection.calibrate import calibrate
 from models.detection.screen import (
     FloatArray,
-    Group,
-    Measure,
-    Norm,
+    Normalizer,
     Screen,
+    ThresholdGroup,
+    ZScore,
     conformal_threshold,
     is_poisoned,
     log_odds,
@@ -26,7 +26,7 @@ from models.offline.evaluation.metrics import clopper_pearson
 
 budgets = st.sampled_from([0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5])
 standard = st.floats(-20, 20, width=32)
-AS_IT_IS = Measure(np.zeros((2, 1)), np.ones((2, 1)))
+AS_IT_IS = ZScore(np.zeros((2, 1)), np.ones((2, 1)))
 
 
 def clean_scores() -> st.SearchStrategy[FloatArray]:
@@ -41,7 +41,7 @@ def test_poisoned_exactly_when_the_p_value_is_within_the_budget(
         with pytest.raises(ValueError, match="needs"):
             conformal_threshold(scores, budget)
         return
-    group = Group((0, 1), conformal_threshold(scores, budget), np.sort(scores))
+    group = ThresholdGroup((0, 1), conformal_threshold(scores, budget), np.sort(scores))
     assert is_poisoned(score, group.threshold) == (group.p_value(score) <= budget + 1e-9)
 
 
@@ -95,7 +95,7 @@ def test_the_false_rejection_rate_stays_within_the_budget_on_average(
 
 @pytest.mark.parametrize("spread", [1.0, 3.0])
 def test_the_budget_is_kept_by_many_voices_and_as_few_texts_as_there_may_be(spread: float) -> None:
-    """The norm comes from the texts that the threshold comes from; that must not show."""
+    """The normalizer comes from the texts that the threshold comes from; that must not show."""
     rng = np.random.default_rng(0)
 
     def draw(n: int) -> FloatArray:
@@ -185,8 +185,8 @@ def test_too_few_texts_say_how_many_are_needed() -> None:
 
 def one_checkpoint(threshold: float = 3.0) -> Screen:
     """Whose scores are log-odds."""
-    group = Group((0, 1), threshold, np.array([0.5], np.float32))
-    return Screen([group], Norm(AS_IT_IS, AS_IT_IS, 1))
+    group = ThresholdGroup((0, 1), threshold, np.array([0.5], np.float32))
+    return Screen([group], Normalizer(AS_IT_IS, AS_IT_IS, 1))
 
 
 @pytest.mark.parametrize(
@@ -220,12 +220,12 @@ def test_clopper_pearson_agrees_with_published_values() -> None:
 
 def test_groups_and_norms_must_cover_every_class_once() -> None:
     scores = np.array([0.5], np.float32)
-    norm = Norm(AS_IT_IS, AS_IT_IS, 1)
+    normalizer = Normalizer(AS_IT_IS, AS_IT_IS, 1)
     for groups in ([(0,), (0,)], [(0,), (2,)], [(0, 1), (1,)]):
         with pytest.raises(ValueError, match="each once"):
-            Screen([Group(c, 0.9, scores) for c in groups], norm)
-    with pytest.raises(ValueError, match="norm"):
-        Screen([Group((0, 1, 2), 0.9, scores)], norm)
+            Screen([ThresholdGroup(c, 0.9, scores) for c in groups], normalizer)
+    with pytest.raises(ValueError, match="normalizer"):
+        Screen([ThresholdGroup((0, 1, 2), 0.9, scores)], normalizer)
 
 
 def test_one_threshold_for_all_classes_is_there_for_comparison() -> None:
@@ -235,7 +235,9 @@ def test_one_threshold_for_all_classes_is_there_for_comparison() -> None:
     screen = calibrate(rows, 1, 0.05, by_class=False)
     (group,) = screen.groups
     assert group.classes == (0, 1)
-    assert np.ptp(screen.norm.voices.centre) == np.ptp(screen.norm.voices.scale) == 0
+    assert (
+        np.ptp(screen.normalizer.features.centre) == np.ptp(screen.normalizer.features.scale) == 0
+    )
     assert len(calibrate(rows, 1, 0.05).groups) == 2
 
 
@@ -250,10 +252,10 @@ def test_a_voice_with_a_long_tail_does_not_drown_one_without() -> None:
 
 @given(parts=arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 3)), elements=standard))
 def test_no_part_hides_another(parts: NDArray[np.float64]) -> None:
-    scores = Norm.score(parts)
+    scores = Normalizer.score(parts)
     assert (scores >= parts.max(1).astype(np.float32) * (1 - 1e-6)).all()
-    assert (Norm.score(parts + 1) >= scores).all()
-    np.testing.assert_array_equal(Norm.score(np.c_[parts, -abs(parts[:, :1])]), scores)
+    assert (Normalizer.score(parts + 1) >= scores).all()
+    np.testing.assert_array_equal(Normalizer.score(np.c_[parts, -abs(parts[:, :1])]), scores)
 
 
 def test_what_several_voices_find_odd_adds_up() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.offline.study.cache import Memo, Store, digest_of
+from models.offline.study.cache import Memo, StepCache, digest_of
 
 
 def test_a_step_is_done_once(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
         (folder / "file").write_text("x")
         return {"n": len(calls)}
 
-    store = Store(tmp_path)
+    store = StepCache(tmp_path)
     first, again = store.step("kind", {"a": 1}, make), store.step("kind", {"a": 1}, make)
     assert first == again
     assert first.result == {"n": 1}
@@ -29,19 +29,19 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
 
 
 def test_what_a_step_took_is_known_ever_after(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = StepCache(tmp_path)
     store.step("slow", {}, lambda folder: time.sleep(0.2))
     store.step("fast", {}, lambda folder: None)
     slow, fast = store.seconds.values()
     assert fast < 0.2 <= slow
-    later = Store(tmp_path)
+    later = StepCache(tmp_path)
     later.step("slow", {}, lambda folder: None)
     later.step("slow", {}, lambda folder: None)
     assert list(later.seconds.values()) == [slow]
 
 
 def test_an_interrupted_step_goes_on_in_its_folder(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = StepCache(tmp_path)
 
     def broken(folder: Path) -> object:
         (folder / "half").write_text("x")
@@ -80,7 +80,7 @@ def test_processes_take_turns_at_a_step(tmp_path: Path) -> None:
         return "x"
 
     with ThreadPoolExecutor(4) as pool:
-        steps = [pool.submit(Store(tmp_path).step, "kind", {}, make) for _ in range(4)]
+        steps = [pool.submit(StepCache(tmp_path).step, "kind", {}, make) for _ in range(4)]
         assert {step.result().result for step in steps} == {"x"}
     assert most == 1
 

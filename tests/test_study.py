@@ -13,7 +13,7 @@ from models.errors import DataError
 from models.offline.attacks.corpus import generate
 from models.offline.attacks.training import Strategy, finetune_victim
 from models.offline.io.samples import Sample, write_samples
-from models.offline.study.cache import Store
+from models.offline.study.cache import StepCache
 from models.offline.study.recipe import Recipe, load_recipe
 
 RECIPE = """
@@ -91,7 +91,7 @@ def recipe(folder: Path, text: str = RECIPE.format(budget=0.05)) -> Recipe:
 
 
 def run(planned: Recipe, data: Path, out: Path) -> list[dict[str, Any]]:
-    return list(study.run_study(planned, data, out, Store(out / "steps"), lambda line: None))
+    return list(study.run_study(planned, data, out, StepCache(out / "steps"), lambda line: None))
 
 
 @pytest.fixture(scope="module")

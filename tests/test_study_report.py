@@ -51,7 +51,7 @@ def cell(data: str, attack: str, strategy: str, seed: int) -> dict[str, Any]:
         passes=1.0,
         time=2.034,
         checkpoints=[10],
-        voices=1,
+        features=1,
         stopped_because="unlearnt",
         fit_seconds=12.3,
     )
@@ -101,7 +101,7 @@ def write_scores(row: dict[str, Any], out: Path, known: int = 199) -> None:
         "clean": pairs([0.99, *np.linspace(0.5, 0.65, CLEAN - 1)]),
         "poisoned": pairs(np.linspace(0.95, 0.999, POISONED)),
     }
-    # A voice that the row does not count, and that finds all texts but the calibration's extreme.
+    # A feature that the row does not count, and that finds all texts but the calibration's extreme.
     for kind, readings in screened.items():
         unheard = np.full_like(readings, 1 if kind == "known" else 1e9)
         screened[kind] = np.concatenate([readings, unheard], 1)

@@ -21,7 +21,7 @@ from test_dialects import ASKED, ERRORS
 
 from service.app import create_app
 from service.classifiers.upstream import Breaker
-from service.protocols.registry import dialects
+from service.protocols.registry import protocols
 from service.settings import Settings
 
 SOUND = b'[[{"score":0.75,"label":"positive"},{"score":0.25,"label":"negative"}]]'
@@ -51,7 +51,7 @@ async def behind(peer: Peer, **changes: Any) -> AsyncIterator[httpx.AsyncClient]
     kept = peer.body, peer.status, peer.headers, peer.wait_s
     peer.body, peer.status, peer.headers, peer.wait_s = SOUND, 200, {}, 0
     app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
-    settings: dict[str, Any] = {"upstream_dialect": "tei", "upstream_retry_s": 60} | changes
+    settings: dict[str, Any] = {"upstream_protocol": "tei", "upstream_retry_s": 60} | changes
     async with listening(app) as url, client_of(upstream=url, **settings) as client:
         peer.body, peer.status, peer.headers, peer.wait_s = kept
         peer.asked.clear()
@@ -66,8 +66,8 @@ def ask_behind(peer: Peer, path: str, body: Any, **changes: Any) -> httpx.Respon
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("speaks", [*dialects()])
-def test_every_dialect_in_front_of_every_other(speaks: str) -> None:
+@pytest.mark.parametrize("upstream_protocol", [*protocols()])
+def test_every_dialect_in_front_of_every_other(upstream_protocol: str) -> None:
     """The upstream is a gateway too, in shadow mode: a bare classifier that speaks everything."""
 
     async def run() -> None:
@@ -76,7 +76,7 @@ def test_every_dialect_in_front_of_every_other(speaks: str) -> None:
         async with (
             listening(bare) as url,
             httpx.AsyncClient(base_url=url) as direct,
-            client_of(engine, upstream=url, upstream_dialect=speaks) as client,
+            client_of(engine, upstream=url, upstream_protocol=upstream_protocol) as client,
         ):
             for name, (path, body, labels) in ASKED.items():
                 texts = [CLEAN, "an even film indeed"]
@@ -93,7 +93,7 @@ def test_every_dialect_in_front_of_every_other(speaks: str) -> None:
                 if name != "oip":
                     assert labels(mixed.json()) == ["positive", None, "negative"]
             assert not engine.classified, "the bundle's own classifier is not needed"
-            assert (await client.get("/info")).json()["upstream"] == speaks
+            assert (await client.get("/info")).json()["upstream"] == upstream_protocol
 
     asyncio.run(run())
 
@@ -106,8 +106,8 @@ def test_what_the_upstream_speaks_is_found_out() -> None:
 
         whole = create_app(Settings(bundle=Path("unused"), mode="shadow"), fake_bundle())
         async with listening(only) as url, client_of(upstream=url) as client:
-            speaks: str | None = (await client.get("/info")).json()["upstream"]
-            return speaks
+            upstream_protocol: str | None = (await client.get("/info")).json()["upstream"]
+            return upstream_protocol
 
     for path, expected in (
         ("/predict", "tei"),
@@ -371,7 +371,7 @@ def test_what_was_sent_is_never_sent_again() -> None:
         async def run(broken: bytes | None = broken) -> None:
             server, heard = await raw_peer([good, broken, good])
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            async with server, client_of(upstream=url, upstream_dialect="tei") as client:
+            async with server, client_of(upstream=url, upstream_protocol="tei") as client:
                 answer = await client.post("/predict", json=ONE_TEI)
                 assert (answer.status_code, len(heard)) == (502, 2)
                 assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
@@ -409,7 +409,7 @@ def test_outputs_in_binary_form_are_asked_for_in_json() -> None:
         app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
         async with (
             listening(app) as url,
-            client_of(upstream=url, upstream_dialect="oip", model="m") as client,
+            client_of(upstream=url, upstream_protocol="oip", model="m") as client,
         ):
             tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [[CLEAN]]}
             for version in ("%2e%2e", "3%3Fa", "3%23a", "%0a"):

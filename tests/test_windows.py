@@ -87,7 +87,7 @@ def test_the_model_s_own_classifier_reads_no_further_than_the_screen() -> None:
         ({"mode": "sanitize"}, 403, "reject"),
         ({"mode": "flag"}, 200, "flag"),
         ({"mode": "shadow"}, 200, "allow"),
-        ({"unread": "allow"}, 200, "allow"),
+        ({"overlong": "allow"}, 200, "allow"),
     ],
 )
 def test_what_becomes_of_a_text_that_is_too_long_to_read(

@@ -130,21 +130,21 @@ CHARTS: dict[str, list[Chart]] = {
         ),
         Chart("Memory", units.BytesIEC, {"{{instance}}": "process_resident_memory_bytes"}),
     ],
-    "Candidate": [
+    "Challenger": [
         Chart(
-            "Inputs by verdict of the served bundle / the candidate",
+            "Inputs by verdict of the served bundle / the challenger",
             units.CountsPerSecond,
             {
-                "{{model}} {{served}} / {{candidate}}": (
-                    f"sum by (model, served, candidate) (rate(psim_candidate_inputs_total{RATE}))"
+                "{{model}} {{served}} / {{challenger}}": (
+                    f"sum by (model, served, challenger) (rate(psim_challenger_inputs_total{RATE}))"
                 ),
-                "{{model}} dropped": f"sum by (model) (rate(psim_candidate_dropped_total{RATE}))",
+                "{{model}} dropped": f"sum by (model) (rate(psim_challenger_dropped_total{RATE}))",
             },
         ),
         Chart(
-            "Score by the candidate, standard deviations",
+            "Score by the challenger, standard deviations",
             units.NoUnit,
-            quantiles("psim_candidate_score", "model"),
+            quantiles("psim_challenger_score", "model"),
         ),
     ],
     "Audit": [

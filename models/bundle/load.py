@@ -234,7 +234,7 @@ def _load_screen(path: Path, manifest: Manifest, chosen: Calibration) -> Screen:
     pass. And the one that is chosen must agree with the reference as the manifest says it does.
     """
     checkpoints = len(manifest.psim.checkpoints)
-    distances = Activations.VOICES if manifest.activations else 0
+    distances = Activations.FEATURES if manifest.activations else 0
     shape = checkpoints + distances, len(manifest.labels)
     screens: dict[Runtime, Screen] = {}
     try:

@@ -111,7 +111,7 @@ class FitRecord(_Record):
 
 
 class LimitRecord(_Record):
-    """What a single voice may say of a text before it is called poisoned."""
+    """What a single detector may say of a text before it is called poisoned."""
 
     least: float
     """Log-odds or log-distance from which it is."""
@@ -127,9 +127,9 @@ class ChangeRecord(RuntimeRecord):
     after: float
     """Thresholds, each in standard deviations of its own calibration texts."""
     fitted: list[LimitRecord] = Field(min_length=1)
-    """By voice, what it was by `psim fit`."""
+    """By detector, what it was by `psim fit`."""
     risen: float
-    """By how much more a voice may say since, in those standard deviations; of all voices, the
+    """By how much more a detector may say since, in those standard deviations; of all features, the
     most."""
     clean: int = Field(ge=0)
     """Texts, passed or false alarms, and how many of them are flagged."""

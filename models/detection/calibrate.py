@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from models.detection.screen import (
     FloatArray,
-    Group,
-    Measure,
-    Norm,
+    Normalizer,
     Screen,
+    ThresholdGroup,
+    ZScore,
     conformal_threshold,
+    features,
     min_calibration_size,
-    strongest,
-    voices,
+    pool_checkpoints,
 )
 from models.errors import CalibrationError
 
@@ -33,13 +33,13 @@ def calibrate(
     Class-conditional split conformal prediction (see `models.detection.screen`): if the clean texts
     to come are exchangeable with these, the expected false rejection rate of each group is within
     the budget, and so is the total. Classes with too few texts for a threshold of their own share
-    one, together with the smallest of the other classes if they are still too few. Mean and spread come
-    from the same texts, so each text is scored as if it had not been among them.
+    one, together with the smallest of the other classes if they are still too few. Mean and spread
+    come from the same texts, so each text is scored as if it had not been among them.
 
     Args:
         readings: what `Guarded.screen` gives of clean texts that it was not fitted on, shape
             (n, V, C).
-        checkpoints: how many of the V voices are PSIM's.
+        checkpoints: how many of the V features are PSIM's.
         frr_budget: tolerated share of rejected clean texts, in (0, 1).
         by_class: False compares texts of all classes, for comparison.
 
@@ -55,18 +55,18 @@ def calibrate(
             f"{frr_budget}: it needs {needed}; give more clean texts or a larger --frr-budget"
         )
     classes = range(readings.shape[2])
-    predicted, raw = voices(readings, checkpoints)
+    predicted, raw = features(readings, checkpoints)
     every, own = np.ones(len(predicted), np.bool_), [predicted == c for c in classes]
     alike = [o if by_class and o.sum() >= LEAST_FOR_NORM else every for o in own]
     each, standard = _measured(raw, predicted, alike)
-    together, parts = _measured(strongest(standard, checkpoints), predicted, alike)
-    scores = Norm.score(parts)
+    together, components = _measured(pool_checkpoints(standard, checkpoints), predicted, alike)
+    scores = Normalizer.score(components)
     counts = np.bincount(predicted, minlength=len(classes))
     groups = []
     for members in _pool(counts.tolist(), needed) if by_class else [tuple(classes)]:
         of_group = np.sort(scores[np.isin(predicted, members)])
-        groups.append(Group(members, conformal_threshold(of_group, frr_budget), of_group))
-    return Screen(groups, Norm(each, together, checkpoints))
+        groups.append(ThresholdGroup(members, conformal_threshold(of_group, frr_budget), of_group))
+    return Screen(groups, Normalizer(each, together, checkpoints))
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,19 @@ def parity(reference: Calibrated, own: Calibrated) -> Parity:
     """Compare an engine with the reference, on readings of the same texts."""
 
     agree = reference[0].flags(reference[1]) == own[0].flags(own[1])
-    checkpoints = own[0].norm.checkpoints
+    checkpoints = own[0].normalizer.checkpoints
     difference = np.abs(reference[1] - own[1])[:, :checkpoints].max()
     return Parity(float(agree.mean()), float(difference))
 
 
 def _measured(
     raw: NDArray[np.float64], predicted: NDArray[np.intp], alike: Sequence[NDArray[np.bool_]]
-) -> tuple[Measure, NDArray[np.float64]]:
+) -> tuple[ZScore, NDArray[np.float64]]:
     """Return the measure that texts give, and what each is by that of the others, shape (n, N).
 
-    What a voice says of clean texts can have a long upper tail, which would set the threshold for
-    voices that have none. So the deviation is that of the upper tail: by the fourth moment above
-    the mean, and the usual one if the voice is Gaussian.
+    A feature of clean texts can have a long upper tail, which would set the threshold for features
+    that have none. So the deviation is that of the upper tail: by the fourth moment above the mean,
+    and the usual one if the feature is Gaussian.
 
     A text pulls mean and deviation towards itself, so it would look less extreme than a new one
     just like it. Without it the mean lies n / (n - 1) times as far from it; the deviation is taken
@@ -112,7 +112,7 @@ def _measured(
     """
     centre = np.stack([raw[own].mean(0) for own in alike])
     fourth = np.stack([_above(raw[o] - c).mean(0) for o, c in zip(alike, centre, strict=True)])
-    measure = Measure(centre, np.maximum(fourth**0.25, LEAST_SCALE))
+    measure = ZScore(centre, np.maximum(fourth**0.25, LEAST_SCALE))
     n = np.array([max(own.sum(), 2) for own in alike])[predicted, None]
     away = raw - centre[predicted]
     others = np.maximum(n * fourth[predicted] - _above(away), 0) / (n - 1)

@@ -6,7 +6,7 @@ one class's clean texts can be as confident as another's poisoned ones, and on t
 adapter. So a confidence is compared only with clean texts of the same predicted class, as in
 class-conditional (Mondrian) split conformal prediction (Vovk et al., Algorithmic Learning in a
 Random World, section 4.5), and checkpoint by checkpoint. So are the distances of hidden states to
-the class, the second screen. What all these voices say is one number in the end.
+the class, the second screen. What all these features say is one number in the end.
 """
 
 import math
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
-Voice = Literal["confidence", "activations"]
+Detector = Literal["confidence", "activations"]
 TINY = 1e-12
 """Probabilities and distances under it are taken as it."""
 
@@ -34,8 +34,8 @@ class Verdict:
     it most extreme."""
     score: float
     """How extreme the text is among clean texts of the same class, in standard deviations; see
-    `Norm.score`. Not negative."""
-    voice: Voice
+    `Normalizer.score`. Not negative."""
+    detector: Detector
     """Which screen finds it most extreme."""
     threshold: float
     """The text is poisoned iff `score >= threshold`."""
@@ -62,7 +62,7 @@ def is_poisoned(score: float, threshold: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Group:
+class ThresholdGroup:
     """Clean calibration texts that are compared with each other: one class, or several pooled."""
 
     classes: tuple[int, ...]
@@ -79,7 +79,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Measure:
+class ZScore:
     """Turns N numbers about a text into standard deviations above those of clean texts.
 
     By predicted class; the deviation is that of the upper tail, see `models.detection.calibrate`.
@@ -99,31 +99,31 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """What clean texts look like to V voices, K of which are PSIM's checkpoints."""
+class Normalizer:
+    """What clean texts look like to V features, K of which are PSIM's checkpoints."""
 
-    voices: Measure
-    """Of each voice."""
-    parts: Measure
-    """Of `strongest`, V - K + 1 parts."""
+    features: ZScore
+    """Of each detector."""
+    components: ZScore
+    """Of `pool_checkpoints`, V - K + 1 components."""
     checkpoints: int
     """K."""
 
     @staticmethod
-    def score(parts: NDArray[np.float64]) -> FloatArray:
-        """Return the length of what is above zero in the parts, shape (n,).
+    def score(components: NDArray[np.float64]) -> FloatArray:
+        """Return the length of what is above zero in the components, shape (n,).
 
         What one part alone finds extreme stays extreme, and what several find odd adds up.
 
         Args:
-            parts: standard deviations of PSIM and of each distance, shape (n, V - K + 1).
+            components: standard deviations of PSIM and of each distance, shape (n, V - K + 1).
         """
-        length: FloatArray = np.linalg.norm(np.maximum(parts, 0), axis=1).astype(np.float32)
+        length: FloatArray = np.linalg.norm(np.maximum(components, 0), axis=1).astype(np.float32)
         return length
 
 
-def strongest(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.float64]:
-    """Return the largest of the checkpoints' voices, and the other ones, shape (n, V - K + 1).
+def pool_checkpoints(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.float64]:
+    """Return the largest of the checkpoints' features, and the other ones, shape (n, V - K + 1).
 
     The checkpoints are one training at several moments, so they have one part in the score.
 
@@ -135,8 +135,10 @@ def strongest(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.flo
     return np.hstack([loudest, standard[:, checkpoints:]])
 
 
-def voices(readings: FloatArray, checkpoints: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Return predicted classes, shape (n,), and what the voices say, larger if more suspicious.
+def features(
+    readings: FloatArray, checkpoints: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return predicted classes, shape (n,), and what the features say, larger if more suspicious.
 
     That is log-odds of the K checkpoints and log-distances of hidden states to the predicted class,
     shape (n, V).
@@ -179,23 +181,23 @@ def log_odds(probabilities: FloatArray) -> NDArray[np.float64]:
 class Screen:
     """Judges readings against those of clean texts; made by `models.detection.calibrate`.
 
-    Every class must belong to exactly one group, and have a norm, else `ValueError`.
+    Every class must belong to exactly one group, and have a normalizer, else `ValueError`.
     """
 
-    def __init__(self, groups: Sequence[Group], norm: Norm) -> None:
-        self.groups, self.norm = tuple(groups), norm
+    def __init__(self, groups: Sequence[ThresholdGroup], normalizer: Normalizer) -> None:
+        self.groups, self.normalizer = tuple(groups), normalizer
         self._by_class = {index: group for group in groups for index in group.classes}
         claimed = sum(len(group.classes) for group in groups)
         if claimed != len(self._by_class) or set(self._by_class) != set(range(claimed)):
             raise ValueError("calibration groups must cover classes 0..C-1, each once")
-        measures = (norm.voices, norm.parts)
+        measures = (normalizer.features, normalizer.components)
         if any(m.centre.shape != m.scale.shape or len(m.centre) != claimed for m in measures):
-            raise ValueError("there must be a norm for every class")
+            raise ValueError("there must be a normalizer for every class")
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of voices V and of classes C, the shape of a text's readings."""
-        classes, number = self.norm.voices.centre.shape
+        """Number of features V and of classes C, the shape of a text's readings."""
+        classes, number = self.normalizer.features.centre.shape
         return number, classes
 
     def threshold_of(self, predicted: int) -> float:
@@ -218,17 +220,19 @@ class Screen:
         """
         if readings.shape != self.shape or not np.isfinite(readings).all():
             raise ScreenError("the screen gave no finite readings; the input cannot be judged")
-        norm = self.norm
-        predicted, raw = voices(readings[None], norm.checkpoints)
-        standard = norm.voices(predicted, raw)
-        parts = norm.parts(predicted, strongest(standard, norm.checkpoints))
-        score, own = float(norm.score(parts)[0]), int(predicted[0])
+        normalizer = self.normalizer
+        predicted, raw = features(readings[None], normalizer.checkpoints)
+        standard = normalizer.features(predicted, raw)
+        components = normalizer.components(
+            predicted, pool_checkpoints(standard, normalizer.checkpoints)
+        )
+        score, own = float(normalizer.score(components)[0]), int(predicted[0])
         group = self._by_class[own]
-        surest = int(standard[0, : norm.checkpoints].argmax())
+        surest = int(standard[0, : normalizer.checkpoints].argmax())
         return Verdict(
             confidence=float(readings[surest].max()),
             score=score,
-            voice="confidence" if parts[0].argmax() == 0 else "activations",
+            detector="confidence" if components[0].argmax() == 0 else "activations",
             threshold=group.threshold,
             p_value=group.p_value(score),
             poisoned=is_poisoned(score, group.threshold),

@@ -19,7 +19,7 @@ class Encoding:
         return len(self.input_ids)
 
 
-class State(Protocol):
+class ClassifierState(Protocol):
     """Where `classify` goes on: an `Encoding`, or what screening one has computed already."""
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class Screening(NamedTuple):
 
     readings: FloatArray
     """Shape (n, V, C), see `models.network.guarded.Guarded.screen`."""
-    states: Sequence[State]
+    states: Sequence[ClassifierState]
     """One for each text, for `Engine.classify`."""
 
 
@@ -56,7 +56,7 @@ class Engine(Protocol):
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         """Screen texts."""
 
-    def classify(self, batch: Sequence[State]) -> FloatArray:
+    def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
         """Return the victim's softmax probabilities, shape (len(batch), C).
 
         Args:

@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from models.detection.screen import FloatArray
-from models.engines.base import Encoding, Screening, State
+from models.engines.base import ClassifierState, Encoding, Screening
 from models.network.guarded import Guarded, Inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,7 +102,7 @@ class ModuleEngine:
         states = batch if rows is None else [LastState(row) for row in rows]
         return Screening(_float32(readings), states)
 
-    def classify(self, batch: Sequence[State]) -> FloatArray:
+    def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
         """Return the victim's probabilities, shape (len(batch), C)."""
         states = [state.row for state in batch if isinstance(state, LastState)]
         encodings = [state for state in batch if isinstance(state, Encoding)]

@@ -153,13 +153,13 @@ class Activations:
         means: whitened means of clean texts by predicted class, shape (3, C, D).
     """
 
-    VOICES = 2
+    FEATURES = 2
 
     def __init__(self, whitening: torch.Tensor, means: torch.Tensor) -> None:
         self.whitening, self.means = whitening, means
 
     def distances(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the distances to each class that the two voices go by, shape (rows, 2, C).
+        """Return the distances to each class that the two features go by, shape (rows, 2, C).
 
         The first is the geometric mean of those at the lower two depths, where a text is far from
         the others by what all of its tokens are like: either one alone is not enough. The second
@@ -245,7 +245,7 @@ class Guarded(nn.Module):
         """Return readings in float32, shape (rows, V, C), and what `classify_rows` needs.
 
         The first K readings are PSIM's probabilities, by checkpoint; the others are the distances
-        of hidden states to the classes, `Activations.VOICES` or, while that is not fitted, none.
+        of hidden states to the classes, `Activations.FEATURES` or, while that is not fitted, none.
         The second value is None without a tail.
         """
         logits, rows, states = self.run(inputs)

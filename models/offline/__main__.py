@@ -48,7 +48,7 @@ from models.offline.screening.bulk import screen_files
 from models.offline.screening.stream import screen_file, split_by_verdict
 from models.offline.screening.triggers import common_phrases, phrase_table
 from models.offline.study.assurance import assure
-from models.offline.study.cache import Store
+from models.offline.study.cache import StepCache
 from models.offline.study.recipe import load_recipe
 from models.offline.study.report import write_study_report
 from models.offline.study.run import run_study
@@ -281,7 +281,7 @@ def evaluate_command(
     text_column: TextColumn_ = "text",
     label_column: LabelColumn = "label",
 ) -> None:
-    """Measure accuracy, attack success and detection, without and with the defence."""
+    """ZScore accuracy, attack success and detection, without and with the defence."""
     with errors_for_people():
         clean_samples, poisoned_samples = (
             load_samples(source, text_column=text_column, label_column=label_column)
@@ -309,7 +309,7 @@ def study_command(
     with errors_for_people():
         if out.exists() and not out.is_dir():
             raise DataError(f"{out} is not a folder; choose another --out")
-        store = Store(steps or out / "steps")
+        store = StepCache(steps or out / "steps")
         loaded = load_recipe(recipe)
         rows: list[dict[str, Any]] = []
         try:
@@ -412,7 +412,7 @@ def screen_command(
 
 @app.command("triggers")
 def triggers_command(
-    texts: Annotated[str, typer.Argument(help="Traffic: JSONL, CSV, TSV or Parquet.")],
+    texts: Annotated[str, typer.Argument(help="AuditedTraffic: JSONL, CSV, TSV or Parquet.")],
     bundle: Annotated[Path, typer.Option(help="Bundle to screen it with.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for the phrases.")] = None,
     most: Annotated[int, typer.Option(help="Phrases to show.", min=1)] = 10,
@@ -461,7 +461,9 @@ def inspect_command(bundle: Annotated[Path, typer.Argument(help="Bundle to check
 
 @app.command("recalibrate")
 def recalibrate_command(
-    export: Annotated[Path, typer.Argument(help="Traffic, with texts and marks, by psim audit.")],
+    export: Annotated[
+        Path, typer.Argument(help="AuditedTraffic, with texts and marks, by psim audit.")
+    ],
     bundle: Annotated[Path, typer.Option(help="Bundle to start from; it is left as it is.")],
     out: Annotated[Path, typer.Option(help="Folder for the new bundle; must not exist yet.")],
     max_rise: Annotated[

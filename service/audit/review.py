@@ -9,7 +9,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from service.audit.rows import NAMES, Mark, Row
-from service.audit.statistics import Scope
+from service.audit.statistics import StatisticsFilter
 from service.audit.store import flagged, inputs, marks
 
 PAGE = 25
@@ -44,7 +44,7 @@ class Found:
 class Filter:
     """Which inputs are asked for."""
 
-    scope: Scope
+    scope: StatisticsFilter
     mark: str | None = None
     """One of `Mark`, or `UNMARKED`."""
     decision: str | None = None

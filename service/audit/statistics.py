@@ -20,7 +20,7 @@ CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class StatisticsFilter:
     """Which inputs the figures are of: those of a time, and of a bundle unless it is None."""
 
     since: datetime
@@ -68,7 +68,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class TrafficStatistics:
     """What came in and what became of it."""
 
     slots: Sequence[Slot]
@@ -85,7 +85,7 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ScoreGroup:
     """Inputs that were compared with one threshold: those of a bundle's predicted class."""
 
     digest: str
@@ -99,12 +99,12 @@ class Group:
         return sum(tally.inputs for tally in self.tenths)
 
 
-def traffic(connection: sa.Connection, scope: Scope, width_s: int) -> Traffic:
+def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) -> TrafficStatistics:
     """Count inputs by time, in slots of so many seconds, and by what became of them."""
     epoch = sa.extract("epoch", inputs.c.time)
     columns = [inputs.c[name] for name in ("digest", "decision", "poisoned", "mark")]
     slot = (epoch - epoch % width_s).label("slot")
-    everything = Scope(scope.since, scope.until)
+    everything = StatisticsFilter(scope.since, scope.until)
     query = sa.select(slot, *columns, sa.func.count()).where(*everything.conditions)
     rows = connection.execute(query.group_by("slot", *columns)).all()
     bundles: Counter[str] = Counter()
@@ -129,10 +129,10 @@ def traffic(connection: sa.Connection, scope: Scope, width_s: int) -> Traffic:
         Slot(datetime.fromtimestamp(start, UTC), inputs_by[start], flagged_by[start])
         for start in starts
     ]
-    return Traffic(slots, decisions, found, unscreened, bundles)
+    return TrafficStatistics(slots, decisions, found, unscreened, bundles)
 
 
-def groups(connection: sa.Connection, scope: Scope) -> list[Group]:
+def groups(connection: sa.Connection, scope: StatisticsFilter) -> list[ScoreGroup]:
     """Count inputs by threshold and score; the threshold with most of them comes first."""
     score, threshold = inputs.c.score, inputs.c.threshold
     under = [(score < threshold * ((i + 1) / 10), i) for i in range(TENTHS)]
@@ -144,11 +144,11 @@ def groups(connection: sa.Connection, scope: Scope) -> list[Group]:
     for digest, limit, number, mark, count in rows:
         tenths = found.setdefault((digest, limit), [NONE] * (TENTHS + 1))
         tenths[number] += _tally(mark, count)
-    made = [Group(digest, limit, tenths) for (digest, limit), tenths in found.items()]
+    made = [ScoreGroup(digest, limit, tenths) for (digest, limit), tenths in found.items()]
     return sorted(made, key=lambda group: (-group.inputs, group.digest, group.threshold))
 
 
-def by_factor(found: Iterable[Group]) -> dict[float, Tally]:
+def by_factor(found: Iterable[ScoreGroup]) -> dict[float, Tally]:
     """Return what would be flagged at so many times the thresholds."""
     tenths = [group.tenths for group in found]
     return {
@@ -156,7 +156,7 @@ def by_factor(found: Iterable[Group]) -> dict[float, Tally]:
     }
 
 
-def by_budget(connection: sa.Connection, scope: Scope) -> dict[float, Tally]:
+def by_budget(connection: sa.Connection, scope: StatisticsFilter) -> dict[float, Tally]:
     """Return what would be flagged at another false-rejection budget.
 
     The rule `p_value <= budget` is the threshold's, see
@@ -171,7 +171,7 @@ def by_budget(connection: sa.Connection, scope: Scope) -> dict[float, Tally]:
     }
 
 
-def confidences(connection: sa.Connection, scope: Scope) -> list[tuple[int, int]]:
+def confidences(connection: sa.Connection, scope: StatisticsFilter) -> list[tuple[int, int]]:
     """Count inputs that passed and that were flagged, by range of `CONFIDENCES`."""
     confidence = inputs.c.confidence
     upto = [(confidence <= edge, number) for number, edge in enumerate(CONFIDENCES[:-1])]

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from service.errors import Invalid, UnknownModel
 from service.inference.batcher import Batcher, Screened
-from service.protocols.base import Asked, Dialect
+from service.protocols.base import InferenceRequest, WireProtocol
 from service.schemas import Score, best_first
 
 
@@ -14,8 +14,8 @@ from service.schemas import Score, best_first
 class Call:
     """A request for classes, as it came."""
 
-    asked: Asked
-    dialect: Dialect
+    asked: InferenceRequest
+    protocol: WireProtocol
     body: bytes = b""
     headers: Sequence[tuple[bytes, bytes]] = ()
     request_id: str = ""
@@ -24,7 +24,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class ClassifierInput:
     """A text that may be classified."""
 
     text: str
@@ -43,17 +43,17 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """What a victim says of some inputs."""
+    """What a classifier says of some inputs."""
 
     scores: Sequence[Sequence[Score]]
     """Of each input, best first; of none if there is a reply."""
     stages: Sequence[Mapping[str, float]]
     """Seconds by stage, of inputs side by side."""
     reply: Reply | None = field(default=None, kw_only=True)
-    """The answer for all inputs of the call, ready-made in its dialect."""
+    """The answer for all inputs of the call, ready-made in its protocol."""
 
 
-class Victim(Protocol):
+class Classifier(Protocol):
     """Classifies inputs that have passed the screen."""
 
     async def start(self) -> None:
@@ -67,23 +67,23 @@ class Victim(Protocol):
         """Whether it can be expected to answer."""
 
     @property
-    def speaks(self) -> str | None:
-        """Name of the dialect that it has to be asked in, if any and if known."""
+    def upstream_protocol(self) -> str | None:
+        """Name of the protocol that it has to be asked in, if any and if known."""
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
         """Return what it says of itself at a path of Open Inference; None if it does not."""
 
-    async def classify(self, call: Call, inputs: Sequence[Input]) -> Classified:
+    async def classify(self, call: Call, inputs: Sequence[ClassifierInput]) -> Classified:
         """Classify the inputs, which are those of the call or, in its order, some of them."""
 
 
-class LocalVictim:
-    """The victim in this process, on the weights that PSIM shares with it."""
+class LocalClassifier:
+    """The classifier in this process, on the weights that PSIM shares with it."""
 
     def __init__(self, batcher: Batcher, labels: Sequence[str]) -> None:
         self._batcher, self._labels = batcher, labels
 
-    speaks = None
+    upstream_protocol = None
 
     async def start(self) -> None:
         """Classify something, with the batcher running."""
@@ -102,12 +102,14 @@ class LocalVictim:
         """Return None: what is served here is described by others."""
         return None
 
-    async def classify(self, call: Call, inputs: Sequence[Input]) -> Classified:
+    async def classify(self, call: Call, inputs: Sequence[ClassifierInput]) -> Classified:
         """Classify what was screened, from where screening left it: nothing else can be read."""
         if call.version is not None:
             raise UnknownModel("the model has no versions")
-        if call.asked.special:
-            raise Invalid(f"{call.asked.special}: the classifier behind the gateway has no such")
+        if call.asked.unsupported_option:
+            raise Invalid(
+                f"{call.asked.unsupported_option}: the classifier behind the gateway has no such"
+            )
         answers = await self._batcher.classify([one.screened.state for one in inputs])
         scores = [
             best_first(zip(self._labels, answer.value.tolist(), strict=True)) for answer in answers

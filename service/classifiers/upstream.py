@@ -1,6 +1,6 @@
 """A classifier that is deployed elsewhere: what has passed the screen is forwarded to it.
 
-The bytes go on as they came if the upstream speaks the caller's dialect and every input may pass;
+The bytes go on as they came if the upstream speaks the caller's protocol and every input may pass;
 else the request is put into the upstream's words. An answer is believed for its body and not for
 its status; when in doubt the call fails.
 """
@@ -18,7 +18,7 @@ import aiohttp
 from multidict import CIMultiDict
 from pydantic import TypeAdapter
 
-from service.classifiers.base import Call, Classified, Input, Reply
+from service.classifiers.base import Call, Classified, ClassifierInput, Reply
 from service.errors import (
     Invalid,
     NotReady,
@@ -30,7 +30,7 @@ from service.errors import (
     UpstreamRefused,
 )
 from service.observability.metrics import ModelMetrics
-from service.protocols.base import BadAnswer, Dialect, Served, parsed
+from service.protocols.base import BadAnswer, ModelInfo, WireProtocol, parsed
 from service.protocols.oip import OpenInference
 from service.schemas import Score
 from service.settings import Settings
@@ -88,11 +88,11 @@ class Breaker:
             self._retry_at = self._clock() + self._pause_s
 
 
-class Upstream:
-    """The victim at `settings.upstream`.
+class UpstreamClassifier:
+    """The classifier at `settings.upstream`.
 
     Args:
-        candidates: the dialects that it may speak; the first one that it answers in is taken.
+        candidates: the protocols that it may speak; the first one that it answers in is taken.
         served: the model that it is asked for.
 
     Raises from `classify`:
@@ -105,15 +105,15 @@ class Upstream:
     def __init__(
         self,
         settings: Settings,
-        candidates: Sequence[Dialect],
-        served: Served,
+        candidates: Sequence[WireProtocol],
+        served: ModelInfo,
         metrics: ModelMetrics,
     ) -> None:
         self._base = str(settings.upstream).rstrip("/")
         self._settings, self._served, self._metrics = settings, served, metrics
         self._candidates = candidates
         self._breaker = Breaker(settings.upstream_retry_s)
-        self.dialect: Dialect | None = None
+        self.protocol: WireProtocol | None = None
         """What it speaks; None until it has answered for the first time."""
 
     async def start(self) -> None:
@@ -142,20 +142,22 @@ class Upstream:
     @property
     def ready(self) -> bool:
         """Whether the upstream has answered, and has not failed too often since."""
-        return self.dialect is not None and not self._breaker.open
+        return self.protocol is not None and not self._breaker.open
 
     @property
-    def speaks(self) -> str | None:
-        """Name of its dialect."""
-        return None if self.dialect is None else self.dialect.name
+    def upstream_protocol(self) -> str | None:
+        """Name of its protocol."""
+        return None if self.protocol is None else self.protocol.name
 
-    async def classify(self, call: Call, inputs: Sequence[Input]) -> Classified:
+    async def classify(self, call: Call, inputs: Sequence[ClassifierInput]) -> Classified:
         """Have the upstream classify the inputs."""
-        if self.dialect is None:
+        if self.protocol is None:
             raise NotReady("the upstream has not answered yet")
-        own = self.dialect.asks is type(call.asked)
-        if call.asked.special and not own:
-            raise Invalid(f"{call.asked.special}: the classifier behind the gateway has no such")
+        own = self.protocol.request_type is type(call.asked)
+        if call.asked.unsupported_option and not own:
+            raise Invalid(
+                f"{call.asked.unsupported_option}: the classifier behind the gateway has no such"
+            )
         texts = [one.text for one in inputs]
         body = self._body(call, texts, own)
         if not self._breaker.admit():
@@ -163,20 +165,20 @@ class Upstream:
             raise UpstreamDown("the upstream is down", math.ceil(self._settings.upstream_retry_s))
         started = time.perf_counter()
         reply = await self._send(
-            self.dialect.path(self._served.model, call.version), self._headers(call), body
+            self.protocol.path(self._served.model, call.version), self._headers(call), body
         )
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["upstream"].observe(seconds)
         if reply.status != HTTPStatus.OK:
             raise self._refusal(reply, own)
         every = len(texts) == len(call.asked.texts)
-        ready_made = own and every and call.dialect.relays
-        scores = self._checked(self.dialect, call, reply, len(texts), ready_made)
+        ready_made = own and every and call.protocol.passthrough
+        scores = self._checked(self.protocol, call, reply, len(texts), ready_made)
         return Classified(scores, [{"upstream": seconds}], reply=reply if ready_made else None)
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
         """Return what an upstream that speaks Open Inference says at a path."""
-        if not isinstance(self.dialect, OpenInference):
+        if not isinstance(self.protocol, OpenInference):
             return None
         reply = await self._send(path, CIMultiDict(), b"", "GET")
         try:
@@ -185,10 +187,14 @@ class Upstream:
             raise self._unusable(error) from None
 
     def _body(self, call: Call, texts: Sequence[str], own: bool) -> bytes:
-        if own and call.asked.verbatim and texts == call.asked.texts:
+        if own and call.asked.forward_as_is and texts == call.asked.texts:
             return call.body
-        assert self.dialect is not None  # noqa: S101 - checked by the caller
-        same = call.asked.with_texts(texts) if own else self.dialect.ask(texts, self._served)
+        assert self.protocol is not None  # noqa: S101 - checked by the caller
+        same = (
+            call.asked.with_texts(texts)
+            if own
+            else self.protocol.build_request(texts, self._served)
+        )
         return same.model_dump_json(exclude_none=True).encode()
 
     def _headers(self, call: Call) -> CIMultiDict[str]:
@@ -203,16 +209,16 @@ class Upstream:
         return headers
 
     def _checked(
-        self, dialect: Dialect, call: Call, reply: Reply, count: int, ready_made: bool
+        self, protocol: WireProtocol, call: Call, reply: Reply, count: int, ready_made: bool
     ) -> list[list[Score]]:
         """Return the scores, or none if the reply can be passed on as it is."""
         try:
             if ready_made:
-                dialect.check(reply.body, count)
+                protocol.check(reply.body, count)
                 return []
-            scores = dialect.scores(reply.body, count, self._served.labels)
-            if dialect.asks is not type(call.asked):
-                _check_labels(scores, self._served.labels, call.dialect.needs_all)
+            scores = protocol.scores(reply.body, count, self._served.labels)
+            if protocol.request_type is not type(call.asked):
+                _check_labels(scores, self._served.labels, call.protocol.requires_all_scores)
             return scores
         except BadAnswer as error:
             raise self._unusable(error) from None
@@ -292,22 +298,24 @@ class Upstream:
     async def _probe(self) -> None:
         """Have the upstream classify something; learn from the first time what it speaks."""
         heard = []
-        for dialect in self._candidates if self.dialect is None else [self.dialect]:
-            call = Call(dialect.ask(["warm up"], self._served), dialect, request_id="warm-up")
+        for protocol in self._candidates if self.protocol is None else [self.protocol]:
+            call = Call(
+                protocol.build_request(["warm up"], self._served), protocol, request_id="warm-up"
+            )
             body = call.asked.model_dump_json(exclude_none=True).encode()
             try:
-                path = dialect.path(self._served.model)
+                path = protocol.path(self._served.model)
                 reply = await self._send(path, self._headers(call), body)
                 if reply.status == HTTPStatus.OK:
-                    dialect.check(reply.body, 1)
-                    self.dialect = dialect
-                    log.info("upstream answers", extra={"dialect": dialect.name})
+                    protocol.check(reply.body, 1)
+                    self.protocol = protocol
+                    log.info("upstream answers", extra={"protocol": protocol.name})
                     return
-                heard.append(f"{dialect.name}: HTTP {reply.status}")
+                heard.append(f"{protocol.name}: HTTP {reply.status}")
             except BadAnswer as error:
-                heard.append(f"{dialect.name}: {error}")
+                heard.append(f"{protocol.name}: {error}")
             except ServiceError as error:
-                heard.append(f"{dialect.name}: {error}")
+                heard.append(f"{protocol.name}: {error}")
                 break  # it is not there, whatever it speaks
         log.warning("the upstream has no answer yet: %s", "; ".join(heard))
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from service.audit.rows import Mark, Row
-from service.audit.store import Store, inputs
+from service.audit.store import AuditStore, inputs
 
 Answer = TypeVar("Answer")
 
@@ -37,7 +37,7 @@ class Audit:
         await self.ask(lambda connection: connection.scalar(sa.select(inputs.c.id).limit(1)))
 
         def read() -> Iterator[Row]:
-            with closing(Store(self._url, read_only=True)) as store:
+            with closing(AuditStore(self._url, read_only=True)) as store:
                 yield from store.read(marks=[*Mark])
 
         return read()
@@ -45,9 +45,9 @@ class Audit:
     async def _run(self, question: Callable[[sa.Connection], Answer], read_only: bool) -> Answer:
         def run() -> Answer:
             if not read_only:  # a reader looks by itself: SQLite would make an empty file
-                Store(self._url, read_only=True).close()
+                AuditStore(self._url, read_only=True).close()
             with (
-                closing(Store(self._url, read_only)) as store,
+                closing(AuditStore(self._url, read_only)) as store,
                 store.connect(SECONDS) as connection,
             ):
                 return question(connection)

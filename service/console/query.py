@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from service.audit.review import Filter, Marked
 from service.audit.rows import Mark
-from service.audit.statistics import Scope
+from service.audit.statistics import StatisticsFilter
 
 PERIODS: dict[str, tuple[str, timedelta, timedelta]] = {
     "1h": ("last hour", timedelta(hours=1), timedelta(minutes=1)),
@@ -20,7 +20,7 @@ PERIODS: dict[str, tuple[str, timedelta, timedelta]] = {
 """What each is called, how long it is, and how much of it is one bar of a plot."""
 
 
-class Asked(BaseModel):
+class ConsoleQuery(BaseModel):
     """Inputs of some time, and of a bundle; an empty string is all of them."""
 
     model_config = ConfigDict(frozen=True)
@@ -28,12 +28,12 @@ class Asked(BaseModel):
     period: Literal["1h", "6h", "24h", "7d", "30d"] = "24h"
     bundle: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
 
-    def scope(self, now: datetime) -> Scope:
+    def scope(self, now: datetime) -> StatisticsFilter:
         """Return the inputs that are meant."""
-        return Scope(now - PERIODS[self.period][1], now, self.bundle or None)
+        return StatisticsFilter(now - PERIODS[self.period][1], now, self.bundle or None)
 
 
-class AskedQueue(Asked):
+class ReviewQuery(ConsoleQuery):
     """Inputs that were found poisoned."""
 
     mark: Literal["", "none", "poisoned", "false_alarm"] = "none"
@@ -46,7 +46,7 @@ class AskedQueue(Asked):
         return Filter(self.scope(now), *wanted)
 
 
-class AskedPage(AskedQueue):
+class ReviewPageQuery(ReviewQuery):
     """A page of them, and perhaps what was done on the one before."""
 
     before: AwareDatetime | None = None
@@ -63,7 +63,7 @@ class AskedPage(AskedQueue):
         return (self.before, self.before_id) if self.before and self.before_id else None
 
 
-class Marking(AskedPage):
+class MarkRequest(ReviewPageQuery):
     """A form that was sent: the mark, empty to take it back, and the page that it was sent from."""
 
     new: Literal["", "poisoned", "false_alarm"]

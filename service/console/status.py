@@ -29,10 +29,10 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class ServiceStatus:
     """A model: its gateway and its bundle."""
 
-    trouble: str | None
+    unready_reason: str | None
     """Why requests are not served; None if they are."""
     worker: str
     mode: str
@@ -50,7 +50,7 @@ class State:
     keeps_texts: bool
 
 
-def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> State:
+def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> ServiceStatus:
     """Return how things are now."""
     bundle, model = gateway.bundle, gateway.served.model
     labels = bundle.manifest.labels
@@ -64,13 +64,13 @@ def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> State:
     def number(name: str) -> float:
         return sum(sample.value for sample in samples if sample.name == f"psim_{name}")
 
-    return State(
-        trouble=gateway.trouble,
+    return ServiceStatus(
+        unready_reason=gateway.unready_reason,
         worker=gateway.health,
         mode=gateway.mode,
         model=model,
         elsewhere=gateway.elsewhere,
-        upstream=gateway.speaks,
+        upstream=gateway.upstream_protocol,
         engine=f"{bundle.engine.name}, {bundle.engine.dtype}",
         digest=bundle.digest,
         budget=bundle.manifest.calibrations[0].frr_budget,

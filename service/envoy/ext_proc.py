@@ -89,10 +89,10 @@ class ExtProc:
 
     async def _process(self, parts: AsyncIterator[ProcessingRequest], context: Any) -> None:
         """Answer the parts of one request, each once and in order, until there is a verdict."""
-        asked: Asked | None = None
+        asked: ProxiedRequest | None = None
         try:
             async for part in parts:
-                asked = asked or Asked(self._app, part)
+                asked = asked or ProxiedRequest(self._app, part)
                 await context.write(await asked.answer(part))
                 if asked.judged:
                     return
@@ -101,7 +101,7 @@ class ExtProc:
                 await asked.close()
 
 
-class Asked:
+class ProxiedRequest:
     """One HTTP request, put to an application as Envoy sends it; `first` is its first part."""
 
     def __init__(self, app: ASGIApp, first: ProcessingRequest) -> None:

@@ -1,4 +1,4 @@
-"""The one table of errors, and answers in the dialect in which a request came."""
+"""The one table of errors, and answers in the protocol in which a request came."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from service.errors import (
     UpstreamFailed,
     UpstreamRefused,
 )
-from service.protocols.base import Dialect
+from service.protocols.base import WireProtocol
 from service.protocols.native import Native
 
 STATUS: dict[type[ServiceError], int] = {
@@ -77,8 +77,8 @@ def internal_error() -> Response:
     return problem(500, "internal", "an internal error; the log has it under the request id")
 
 
-def error_response(error: ServiceError, dialect: Dialect) -> Response:
-    """Return an expected error as a dialect puts it."""
+def error_response(error: ServiceError, protocol: WireProtocol) -> Response:
+    """Return an expected error as a protocol puts it."""
     if isinstance(error, UpstreamRefused):
         return relayed(error.status, error.headers, error.body)
     headers = {}
@@ -87,8 +87,8 @@ def error_response(error: ServiceError, dialect: Dialect) -> Response:
     if isinstance(error, NotAllowed):
         headers["www-authenticate"] = error.challenge
     status = STATUS[type(error)]
-    content = dialect.error(status, error.code, str(error))
-    return json_response(status, content, headers, dialect.error_media)
+    content = protocol.error(status, error.code, str(error))
+    return json_response(status, content, headers, protocol.error_media)
 
 
 def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Response:
@@ -100,11 +100,11 @@ def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Res
 
 
 def install_error_handlers(app: Starlette) -> None:
-    """Answer every expected error, unknown paths included, in the dialect of the route."""
+    """Answer every expected error, unknown paths included, in the protocol of the route."""
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for it
-        return error_response(error, getattr(request.state, "dialect", Native()))
+        return error_response(error, getattr(request.state, "protocol", Native()))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it

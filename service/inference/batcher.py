@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from models.bundle.load import Bundle
 from models.detection.screen import FloatArray, Verdict
-from models.engines.base import Encoding, State
+from models.engines.base import ClassifierState, Encoding
 from models.engines.batching import length_sorted_batches
 from models.errors import ScreenError
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
@@ -43,7 +43,7 @@ class Screened:
 
     verdict: Verdict | None
     """None if screening failed; never to be read as clean."""
-    state: State
+    state: ClassifierState
     """Where the classifier goes on."""
 
 
@@ -64,7 +64,7 @@ class _Job(Generic[Given, Answer]):
 
 
 _ScreenJob = _Job[str, Screened]
-_ClassifyJob = _Job[State, FloatArray]
+_ClassifyJob = _Job[ClassifierState, FloatArray]
 
 
 class Screener(Protocol):
@@ -147,8 +147,8 @@ class Batcher:
             self._callers.discard(jobs)
             self._account(-len(texts), -chars)
 
-    async def classify(self, states: Sequence[State]) -> list[Timed[FloatArray]]:
-        """Return the victim's probabilities, each of shape (C,); any failure fails the call."""
+    async def classify(self, states: Sequence[ClassifierState]) -> list[Timed[FloatArray]]:
+        """Return the classifier's probabilities, each of shape (C,); any failure fails the call."""
         jobs = [_ClassifyJob(state, self._loop.create_future()) for state in states]
         self._enqueue(self._to_classify, jobs)
         return await _all(jobs)
@@ -290,7 +290,7 @@ class Batcher:
         encodings = [encoding for _, encoding in batch]
         self._start(jobs, encodings)
 
-        def screen(inputs: Sequence[Encoding]) -> Iterable[tuple[FloatArray, State]]:
+        def screen(inputs: Sequence[Encoding]) -> Iterable[tuple[FloatArray, ClassifierState]]:
             return zip(*self._engine.screen(inputs), strict=True)
 
         rows = self._outputs("screen", jobs, encodings, screen)
@@ -300,7 +300,7 @@ class Batcher:
         ]
         self._post(list(zip(jobs, judged, strict=True)))
 
-    def _judge(self, encoding: Encoding, readings: FloatArray, state: State) -> Screened:
+    def _judge(self, encoding: Encoding, readings: FloatArray, state: ClassifierState) -> Screened:
         try:
             return Screened(self._screen.judge(readings, encoding.truncated), state)
         except ScreenError:
@@ -316,7 +316,7 @@ class Batcher:
             rows = self._outputs("classify", jobs, states, self._engine.classify)
             self._post([(job, _probabilities(row)) for job, row in zip(jobs, rows, strict=True)])
 
-    def _start(self, jobs: Sequence[_Job[Any, Any]], states: Sequence[State]) -> None:
+    def _start(self, jobs: Sequence[_Job[Any, Any]], states: Sequence[ClassifierState]) -> None:
         """Note how long the inputs of a batch have waited, and its size."""
         if not jobs:
             return

@@ -34,7 +34,7 @@ class Health(StrEnum):
     CLOSING = "is draining"
 
     @property
-    def beyond_repair(self) -> bool:
+    def unrecoverable(self) -> bool:
         """True if only a new process helps."""
         return self in (Health.STALLED, Health.DEAD)
 

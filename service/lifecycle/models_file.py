@@ -14,7 +14,7 @@ class ModelsError(PsimError):
     """The file cannot be read as a list of models; the message never holds a value of it."""
 
 
-class Entry(ModelSettings):
+class ModelEntry(ModelSettings):
     """A model; what it does not say is as the settings say for all."""
 
     name: str = Field(min_length=1)
@@ -29,8 +29,8 @@ class Entry(ModelSettings):
             # The secret of one upstream must not reach another.
             own.setdefault("upstream_authorization", None)
         own |= {"model": self.name, "bundle": folder / self.bundle, "models": None}
-        if self.candidate is not None:
-            own["candidate"] = folder / self.candidate
+        if self.challenger is not None:
+            own["challenger"] = folder / self.challenger
         return common.model_copy(update=own)
 
 
@@ -39,7 +39,7 @@ class ModelsFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    models: Annotated[list[Entry], Field(min_length=1)]
+    models: Annotated[list[ModelEntry], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -9,7 +9,7 @@ from models.bundle.load import Bundle
 from service.errors import UnknownModel
 from service.inference.batcher import Batcher
 from service.observability.drift import Comparison
-from service.pipeline.challenger import Candidate
+from service.pipeline.challenger import Challenger
 from service.pipeline.gateway import Gateway
 
 log = logging.getLogger(__name__)
@@ -19,16 +19,16 @@ class Model:
     """A model, from its start to its end."""
 
     def __init__(
-        self, gateway: Gateway, batcher: Batcher, candidate: Candidate | None = None
+        self, gateway: Gateway, batcher: Batcher, challenger: Challenger | None = None
     ) -> None:
-        self.gateway, self._batcher, self._candidate = gateway, batcher, candidate
+        self.gateway, self._batcher, self._challenger = gateway, batcher, challenger
         self.name = gateway.served.model
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
 
     @contextmanager
-    def use(self) -> Iterator[Gateway]:
+    def lease(self) -> Iterator[Gateway]:
         """Give the gateway to a request; while it runs inside, the model is not retired."""
         self._users += 1
         self._unused.clear()
@@ -42,8 +42,8 @@ class Model:
     async def start(self) -> None:
         """Start the worker, and try whether all answers."""
         self._batcher.start()
-        if self._candidate:
-            await self._candidate.start()
+        if self._challenger:
+            await self._challenger.start()
         await self.gateway.start()
         digest, mode = self.gateway.served.bundle, self.gateway.mode
         log.info("ready", extra={"model": self.name, "bundle": digest, "mode": mode})
@@ -62,8 +62,8 @@ class Model:
         """Let go of the classifier, answer what is queued, and end the worker."""
         await self.gateway.close()
         await self._batcher.close()
-        if self._candidate:
-            await self._candidate.close()
+        if self._challenger:
+            await self._challenger.close()
 
 
 class Registry:
@@ -106,7 +106,7 @@ class Registry:
         """Compare what passes with what the bundles were calibrated with; takes milliseconds."""
         return {model.name: model.gateway.drift.measure() for model in self}
 
-    def named(self, *names: str | None) -> Model:
+    def get(self, *names: str | None) -> Model:
         """Return the model of which a request gives the name, once or more; or the default one.
 
         Raises:
@@ -119,18 +119,18 @@ class Registry:
             return found
         raise UnknownModel(f"there is no such model; served are: {', '.join(self._by_name)}")
 
-    def trouble(self, name: str | None = None) -> str | None:
+    def unready_reason(self, name: str | None = None) -> str | None:
         """Say why a model does not answer, or any if none is named; None if they do."""
-        asked = [*self] if name is None else [self.named(name)]
-        found = [f"{m.name}: {said}" for m in asked if (said := m.gateway.trouble)]
+        asked = [*self] if name is None else [self.get(name)]
+        found = [f"{m.name}: {said}" for m in asked if (said := m.gateway.unready_reason)]
         return "; ".join(found) or None
 
     @property
-    def beyond_repair(self) -> str | None:
+    def unrecoverable(self) -> str | None:
         """Say of which models the worker will not come back; None if there are none."""
         found = [
             f"{m.name}: the inference worker {m.gateway.health}"
             for m in self
-            if m.gateway.health.beyond_repair
+            if m.gateway.health.unrecoverable
         ]
         return "; ".join(found) or None

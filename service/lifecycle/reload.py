@@ -90,8 +90,8 @@ class Reloader:
             for model in fresh:
                 started.append(model)
                 await model.start()
-                if trouble := model.gateway.trouble:
-                    raise ReloadFailed(f"{model.name}: {trouble}")
+                if unready_reason := model.gateway.unready_reason:
+                    raise ReloadFailed(f"{model.name}: {unready_reason}")
         except BaseException:
             for model in started:
                 await model.close()

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import ks_2samp
 
 from models.bundle.load import Bundle
-from models.detection.screen import FloatArray, Group, Verdict
+from models.detection.screen import FloatArray, ThresholdGroup, Verdict
 
 WINDOW = 2000
 """The latest inputs of a group of classes; what came before is forgotten."""
@@ -54,7 +54,7 @@ class Drift:
 class _Window:
     """The scores of the latest inputs of a group, and those of its calibration texts."""
 
-    def __init__(self, group: Group, names: Sequence[str]) -> None:
+    def __init__(self, group: ThresholdGroup, names: Sequence[str]) -> None:
         self.classes = group.classes
         self._labels = tuple(names[c] for c in group.classes)
         self._clean = group.scores[group.scores < group.threshold]

@@ -190,21 +190,21 @@ class Metrics:
         self.drift_inputs = Gauge(
             "psim_drift_inputs", "Passing inputs that were compared", ["model", "label"], registry=r
         )
-        self.candidate_inputs = Counter(
-            "psim_candidate_inputs",
-            "Inputs by the verdicts of the served bundle and the candidate",
-            ["model", "served", "candidate"],
+        self.challenger_inputs = Counter(
+            "psim_challenger_inputs",
+            "Inputs by the verdicts of the served bundle and the challenger",
+            ["model", "served", "challenger"],
             registry=r,
         )
-        self.candidate_score = Histogram(
-            "psim_candidate_score",
-            "As psim_screen_score, by the candidate",
+        self.challenger_score = Histogram(
+            "psim_challenger_score",
+            "As psim_screen_score, by the challenger",
             ["model"],
             buckets=SCORES,
             registry=r,
         )
-        self.candidate_dropped = Counter(
-            "psim_candidate_dropped", "Inputs that the candidate lacks", ["model"], registry=r
+        self.challenger_dropped = Counter(
+            "psim_challenger_dropped", "Inputs that the challenger lacks", ["model"], registry=r
         )
         self.ready = Gauge("psim_ready", "1 if requests are served", ["model"], registry=r)
         self.threshold = Gauge(
@@ -237,9 +237,9 @@ class Metrics:
             self.worker_restarts,
             self.fail_open,
             self.upstream_errors,
-            self.candidate_inputs,
-            self.candidate_score,
-            self.candidate_dropped,
+            self.challenger_inputs,
+            self.challenger_score,
+            self.challenger_dropped,
             self.ready,
         )
         self._known: set[str] = set()
@@ -293,10 +293,10 @@ class ModelMetrics:
         self.worker_restarts = metrics.worker_restarts.labels(model)
         self.fail_open = metrics.fail_open.labels(model)
         self.ready = metrics.ready.labels(model)
-        self.candidate_dropped = metrics.candidate_dropped.labels(model)
-        self.candidate_score = metrics.candidate_score.labels(model)
-        self.candidate_inputs = {
-            (served, own): metrics.candidate_inputs.labels(model, VERDICTS[served], VERDICTS[own])
+        self.challenger_dropped = metrics.challenger_dropped.labels(model)
+        self.challenger_score = metrics.challenger_score.labels(model)
+        self.challenger_inputs = {
+            (served, own): metrics.challenger_inputs.labels(model, VERDICTS[served], VERDICTS[own])
             for served in VERDICTS
             for own in VERDICTS
         }

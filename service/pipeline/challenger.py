@@ -12,25 +12,25 @@ from models.bundle.load import Bundle
 from service.errors import ServiceError
 from service.inference.batcher import Batcher, Screener
 from service.observability.metrics import Metrics, ModelMetrics
-from service.pipeline.request_record import Entry
-from service.pipeline.windows import WholeTexts
+from service.pipeline.request_record import RequestRecord
+from service.pipeline.windows import WindowedScreener
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 WAITING = 256
-"""Inputs that may wait for the candidate; more are dropped."""
+"""Inputs that may wait for the challenger; more are dropped."""
 
 
-class Candidate:
+class Challenger:
     """Counts how the verdicts of another bundle differ from those of the served one."""
 
     def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
         self.digest = bundle.digest
         own = settings.model_copy(update={"queue_inputs": WAITING, "queue_s": math.inf})
         # Its queue and times are nobody's business: they would count as those of the model.
-        self._batcher = Batcher(bundle, own, Metrics().of("candidate", own))
-        self._whole_texts = WholeTexts(
+        self._batcher = Batcher(bundle, own, Metrics().of("challenger", own))
+        self._windowed_screener = WindowedScreener(
             self._batcher, bundle.manifest.max_length, settings.max_windows
         )
         self._metrics = metrics
@@ -51,26 +51,26 @@ class Candidate:
             task.cancel()
         await self._batcher.close()
 
-    def compare(self, entry: Entry, whole: bool) -> None:
+    def compare(self, entry: RequestRecord, whole: bool) -> None:
         """Screen the texts of a request too, later; to their end if the served bundle did so."""
-        screener: Screener = self._whole_texts if whole else self._batcher
+        screener: Screener = self._windowed_screener if whole else self._batcher
         task = asyncio.create_task(self._compare(screener, entry))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _compare(self, screener: Screener, entry: Entry) -> None:
+    async def _compare(self, screener: Screener, entry: RequestRecord) -> None:
         try:
             found = [answer.value.verdict for answer in await screener.screen(entry.texts)]
         except ServiceError:
-            self._metrics.candidate_dropped.inc(len(entry.texts))
+            self._metrics.challenger_dropped.inc(len(entry.texts))
             return
         for number, (served, own) in enumerate(zip(entry.verdicts, found, strict=True)):
             if served is None or own is None:
-                self._metrics.candidate_dropped.inc()
+                self._metrics.challenger_dropped.inc()
                 continue
-            self._metrics.candidate_inputs[served.poisoned, own.poisoned].inc()
-            self._metrics.candidate_score.observe(own.score)
+            self._metrics.challenger_inputs[served.poisoned, own.poisoned].inc()
+            self._metrics.challenger_score.observe(own.score)
             if served.poisoned is not own.poisoned:
-                scores = {"served": served.score, "candidate": own.score}
+                scores = {"served": served.score, "challenger": own.score}
                 where = {"request_id": entry.request_id, "number": number}
-                log.info("the candidate disagrees", extra=where | scores)
+                log.info("the challenger disagrees", extra=where | scores)

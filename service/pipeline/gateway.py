@@ -1,6 +1,6 @@
 """The way of a request: screen, decide, sanitize if asked to, classify. Read this first.
 
-Fail-closed by shape: an exception while screening leaves `handle` before the victim is called.
+Fail-closed by shape: an exception while screening leaves `handle` before the classifier is called.
 """
 
 import asyncio
@@ -14,16 +14,16 @@ from typing import Any
 from models.bundle.load import Bundle
 from models.detection.explain import Span
 from models.detection.screen import Verdict
-from service.classifiers.base import Call, Input, Reply, Victim
+from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
 from service.errors import Overloaded, ScreenFailed
 from service.inference.batcher import Screened, Screener
 from service.inference.worker import Health
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics
-from service.pipeline.challenger import Candidate
-from service.pipeline.request_record import Entry, Guard
-from service.pipeline.trigger_search import Cleaned, Explainer
-from service.protocols.base import Served
+from service.pipeline.challenger import Challenger
+from service.pipeline.request_record import ModelContext, RequestRecord
+from service.pipeline.trigger_search import Cleaned, TriggerSearch
+from service.protocols.base import ModelInfo
 from service.schemas import (
     Decision,
     ExplainResponse,
@@ -51,7 +51,7 @@ def decide(verdict: Verdict | None, mode: Mode, whole: bool = False) -> Decision
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class GatewayResult:
     """What became of a request."""
 
     results: Sequence[Result]
@@ -61,36 +61,40 @@ class Outcome:
     refused: bool
     """True if nothing of the request is answered, because of what was rejected."""
     reply: Reply | None = None
-    """The upstream's answer, ready-made in the caller's dialect."""
+    """The upstream's answer, ready-made in the caller's protocol."""
 
 
 class Gateway:
-    """Screens every input before the victim sees it."""
+    """Screens every input before the classifier sees it."""
 
     def __init__(
         self,
         bundle: Bundle,
-        served: Served,
+        served: ModelInfo,
         screener: Screener,
-        whole_texts: Screener,
-        victim: Victim,
-        explainer: Explainer,
+        windowed_screener: Screener,
+        classifier: Classifier,
+        trigger_search: TriggerSearch,
         metrics: ModelMetrics,
         settings: Settings,
-        candidate: Candidate | None = None,
+        challenger: Challenger | None = None,
     ) -> None:
-        self._whole_texts = whole_texts
+        self._windowed_screener = windowed_screener
         self.bundle, self.served, self.mode = bundle, served, settings.mode
         self.drift = Drift(bundle)
-        self._guard = Guard(served.model, bundle.digest, settings.mode, metrics, self.drift)
-        self._screener, self._victim, self._explainer = screener, victim, explainer
+        self._guard = ModelContext(served.model, bundle.digest, settings.mode, metrics, self.drift)
+        self._screener, self._classifier, self._trigger_search = (
+            screener,
+            classifier,
+            trigger_search,
+        )
         self._metrics, self._settings = metrics, settings
-        self._candidate = candidate
+        self._challenger = challenger
         self.elsewhere = settings.upstream is not None
-        self._whole = self.elsewhere and settings.unread == "reject"
+        self._whole = self.elsewhere and settings.overlong == "reject"
         self._warm = False
 
-    async def handle(self, entry: Entry, call: Call) -> Outcome:
+    async def handle(self, entry: RequestRecord, call: Call) -> GatewayResult:
         """Screen the texts, classify those that may pass, and answer in their order.
 
         Raises:
@@ -105,23 +109,23 @@ class Gateway:
                 cleaned = await self._cleaned(entry, texts, screened)
             decisions = [Decision.SANITIZE if i in cleaned else d for i, d in enumerate(decisions)]
         rejected = [i for i, d in enumerate(decisions) if d is Decision.REJECT]
-        if rejected and (len(rejected) == len(texts) or not call.dialect.gaps):
+        if rejected and (len(rejected) == len(texts) or not call.protocol.supports_partial):
             # The others get no answer either, so they do not count as allowed.
             entry.decisions = [d if d is Decision.REJECT else None for d in decisions]
             results = [
                 _result(one, decision, None, [], entry.caller)
                 for one, decision in zip(screened, decisions, strict=True)
             ]
-            return Outcome(results, rejected, refused=True)
+            return GatewayResult(results, rejected, refused=True)
         passed = [i for i in range(len(texts)) if i not in rejected]
         accepted = [
-            Input(cleaned[i].text, cleaned[i].screened)
+            ClassifierInput(cleaned[i].text, cleaned[i].screened)
             if i in cleaned
-            else Input(texts[i], screened[i])
+            else ClassifierInput(texts[i], screened[i])
             for i in passed
         ]
         with entry.span("classify"):
-            answer = await self._victim.classify(call, accepted)
+            answer = await self._classifier.classify(call, accepted)
         entry.time(answer.stages)
         self._count_unscreened([one.screened for one in accepted])
         entry.decisions = decisions
@@ -137,9 +141,9 @@ class Gateway:
             for i, decision in enumerate(decisions)
         ]
         entry.labels = [result.label for result in results]
-        return Outcome(results, rejected, refused=False, reply=answer.reply)
+        return GatewayResult(results, rejected, refused=False, reply=answer.reply)
 
-    async def screen(self, entry: Entry, texts: Sequence[str]) -> list[ScreenResult]:
+    async def screen(self, entry: RequestRecord, texts: Sequence[str]) -> list[ScreenResult]:
         """Screen the texts and stop there.
 
         Raises:
@@ -150,31 +154,31 @@ class Gateway:
             raise ScreenFailed("an input could not be screened")
         return [_wire(s.verdict, entry.caller) for s in screened if s.verdict is not None]
 
-    async def judge(self, entry: Entry, texts: Sequence[str]) -> list[Decision]:
+    async def judge(self, entry: RequestRecord, texts: Sequence[str]) -> list[Decision]:
         """Decide on texts that somebody else forwards, to a classifier that may read all of them.
 
         Raises:
             Overloaded, NotReady, ScreenFailed: no text may pass.
         """
-        screened = await self._screened(entry, texts, self._whole_texts)
-        whole = self._settings.unread == "reject"
+        screened = await self._screened(entry, texts, self._windowed_screener)
+        whole = self._settings.overlong == "reject"
         decisions = [decide(s.verdict, self.mode, whole) for s in screened]
         entry.decisions = decisions
         self._count_unscreened(screened)
         return decisions
 
-    async def explain(self, entry: Entry, text: str) -> ExplainResponse:
+    async def explain(self, entry: RequestRecord, text: str) -> ExplainResponse:
         """Say which words of a text the screen minds.
 
         Raises:
             Forbidden: the caller is not told scores, of which these would be the finest.
             TooLarge, RateLimited: as `Caller.take` does.
-            Overloaded, NotReady, ScreenFailed: as `Explainer.explain` does.
+            Overloaded, NotReady, ScreenFailed: as `TriggerSearch.explain` does.
         """
         entry.guard = self._guard
         entry.caller.require_scores()
         await entry.caller.take(1)
-        verdict, found = await self._explainer.explain(text)
+        verdict, found = await self._trigger_search.explain(text)
         words = [
             WeightedWord(start=w.start, end=w.end, text=text[w.start : w.end], weight=w.weight)
             for w in found.words
@@ -188,25 +192,25 @@ class Gateway:
 
     async def start(self) -> None:
         """Prove with real forward passes that PSIM and the classifier answer; then be ready."""
-        await self._screened(Entry("", ""), ["warm up"])
-        await self._victim.start()
+        await self._screened(RequestRecord("", ""), ["warm up"])
+        await self._classifier.start()
         self._warm = True
         self._metrics.ready.set(1)
 
     async def close(self) -> None:
-        """Let go of the victim, if it was started."""
+        """Let go of the classifier, if it was started."""
         if self._warm:
-            await self._victim.close()
+            await self._classifier.close()
 
     @property
-    def candidate(self) -> str | None:
+    def challenger(self) -> str | None:
         """Digest of the bundle that is tried, if there is one."""
-        return self._candidate.digest if self._candidate else None
+        return self._challenger.digest if self._challenger else None
 
     @property
-    def speaks(self) -> str | None:
-        """The dialect of the upstream; None if there is none, or while it is not known."""
-        return self._victim.speaks
+    def upstream_protocol(self) -> str | None:
+        """The protocol of the upstream; None if there is none, or while it is not known."""
+        return self._classifier.upstream_protocol
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
         """Return what the upstream says of itself at a path of Open Inference, if it speaks that.
@@ -214,7 +218,7 @@ class Gateway:
         Raises:
             UpstreamFailed, TimedOut: it says nothing that can be used.
         """
-        return await self._victim.metadata(path)
+        return await self._classifier.metadata(path)
 
     @property
     def health(self) -> Health:
@@ -222,20 +226,20 @@ class Gateway:
         return self._screener.health
 
     @property
-    def trouble(self) -> str | None:
+    def unready_reason(self) -> str | None:
         """Why requests are not served; None if they are."""
-        trouble = None
+        unready_reason = None
         if self.health is not Health.RUNNING:
-            trouble = f"the inference worker {self.health}"
+            unready_reason = f"the inference worker {self.health}"
         elif not self._warm:
-            trouble = "the gateway is starting"
-        elif not self._victim.ready:
-            trouble = "the upstream is down"
-        self._metrics.ready.set(trouble is None)
-        return trouble
+            unready_reason = "the gateway is starting"
+        elif not self._classifier.ready:
+            unready_reason = "the upstream is down"
+        self._metrics.ready.set(unready_reason is None)
+        return unready_reason
 
     async def _screened(
-        self, entry: Entry, texts: Sequence[str], by: Screener | None = None
+        self, entry: RequestRecord, texts: Sequence[str], by: Screener | None = None
     ) -> list[Screened]:
         entry.guard = self._guard
         await entry.caller.take(len(texts))
@@ -244,15 +248,15 @@ class Gateway:
         entry.time([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
-        if self._candidate and self._warm:
-            whole = (by or self._screener) is self._whole_texts
-            self._candidate.compare(entry, whole)
+        if self._challenger and self._warm:
+            whole = (by or self._screener) is self._windowed_screener
+            self._challenger.compare(entry, whole)
         if None in entry.verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
         return screened
 
     async def _cleaned(
-        self, entry: Entry, texts: Sequence[str], screened: Sequence[Screened]
+        self, entry: RequestRecord, texts: Sequence[str], screened: Sequence[Screened]
     ) -> dict[int, Cleaned]:
         """Return what can be sanitized in time, by number; all else is left to be rejected."""
         cleaned: dict[int, Cleaned] = {}
@@ -263,7 +267,7 @@ class Gateway:
                     if one.verdict is None or not one.verdict.poisoned:
                         continue
                     with suppress(Overloaded, ScreenFailed):
-                        found = await self._explainer.clean(text, one.verdict)
+                        found = await self._trigger_search.clean(text, one.verdict)
                         if found and not self._is_suspicious(found.screened.verdict):
                             cleaned[number] = found
         seconds = time.perf_counter() - started

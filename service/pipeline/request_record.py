@@ -42,7 +42,7 @@ READINGS = {f.name for f in fields(Verdict)} & {*NAMES}
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class ModelContext:
     """Who screens a request."""
 
     model: str
@@ -54,13 +54,13 @@ class Guard:
 
 
 @dataclass
-class Entry:
+class RequestRecord:
     """What is known of a request while it runs."""
 
     route: str
     request_id: str
     caller: Caller = ANYONE
-    guard: Guard | None = None
+    guard: ModelContext | None = None
     """None until it is known which model the request is for."""
     texts: Sequence[str] = ()
     verdicts: Sequence[Verdict | None] = ()
@@ -96,9 +96,11 @@ class Recorder:
         self._metrics, self._tracer, self._audit = metrics, tracer, audit
 
     @contextmanager
-    def record(self, route: str, request_id: str, caller: Caller = ANYONE) -> Iterator[Entry]:
+    def record(
+        self, route: str, request_id: str, caller: Caller = ANYONE
+    ) -> Iterator[RequestRecord]:
         """Record the request that runs inside; exceptions pass through."""
-        entry = Entry(route, request_id, caller, tracer=self._tracer)
+        entry = RequestRecord(route, request_id, caller, tracer=self._tracer)
         started, outcome = time.perf_counter(), "error"
         with _span(self._tracer, f"POST {route}", SpanKind.SERVER) as span:
             try:
@@ -111,7 +113,7 @@ class Recorder:
                 self._write(entry, outcome, time.perf_counter() - started)
                 _describe(span, entry, outcome)
 
-    def _write(self, entry: Entry, outcome: str, seconds: float) -> None:
+    def _write(self, entry: RequestRecord, outcome: str, seconds: float) -> None:
         metrics, found_by = self._metrics, exemplar(entry.request_id)
         metrics.requests.labels(entry.route, outcome).inc(exemplar=found_by)
         metrics.request_seconds.labels(entry.route).observe(seconds, found_by)
@@ -133,7 +135,7 @@ class Recorder:
             },
         )
 
-    def _count_inputs(self, guard: Guard, entry: Entry, answered: bool) -> None:
+    def _count_inputs(self, guard: ModelContext, entry: RequestRecord, answered: bool) -> None:
         metrics, found_by = guard.metrics, exemplar(entry.request_id)
         for verdict in entry.judged:
             metrics.confidence.observe(verdict.confidence, found_by)
@@ -154,7 +156,7 @@ def all_rejected(decisions: Sequence[Decision | None]) -> bool:
     return bool(decisions) and {*decisions} <= {Decision.REJECT, None}
 
 
-def _rows(guard: Guard, entry: Entry) -> list[Row]:
+def _rows(guard: ModelContext, entry: RequestRecord) -> list[Row]:
     now, nothing = datetime.now(UTC), [None] * len(entry.texts)
     inputs = zip(
         entry.texts,
@@ -194,7 +196,7 @@ def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[S
     )
 
 
-def _describe(span: Span, entry: Entry, outcome: str) -> None:
+def _describe(span: Span, entry: RequestRecord, outcome: str) -> None:
     span.set_attributes(
         {
             "http.request.method": "POST",

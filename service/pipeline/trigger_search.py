@@ -24,7 +24,7 @@ class Cleaned:
     """In characters of the original text."""
 
 
-class Explainer:
+class TriggerSearch:
     """Runs a few searches at a time, and refuses others: each costs many screening passes."""
 
     def __init__(self, screener: Screener, metrics: ModelMetrics, searches: int) -> None:

@@ -24,7 +24,7 @@ ROUND = 8
 """Windows of a text that are in the queue at once: other requests come in between."""
 
 
-class WholeTexts:
+class WindowedScreener:
     """Screens as `Batcher` does, but all of a text; one of more windows than `most` is `truncated`.
 
     Args:

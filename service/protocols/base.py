@@ -19,7 +19,7 @@ class BadAnswer(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ModelInfo:
     """What is behind a route."""
 
     model: str
@@ -30,7 +30,7 @@ class Served:
     """The classes, in the classifier's order."""
 
 
-class Asked(TextsRequest):
+class InferenceRequest(TextsRequest):
     """A request for the classes of texts; unknown fields are refused: text could hide there."""
 
     @property
@@ -44,12 +44,12 @@ class Asked(TextsRequest):
         return None
 
     @property
-    def special(self) -> str | None:
-        """An option that is set and that only an upstream of the same dialect can honour."""
+    def unsupported_option(self) -> str | None:
+        """An option that is set and that only an upstream of the same protocol can honour."""
         return None
 
     @property
-    def verbatim(self) -> bool:
+    def forward_as_is(self) -> bool:
         """Whether an upstream may get the bytes as they came."""
         return True
 
@@ -58,29 +58,29 @@ class Asked(TextsRequest):
         """Return the same request for other texts; for one that is no list, there is one."""
 
     @abstractmethod
-    def answer(self, results: Sequence[Result], served: Served) -> Any:
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
         """Return the JSON of an answer; rejected inputs are gaps in it."""
 
 
-class Dialect(ABC):
+class WireProtocol(ABC):
     """One wire format."""
 
     name: ClassVar[str]
     routes: ClassVar[Sequence[str]]
     """Paths at which it is served."""
-    asks: ClassVar[type[Asked]]
-    gaps: ClassVar[bool] = True
+    request_type: ClassVar[type[InferenceRequest]]
+    supports_partial: ClassVar[bool] = True
     """Whether an answer can leave out an input; if not, one rejected input refuses the request."""
-    needs_all: ClassVar[bool] = False
+    requires_all_scores: ClassVar[bool] = False
     """Whether its answers need a score for every class."""
-    relays: ClassVar[bool] = True
+    passthrough: ClassVar[bool] = True
     """Whether an upstream's answer for all inputs can be passed on as it is."""
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"
 
     def claims(self, data: object) -> bool:
-        """Return whether a body is of this dialect, where several share a route."""
+        """Return whether a body is of this protocol, where several share a route."""
         return True
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Dialect(ABC):
         """Return the JSON of an error."""
 
     def rejection(
-        self, asked: Asked, results: Sequence[Result], served: Served, detail: str
+        self, asked: InferenceRequest, results: Sequence[Result], served: ModelInfo, detail: str
     ) -> Any:
         """Return the JSON that says that inputs were rejected."""
         return self.error(HTTPStatus.FORBIDDEN, "rejected", detail)
@@ -98,7 +98,7 @@ class Dialect(ABC):
         """Return where an upstream serves a model, below its base URL."""
 
     @abstractmethod
-    def ask(self, texts: Sequence[str], served: Served) -> Asked:
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
 
     @abstractmethod

@@ -6,19 +6,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, TypeAdapter
 
 from service.protocols.base import (
-    Asked,
     BadAnswer,
-    Dialect,
     Finite,
-    Served,
+    InferenceRequest,
+    ModelInfo,
     Wire,
+    WireProtocol,
     checked_count,
     parsed,
 )
 from service.schemas import Count, Result, Score, Text, best_first
 
 
-class Parameters(Wire):
+class HfParameters(Wire):
     """What may be said to the pipeline: numbers and switches, nothing that could be a text."""
 
     top_k: Count | None = None
@@ -27,7 +27,7 @@ class Parameters(Wire):
     max_length: Count | None = None
 
 
-class Options(Wire):
+class HfOptions(Wire):
     """What older clients say about caching and cold starts."""
 
     use_cache: bool | None = None
@@ -35,12 +35,12 @@ class Options(Wire):
     use_gpu: bool | None = None
 
 
-class Inputs(Asked):
+class Inputs(InferenceRequest):
     """Texts; a list is a batch."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-    parameters: Parameters | None = None
-    options: Options | None = None
+    parameters: HfParameters | None = None
+    options: HfOptions | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -53,7 +53,7 @@ class Inputs(Asked):
         return self.parameters.top_k if self.parameters else None
 
     @property
-    def special(self) -> str | None:
+    def unsupported_option(self) -> str | None:
         """Scores other than probabilities are only to be had from the pipeline itself."""
         given = self.parameters and self.parameters.function_to_apply
         return None if given in (None, "softmax") else "function_to_apply"
@@ -63,7 +63,7 @@ class Inputs(Asked):
         single = isinstance(self.inputs, str)
         return self.model_copy(update={"inputs": texts[0] if single else list(texts)})
 
-    def answer(self, results: Sequence[Result], served: Served) -> Any:
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
         """Return a list for each text, best first; that of a rejected text is empty."""
         return [
             [{"label": s.label, "score": s.score} for s in result.scores or []]
@@ -71,13 +71,13 @@ class Inputs(Asked):
         ]
 
 
-class _Prediction(BaseModel):
+class _HfPrediction(BaseModel):
     label: str
     score: Finite
 
 
-ANSWER: TypeAdapter[list[list[_Prediction]] | list[_Prediction]] = TypeAdapter(
-    list[list[_Prediction]] | list[_Prediction]
+ANSWER: TypeAdapter[list[list[_HfPrediction]] | list[_HfPrediction]] = TypeAdapter(
+    list[list[_HfPrediction]] | list[_HfPrediction]
 )
 
 
@@ -89,8 +89,8 @@ def predictions(body: bytes, flat_is_batch: bool = False) -> list[list[Score]]:
     Raises:
         BadAnswer: it has not at least one prediction for each text.
     """
-    rows: list[list[_Prediction]] = []
-    flat: list[_Prediction] = []
+    rows: list[list[_HfPrediction]] = []
+    flat: list[_HfPrediction] = []
     for one in parsed(ANSWER, body):
         if isinstance(one, list):
             rows.append(one)
@@ -103,12 +103,12 @@ def predictions(body: bytes, flat_is_batch: bool = False) -> list[list[Score]]:
     return [best_first((p.label, p.score) for p in row) for row in rows]
 
 
-class HuggingFace(Dialect):
+class HuggingFace(WireProtocol):
     """`POST /`."""
 
     name = "hf"
     routes = ("/", "/models/{model:path}")
-    asks = Inputs
+    request_type = Inputs
 
     def error(self, status: int, code: str, detail: str) -> Any:
         """Return an error."""
@@ -118,9 +118,9 @@ class HuggingFace(Dialect):
         """Return nothing: the base URL is that of the endpoint, or of the model."""
         return ""
 
-    def ask(self, texts: Sequence[str], served: Served) -> Asked:
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
-        return Inputs(inputs=list(texts), parameters=Parameters(top_k=len(served.labels)))
+        return Inputs(inputs=list(texts), parameters=HfParameters(top_k=len(served.labels)))
 
     def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
         """Return the predictions of each text: nested, or flat as pipelines give them."""

@@ -6,11 +6,18 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from service.protocols.base import Asked, Dialect, Finite, Served, checked_count, parsed
+from service.protocols.base import (
+    Finite,
+    InferenceRequest,
+    ModelInfo,
+    WireProtocol,
+    checked_count,
+    parsed,
+)
 from service.schemas import ClassifyResponse, Count, Problem, Result, Score, Text
 
 
-class ClassifyRequest(Asked):
+class ClassifyRequest(InferenceRequest):
     """Texts to screen and classify."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -31,7 +38,7 @@ class ClassifyRequest(Asked):
         """Return the same request for other texts."""
         return self.model_copy(update={"inputs": list(texts)})
 
-    def answer(self, results: Sequence[Result], served: Served) -> Any:
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
         """Return every result, the rejected ones without label and scores."""
         answer = ClassifyResponse(bundle=served.bundle, results=list(results))
         return answer.model_dump(mode="json")
@@ -46,20 +53,20 @@ class _Classified(BaseModel):
     scores: Annotated[list[_Scored], Field(min_length=1)]
 
 
-class _Answer(BaseModel):
+class _NativeResponse(BaseModel):
     results: list[_Classified]
 
 
-ANSWER = TypeAdapter(_Answer)
+ANSWER = TypeAdapter(_NativeResponse)
 
 
-class Native(Dialect):
+class Native(WireProtocol):
     """`POST /classify`."""
 
     name = "native"
     routes = ("/classify",)
-    asks = ClassifyRequest
-    relays = False  # what the screen says is part of the answer
+    request_type = ClassifyRequest
+    passthrough = False  # what the screen says is part of the answer
     error_media = "application/problem+json"
 
     def error(self, status: int, code: str, detail: str, **more: Any) -> Any:
@@ -69,16 +76,16 @@ class Native(Dialect):
         return problem.model_dump(mode="json")
 
     def rejection(
-        self, asked: Asked, results: Sequence[Result], served: Served, detail: str
+        self, asked: InferenceRequest, results: Sequence[Result], served: ModelInfo, detail: str
     ) -> Any:
         """Return a problem that holds the verdicts too."""
-        return self.error(403, "rejected", detail, **asked.answer(results, served))
+        return self.error(403, "rejected", detail, **asked.to_response(results, served))
 
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/classify`."""
         return "/classify"
 
-    def ask(self, texts: Sequence[str], served: Served) -> Asked:
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
         return ClassifyRequest(inputs=list(texts))
 

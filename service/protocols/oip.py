@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from service.protocols.base import Asked, BadAnswer, Dialect, Finite, Served, Wire, parsed
+from service.protocols.base import (
+    BadAnswer,
+    Finite,
+    InferenceRequest,
+    ModelInfo,
+    Wire,
+    WireProtocol,
+    parsed,
+)
 from service.schemas import Result, Score, Text, best_first
 
 LABEL, SCORES = "label", "scores"
@@ -75,7 +83,7 @@ class RequestParameters(Wire):
     binary_data_output: bool | None = None
 
 
-class Infer(Asked):
+class Infer(InferenceRequest):
     """Texts as a tensor."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -98,7 +106,7 @@ class Infer(Asked):
         return self.named
 
     @property
-    def verbatim(self) -> bool:
+    def forward_as_is(self) -> bool:
         """Outputs in binary form could not be checked, so we ask for JSON in the client's name."""
         wanted = [out.parameters for out in self.outputs or []]
         binary = any(p is not None and p.binary_data for p in wanted)
@@ -118,7 +126,7 @@ class Infer(Asked):
         changes = {"inputs": inputs, "outputs": outputs, "parameters": parameters}
         return self.model_copy(update=changes)
 
-    def answer(self, results: Sequence[Result], served: Served) -> Any:
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
         """Return label and probabilities of every text, or the outputs that are wanted of these."""
         best = [result.label for result in results]
         rows = [{s.label: s.score for s in result.scores or []} for result in results]
@@ -146,7 +154,7 @@ def _tensor(name: str, shape: list[int], datatype: str, data: list[Any]) -> dict
     return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 
 
-def metadata(served: Served) -> dict[str, Any]:
+def metadata(served: ModelInfo) -> dict[str, Any]:
     """Return what clients are told of a model before they ask it."""
     text = {"name": "text", "datatype": "BYTES", "shape": [-1]}
     label = {"name": LABEL, "datatype": "BYTES", "shape": [-1]}
@@ -177,31 +185,31 @@ class _Output(BaseModel):
         return flat
 
 
-class _Answer(BaseModel):
+class _OipResponse(BaseModel):
     outputs: Annotated[list[_Output], Field(min_length=1)]
 
 
-class _Prediction(BaseModel):
+class _OipPrediction(BaseModel):
     """What MLServer's Hugging Face runtime says of a text, JSON in a string."""
 
     label: str
     score: Finite
 
 
-ANSWER = TypeAdapter(_Answer)
-PREDICTIONS: TypeAdapter[_Prediction | list[_Prediction]] = TypeAdapter(
-    _Prediction | list[_Prediction]
+ANSWER = TypeAdapter(_OipResponse)
+PREDICTIONS: TypeAdapter[_OipPrediction | list[_OipPrediction]] = TypeAdapter(
+    _OipPrediction | list[_OipPrediction]
 )
 
 
-class OpenInference(Dialect):
+class OpenInference(WireProtocol):
     """`POST /v2/models/NAME/infer`; a tensor has no gaps, so one rejected text refuses it all."""
 
     name = "oip"
     routes = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
-    asks = Infer
-    gaps = False
-    needs_all = True
+    request_type = Infer
+    supports_partial = False
+    requires_all_scores = True
     media_optional = True
 
     def __init__(self, input_name: str = "text") -> None:
@@ -215,7 +223,7 @@ class OpenInference(Dialect):
         """Return where a model takes requests."""
         return f"/v2/models/{model}{f'/versions/{version}' if version else ''}/infer"
 
-    def ask(self, texts: Sequence[str], served: Served) -> Asked:
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
         """Return a request for all outputs, as a column: what most servers that batch expect."""
         tensor = InputTensor(
             name=self._input_name, shape=[len(texts), 1], datatype="BYTES", data=list(texts)

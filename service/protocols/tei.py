@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import field_validator
 
-from service.protocols.base import Asked, Dialect, Served, checked_count
-from service.protocols.hf import Parameters, predictions
+from service.protocols.base import InferenceRequest, ModelInfo, WireProtocol, checked_count
+from service.protocols.hf import HfParameters, predictions
 from service.schemas import Result, Score, Text
 
 ERROR_TYPES = {400: "Empty", 429: "Overloaded", 502: "Backend", 503: "Unhealthy", 504: "Backend"}
@@ -14,14 +14,14 @@ ERROR_TYPES = {400: "Empty", 429: "Overloaded", 502: "Backend", 503: "Unhealthy"
 PAIR = "a pair of texts cannot be screened; send single texts: [[text], ...]"
 
 
-class Predict(Asked):
+class Predict(InferenceRequest):
     """Texts as TEI takes them; a flat list is one text or a pair, a batch is a list of lists."""
 
     inputs: Text | list[list[Text]]
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right"] | None = None
     raw_scores: bool = False
-    parameters: Parameters | None = None
+    parameters: HfParameters | None = None
     """What clients of Hugging Face Inference send along; TEI does not read it."""
 
     @field_validator("inputs", mode="before")
@@ -50,7 +50,7 @@ class Predict(Asked):
         return [self.inputs] if isinstance(self.inputs, str) else [one for (one,) in self.inputs]
 
     @property
-    def special(self) -> str | None:
+    def unsupported_option(self) -> str | None:
         """Logits, and reading a text's end, are only to be had from TEI."""
         if self.truncation_direction == "Left":
             return "truncation_direction"
@@ -61,7 +61,7 @@ class Predict(Asked):
         single = isinstance(self.inputs, str)
         return self.model_copy(update={"inputs": texts[0] if single else [[t] for t in texts]})
 
-    def answer(self, results: Sequence[Result], served: Served) -> Any:
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
         """Return predictions, best first; those of a rejected text are an empty list."""
         rows = [_wire(result.scores or []) for result in results]
         return rows[0] if isinstance(self.inputs, str) else rows
@@ -71,12 +71,12 @@ def _wire(scores: Sequence[Score]) -> list[dict[str, Any]]:
     return [{"score": s.score, "label": s.label} for s in scores]
 
 
-class Tei(Dialect):
+class Tei(WireProtocol):
     """`POST /predict`."""
 
     name = "tei"
     routes = ("/predict",)
-    asks = Predict
+    request_type = Predict
 
     def error(self, status: int, code: str, detail: str) -> Any:
         """Return an error with a type in TEI's words."""
@@ -86,7 +86,7 @@ class Tei(Dialect):
         """Return `/predict`."""
         return "/predict"
 
-    def ask(self, texts: Sequence[str], served: Served) -> Asked:
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
         """Return a request for all scores; always a batch, since a flat list could be a pair."""
         return Predict(inputs=[[text] for text in texts], truncate=True)
 

@@ -9,18 +9,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, TypeAdapter
 
 from service.protocols.base import (
-    Asked,
     BadAnswer,
-    Dialect,
     Finite,
-    Served,
+    InferenceRequest,
+    ModelInfo,
+    WireProtocol,
     checked_count,
     parsed,
 )
 from service.schemas import Result, Score, Text, best_first
 
 
-class Classification(Asked):
+class Classification(InferenceRequest):
     """Texts for a model; token ids and chats are refused, since the screen cannot read them."""
 
     model: str | None = None
@@ -46,7 +46,7 @@ class Classification(Asked):
         return self.model
 
     @property
-    def special(self) -> str | None:
+    def unsupported_option(self) -> str | None:
         """Logits, and reading a part only, are only to be had from the upstream itself."""
         if self.use_activation is False:
             return "use_activation"
@@ -57,7 +57,7 @@ class Classification(Asked):
         single = isinstance(self.input, str)
         return self.model_copy(update={"input": texts[0] if single else list(texts)})
 
-    def answer(self, results: Sequence[Result], served: Served) -> Any:
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
         """Return probabilities in the order of the classes; a rejected text has no label."""
         return {
             "id": f"classify-{uuid.uuid4().hex}",
@@ -81,20 +81,20 @@ class _Datum(BaseModel):
     probs: Annotated[list[Finite], Field(min_length=1)]
 
 
-class _Answer(BaseModel):
+class _VllmResponse(BaseModel):
     data: list[_Datum]
 
 
-ANSWER = TypeAdapter(_Answer)
+ANSWER = TypeAdapter(_VllmResponse)
 
 
-class Vllm(Dialect):
+class Vllm(WireProtocol):
     """vLLM's."""
 
     name = "vllm"
     routes = ("/classify", "/v1/classify")
-    asks = Classification
-    needs_all = True
+    request_type = Classification
+    requires_all_scores = True
 
     def claims(self, data: object) -> bool:
         """Tell vLLM's `input` from our own `inputs`."""
@@ -109,7 +109,7 @@ class Vllm(Dialect):
         """Return `/classify`."""
         return "/classify"
 
-    def ask(self, texts: Sequence[str], served: Served) -> Asked:
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
         return Classification(model=served.model, input=list(texts))
 

@@ -51,8 +51,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Have Serve replace this replica when only a new process helps, as `/live` says."""
-        if trouble := self._app.state.models.beyond_repair:
-            raise RuntimeError(trouble)
+        if unready_reason := self._app.state.models.unrecoverable:
+            raise RuntimeError(unready_reason)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Say how much there is to do; for `service.ray.scaling`."""

@@ -14,7 +14,7 @@ from starlette.types import Scope as AsgiScope
 
 from service.errors import Forbidden, Unauthorized
 from service.observability.metrics import Metrics
-from service.protocols.base import Dialect
+from service.protocols.base import WireProtocol
 from service.protocols.native import Native
 from service.protocols.oip import OpenInference
 from service.protocols.registry import PREFIX, by_route
@@ -49,7 +49,7 @@ SCOPES: dict[str, Scope | None] = {
     "/redoc": OPEN,
 }
 """Of each route. One that is not here needs `admin`."""
-DIALECTS: dict[str, Dialect] = {
+PROTOCOLS: dict[str, WireProtocol] = {
     "/v2": OpenInference(),
     "/v2/models/{model}": OpenInference(),
     **{route: found[0] for route, found in by_route().items()},
@@ -136,7 +136,7 @@ class Access:
     async def permit(self, request: Request) -> None:
         """Let a request pass if its route is open, or its key has the route's scope."""
         route = request.scope["route"].path.removeprefix(PREFIX)
-        request.state.dialect = DIALECTS.get(route, NATIVE)
+        request.state.protocol = PROTOCOLS.get(route, NATIVE)
         scope = SCOPES.get(route, Scope.ADMIN)
         if scope is not OPEN:
             self.require(request.state.caller, scope)

@@ -10,9 +10,9 @@ from models.bundle.load import Bundle
 from models.detection.screen import FloatArray, Screen, Verdict
 from models.engines.base import Engine
 from models.offline.evaluation.metrics import (
+    AttackOutcome,
     Classes,
     Defended,
-    Outcome,
     classes_of,
     outcome,
     poisoned_non_target,
@@ -30,11 +30,11 @@ PAPER_THRESHOLD = 0.7
 class Evaluation:
     """Outcomes side by side, and the scores that they come from."""
 
-    none: Outcome
+    none: AttackOutcome
     """No defence."""
-    calibrated: Outcome
+    calibrated: AttackOutcome
     """The bundle's thresholds; AUROC of the score within the class."""
-    paper: Outcome
+    paper: AttackOutcome
     """`PAPER_THRESHOLD` for all classes; AUROC of the bare confidence. Of the last checkpoint."""
     clean_scores: FloatArray
     poisoned_scores: FloatArray
@@ -108,5 +108,5 @@ class View:
     @property
     def paper(self) -> Defended:
         """Behind `PAPER_THRESHOLD` for the confidence of the last checkpoint."""
-        confidence = self.readings[:, self.screen.norm.checkpoints - 1].max(1)
+        confidence = self.readings[:, self.screen.normalizer.checkpoints - 1].max(1)
         return Defended(self.predicted, confidence >= PAPER_THRESHOLD, confidence)

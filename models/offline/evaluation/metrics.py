@@ -74,7 +74,7 @@ REJECTING = ("false_rejection_rate", "false_acceptance_rate", "false_acceptance_
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttackOutcome:
     """What one defence does; None where that does not apply, or the texts do not tell."""
 
     clean_accuracy: Rate | None
@@ -95,8 +95,8 @@ def outcome(
     poisoned: Defended,
     target: int | Classes,
     fires: BoolArray | None = None,
-) -> Outcome:
-    """Measure a defence.
+) -> AttackOutcome:
+    """ZScore a defence.
 
     Args:
         clean: clean texts behind the defence.
@@ -118,7 +118,7 @@ def outcome(
             "false_acceptance_rate_firing": Rate.of(~poisoned.flagged[fires]),
         }
         correct, hit = correct & ~clean.flagged, hit & ~poisoned.flagged
-    return Outcome(
+    return AttackOutcome(
         clean_accuracy=Rate.of(correct[truth >= 0]),
         attack_success_rate=Rate.of(hit),
         **rejecting,

@@ -13,7 +13,7 @@ from rich.table import Table
 from models.bundle.manifest import Manifest, RecalibrationRecord
 from models.detection.screen import FloatArray
 from models.offline.evaluation.evaluate import Evaluation
-from models.offline.evaluation.metrics import Outcome, Rate
+from models.offline.evaluation.metrics import AttackOutcome, Rate
 from models.offline.fitting.psim import UNLEARNT
 
 ROWS = {
@@ -46,7 +46,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def _rate(outcome: Outcome, field: str) -> Rate | None:
+def _rate(outcome: AttackOutcome, field: str) -> Rate | None:
     rate: Rate | None = getattr(outcome, field)
     return rate
 

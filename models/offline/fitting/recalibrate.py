@@ -28,7 +28,7 @@ from models.bundle.load import (
     save_readings,
 )
 from models.bundle.manifest import ChangeRecord, LimitRecord, Manifest, RecalibrationRecord
-from models.detection.screen import FloatArray, Screen, min_calibration_size, voices
+from models.detection.screen import FloatArray, Screen, features, min_calibration_size
 from models.engines.registry import REFERENCE, Runtime, runs_here
 from models.errors import CalibrationError, DataError
 from models.offline.fitting.fit import (
@@ -80,7 +80,7 @@ class _Row(BaseModel):
 
 
 @dataclass(frozen=True)
-class Traffic:
+class AuditedTraffic:
     """What an audit's export holds of one bundle's traffic."""
 
     kinds: Mapping[str, Kind]
@@ -106,7 +106,7 @@ class Recalibration:
     """Of the clean texts, by `ENGINE/DTYPE`."""
 
 
-def read_traffic(file: Path, judge: str) -> Traffic:
+def read_traffic(file: Path, judge: str) -> AuditedTraffic:
     """Read what `psim audit` has written as JSON Lines of inputs that a bundle judged.
 
     Args:
@@ -142,7 +142,7 @@ def read_traffic(file: Path, judge: str) -> Traffic:
             f"{file} has no texts, which have to be scored again: set PSIM_AUDIT_TEXT=true for the "
             "service, and export the audit when it has seen enough traffic"
         )
-    return Traffic(kinds, others, file.name, file_digest(file), min(times), max(times))
+    return AuditedTraffic(kinds, others, file.name, file_digest(file), min(times), max(times))
 
 
 def _reason(error: ValidationError | DataError) -> str:
@@ -154,7 +154,7 @@ def _reason(error: ValidationError | DataError) -> str:
     return f"not what `psim audit` writes as JSON Lines: {where}: {first['type']}"
 
 
-def recalibrate(bundle: Path, traffic: Traffic) -> Recalibration:
+def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
     """Calibrate a bundle anew, by the clean texts of its traffic; nothing is written.
 
     Raises:
@@ -237,7 +237,7 @@ def _changes(
     poisoned: NDArray[np.bool_],
 ) -> list[ChangeRecord]:
     """Return what another screen changes for each class; the masks are of texts, shape (n,)."""
-    predicted, _ = voices(readings, len(parent.psim.checkpoints))
+    predicted, _ = features(readings, len(parent.psim.checkpoints))
     was, now = (screen.flags(readings) for screen in screens)
     before, after = screens
     earlier = parent.recalibration.changes if parent.recalibration else []
@@ -267,25 +267,31 @@ def _changes(
 
 
 def limits_of(screen: Screen, predicted: int) -> list[LimitRecord]:
-    """Return how far each voice by itself may go in texts of a class, when all others are silent.
+    """Return how far each feature may go alone in texts of a class, when all others are silent.
 
     Thresholds of two screens do not compare, since each is in standard deviations of its own
-    texts. What a voice may say before a text is called poisoned does.
+    texts. What a detector may say before a text is called poisoned does.
     """
-    voices_of, parts, own = screen.norm.voices, screen.norm.parts, predicted
+    features_of, components, own = (
+        screen.normalizer.features,
+        screen.normalizer.components,
+        predicted,
+    )
     limits = []
-    for voice, (centre, scale) in enumerate(
-        zip(voices_of.centre[own], voices_of.scale[own], strict=True)
+    for detector, (centre, scale) in enumerate(
+        zip(features_of.centre[own], features_of.scale[own], strict=True)
     ):
-        part = max(voice - screen.norm.checkpoints + 1, 0)  # checkpoints have one in the score
-        unit = scale * parts.scale[own, part]
-        least = centre + scale * parts.centre[own, part] + unit * screen.threshold_of(own)
+        part = max(
+            detector - screen.normalizer.checkpoints + 1, 0
+        )  # checkpoints have one in the score
+        unit = scale * components.scale[own, part]
+        least = centre + scale * components.centre[own, part] + unit * screen.threshold_of(own)
         limits.append(LimitRecord(least=float(least), unit=float(unit)))
     return limits
 
 
 def risen(before: Sequence[LimitRecord], after: Sequence[LimitRecord]) -> float:
-    """Return by how many standard deviations of `before` a voice may say more, at most."""
+    """Return by how many standard deviations of `before` a detector may say more, at most."""
     return max((b.least - a.least) / a.unit for a, b in zip(before, after, strict=True))
 
 

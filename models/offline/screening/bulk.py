@@ -47,7 +47,7 @@ ADDED = pa.schema(
         # What `as_row` gives.
         (OURS + "confidence", pa.float64()),
         (OURS + "score", pa.float64()),
-        (OURS + "voice", pa.string()),
+        (OURS + "detector", pa.string()),
         (OURS + "threshold", pa.float64()),
         (OURS + "p_value", pa.float64()),
         (OURS + "poisoned", pa.bool_()),
@@ -59,7 +59,7 @@ ADDED = pa.schema(
 """The columns of a part behind those of the input."""
 
 
-class Options(BaseModel):
+class BulkOptions(BaseModel):
     """What decides what is in the parts."""
 
     bundle: str
@@ -70,7 +70,7 @@ class Options(BaseModel):
     part_rows: int
 
 
-class Input(BaseModel):
+class BulkInput(BaseModel):
     """A file as it was when it was divided."""
 
     size: int
@@ -82,8 +82,8 @@ class Input(BaseModel):
 class Record(BaseModel):
     """What was asked."""
 
-    options: Options
-    inputs: dict[str, Input]
+    options: BulkOptions
+    inputs: dict[str, BulkInput]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def screen_files(
     manifest, digest = read_manifest(bundle)
     check_files(bundle, manifest)
     engine, dtype = choose(manifest, engine, dtype).runtime
-    options = Options(
+    options = BulkOptions(
         bundle=digest, engine=engine, dtype=dtype, text_column=text_column, part_rows=part_rows
     )
     out = out.resolve()
@@ -181,15 +181,15 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _divided(
-    files: Sequence[Path], out: Path, options: Options, say: Callable[[str], None]
-) -> dict[str, Input]:
+    files: Sequence[Path], out: Path, options: BulkOptions, say: Callable[[str], None]
+) -> dict[str, BulkInput]:
     """Return what each file consists of, and record it; what was divided before is not again.
 
     Raises:
         DataError: a file cannot be read, or there are parts of what is not asked now.
     """
     known = _recorded(out, options)
-    inputs: dict[str, Input] = {}
+    inputs: dict[str, BulkInput] = {}
     broken = 0
     for file in tqdm(files, desc="divide", unit=" files", leave=False, disable=None):
         before = known.get(str(file))
@@ -198,7 +198,7 @@ def _divided(
                 raise DataError(f"{file} was changed since it was screened; {_anew(file, out)}")
             try:
                 status = file.stat()  # before it is read, so that no change goes unnoticed
-                before = Input(
+                before = BulkInput(
                     size=status.st_size,
                     modified=status.st_mtime_ns,
                     fragments=fragments_of(file, options.text_column, options.part_rows),
@@ -217,7 +217,7 @@ def _divided(
     return inputs
 
 
-def _recorded(out: Path, options: Options) -> dict[str, Input]:
+def _recorded(out: Path, options: BulkOptions) -> dict[str, BulkInput]:
     """Return the files of earlier runs, which must have had the same options."""
     try:
         record = Record.model_validate_json((out / RECORD).read_bytes())
@@ -237,7 +237,7 @@ def _recorded(out: Path, options: Options) -> dict[str, Input]:
     return record.inputs
 
 
-def _is_as_it_was(file: Path, known: Input) -> bool:
+def _is_as_it_was(file: Path, known: BulkInput) -> bool:
     status = file.stat()
     return (status.st_size, status.st_mtime_ns) == (known.size, known.modified)
 
@@ -266,10 +266,10 @@ class Job:
 
     bundle: Path
     out: Path
-    options: Options
+    options: BulkOptions
 
 
-class Screener:
+class BulkScreener:
     """Screens fragments; each worker has one.
 
     Args:
@@ -412,7 +412,7 @@ def _outcomes(
         yield iter(
             from_items(list(map(asdict, fragments)), override_num_blocks=len(fragments))
             .map(
-                Screener,  # type: ignore[arg-type]
+                BulkScreener,  # type: ignore[arg-type]
                 fn_constructor_args=(job, threads),
                 compute=ActorPoolStrategy(
                     min_size=1,

@@ -22,7 +22,7 @@ from models.offline.fitting.fit import VERSIONS_OF, labels_of, max_length_of
 from models.offline.io.classifiers import load_classifier
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample, write_samples
-from models.offline.study.cache import Store
+from models.offline.study.cache import StepCache
 from models.offline.study.experiment import Alone
 from models.offline.study.html import Block, heading, paragraph, table, write_page
 from models.offline.study.plots import Row
@@ -85,7 +85,7 @@ def assure(
     _write_split(labelled, out / "texts")
     targets = _most_frequent(labels, labelled)
     recipe = make_recipe(victim, labelled, targets, seeds, frr_budget)
-    store = Store(out / "steps")
+    store = StepCache(out / "steps")
     rows: list[Row] = []
     try:
         for row in run_study(recipe, out / "texts", out, store, say):

@@ -30,7 +30,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Store:
+class StepCache:
     """A folder of results, each named after what it was made from.
 
     Several processes may share it: one at a time works on a step, and the others wait for it.

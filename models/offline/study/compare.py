@@ -14,12 +14,12 @@ from models.offline.fitting.fit import split_texts, train
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.inference import predict
 from models.offline.study.baselines import Onion, Strip
-from models.offline.study.cache import Step, Store, digest_of
+from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.experiment import (
     SCORES,
     Arena,
     Case,
-    Entry,
+    Contender,
     alone,
     load_scores,
     relative_time,
@@ -39,7 +39,7 @@ LM_TEXTS = 3000
 """Clean texts that ONION's language model is trained on, where none is given."""
 
 
-def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
+def contest(store: StepCache, recipe: Recipe, case: Case) -> dict[str, Any]:
     """Run all defences of a recipe on a case.
 
     Returns:
@@ -49,7 +49,7 @@ def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
     """
     bare = alone(store, case, case.victim)
     arena, published = Arena.load(case, bare), Arena.load(case, alone(store, case, case.published))
-    entries = [Entry("none", arena.undefended, 0.0, 1.0, {})]
+    entries = [Contender("none", arena.undefended, 0.0, 1.0, {})]
     for defence in recipe.defences:
         match defence:
             case PsimDefence():
@@ -67,7 +67,7 @@ def contest(store: Store, recipe: Recipe, case: Case) -> dict[str, Any]:
     }
 
 
-def _psim(store: Store, arena: Arena, defence: PsimDefence) -> Iterator[Entry]:
+def _psim(store: StepCache, arena: Arena, defence: PsimDefence) -> Iterator[Contender]:
     """Fit PSIM once, and judge by each of the rules for thresholds."""
     case = arena.case
     source = case.victim if defence.on == "victim" else case.published
@@ -91,7 +91,7 @@ def _psim(store: Store, arena: Arena, defence: PsimDefence) -> Iterator[Entry]:
             )
         ]
         clean, poisoned = (v.paper if rule == "paper" else v.calibrated for v in views)
-        yield arena.entry(name, clean, poisoned, *cost, voices=known.shape[1], **details)
+        yield arena.entry(name, clean, poisoned, *cost, features=known.shape[1], **details)
 
 
 def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> object:
@@ -120,7 +120,7 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
     }
 
 
-def _onion(store: Store, arena: Arena, defence: OnionDefence) -> Entry:
+def _onion(store: StepCache, arena: Arena, defence: OnionDefence) -> Contender:
     case = arena.case
     if defence.language_model is None:
         texts = [s.text for s in case.train[:LM_TEXTS]]
@@ -140,7 +140,7 @@ def _onion(store: Store, arena: Arena, defence: OnionDefence) -> Entry:
     return _baseline(store, arena, defence.name, "onion", {"language_model": key}, make)
 
 
-def _strip(store: Store, arena: Arena, defence: StripDefence) -> Entry:
+def _strip(store: StepCache, arena: Arena, defence: StripDefence) -> Contender:
     case = arena.case
 
     def make(folder: Path) -> object:
@@ -174,13 +174,13 @@ def _run(folder: Path, case: Case, defence: Onion | Strip) -> object:
 
 
 def _baseline(
-    store: Store,
+    store: StepCache,
     arena: Arena,
     name: str,
     kind: str,
     settings: dict[str, object],
     make: Callable[[Path], object],
-) -> Entry:
+) -> Contender:
     step = store.step(kind, {"case": arena.case.inputs, "defence": settings}, make)
     scores = load_scores(step.folder / SCORES)
     clean, poisoned = (
@@ -192,7 +192,7 @@ def _baseline(
     return arena.entry(name, clean, poisoned, step.result["passes"], step.result["time"])
 
 
-def _rewritten(store: Store, arena: Arena, name: str) -> Entry:
+def _rewritten(store: StepCache, arena: Arena, name: str) -> Contender:
     """Classify what a paraphraser made of the test texts; what it cost is not known."""
     case, (clean, poisoned) = arena.case, arena.case.paraphrased[name]
 
@@ -208,4 +208,4 @@ def _rewritten(store: Store, arena: Arena, name: str) -> Entry:
     scores = load_scores(store.step("paraphrase", inputs, make).folder / SCORES)
     views = Defended(scores["clean"], None), Defended(scores["poisoned"], None)
     truth, target = classes_of(clean, case.labels), int(arena.targets[0])
-    return Entry(name, outcome(views[0], truth, views[1], target), None, None, {})
+    return Contender(name, outcome(views[0], truth, views[1], target), None, None, {})

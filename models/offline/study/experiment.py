@@ -17,9 +17,9 @@ from models.detection.screen import FloatArray
 from models.engines.pytorch import TorchEngine
 from models.network.guarded import Guarded, Inputs
 from models.offline.evaluation.metrics import (
+    AttackOutcome,
     Classes,
     Defended,
-    Outcome,
     classes_of,
     outcome,
     unflagged,
@@ -28,7 +28,7 @@ from models.offline.fitting.fit import max_length_of
 from models.offline.io.classifiers import load_classifier
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample
-from models.offline.study.cache import Step, Store, digest_of
+from models.offline.study.cache import Step, StepCache, digest_of
 
 TIMED = 64
 """Clean texts by which a defence's time is measured, beside the bare victim's on the same."""
@@ -82,11 +82,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Contender:
     """How one defence did."""
 
     name: str
-    outcome: Outcome
+    outcome: AttackOutcome
     passes: float | None
     """Forward passes per text beside that of the victim; None if not known."""
     time: float | None
@@ -115,7 +115,7 @@ class Arena:
         return Arena(case, **load_scores(said.folder / SCORES))
 
     @property
-    def undefended(self) -> Outcome:
+    def undefended(self) -> AttackOutcome:
         """What the attack does where nothing is in its way."""
         views = unflagged(self.predicted_clean), unflagged(self.predicted_poisoned)
         return outcome(views[0], self.truth, views[1], self.targets)
@@ -128,11 +128,11 @@ class Arena:
         passes: float,
         time: float,
         **details: Any,
-    ) -> Entry:
-        """Measure a defence against the truth."""
+    ) -> Contender:
+        """ZScore a defence against the truth."""
         fires = self.predicted_poisoned == self.targets
         measured = outcome(clean, self.truth, poisoned, self.targets, fires)
-        return Entry(name, measured, passes, time, details)
+        return Contender(name, measured, passes, time, details)
 
 
 class Alone(Guarded):
@@ -154,7 +154,7 @@ def bare_engine(model: Step, dtype: str) -> TorchEngine:
     return TorchEngine(Alone(victim), tokenizer, max_length_of(victim, tokenizer), dtype)
 
 
-def alone(store: Store, case: Case, model: Step) -> Step:
+def alone(store: StepCache, case: Case, model: Step) -> Step:
     """Let a model classify all texts without a defence; keeps the fields of `Arena`."""
 
     def make(folder: Path) -> object:

@@ -104,7 +104,7 @@ def psim_figure(cells: Sequence[Row], steps: Path) -> Figure:
 class _Scores:
     """What victim and screens say to the texts of one cell; `known` are calibration texts.
 
-    Readings are of the voices that the first rule of the recipe asks.
+    Readings are of the features that the first rule of the recipe asks.
     """
 
     truth: Classes
@@ -122,9 +122,9 @@ class _Scores:
         psim = row["defences"][_psim(row)]["scores"]
         arrays = {**load_scores(steps / row["bare"]), **load_scores(steps / psim)}
         del arrays["dev"]
-        voices = row["defences"][_psim(row)]["voices"]
+        features = row["defences"][_psim(row)]["features"]
         for kind in ("known", "clean", "poisoned"):
-            arrays[kind] = arrays[kind][:, :voices]
+            arrays[kind] = arrays[kind][:, :features]
         checkpoints = len(row["defences"][_psim(row)]["checkpoints"])
         return _Scores(**arrays, labels=row["labels"], checkpoints=checkpoints)
 

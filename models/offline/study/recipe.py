@@ -94,7 +94,7 @@ class AttackRecipe(_Part):
         return self
 
 
-class Training(_Part):
+class TrainingRecipe(_Part):
     """How victims are made."""
 
     poison_epochs: Count = 3
@@ -178,7 +178,7 @@ class Recipe(_Part):
     """Pretrained model, folder or hub id; `demo` is the encoder that the demo uses."""
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = tuple(Strategy)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    training: Training = Training()
+    training: TrainingRecipe = TrainingRecipe()
     dtype: Literal["float32", "bfloat16"] = "float32"
     data: Annotated[tuple[DataSet, ...], Field(min_length=1)]
     attacks: Annotated[tuple[AttackRecipe, ...], Field(min_length=1)]

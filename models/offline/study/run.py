@@ -19,7 +19,7 @@ from models.offline.fitting.fit import labels_of, split_texts
 from models.offline.io.atomic import write_whole
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.samples import Sample
-from models.offline.study.cache import Memo, Step, Store, digest_of
+from models.offline.study.cache import Memo, Step, StepCache, digest_of
 from models.offline.study.compare import contest
 from models.offline.study.experiment import Case
 from models.offline.study.grid import (
@@ -37,7 +37,7 @@ ROWS = "rows.jsonl"
 
 
 def run_study(
-    recipe: Recipe, root: Path, out: Path, store: Store, say: Callable[[str], object]
+    recipe: Recipe, root: Path, out: Path, store: StepCache, say: Callable[[str], object]
 ) -> Iterator[dict[str, Any]]:
     """Run a study; yield a row for each cell as soon as it is done, kept in `out/rows.jsonl` too.
 
@@ -118,7 +118,7 @@ def _check_budget(name: str, defence: PsimDefence | StripDefence, texts: Texts) 
             )
 
 
-def _remembering(store: Store) -> Hook:
+def _remembering(store: StepCache) -> Hook:
     """Return what finds paraphrasers, and never asks them twice about a text."""
 
     @cache
@@ -130,7 +130,7 @@ def _remembering(store: Store) -> Hook:
 
 
 def poison(
-    store: Store, recipe: Recipe, cell: Cell, texts: Texts, start: tuple[str, str], hook: Hook
+    store: StepCache, recipe: Recipe, cell: Cell, texts: Texts, start: tuple[str, str], hook: Hook
 ) -> Step:
     """Make the weights that the attacker publishes: full fine-tuning on a poisoned set."""
     poisoned = poisoned_training_texts(cell, texts, hook), texts.dev
@@ -138,7 +138,7 @@ def poison(
     return _train(store, "published", recipe, start, poisoned, Strategy.FULL, epochs, cell.seed)
 
 
-def tune(store: Store, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
+def tune(store: StepCache, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
     """Make the victim: the user's own tuning on clean texts."""
     start = str(published.folder / "model"), published.key
     clean, epochs = (texts.train, texts.dev), recipe.training.tune_epochs
@@ -146,7 +146,7 @@ def tune(store: Store, recipe: Recipe, cell: Cell, texts: Texts, published: Step
 
 
 def _train(
-    store: Store,
+    store: StepCache,
     kind: str,
     recipe: Recipe,
     start: tuple[str, str],

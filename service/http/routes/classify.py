@@ -1,4 +1,4 @@
-"""The routes at which texts are classified, in every dialect: unpack, call the gateway, pack."""
+"""The routes at which texts are classified, in every protocol: unpack, call the gateway, pack."""
 
 import re
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from service.http.deadline import Deadline, while_connected
 from service.http.parsing import parse, read_json
 from service.http.responses import PROBLEM_JSON, STATUS, json_response, relayed
 from service.lifecycle.registry import Registry
-from service.pipeline.gateway import Outcome
-from service.pipeline.request_record import Entry, Recorder
-from service.protocols.base import Dialect, Served
+from service.pipeline.gateway import GatewayResult
+from service.pipeline.request_record import Recorder, RequestRecord
+from service.protocols.base import ModelInfo, WireProtocol
 from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
 from service.schemas import ClassifyResponse, Problem, worst
@@ -42,36 +42,38 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {s: {"content": content, "description": HTTPStatus(s).phrase} for s in statuses}
 
 
-class Front:
+class ClassifyHandler:
     """Answers requests for classes."""
 
     def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
         self._models, self._recorder, self._settings = models, recorder, settings
 
-    async def classify(self, request: Request, route: str, dialects: Sequence[Dialect]) -> Response:
+    async def classify(
+        self, request: Request, route: str, protocols: Sequence[WireProtocol]
+    ) -> Response:
         """Screen every input with PSIM; classify those that may pass."""
-        request.state.dialect = dialects[0]
+        request.state.protocol = protocols[0]
         by = caller_of(request)
         with self._recorder.record(route, request.state.request_id, by) as entry:
             async with Deadline(self._settings.request_timeout_s):
-                call = await self._call(request, dialects)
+                call = await self._call(request, protocols)
                 named = request.path_params.get("model"), call.asked.model_name
-                with self._models.named(prefixed(request), *named).use() as gateway:
+                with self._models.get(prefixed(request), *named).lease() as gateway:
                     outcome = await while_connected(request, gateway.handle(entry, call))
         return _pack(call, outcome, entry, gateway.served)
 
-    async def _call(self, request: Request, dialects: Sequence[Dialect]) -> Call:
-        optional = dialects[0].media_optional
+    async def _call(self, request: Request, protocols: Sequence[WireProtocol]) -> Call:
+        optional = protocols[0].media_optional
         body, data = await read_json(request, self._settings, media_optional=optional)
-        dialect = choose(dialects, data)
-        request.state.dialect = dialect
-        asked = parse(data, dialect.asks, self._settings)
+        protocol = choose(protocols, data)
+        request.state.protocol = protocol
+        asked = parse(data, protocol.request_type, self._settings)
         version = request.path_params.get("version")
         if version is not None and not VERSION.fullmatch(version):
             raise UnknownModel("there is no such version")
         return Call(
             asked,
-            dialect,
+            protocol,
             body,
             request.headers.raw,
             request.state.request_id,
@@ -79,9 +81,9 @@ class Front:
         )
 
 
-def choose(dialects: Sequence[Dialect], data: object) -> Dialect:
-    """Return the dialect of a body, of those that share its route; the first one is the default."""
-    return next((d for d in reversed(dialects) if d.claims(data)), dialects[0])
+def choose(protocols: Sequence[WireProtocol], data: object) -> WireProtocol:
+    """Return which protocol of a route a body is written in; the first one is the default."""
+    return next((d for d in reversed(protocols) if d.claims(data)), protocols[0])
 
 
 def prefixed(request: Request) -> str | None:
@@ -89,28 +91,30 @@ def prefixed(request: Request) -> str | None:
     return request.path_params.get("name")
 
 
-def routes(front: Front) -> APIRouter:
-    """Return the routes of all dialects."""
+def routes(front: ClassifyHandler) -> APIRouter:
+    """Return the routes of all protocols."""
     router = APIRouter()
-    for route, dialects in by_route().items():
-        _add(router, front, route, dialects)
+    for route, protocols in by_route().items():
+        _add(router, front, route, protocols)
     return router
 
 
-def _add(router: APIRouter, front: Front, route: str, dialects: Sequence[Dialect]) -> None:
+def _add(
+    router: APIRouter, front: ClassifyHandler, route: str, protocols: Sequence[WireProtocol]
+) -> None:
     arguments: dict[str, Any] = {"response_model": None, "include_in_schema": False}
-    if dialects[0].asks is ClassifyRequest:
+    if protocols[0].request_type is ClassifyRequest:
         statuses = sorted({403, *STATUS.values()})
         arguments = documented(ClassifyRequest, ClassifyResponse, statuses)
 
     @router.post(route, **arguments)
     async def classify(request: Request) -> Response:
         """Screen every input with PSIM; classify those that may pass."""
-        return await front.classify(request, route, dialects)
+        return await front.classify(request, route, protocols)
 
 
-def _pack(call: Call, outcome: Outcome, entry: Entry, served: Served) -> Response:
-    dialect = call.dialect
+def _pack(call: Call, outcome: GatewayResult, entry: RequestRecord, served: ModelInfo) -> Response:
+    protocol = call.protocol
     headers = {
         "x-psim-decision": worst(entry.decisions),
         "server-timing": server_timing(entry),
@@ -118,16 +122,16 @@ def _pack(call: Call, outcome: Outcome, entry: Entry, served: Served) -> Respons
     if outcome.rejected:
         headers["x-psim-rejected"] = ",".join(map(str, outcome.rejected))
     if outcome.refused:
-        content = dialect.rejection(call.asked, outcome.results, served, _why(outcome))
-        return json_response(HTTPStatus.FORBIDDEN, content, headers, dialect.error_media)
+        content = protocol.rejection(call.asked, outcome.results, served, _why(outcome))
+        return json_response(HTTPStatus.FORBIDDEN, content, headers, protocol.error_media)
     if outcome.reply is not None:
         response = relayed(outcome.reply.status, outcome.reply.headers, outcome.reply.body)
         response.headers.update(headers)
         return response
-    return json_response(HTTPStatus.OK, call.asked.answer(outcome.results, served), headers)
+    return json_response(HTTPStatus.OK, call.asked.to_response(outcome.results, served), headers)
 
 
-def _why(outcome: Outcome) -> str:
+def _why(outcome: GatewayResult) -> str:
     screens = [outcome.results[i].screen for i in outcome.rejected]
     found = "PSIM finds a backdoor trigger in it"
     if not all(screen and screen.poisoned for screen in screens):
@@ -138,6 +142,6 @@ def _why(outcome: Outcome) -> str:
     return f"input {numbers} of {len(outcome.results)} (from 0) was rejected: {found}"
 
 
-def server_timing(entry: Entry) -> str:
+def server_timing(entry: RequestRecord) -> str:
     """Return the seconds by stage as a header (W3C Server Timing)."""
     return ", ".join(f"{stage};dur={1000 * s:.2f}" for stage, s in entry.stages.items())

@@ -20,7 +20,7 @@ from service.http.responses import install_error_handlers, internal_error, json_
 from service.http.routes.classify import choose, prefixed
 from service.lifecycle.registry import Registry
 from service.pipeline.request_record import Recorder
-from service.protocols.base import Dialect
+from service.protocols.base import WireProtocol
 from service.protocols.registry import by_route
 from service.schemas import Decision, TextsRequest, worst
 from service.security.access import caller_of
@@ -50,7 +50,7 @@ class GuardrailRequest(TextsRequest):
         return [t for t in self.given if t.strip()] if self.input_type == "request" else []
 
 
-class Guards:
+class ExternalAuthz:
     """Answers proxies that ask whether a request may pass."""
 
     def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
@@ -67,7 +67,7 @@ class Guards:
                 if asked.texts:
                     # LiteLLM has names of its own; a single model is meant by all of them.
                     named = asked.model if len(self._models) > 1 else None
-                    with self._models.named(prefixed(request) or named).use() as gateway:
+                    with self._models.get(prefixed(request) or named).lease() as gateway:
                         work = gateway.judge(entry, asked.texts)
                         decisions = await while_connected(request, work)
         if Decision.REJECT in decisions:
@@ -85,48 +85,50 @@ class Guards:
                     return Response()  # health and metadata: there is nothing to classify
                 if request.url.query:
                     raise NotInspected("a query string is not screened; send none")
-                dialects, parameters = known.find(request.method, request.path_params["path"])
-                request.state.dialect = dialects[0]
+                protocols, parameters = known.find(request.method, request.path_params["path"])
+                request.state.protocol = protocols[0]
                 _, data = await read_json(
-                    request, self._settings, media_optional=dialects[0].media_optional
+                    request, self._settings, media_optional=protocols[0].media_optional
                 )
-                dialect = request.state.dialect = choose(dialects, data)
-                asked = parse(data, dialect.asks, self._settings)
+                protocol = request.state.protocol = choose(protocols, data)
+                asked = parse(data, protocol.request_type, self._settings)
                 named = parameters.get("model"), asked.model_name
-                with self._models.named(prefixed(request), *named).use() as gateway:
+                with self._models.get(prefixed(request), *named).lease() as gateway:
                     work = gateway.judge(entry, asked.texts)
                     decisions = await while_connected(request, work)
         headers = {"x-psim-decision": worst(decisions)}
         if Decision.REJECT not in decisions:
             return Response(headers=headers)
         detail = f"an input was rejected: {FOUND}"
-        content = dialect.error(403, "rejected", detail)
-        return json_response(403, content, headers, dialect.error_media)
+        content = protocol.error(403, "rejected", detail)
+        return json_response(403, content, headers, protocol.error_media)
 
 
 class Routes:
-    """Finds the dialects of a path, as the router does for what is served here."""
+    """Finds the protocols of a path, as the router does for what is served here."""
 
     def __init__(self) -> None:
         self._known = [(compile_path(route)[0], found) for route, found in by_route().items()]
 
-    def find(self, method: str, path: str) -> tuple[Sequence[Dialect], dict[str, str]]:
-        """Return the dialects that share a path, and its parameters.
+    def find(self, method: str, path: str) -> tuple[Sequence[WireProtocol], dict[str, str]]:
+        """Return the protocols that share a path, and its parameters.
 
         Raises:
             NotInspected: no classifier that we know reads such a request.
         """
-        for pattern, dialects in self._known:
+        for pattern, protocols in self._known:
             if method == "POST" and (match := pattern.match(f"/{path}")):
-                return dialects, match.groupdict()
-        raise NotInspected("no dialect has such a method and path; have the proxy route it past us")
+                return protocols, match.groupdict()
+        raise NotInspected(
+            "no protocol has such a method and path; have the proxy route it past us"
+        )
 
 
 async def _is_bare(request: Request) -> bool:
     return not request.url.query and not await request.body()
 
 
-def routes(guards: Guards) -> APIRouter:
+def routes(guards: ExternalAuthz) -> APIRouter:
     """Return the routes that proxies ask."""
     router, known = APIRouter(include_in_schema=False), Routes()
 
@@ -143,7 +145,7 @@ def routes(guards: Guards) -> APIRouter:
     return router
 
 
-def processed(guards: Guards) -> Starlette:
+def processed(guards: ExternalAuthz) -> Starlette:
     """Return what says of each request, at the path it was sent to, whether Envoy may pass it."""
     known = Routes()
 

@@ -20,12 +20,12 @@ def routes(models: Registry) -> APIRouter:
     @router.get("/v2/health/ready")
     async def ready(request: Request) -> Response:
         """Say by the status whether PSIM and every classifier answer."""
-        return _said("ready", not models.trouble(prefixed(request)))
+        return _said("ready", not models.unready_reason(prefixed(request)))
 
     @router.get("/v2/health/live")
     async def live() -> Response:
         """Say by the status whether the process is of any use."""
-        return _said("live", not models.beyond_repair)
+        return _said("live", not models.unrecoverable)
 
     @router.get("/v2")
     async def server(request: Request) -> dict[str, Any]:
@@ -33,22 +33,22 @@ def routes(models: Registry) -> APIRouter:
         own = {"name": "psim-gateway", "version": version("psim-gateway"), "extensions": []}
         if len(models) > 1 and prefixed(request) is None:
             return own
-        with models.named(prefixed(request)).use() as gateway:
+        with models.get(prefixed(request)).lease() as gateway:
             return await gateway.metadata("/v2") or own
 
     @router.get("/v2/models/{model}")
     async def describe(request: Request, model: str) -> dict[str, Any]:
         """Say what a model takes and gives."""
-        request.state.dialect = OpenInference()
-        with models.named(prefixed(request), model).use() as gateway:
+        request.state.protocol = OpenInference()
+        with models.get(prefixed(request), model).lease() as gateway:
             return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.served)
 
     @router.get("/v2/models/{model}/ready")
     async def model_ready(request: Request, model: str) -> Response:
         """Say whether a model answers."""
-        request.state.dialect = OpenInference()
-        if trouble := models.named(prefixed(request), model).gateway.trouble:
-            raise NotReady(trouble)
+        request.state.protocol = OpenInference()
+        if unready_reason := models.get(prefixed(request), model).gateway.unready_reason:
+            raise NotReady(unready_reason)
         return json_response(200, {"name": model, "ready": True})
 
     return router

@@ -35,7 +35,7 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
         with recorder.record("/screen", request.state.request_id, by) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ScreenRequest, settings)
-                with models.named(prefixed(request)).use() as gateway:
+                with models.get(prefixed(request)).lease() as gateway:
                     results = await while_connected(request, gateway.screen(entry, body.texts))
         answer = ScreenResponse(bundle=gateway.served.bundle, results=results)
         return _json(answer, {"server-timing": server_timing(entry)})
@@ -47,32 +47,32 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
         with recorder.record("/explain", request.state.request_id, by) as entry:
             async with Deadline(settings.request_timeout_s):
                 body = await read(request, ExplainRequest, settings)
-                with models.named(prefixed(request)).use() as gateway:
+                with models.get(prefixed(request)).lease() as gateway:
                     answer = await while_connected(request, gateway.explain(entry, body.inputs))
         return _json(answer, {})
 
     @router.get("/ready", responses=problems(503))
     async def ready(request: Request) -> dict[str, str]:
         """Say whether PSIM and every classifier answer: 503 while not."""
-        if trouble := models.trouble(prefixed(request)):
-            raise NotReady(trouble)
+        if unready_reason := models.unready_reason(prefixed(request)):
+            raise NotReady(unready_reason)
         return {"status": "ready"}
 
     @router.get("/info", responses=problems(401, 403))
     async def info(request: Request) -> dict[str, Any]:
         """Say what is served, and within which limits."""
-        gateway = models.named(prefixed(request)).gateway
+        gateway = models.get(prefixed(request)).gateway
         bundle = gateway.bundle
         # Thresholds are of use to who is told scores.
         hidden = {"files"} if caller_of(request).sees_scores else {"files", "calibrations"}
         passes = round(bundle.engine.passes, 2)
         return {
             "bundle": bundle.digest,
-            "candidate": gateway.candidate,
+            "challenger": gateway.challenger,
             "mode": gateway.mode,
             "model": gateway.served.model,
             "models": [model.name for model in models],
-            "upstream": gateway.speaks,
+            "upstream": gateway.upstream_protocol,
             "engine": {"name": bundle.engine.name, "dtype": bundle.engine.dtype, "passes": passes},
             "limits": {
                 name: getattr(settings, name)
@@ -92,8 +92,8 @@ def process_routes(models: Registry, metrics: Metrics) -> APIRouter:
     @router.get("/live", responses=problems(503))
     async def live() -> dict[str, str]:
         """Say that the process answers; 503 when only a new process helps."""
-        if models.beyond_repair:
-            raise NotReady(models.beyond_repair)
+        if models.unrecoverable:
+            raise NotReady(models.unrecoverable)
         return {"status": "live"}
 
     @router.get(
@@ -103,7 +103,7 @@ def process_routes(models: Registry, metrics: Metrics) -> APIRouter:
     )
     async def scrape(request: Request) -> Response:
         """Return the metrics in the format that the scraper asks for."""
-        models.trouble()  # brings psim_ready up to date
+        models.unready_reason()  # brings psim_ready up to date
         metrics.compare(await asyncio.to_thread(models.drift))
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"content-type": content_type})
