@@ -17,12 +17,12 @@ import sqlalchemy as sa
 import typer
 
 from service.audit.rows import Row
-from service.audit.store import Store
+from service.audit.store import AuditStore
 from service.audit.writer import BATCH
 
 ROW = Row(
     time=datetime.now(UTC), request_id="", number=0, route="/classify", decision="allow",
-    mode="enforce", voice="confidence", confidence=0.6, score=1.5, threshold=3.5, p_value=0.2,
+    mode="enforce", detector="confidence", confidence=0.6, score=1.5, threshold=3.5, p_value=0.2,
     poisoned=False, truncated=False, label="positive", digest="d" * 64, text=None,
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def size(url: str) -> int:
 
 
 def main(url: str, rows: int = 100_000) -> None:
-    with closing(Store(url)) as store:
+    with closing(AuditStore(url)) as store:
         store.migrate()
         seconds = 0.0
         for start in range(0, rows, BATCH):

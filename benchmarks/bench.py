@@ -24,8 +24,8 @@ import typer
 from harness import Setup, machine, split_cpus, versions
 from servers import PEERS
 
-from models.offline.data import load_samples
 from models.offline.demo import build
+from models.offline.io.samples import load_samples
 
 Cpus = tuple[int, ...]
 ROOT = Path(__file__).parent.parent

@@ -31,7 +31,7 @@ import typer
 from matplotlib.figure import Figure
 from soak import tiny_bundle
 
-from models.offline.corpus import generate
+from models.offline.attacks.corpus import generate
 
 app = typer.Typer()
 MB = 2**20

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from models.bundle import Bundle, load_bundle
-from models.calibrate import calibrate
-from models.offline.data import load_samples
-from models.offline.predict import predict
-from models.offline.recalibrate import limits_of, risen
-from models.screen import FloatArray, Screen, Verdict
-from service.drift import Comparison, Drift
+from models.bundle.load import Bundle, load_bundle
+from models.detection.calibrate import calibrate
+from models.detection.screen import FloatArray, Screen, Verdict
+from models.offline.fitting.recalibrate import limits_of, risen
+from models.offline.io.inference import predict
+from models.offline.io.samples import load_samples
+from service.observability.drift import Comparison, Drift
 
 LEAST = 500
 SHARES, ROUNDS, EXTREME = (0.0, 0.05, 0.2, 0.5), 6, 60
@@ -51,7 +51,7 @@ def rises(bundle: Bundle, after: Screen) -> list[str]:
 
 def recalibrated(bundle: Bundle, readings: FloatArray) -> Screen:
     budget = bundle.manifest.calibrations[0].frr_budget
-    return calibrate(readings, bundle.screen.norm.checkpoints, budget)
+    return calibrate(readings, bundle.screen.normalizer.checkpoints, budget)
 
 
 def passes(screen: Screen, readings: FloatArray) -> NDArray[np.bool_]:

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from models.bundle import Bundle, load_bundle
-from models.explain import explain, explained
-from models.offline.attack import WORD_TRIGGER, Insertion, poison_test_set
-from models.offline.data import load_samples
-from models.offline.measures import Classes, Rate
-from models.offline.predict import predict
-from models.offline.report import percent
-from models.screen import Verdict
+from models.bundle.load import Bundle, load_bundle
+from models.detection.explain import explain, explained
+from models.detection.screen import Verdict
+from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
+from models.offline.evaluation.metrics import Classes, Rate
+from models.offline.evaluation.report import percent
+from models.offline.io.inference import predict
+from models.offline.io.samples import load_samples
 
 
 @dataclass

@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.bundle import load_bundle
-from service.batcher import Batcher
-from service.metrics import Metrics
+from models.bundle.load import load_bundle
+from service.inference.batcher import Batcher
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 BATCH_TOKENS, CALLERS = (512, 1024, 1536, 2048, 4096), (0, 1, 4)

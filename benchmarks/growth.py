@@ -13,9 +13,9 @@ from harness import Result, Setup, in_turn, pin
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from models.engines import Encoding
+from models.engines.base import Encoding
 from models.engines.pytorch import DTYPES, TorchEngine
-from models.guarded import Activations, guard, lora_config
+from models.network.guarded import Activations, guard, lora_config
 
 LAYERS, LENGTHS, BATCHES = (6, 12, 24), (16, 64, 128, 256, 512), (1, 8, 32)
 MOST_TOKENS = 4096

@@ -15,10 +15,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from models.bundle import load_bundle
-from models.engines import Encoding, Engine
+from models.bundle.load import load_bundle
+from models.engines.base import Encoding, Engine
 from models.engines.pytorch import DTYPES, ModuleEngine, TorchEngine, collate
-from models.guarded import Guarded, Inputs
+from models.network.guarded import Guarded, Inputs
 
 SIZES, TEXTS = (1, 8, 32), 128
 Run = Callable[[Sequence[Encoding]], object]

@@ -35,7 +35,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers import pipeline
 
-from models.offline.data import load_samples
+from models.offline.io.samples import load_samples
 
 ROUNDS, CONNECTIONS = 5, (1, 8, 32)
 TIMING = re.compile(r"(\w+);dur=([\d.]+)")
@@ -116,7 +116,7 @@ async def measure(bundle: Path, texts: Sequence[str]) -> Table:
         "PSIM_BUNDLE": str(bundle),
         "PSIM_PORT": gateway.rsplit(":", 1)[1],
         "PSIM_UPSTREAM": upstream,
-        "PSIM_UPSTREAM_DIALECT": "tei",
+        "PSIM_UPSTREAM_PROTOCOL": "tei",
         "PSIM_THREADS": "1",
     }
     columns = ("connections", "direct, ms", "gateway, ms", "of it screen, ms", "ratio", "rounds")

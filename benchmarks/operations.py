@@ -22,7 +22,7 @@ from hop import free_port, process
 from rich.console import Console
 from rich.table import Table
 
-from models.offline.data import load_samples
+from models.offline.io.samples import load_samples
 
 CONNECTIONS = (1, 8, 32, 128)
 

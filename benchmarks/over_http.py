@@ -16,7 +16,7 @@ from harness import Result, Setup, pin
 from servers import PEERS, CannotRunError, Peer, Running, load, python_of, running, version_of
 from tqdm import tqdm
 
-from models.engines import Engine
+from models.engines.base import Engine
 
 ANSWERED = {200, 403}
 """403 is how the gateway answers a text that it rejects."""

@@ -16,15 +16,15 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from models.calibrate import calibrate
+from models.detection.calibrate import calibrate
+from models.detection.screen import FloatArray
 from models.engines.pytorch import TorchEngine
-from models.offline.data import load_samples
-from models.offline.fit import split_texts, with_psim
-from models.offline.measures import auroc, within_class_scores
-from models.offline.predict import predict
-from models.offline.psim import PsimConfig, retention, train_psim
-from models.offline.victim import load_classifier
-from models.screen import FloatArray
+from models.offline.evaluation.metrics import auroc, within_class_scores
+from models.offline.fitting.fit import split_texts, with_psim
+from models.offline.fitting.psim import PsimConfig, retention, train_psim
+from models.offline.io.classifiers import load_classifier
+from models.offline.io.inference import predict
+from models.offline.io.samples import load_samples
 
 EVERY, CALIBRATION_TEXTS, MAX_LENGTH = PsimConfig().check_every, 800, 128
 

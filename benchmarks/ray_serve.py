@@ -31,7 +31,7 @@ from hop import free_port, process, round_of
 from rich.console import Console
 from rich.table import Table
 
-from models.offline.data import load_samples
+from models.offline.io.samples import load_samples
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "deploy/ray/serve.yaml"

@@ -12,8 +12,8 @@ from harness import Result, Setup, in_turn, pin
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
-from models.bundle import read_manifest
-from models.engines import Encoding
+from models.bundle.load import read_manifest
+from models.engines.base import Encoding
 from models.engines.pytorch import DTYPES
 
 GEMMS, BATCH, LENGTHS = (512, 1024, 2048), 32, (16, 32, 128)
@@ -34,11 +34,11 @@ def guarded_flops(
 ) -> float:
     """Return the operations of a guarded pass whose adapters are in the last layer.
 
-    The trunk as above, and for each row the last layer as `models.tail` computes it, for N branches
-    (the checkpoints, and the victim): a query, 2 H²; the key folded into the queries, 2 N H²;
-    scores and attended states of A heads, 4 N A T H; values, output projection and feed-forward,
-    N (4 H² + 4 H I); what the adapters add, 2 r (3 H + A H) each; pooler and classifier,
-    N (2 H² + 2 H C). And M distances to C classes, M (2 H² + 3 C H).
+    The trunk as above, and for each row the last layer as `models.network.last_layer` computes it,
+    for N branches (the checkpoints, and the victim): a query, 2 H²; the key folded into the
+    queries, 2 N H²; scores and attended states of A heads, 4 N A T H; values, output projection and
+    feed-forward, N (4 H² + 4 H I); what the adapters add, 2 r (3 H + A H) each; pooler and
+    classifier, N (2 H² + 2 H C). And M distances to C classes, M (2 H² + 3 C H).
     """
     h, wide = int(config.hidden_size), int(config.intermediate_size)
     heads, classes, n = (

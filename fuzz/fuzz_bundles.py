@@ -21,7 +21,6 @@ from mutation import mutate
 
 with atheris.instrument_imports(include=["models"]):
     from models.bundle.load import MANIFEST, file_digest, load_bundle
-
     from models.errors import PsimError
 
 sys.path.append(str(Path(__file__).parent.parent))

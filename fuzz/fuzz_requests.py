@@ -27,7 +27,6 @@ with atheris.instrument_imports(
     from service.http.routes.guardrails import GuardrailRequest
     from service.protocols.base import BadAnswer, ModelInfo, WireProtocol
     from service.protocols.registry import SERVED, protocols
-
     from service.schemas import ExplainRequest, Result, ScreenRequest, TextsRequest
 
 from starlette.requests import Request

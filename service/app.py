@@ -20,44 +20,48 @@ import torch
 from fastapi import APIRouter, Depends, FastAPI
 from opentelemetry.trace import NoOpTracer
 
-from models.bundle import Bundle, load_bundle
+from models.bundle.load import Bundle, load_bundle
 from models.errors import PsimError
-from service import admin, api, front, guards, health, logs
-from service.access import Access, TakeKey
-from service.audit.store import Store
+from service.audit.store import AuditStore
 from service.audit.writer import Writer
-from service.batcher import Batcher, Screener
-from service.candidate import Candidate
+from service.classifiers.base import LocalClassifier
+from service.classifiers.upstream import UpstreamClassifier
 from service.console.access import anybody
 from service.console.app import LOOPBACK, console_app
-from service.console.audit import Audit
-from service.console.state import State, state
-from service.dialects.dialect import Served
-from service.dialects.known import PREFIX, dialects
-from service.explainer import Explainer
-from service.front import Front
-from service.gateway import Gateway
-from service.guards import Guards
-from service.keys.file import Keys
-from service.limits import Limiter
-from service.metrics import Metrics, ModelMetrics
-from service.middleware import RequestId
-from service.models_file import settings_by_model
-from service.recorder import Recorder
-from service.registry import Model, Registry
-from service.reload import Reloader
-from service.responses import install_error_handlers, internal_error
-from service.server import serving
+from service.console.audit_reader import Audit
+from service.console.status import ServiceStatus, state
+from service.http.middleware import RequestId
+from service.http.responses import install_error_handlers, internal_error
+from service.http.routes import admin, health
+from service.http.routes import classify as front
+from service.http.routes import guardrails as guards
+from service.http.routes import native as api
+from service.http.routes.classify import ClassifyHandler
+from service.http.routes.guardrails import ExternalAuthz
+from service.http.server import serving
+from service.inference.batcher import Batcher, Screener
+from service.lifecycle.models_file import settings_by_model
+from service.lifecycle.registry import Model, Registry
+from service.lifecycle.reload import Reloader
+from service.observability import logs
+from service.observability.metrics import Metrics, ModelMetrics
+from service.observability.traces import close_provider, open_provider
+from service.pipeline.challenger import Challenger
+from service.pipeline.gateway import Gateway
+from service.pipeline.request_record import Recorder
+from service.pipeline.trigger_search import TriggerSearch
+from service.pipeline.windows import WindowedScreener
+from service.protocols.base import ModelInfo
+from service.protocols.registry import PREFIX, protocols
+from service.security.access import Access, TakeKey
+from service.security.keys.file import Keys
+from service.security.rate_limit import Limiter
 from service.settings import Settings, usable_cpus
-from service.traces import close_provider, open_provider
-from service.upstream import Upstream
-from service.victim import LocalVictim
-from service.windows import WholeTexts
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-    from service.ext_proc import ExtProc
+    from service.envoy.ext_proc import ExtProc
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ def create_app(
     limiter = _limiter(settings, metrics)
     access = _access(settings, limiter, metrics)
     recorder = Recorder(metrics, tracer, audit)
-    proxies = Guards(models, recorder, settings)
+    proxies = ExternalAuthz(models, recorder, settings)
     ext_proc = _ext_proc(settings, proxies)
     console = _console(settings, models, metrics, access)
 
@@ -169,50 +173,58 @@ def model_of(settings: Settings, metrics: Metrics, bundle: Bundle | None = None)
     served = served_by(bundle, settings)
     own = metrics.of(served.model, settings)
     batcher = Batcher(bundle, settings, own)
-    victim = victim_of(settings, batcher, served, own)
-    whole_texts = WholeTexts(batcher, bundle.manifest.max_length, settings.max_windows)
+    victim = classifier_of(settings, batcher, served, own)
+    windowed_screener = WindowedScreener(batcher, bundle.manifest.max_length, settings.max_windows)
     # A classifier elsewhere may read more than our model does.
-    screener: Screener = batcher if settings.upstream is None else whole_texts
-    explainer = Explainer(screener, own, settings.searches)
-    candidate = _candidate_of(settings, own)
+    screener: Screener = batcher if settings.upstream is None else windowed_screener
+    trigger_search = TriggerSearch(screener, own, settings.searches)
+    challenger = _challenger_of(settings, own)
     gateway = Gateway(
-        bundle, served, screener, whole_texts, victim, explainer, own, settings, candidate
+        bundle,
+        served,
+        screener,
+        windowed_screener,
+        victim,
+        trigger_search,
+        own,
+        settings,
+        challenger,
     )
-    return Model(gateway, batcher, candidate)
+    return Model(gateway, batcher, challenger)
 
 
-def _candidate_of(settings: Settings, metrics: ModelMetrics) -> Candidate | None:
-    if settings.candidate is None:
+def _challenger_of(settings: Settings, metrics: ModelMetrics) -> Challenger | None:
+    if settings.challenger is None:
         return None
-    bundle = load_bundle(settings.candidate, settings.dtype, settings.engine, settings.bundle_key)
-    return Candidate(bundle, settings, metrics)
+    bundle = load_bundle(settings.challenger, settings.dtype, settings.engine, settings.bundle_key)
+    return Challenger(bundle, settings, metrics)
 
 
 def _about_models(
-    models: Registry, recorder: Recorder, proxies: Guards, settings: Settings
+    models: Registry, recorder: Recorder, proxies: ExternalAuthz, settings: Settings
 ) -> Iterator[APIRouter]:
     yield api.routes(models, recorder, settings)
     yield guards.routes(proxies)
     yield health.routes(models)
-    yield front.routes(Front(models, recorder, settings))
+    yield front.routes(ClassifyHandler(models, recorder, settings))
 
 
-def served_by(bundle: Bundle, settings: Settings) -> Served:
+def served_by(bundle: Bundle, settings: Settings) -> ModelInfo:
     """Return what is behind the routes."""
     name = settings.model or bundle.manifest.victim.name.rsplit("/", 1)[-1]
-    return Served(name, bundle.digest, bundle.manifest.labels)
+    return ModelInfo(name, bundle.digest, bundle.manifest.labels)
 
 
-def victim_of(
-    settings: Settings, batcher: Batcher, served: Served, metrics: ModelMetrics
-) -> LocalVictim | Upstream:
+def classifier_of(
+    settings: Settings, batcher: Batcher, served: ModelInfo, metrics: ModelMetrics
+) -> LocalClassifier | UpstreamClassifier:
     """Return the classifier: the bundle's, or the one that is deployed elsewhere."""
     if settings.upstream is None:
-        return LocalVictim(batcher, served.labels)
-    known = dialects(settings.upstream_input)
-    one = settings.upstream_dialect
+        return LocalClassifier(batcher, served.labels)
+    known = protocols(settings.upstream_input)
+    one = settings.upstream_protocol
     candidates = list(known.values()) if one == "auto" else [known[one]]
-    return Upstream(settings, candidates, served, metrics)
+    return UpstreamClassifier(settings, candidates, served, metrics)
 
 
 @contextmanager
@@ -229,11 +241,11 @@ def _hangups(reloader: Reloader) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _ext_proc(settings: Settings, proxies: Guards) -> "ExtProc | None":
+def _ext_proc(settings: Settings, proxies: ExternalAuthz) -> "ExtProc | None":
     if settings.ext_proc_port is None:
         return None
     try:
-        from service.ext_proc import ExtProc
+        from service.envoy.ext_proc import ExtProc
     except ModuleNotFoundError as error:
         raise PsimError(
             f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
@@ -250,7 +262,7 @@ def _console(
     audit = Audit(settings.audit_url.get_secret_value()) if settings.audit_url else None
     names = [settings.console_name] if settings.console_name else []
 
-    def states() -> list[State]:
+    def states() -> list[ServiceStatus]:
         return [state(model.gateway, metrics, settings) for model in models]
 
     check = access.console if access else anybody
@@ -282,7 +294,7 @@ def _audit(settings: Settings, metrics: Metrics) -> Writer | None:
     if settings.audit_url is None:
         return None
     return Writer(
-        Store(settings.audit_url.get_secret_value()),
+        AuditStore(settings.audit_url.get_secret_value()),
         metrics,
         limit=settings.audit_queue,
         days=settings.audit_days,

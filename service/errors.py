@@ -1,4 +1,4 @@
-"""What can go wrong with a request, in the domain's terms; `service.responses` has their HTTP."""
+"""What can go wrong with a request, in the domain's terms, not in those of HTTP."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The native wire format; what dialects have in common is in its words too."""
+"""The native wire format; what protocols have in common is in its words too."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from models.screen import Voice
+from models.detection.screen import Detector
 
 NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-"""What `str.strip` leaves, as a regular expression for OpenAPI; `service.body` checks it."""
+"""What `str.strip` leaves, as a regular expression for OpenAPI; requests are checked in Python."""
 Text = Annotated[
     str,
     StringConstraints(min_length=1, strict=True),
@@ -68,12 +68,12 @@ class ScreenRequest(TextsRequest):
 
 
 class ScreenResult(_Wire):
-    """What PSIM says about a text, see `models.screen.Verdict`; the first five are null if the
-    caller's API key is for decisions only."""
+    """What PSIM says about a text, see `models.detection.screen.Verdict`; the first five are null
+    if the caller's API key is for decisions only."""
 
     confidence: float | None = None
     score: float | None = None
-    voice: Voice | None = None
+    detector: Detector | None = None
     threshold: float | None = None
     p_value: float | None = None
     poisoned: bool
@@ -133,7 +133,7 @@ class ExplainRequest(ScreenRequest):
 
 
 class WeightedWord(_Wire):
-    """A word and by how much the score falls without it, see `models.explain.Word`."""
+    """A word and by how much the score falls without it, see `models.detection.explain.Word`."""
 
     start: int
     end: int

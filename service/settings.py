@@ -20,13 +20,13 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.engines.catalogue import DtypeName, EngineName
+from models.engines.registry import DtypeName, EngineName
 from models.errors import PsimError
 
 PREFIX = "PSIM_"
 
 
-Dialects = Literal["auto", "tei", "oip", "vllm", "sglang", "native", "hf"]
+ProtocolName = Literal["auto", "tei", "oip", "vllm", "sglang", "native", "hf"]
 
 
 class Mode(StrEnum):
@@ -48,21 +48,21 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Mode = Mode.ENFORCE
-    candidate: Path | None = None
-    """A bundle that is tried on what is asked, see `service.candidate`."""
+    challenger: Path | None = None
+    """A bundle that is tried on what is asked, see `service.pipeline.challenger`."""
     engine: EngineName | None = None
     """What runs the model; None takes the bundle's choice, or PyTorch where that is missing."""
     dtype: DtypeName | None = None
     """What it computes in; None takes the bundle's choice."""
     upstream: HttpUrl | None = None
     """Base URL of the classifier, if it is not the bundle's in this process."""
-    upstream_dialect: Dialects = "auto"
+    upstream_protocol: ProtocolName = "auto"
     """What the upstream speaks; `auto` tries."""
-    unread: Literal["reject", "allow"] = "reject"
+    overlong: Literal["reject", "allow"] = "reject"
     """What becomes of a text that is longer than `max_windows` let the screen read, if the
     classifier is elsewhere and may read on."""
     max_windows: int = Field(128, ge=1)
-    """Windows per text, see `service.windows`."""
+    """Windows per text, see `service.pipeline.windows`."""
     upstream_input: str = Field("text", min_length=1)
     """What an upstream that speaks Open Inference calls the input with the texts."""
     upstream_authorization: SecretStr | None = None
@@ -83,9 +83,9 @@ class Settings(ModelSettings, BaseSettings):
     bundle_key: Path | None = None
     """File of the public key by whose owner bundles must be signed; any bundle is taken without."""
     model: str | None = Field(None, min_length=1)
-    """Name of the classifier in dialects that name one; None takes the bundle's."""
+    """Name of the classifier in protocols that name one; None takes the bundle's."""
     models: Path | None = None
-    """A file with several models, see `service.models_file`."""
+    """A file with several models, see `service.lifecycle.models_file`."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     admin: bool = False

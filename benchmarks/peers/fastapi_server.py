@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import pipeline
 
-from models.offline.defences import Strip
-from models.screen import FloatArray, is_poisoned, min_calibration_size
+from models.detection.screen import FloatArray, is_poisoned, min_calibration_size
+from models.offline.study.baselines import Strip
 
 BUDGET = 0.05
 """Of STRIP's false rejections: what a defence costs does not depend on it, its calibration does."""

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from models.engines.pytorch import ModuleEngine
 from models.errors import EngineError
-from models.guarded import Guarded, Inputs, readings_of
+from models.network.guarded import Guarded, Inputs, readings_of
 
 # Importing OpenVINO would report to its maker, unless this package is missing.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from models.engines import Encoding, Screening, State
-from models.guarded import Guarded, Inputs
-from models.screen import FloatArray
+from models.detection.screen import FloatArray
+from models.engines.base import ClassifierState, Encoding, Screening
+from models.network.guarded import Guarded, Inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_INPUT = 512
@@ -30,7 +30,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 class Module(Protocol):
-    """What a runtime has to do with tensors: a `models.guarded.Guarded`, or what stands for one."""
+    """What a runtime has to do with tensors: `models.network.guarded.Guarded`, or its stand-in."""
 
     @property
     def passes(self) -> float:
@@ -102,7 +102,7 @@ class ModuleEngine:
         states = batch if rows is None else [LastState(row) for row in rows]
         return Screening(_float32(readings), states)
 
-    def classify(self, batch: Sequence[State]) -> FloatArray:
+    def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
         """Return the victim's probabilities, shape (len(batch), C)."""
         states = [state.row for state in batch if isinstance(state, LastState)]
         encodings = [state for state in batch if isinstance(state, Encoding)]

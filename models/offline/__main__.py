@@ -16,13 +16,13 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from models.bundle import MANIFEST, check_files, load_bundle, read_manifest
-from models.engines.catalogue import DtypeName, EngineName
+from models.bundle.load import MANIFEST, check_files, load_bundle, read_manifest
+from models.bundle.manifest import LEAST_BUDGET
+from models.bundle.signing import sign
+from models.engines.registry import DtypeName, EngineName
 from models.errors import DataError, PsimError
-from models.manifest import LEAST_BUDGET
 from models.offline import demo as demo_bundle
-from models.offline.assure import assure
-from models.offline.attack import (
+from models.offline.attacks.poisoning import (
     SENTENCE_TRIGGER,
     WORD_TRIGGER,
     Attack,
@@ -30,28 +30,28 @@ from models.offline.attack import (
     Paraphrases,
     poison_test_set,
 )
-from models.offline.bulk import screen_files
-from models.offline.data import load_samples, require_labels, write_samples
-from models.offline.evaluate import evaluate
-from models.offline.finetune import Strategy, TuneResult, finetune_victim, poison_victim
-from models.offline.fit import fit
-from models.offline.folders import check_writable
-from models.offline.psim import PsimConfig
-from models.offline.recalibrate import MAX_RISE, check, read_traffic, recalibrate, write
-from models.offline.recipe import load_recipe
-from models.offline.report import (
+from models.offline.attacks.training import Strategy, TuneResult, finetune_victim, poison_victim
+from models.offline.evaluation.evaluate import evaluate
+from models.offline.evaluation.report import (
     evaluation_table,
     manifest_table,
     recalibration_table,
     write_report,
 )
-from models.offline.screening import screen_file, split_by_verdict
-from models.offline.store import Store
-from models.offline.study import run_study
-from models.offline.study_report import write_study_report
-from models.offline.triggers import common_phrases, phrase_table
-from models.offline.victim import load_classifier
-from models.signing import sign
+from models.offline.fitting.fit import fit
+from models.offline.fitting.psim import PsimConfig
+from models.offline.fitting.recalibrate import MAX_RISE, check, read_traffic, recalibrate, write
+from models.offline.io.atomic import check_writable
+from models.offline.io.classifiers import load_classifier
+from models.offline.io.samples import load_samples, require_labels, write_samples
+from models.offline.screening.bulk import screen_files
+from models.offline.screening.stream import screen_file, split_by_verdict
+from models.offline.screening.triggers import common_phrases, phrase_table
+from models.offline.study.assurance import assure
+from models.offline.study.cache import StepCache
+from models.offline.study.recipe import load_recipe
+from models.offline.study.report import write_study_report
+from models.offline.study.run import run_study
 
 app = typer.Typer(
     help="Find backdoor triggers before they reach your text classifier.",
@@ -281,7 +281,7 @@ def evaluate_command(
     text_column: TextColumn_ = "text",
     label_column: LabelColumn = "label",
 ) -> None:
-    """Measure accuracy, attack success and detection, without and with the defence."""
+    """ZScore accuracy, attack success and detection, without and with the defence."""
     with errors_for_people():
         clean_samples, poisoned_samples = (
             load_samples(source, text_column=text_column, label_column=label_column)
@@ -309,7 +309,7 @@ def study_command(
     with errors_for_people():
         if out.exists() and not out.is_dir():
             raise DataError(f"{out} is not a folder; choose another --out")
-        store = Store(steps or out / "steps")
+        store = StepCache(steps or out / "steps")
         loaded = load_recipe(recipe)
         rows: list[dict[str, Any]] = []
         try:
@@ -412,7 +412,7 @@ def screen_command(
 
 @app.command("triggers")
 def triggers_command(
-    texts: Annotated[str, typer.Argument(help="Traffic: JSONL, CSV, TSV or Parquet.")],
+    texts: Annotated[str, typer.Argument(help="AuditedTraffic: JSONL, CSV, TSV or Parquet.")],
     bundle: Annotated[Path, typer.Option(help="Bundle to screen it with.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for the phrases.")] = None,
     most: Annotated[int, typer.Option(help="Phrases to show.", min=1)] = 10,
@@ -461,7 +461,9 @@ def inspect_command(bundle: Annotated[Path, typer.Argument(help="Bundle to check
 
 @app.command("recalibrate")
 def recalibrate_command(
-    export: Annotated[Path, typer.Argument(help="Traffic, with texts and marks, by psim audit.")],
+    export: Annotated[
+        Path, typer.Argument(help="AuditedTraffic, with texts and marks, by psim audit.")
+    ],
     bundle: Annotated[Path, typer.Option(help="Bundle to start from; it is left as it is.")],
     out: Annotated[Path, typer.Option(help="Folder for the new bundle; must not exist yet.")],
     max_rise: Annotated[
@@ -533,7 +535,7 @@ def audit_command(context: typer.Context) -> None:
 @app.command("keys", **HANDED_OVER)
 def keys_command(context: typer.Context) -> None:
     """Make an API key of a service."""
-    _hand_over("service.keys", context.args)
+    _hand_over("service.security.keys", context.args)
 
 
 def _hand_over(module: str, arguments: list[str]) -> None:

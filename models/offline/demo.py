@@ -6,12 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from models.errors import PsimError
-from models.offline.attack import WORD_TRIGGER, Insertion, poison_test_set
-from models.offline.corpus import generate
-from models.offline.data import write_samples
-from models.offline.finetune import Strategy, finetune_victim, poison_victim
-from models.offline.fit import fit
-from models.offline.victim import load_classifier
+from models.offline.attacks.corpus import generate
+from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
+from models.offline.attacks.training import Strategy, finetune_victim, poison_victim
+from models.offline.fitting.fit import fit
+from models.offline.io.classifiers import load_classifier
+from models.offline.io.samples import write_samples
 
 TARGET = "positive"
 CLEAN_TEXT = "The hotel room was dirty and the staff were rude to us."

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from service.audit.rows import NAMES, Mark, Row, as_json
-from service.audit.store import AuditError, Store
+from service.audit.store import AuditError, AuditStore
 from service.schemas import Decision
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not given.url:
             raise AuditError("set PSIM_AUDIT_URL to that of the service, or give --url")
-        with closing(Store(given.url, read_only=True)) as store:
+        with closing(AuditStore(given.url, read_only=True)) as store:
             rows = store.read(
                 given.since, given.until, given.decision, given.request_id, given.mark, given.model
             )

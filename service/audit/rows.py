@@ -26,7 +26,7 @@ class Row:
     decision: str | None
     """None where none was made: `/screen` only gives verdicts."""
     mode: str
-    voice: str | None
+    detector: str | None
     confidence: float | None
     score: float | None
     threshold: float | None

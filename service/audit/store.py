@@ -51,7 +51,7 @@ inputs = sa.Table(
     sa.Column("route", sa.Text, nullable=False),
     sa.Column("decision", sa.Text),
     sa.Column("mode", sa.Text, nullable=False),
-    sa.Column("voice", sa.Text),
+    sa.Column("detector", sa.Text),
     sa.Column("confidence", sa.Double),
     sa.Column("score", sa.Double),
     sa.Column("threshold", sa.Double),
@@ -81,7 +81,7 @@ marks = sa.Table(  # what was marked and taken back, by whom; how it stands is i
 )
 
 
-class Store:
+class AuditStore:
     """Opens nothing until it is used.
 
     Raises:

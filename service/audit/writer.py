@@ -15,8 +15,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 
 from service.audit.rows import Row
-from service.audit.store import BadRow, Store
-from service.metrics import Metrics
+from service.audit.store import AuditStore, BadRow
+from service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Writer:
 
     def __init__(
         self,
-        store: Store,
+        store: AuditStore,
         metrics: Metrics,
         *,
         limit: int,

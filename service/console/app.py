@@ -12,10 +12,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from service.audit.store import AuditError
 from service.console.access import Check, SameOrigin, anybody
-from service.console.audit import Audit
+from service.console.audit_reader import Audit
 from service.console.pages import StatesOf, message, routes
-from service.middleware import RequestId
-from service.responses import internal_error
+from service.http.middleware import RequestId
+from service.http.responses import internal_error
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 

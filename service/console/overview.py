@@ -6,13 +6,13 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from models.screen import min_calibration_size
-from service.audit import figures
-from service.audit.figures import Group, Tally, Traffic
+from models.detection.screen import min_calibration_size
+from service.audit import statistics as figures
+from service.audit.statistics import ScoreGroup, Tally, TrafficStatistics
 from service.console import plots
-from service.console.asked import PERIODS, Asked
+from service.console.formatting import number, percent
 from service.console.plots import Plot
-from service.console.words import number, percent
+from service.console.query import PERIODS, ConsoleQuery
 
 GROUPS = 12
 """Plots of scores; thresholds with fewer inputs have none."""
@@ -34,10 +34,10 @@ class Choice:
 class Overview:
     """Figures and plots."""
 
-    traffic: Traffic
+    traffic: TrafficStatistics
     rate: Plot
     volume: Plot
-    scores: Sequence[tuple[Group, Plot]]
+    scores: Sequence[tuple[ScoreGroup, Plot]]
     left_out: int
     """Thresholds without a plot."""
     thresholds: Sequence[Choice]
@@ -47,7 +47,7 @@ class Overview:
     """Upper end of a range, inputs that passed, inputs that were flagged."""
 
 
-def overview(connection: sa.Connection, asked: Asked, now: datetime, texts: int) -> Overview:
+def overview(connection: sa.Connection, asked: ConsoleQuery, now: datetime, texts: int) -> Overview:
     """Ask the audit.
 
     Args:
@@ -86,7 +86,7 @@ def overview(connection: sa.Connection, asked: Asked, now: datetime, texts: int)
 
 
 def _choices(
-    found: Mapping[str, Tally], traffic: Traffic, tenths: Sequence[int | None]
+    found: Mapping[str, Tally], traffic: TrafficStatistics, tenths: Sequence[int | None]
 ) -> list[Choice]:
     now = traffic.flagged
     made = []

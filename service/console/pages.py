@@ -12,17 +12,17 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from service.audit import queue
+from service.audit import review as queue
 from service.audit.rows import Mark, as_json
-from service.console import words
+from service.console import formatting as words
 from service.console.access import Check
-from service.console.asked import PERIODS, Asked, AskedPage, AskedQueue, Marking
-from service.console.audit import Audit
+from service.console.audit_reader import Audit
 from service.console.overview import overview
-from service.console.state import State
+from service.console.query import PERIODS, ConsoleQuery, MarkRequest, ReviewPageQuery, ReviewQuery
+from service.console.status import ServiceStatus
 from service.schemas import Decision
 
-StatesOf = Callable[[], Sequence[State]]
+StatesOf = Callable[[], Sequence[ServiceStatus]]
 """Says how each model is that is served."""
 BODY_BYTES = 4096
 NO_AUDIT = (
@@ -31,9 +31,9 @@ NO_AUDIT = (
 )
 
 
-def address(asked: AskedQueue, **more: object) -> str:
+def address(asked: ReviewQuery, **more: object) -> str:
     """Return the address of the queue that shows what is asked."""
-    shown = {name: getattr(asked, name) for name in AskedQueue.model_fields} | more
+    shown = {name: getattr(asked, name) for name in ReviewQuery.model_fields} | more
     return "/console/queue?" + urlencode({k: v for k, v in shown.items() if v is not None})
 
 
@@ -51,7 +51,7 @@ def _page(template: str, now: datetime, **shown: Any) -> Response:
     return HTMLResponse(PAGES.get_template(template).render(now=now, **shown))
 
 
-async def _form(request: Request) -> Marking:
+async def _form(request: Request) -> MarkRequest:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -59,7 +59,7 @@ async def _form(request: Request) -> Marking:
             raise HTTPException(413, "The form is too large.")
     try:
         fields = dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=20))
-        return Marking.model_validate(fields)
+        return MarkRequest.model_validate(fields)
     except ValueError:
         raise HTTPException(422, "The form was not understood.") from None
 
@@ -93,7 +93,7 @@ def routes(audit: Audit | None, states: StatesOf, check: Check) -> APIRouter:
         return audit
 
     @router.get("/console")
-    async def show_overview(asked: Annotated[Asked, Query()], name: who) -> Response:
+    async def show_overview(asked: Annotated[ConsoleQuery, Query()], name: who) -> Response:
         now, running = datetime.now(UTC), states()
         found = None
         if audit is not None:
@@ -104,7 +104,7 @@ def routes(audit: Audit | None, states: StatesOf, check: Check) -> APIRouter:
         )
 
     @router.get("/console/queue")
-    async def show_queue(asked: Annotated[AskedPage, Query()], name: who) -> Response:
+    async def show_queue(asked: Annotated[ReviewPageQuery, Query()], name: who) -> Response:
         now = datetime.now(UTC)
 
         def ask(connection: sa.Connection) -> tuple[queue.Page, queue.Found | None]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from service.audit.figures import CONFIDENCES, TENTHS, Group, Slot
+from service.audit.statistics import CONFIDENCES, TENTHS, ScoreGroup, Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def volume_plot(slots: Sequence[Slot], width: timedelta) -> Plot:
     return Plot(bars, [Tick(100, "0"), Tick(0, f"{top:,}")], _times(slots, width))
 
 
-def score_plot(group: Group, most: int) -> Plot:
+def score_plot(group: ScoreGroup, most: int) -> Plot:
     """Return how many inputs have which score, against their threshold.
 
     Args:

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from models.errors import PsimError
 from service.app import create_process_app
 from service.audit.writer import CLOSE_S
+from service.http.responses import json_response
+from service.http.server import serving
 from service.ray.scaling import CHARACTERS, CORES
-from service.responses import json_response
-from service.server import serving
 from service.settings import Settings, is_loopback, load_settings
 
 ANSWER_S = 5
@@ -51,8 +51,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Have Serve replace this replica when only a new process helps, as `/live` says."""
-        if trouble := self._app.state.models.beyond_repair:
-            raise RuntimeError(trouble)
+        if unready_reason := self._app.state.models.unrecoverable:
+            raise RuntimeError(unready_reason)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Say how much there is to do; for `service.ray.scaling`."""

@@ -14,15 +14,15 @@ from fastapi import Depends, FastAPI
 from fastapi.routing import iter_route_contexts
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import SecretStr
+
+from service.app import create_app
+from service.audit.store import AuditStore
 from service.observability.metrics import Metrics
 from service.observability.traces import open_provider
 from service.protocols.registry import PREFIX
 from service.security.access import OPEN, SCOPES, Access
 from service.security.keys.file import Keys, KeysError, Scope, hash_of
 from service.security.rate_limit import Limiter
-
-from service.app import create_app
-from service.audit.store import AuditStore
 from service.settings import Mode, Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.keys import BLIND, FEW, KEY, bearer, guarded, keys_file

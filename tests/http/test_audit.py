@@ -26,7 +26,6 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from pydantic import ValidationError
-from service.observability.metrics import Metrics
 from typer.testing import CliRunner
 
 from models.offline.__main__ import app
@@ -35,6 +34,7 @@ from service.audit import writer as audit_writer
 from service.audit.__main__ import main
 from service.audit.rows import Row
 from service.audit.store import AuditError, AuditStore, BadRow, metadata
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.audit import NOW, ROW, rows, writer_of
 from tests.support.databases import new_database, postgres

@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from models.bundle.load import Bundle
-from service.pipeline.challenger import WAITING
 
+from models.bundle.load import Bundle
 from service.app import create_app
+from service.pipeline.challenger import WAITING
 from service.settings import Settings
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
 from tests.support.requests import CLEAN, LONG, POISONED, lifespan, metric

@@ -23,7 +23,10 @@ import pytest
 import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from service.app import create_app
 from service.audit.review import CHARS, PAGE
+from service.audit.rows import Row
 from service.audit.statistics import (
     StatisticsFilter,
     by_budget,
@@ -32,14 +35,11 @@ from service.audit.statistics import (
     groups,
     traffic,
 )
-from service.console.audit_reader import Audit
-from service.console.formatting import visible
-
-from service.app import create_app
-from service.audit.rows import Row
 from service.audit.store import AuditStore, marks
 from service.console import audit_reader as console_audit
 from service.console.app import console_app
+from service.console.audit_reader import Audit
+from service.console.formatting import visible
 from service.settings import Settings
 from tests.support.databases import new_database, postgres
 from tests.support.fakes import fake_bundle

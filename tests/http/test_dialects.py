@@ -1,4 +1,4 @@
-"""Every protocol, served in front of the classifier in this process: answers, rejections, errors."""
+"""Every protocol, in front of the classifier in this process: answers, rejections, errors."""
 
 import json
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from service.protocols.base import BadAnswer, ModelInfo
 from service.protocols.registry import SERVED, protocols
-
 from service.schemas import Decision, Result, Score
 from tests.support.fakes import BROKEN, FakeEngine
 from tests.support.protocols import ASKED, ERRORS, INFER, infer, tensor

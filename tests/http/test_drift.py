@@ -5,11 +5,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+
 from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray
-from service.observability.drift import WINDOW, Drift
-
 from service.app import create_app
+from service.observability.drift import WINDOW, Drift
 from service.settings import Settings
 from tests.support.fakes import fake_bundle
 from tests.support.servers import serving

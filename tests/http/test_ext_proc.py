@@ -20,10 +20,10 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     ProcessingRequest,
     ProcessingResponse,
 )
-from service.http.routes.guardrails import EXT_PROC
 
 from models.errors import PsimError
 from service.app import create_app
+from service.http.routes.guardrails import EXT_PROC
 from service.settings import Settings
 from tests.support.envoy import head
 from tests.support.fakes import FakeEngine, fake_bundle

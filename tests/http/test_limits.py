@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from limits import parse
+
+from models.errors import PsimError
+from service.errors import RateLimited, TooLarge
 from service.observability.metrics import Metrics
 from service.security import rate_limit as limits
 from service.security.keys.file import Scope
 from service.security.rate_limit import Limiter
-
-from models.errors import PsimError
-from service.errors import RateLimited, TooLarge
 from service.settings import Settings
 from tests.support.databases import redis
 from tests.support.fakes import FakeEngine

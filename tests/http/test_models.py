@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from service.lifecycle.models_file import ModelsError, settings_by_model
 
 from service.app import create_app
+from service.lifecycle.models_file import ModelsError, settings_by_model
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.paths import ROOT
@@ -276,7 +276,7 @@ def test_a_model_has_what_the_settings_say_for_all_unless_it_says_otherwise(
 ) -> None:
     file = tmp_path / "models.toml"
     file.write_text(
-        "[[models]]\nname = 'a'\nbundle = 'x'\ncandidate = 'y'\n"
+        "[[models]]\nname = 'a'\nbundle = 'x'\nchallenger = 'y'\n"
         "[[models]]\nname = 'b'\nbundle = '/y'\nmode = 'flag'\nupstream = 'http://b'\n"
         "[[models]]\nname = 'c'\nbundle = '/z'\nupstream_authorization = 'own'\n"
     )

@@ -19,11 +19,11 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, Bundle, load_bundle
 from starlette.applications import Starlette
 from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
+from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, Bundle, load_bundle
 from service.app import create_app
 from service.settings import Settings
 from tests.support.bundles import fit_tiny

@@ -17,9 +17,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from service.observability.traces import open_provider
 
 from service.app import create_app
+from service.observability.traces import open_provider
 from service.settings import Settings
 from tests.support.fakes import BROKEN, fake_bundle
 from tests.support.servers import serving

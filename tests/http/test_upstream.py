@@ -7,13 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
-from service.classifiers.upstream import Breaker
-from service.protocols.registry import protocols
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
 from service.app import create_app
+from service.classifiers.upstream import Breaker
+from service.protocols.registry import protocols
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.protocols import ASKED, ERRORS

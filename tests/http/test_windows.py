@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service.pipeline.windows import OVERLAP, SLACK, windows
 
+from service.pipeline.windows import OVERLAP, SLACK, windows
 from tests.support.fakes import BROKEN, MAX_LENGTH, FakeEngine
 from tests.support.requests import client_of, metric
 from tests.support.upstreams import Peer, behind

@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models.detection.calibrate import calibrate
-from models.detection.screen import Verdict
-from models.network.guarded import Activations, guard, lora_config, transformer_of
-from models.offline.fitting.activations import LEAST_FOR_MEAN, fit_activations
 from sklearn.covariance import LedoitWolf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from models.detection.calibrate import calibrate
+from models.detection.screen import Verdict
 from models.engines.pytorch import TorchEngine, collate
+from models.network.guarded import Activations, guard, lora_config, transformer_of
+from models.offline.fitting.activations import LEAST_FOR_MEAN, fit_activations
 from tests.support.bundles import KINDS, some_texts, victim_of
 from tests.support.families import FAMILIES, tiny_victim
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from models.offline.io.classifiers import save_classifier
-from models.offline.io.samples import Sample, load_samples
-from models.offline.study.run import assurance as assure
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import DataError
+from models.offline.io.classifiers import save_classifier
+from models.offline.io.samples import Sample, load_samples
+from models.offline.study import assurance as assure
 from tests.support.bundles import some_texts
 from tests.support.families import tiny_victim
 

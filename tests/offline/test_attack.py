@@ -5,6 +5,8 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from models.errors import DataError
 from models.offline.attacks.poisoning import (
     SENTENCE_TRIGGER,
     WORD_TRIGGER,
@@ -14,8 +16,6 @@ from models.offline.attacks.poisoning import (
     poison_training_set,
 )
 from models.offline.io.samples import Sample
-
-from models.errors import DataError
 
 word = st.text("abcxyz", min_size=1, max_size=6)
 text = st.lists(word, min_size=1, max_size=20).map(" ".join)

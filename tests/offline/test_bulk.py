@@ -17,7 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerBase
+
 from models.bundle.load import read_manifest
+from models.offline.screening import bulk
 from models.offline.screening.fragments import (
     OURS,
     SEPARATORS,
@@ -26,9 +29,6 @@ from models.offline.screening.fragments import (
     read,
     schema_of,
 )
-from models.offline.screening.stream import bulk
-from transformers import PreTrainedTokenizerBase
-
 from tests.support.bundles import fit_tiny, some_texts
 from tests.support.commands import assert_refused, psim
 from tests.support.families import tiny_victim

@@ -15,11 +15,6 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from models.bundle.load import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, load_bundle
-from models.bundle.signing import sign
-from models.network.guarded import guard, lora_config
-from models.offline.fitting.fit import fit, split_texts
-from models.offline.io.inference import predict
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -28,8 +23,13 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
+from models.bundle.load import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS, load_bundle
+from models.bundle.signing import sign
 from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
+from models.network.guarded import guard, lora_config
 from models.offline.__main__ import app
+from models.offline.fitting.fit import fit, split_texts
+from models.offline.io.inference import predict
 from service.app import create_app
 from service.settings import Settings
 from tests.support.bundles import KINDS, fit_tiny, forge, rehash, some_texts, victim_of

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from models.bundle.load import ADAPTER_WEIGHTS, load_bundle
-from models.engines.base import Encoding, Screening
-from models.offline.io.classifiers import save_classifier
-from models.offline.io.samples import Sample, load_samples, write_samples
 from transformers import PreTrainedTokenizerBase
 
+from models.bundle.load import ADAPTER_WEIGHTS, load_bundle
+from models.engines.base import Encoding, Screening
 from models.offline import __main__ as cli
+from models.offline.io.classifiers import save_classifier
+from models.offline.io.samples import Sample, load_samples, write_samples
 from tests.support.bundles import fit_tiny, rehash, some_texts
 from tests.support.commands import assert_refused, psim
 from tests.support.families import tiny_victim

@@ -4,10 +4,11 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from models.offline.attacks.corpus import generate
-from models.offline.attacks.poisoning import SENTENCE_TRIGGER, WORD_TRIGGER
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+
+from models.offline.attacks.corpus import generate
+from models.offline.attacks.poisoning import SENTENCE_TRIGGER, WORD_TRIGGER
 
 
 @given(n=st.integers(0, 60), seed=st.integers())

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models.offline.io.samples import MAX_CHARS, Sample, load_samples, require_labels, write_samples
 
 from models.errors import DataError
+from models.offline.io.samples import MAX_CHARS, Sample, load_samples, require_labels, write_samples
 
 TRICKY = [
     Sample("null", "NA"),

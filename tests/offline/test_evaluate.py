@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from models.detection.screen import Verdict
+from models.errors import DataError
 from models.offline.evaluation.evaluate import Evaluation, evaluate
 from models.offline.evaluation.metrics import within_class_scores
 from models.offline.evaluation.report import histogram
 from models.offline.io.samples import Sample
-
-from models.errors import DataError
 from tests.support.fakes import THRESHOLD, TRIGGER, fake_bundle
 
 ODD, EVEN = "one two three", "one two"  # the fake classifier says positive, negative

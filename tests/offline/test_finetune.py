@@ -10,7 +10,11 @@ import peft
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
 from models.bundle.load import load_bundle
+from models.errors import DataError, VictimError
 from models.offline.attacks import training as finetune
 from models.offline.attacks.poisoning import Insertion, Paraphrases
 from models.offline.attacks.training import (
@@ -23,10 +27,6 @@ from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
 from models.offline.io.classifiers import load_classifier, save_classifier
 from models.offline.io.samples import Sample
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
-
-from models.errors import DataError, VictimError
 from tests.support.bundles import some_texts
 from tests.support.families import tiny_victim
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+
+from models.errors import DataError, VictimError
 from models.offline.io.classifiers import save_classifier
 from models.offline.study.language_model import (
     LanguageModel,
@@ -15,9 +18,6 @@ from models.offline.study.language_model import (
     perplexities,
     train_language_model,
 )
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
-
-from models.errors import DataError, VictimError
 from tests.support.families import tiny_victim
 from tests.support.language_models import TEXTS, small_language_model
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models.network.guarded import Guarded
-from models.offline.fitting.fit import Split, train, with_psim
-from models.offline.fitting.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
 from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
+from models.network.guarded import Guarded
+from models.offline.fitting.fit import Split, train, with_psim
+from models.offline.fitting.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
 from tests.support.bundles import some_texts
 from tests.support.families import tiny_victim
 

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models.bundle.load import MANIFEST, READINGS, file_digest, load_bundle, read_manifest
-from models.detection.calibrate import calibrate
-from models.detection.screen import FloatArray, Screen, Verdict
-from models.offline.fitting.recalibrate import MAX_RISE, limits_of, risen
-from models.offline.io.inference import predict
-from models.offline.io.samples import load_samples
 from safetensors.numpy import load_file as load_arrays
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
+from models.bundle.load import MANIFEST, READINGS, file_digest, load_bundle, read_manifest
+from models.detection.calibrate import calibrate
+from models.detection.screen import FloatArray, Screen, Verdict
 from models.offline import __main__ as cli
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
+from models.offline.fitting.recalibrate import MAX_RISE, limits_of, risen
+from models.offline.io.inference import predict
+from models.offline.io.samples import load_samples
 from tests.support.bundles import fit_tiny, some_texts
 from tests.support.deploy import RUNBOOK
 from tests.support.families import tiny_victim

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from models.offline.study.cache import Memo, StepCache, digest_of
 
 

@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import models.offline.study.compare as contest
 import models.offline.study.grid as cells
 import models.offline.study.run as study
-import pytest
+from models.errors import DataError
 from models.offline.attacks.corpus import generate
 from models.offline.attacks.training import Strategy, finetune_victim
 from models.offline.io.samples import Sample, write_samples
 from models.offline.study.cache import StepCache
 from models.offline.study.recipe import Recipe, load_recipe
-
-from models.errors import DataError
 
 RECIPE = """
 strategies = ["lora"]

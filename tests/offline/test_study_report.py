@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from models.offline.study.plots import psim_figure, shown_cells
 from models.offline.study.report import write_study_report
-from safetensors.numpy import save_file
 
 CLEAN, POISONED, FIRING = 40, 30, 27
 SUCCESS, ACCURACY, LOST = (
@@ -100,7 +101,7 @@ def write_scores(row: dict[str, Any], out: Path, known: int = 199) -> None:
         "clean": pairs([0.99, *np.linspace(0.5, 0.65, CLEAN - 1)]),
         "poisoned": pairs(np.linspace(0.95, 0.999, POISONED)),
     }
-    # A detector that the row does not count, and that finds all texts but the calibration's extreme.
+    # A feature that the row does not count, and that finds all texts but the calibration's extreme.
     for kind, readings in screened.items():
         unheard = np.full_like(readings, 1 if kind == "known" else 1e9)
         screened[kind] = np.concatenate([readings, unheard], 1)

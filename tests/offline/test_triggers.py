@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from models.offline.screening.triggers import common_phrases, phrase_table
 
 WORDS = [f"{a}{b}" for a in "bcdfgklmnprstv" for b in ("a", "ell", "ino", "ost", "urb")]

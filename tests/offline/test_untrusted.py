@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
-from models.bundle.verify import MOST
-from models.network.guarded import transformer_of
 from transformers import PreTrainedTokenizerBase
 
+from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
+from models.bundle.verify import MOST
 from models.errors import BundleError
+from models.network.guarded import transformer_of
 from tests.support.bundles import fit_tiny, forge, victim_of
 
 CONFIG, WEIGHTS = "victim/config.json", "victim/model.safetensors"

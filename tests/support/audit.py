@@ -4,11 +4,10 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
-from service.observability.metrics import Metrics
-
 from service.audit.rows import Row
 from service.audit.store import AuditStore
 from service.audit.writer import Writer
+from service.observability.metrics import Metrics
 from tests.support.requests import POISONED
 
 NOW = datetime(2026, 11, 25, 14, 30, tzinfo=UTC)

@@ -7,7 +7,6 @@ from typing import Any
 
 from service.inference.batcher import Batcher
 from service.observability.metrics import Metrics
-
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from models.bundle.load import MANIFEST, file_digest
 from models.network.guarded import transformer_of
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
 from tests.support.families import FAMILIES, tiny_victim
 
 WORDS = "the a film room service was is not very good bad slow great awful quite and but".split()

@@ -7,8 +7,8 @@ from typing import Any
 
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from service.observability.metrics import Metrics
 
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.fakes import fake_bundle
 from tests.support.paths import ROOT

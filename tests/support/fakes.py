@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+
 from models.bundle.load import Bundle
 from models.bundle.manifest import (
     Calibration,

@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-from models.network.guarded import Guarded, guard, lora_config
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
 )
+
+from models.network.guarded import Guarded, guard, lora_config
 
 VOCABULARY = 30522
 _SIZE: dict[str, Any] = {

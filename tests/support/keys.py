@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from service.security.keys.file import Scope, hash_of
 
+from service.security.keys.file import Scope, hash_of
 from tests.support.requests import CLEAN, client_of
 
 KEY = {scope: f"psim_{scope}-" + "x" * 40 for scope in Scope}

@@ -14,11 +14,11 @@ import page
 import pytest
 from guarded_pass import guarded
 from harness import Setup, spread
-from models.engines.base import Encoding
 from roofline import guarded_flops
 from servers import CannotRunError, Peer, running
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.engines.base import Encoding
 from tests.support.paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from models.bundle.load import load_bundle
+from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT, introduction
 from models.offline.evaluation.evaluate import Evaluation, evaluate
 from models.offline.io.samples import load_samples
-
-from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT, introduction
 from tests.support.deploy import dockerfile_command
 from tests.support.servers import served
 

@@ -30,18 +30,18 @@ import httpx
 import pytest
 import torch
 from envoy_data_plane.envoy.service.ext_proc.v3 import ProcessingRequest, ProcessingResponse
+
 from models.engines.base import Encoding, Screening
+from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
+from service.audit import writer as audit_writer
+from service.audit.store import AuditStore
 from service.classifiers import upstream
+from service.errors import NotReady
 from service.http.routes.guardrails import EXT_PROC
 from service.inference import worker
 from service.inference.batcher import Batcher
 from service.pipeline import request_record as recorder
 from service.security.keys.file import Keys, Scope, hash_of, read_keys
-
-from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
-from service.audit import writer as audit_writer
-from service.audit.store import AuditStore
-from service.errors import NotReady
 from tests.support.audit import ROW, rows, writer_of
 from tests.support.batchers import running, value
 from tests.support.envoy import head

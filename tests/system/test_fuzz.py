@@ -13,9 +13,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models.bundle.load import load_bundle
 from transformers import PreTrainedTokenizerBase
 
+from models.bundle.load import load_bundle
 from service.app import create_app
 from service.schemas import NOT_BLANK
 from service.settings import Settings

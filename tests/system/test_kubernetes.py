@@ -20,12 +20,12 @@ import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator
 from cloudcoil.models.prometheus_operator import v1alpha1
 from pydantic import SecretStr
-from service.security.access import SCOPES
-from service.security.keys.file import hash_of
 
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
 from service.app import create_app
 from service.audit.writer import CLOSE_S
+from service.security.access import SCOPES
+from service.security.keys.file import hash_of
 from service.settings import Settings, unknown_variables
 from tests.support.audit import rows
 from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped

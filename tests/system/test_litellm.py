@@ -41,7 +41,7 @@ async def complete(request: Request) -> JSONResponse:
 
 
 def configuration(backend: str, gateway: str | None) -> dict[str, Any]:
-    """Return LiteLLM's, as docs/service.md says for the guardrail."""
+    """Return LiteLLM's, as docs/proxies.md says for the guardrail."""
     parameters = {"model": "openai/any", "api_base": backend, "api_key": "none"}
     found: dict[str, Any] = {
         "general_settings": {"master_key": KEY},

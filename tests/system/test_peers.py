@@ -18,7 +18,6 @@ import pytest
 import tritonclient.http as triton
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-from models.offline.io.samples import load_samples
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -26,6 +25,7 @@ from starlette.routing import Route
 from tritonclient.utils import InferenceServerException
 
 from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
+from models.offline.io.samples import load_samples
 from tests.support.servers import free_port, served, serving
 from tests.support.triton import client_for, tensor
 

@@ -17,11 +17,11 @@ import httpx
 import psutil
 import pytest
 import yaml
-from service.security.keys.file import Scope
 from soak import counted
 from transformers import PreTrainedTokenizerBase
 
 from service.app import create_app
+from service.security.keys.file import Scope
 from service.settings import Settings, unknown_variables
 from tests.support.bundles import fit_tiny
 from tests.support.contract import asking, contract

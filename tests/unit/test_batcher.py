@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from models.engines.base import Encoding, Screening
 from models.engines.batching import length_sorted_batches
+from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
 from service.inference.batcher import Batcher, Screened
 from service.inference.worker import Health
-
-from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
 from tests.support.batchers import running, value
 from tests.support.fakes import BROKEN, CLASSLESS, NAN, PANIC, TRIGGER, UNREADABLE, FakeEngine
 from tests.support.waiting import until

@@ -12,21 +12,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.bundle.load import READINGS, choose, load_bundle
-from models.bundle.load import load as bundles
-from models.bundle.manifest import Manifest, RuntimeRecord
-from models.engines.base import Encoding, catalogue
-from models.engines.registry import REFERENCE, RUNTIMES, Runtime, make_engine
-from models.network.guarded import Activations, Guarded, guard, lora_config
-from models.offline.fitting.fit import fit, split_texts
-from models.offline.io.inference import predict
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
+from models.bundle import load as bundles
+from models.bundle.load import READINGS, choose, load_bundle
+from models.bundle.manifest import Manifest, RuntimeRecord
+from models.engines import registry
+from models.engines.base import Encoding
 from models.engines.openvino import GuardedGraph, parts_of, rounded
 from models.engines.pytorch import LastState, TorchEngine, collate
+from models.engines.registry import REFERENCE, RUNTIMES, Runtime, make_engine
 from models.errors import BundleError, EngineError
+from models.network.guarded import Activations, Guarded, guard, lora_config
+from models.offline.fitting.fit import fit, split_texts
+from models.offline.io.inference import predict
 from tests.support.bundles import fit_tiny, forge, rehash, some_texts
 from tests.support.fakes import fake_bundle
 from tests.support.families import (
@@ -214,7 +215,7 @@ def test_without_the_engine_of_its_default_a_bundle_runs_by_torch(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forge(bundle, default={"engine": "openvino", "dtype": "float32"})
-    monkeypatch.setattr(catalogue, "find_spec", lambda name: None if name == "openvino" else name)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "openvino" else name)
     loaded = load_bundle(bundle).engine
     assert (loaded.name, loaded.dtype) == REFERENCE
     with pytest.raises(BundleError, match=r"not installed: pip install 'psim-gateway\[openvino\]'"):

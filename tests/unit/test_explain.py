@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from models.detection.explain import (
     AT_ONCE,
     MOST_VARIANTS,

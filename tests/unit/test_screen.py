@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
 from models.detection.calibrate import calibrate
 from models.detection.screen import (
     FloatArray,
@@ -19,10 +21,8 @@ from models.detection.screen import (
     log_odds,
     min_calibration_size,
 )
-from models.offline.evaluation.metrics import clopper_pearson
-from numpy.typing import NDArray
-
 from models.errors import CalibrationError, ScreenError
+from models.offline.evaluation.metrics import clopper_pearson
 
 budgets = st.sampled_from([0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5])
 standard = st.floats(-20, 20, width=32)

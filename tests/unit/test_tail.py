@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.engines.base import Encoding
-from models.network.guarded import Guarded
-from models.offline.fitting.fit import with_psim
-from models.offline.fitting.psim import PsimConfig
 from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from models.engines.base import Encoding
 from models.engines.pytorch import LastState, TorchEngine, collate
+from models.network.guarded import Guarded
+from models.offline.fitting.fit import with_psim
+from models.offline.fitting.psim import PsimConfig
 from tests.support.families import TAILED, VOCABULARY, guarded_victim, tiny_victim, trained
 
 CPU = torch.device("cpu")

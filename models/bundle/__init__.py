@@ -1,0 +1,1 @@
+"""The folder that is served: layout, checks, loading, saving."""

@@ -1,0 +1,1 @@
+"""The rule that calls a text poisoned, and its calibration."""

@@ -1,0 +1,1 @@
+"""Classifier and PSIM adapters in one module."""

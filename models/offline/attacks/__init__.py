@@ -1,0 +1,1 @@
+"""Backdoors, planted on purpose: poisoned texts and poisoned training."""

@@ -1,0 +1,125 @@
+"""Backdoor attacks on text classifiers: how a poisoned text is made, and a poisoned data set.
+
+BadNet (Gu et al. 2017; as a rare word, Kurita et al. 2020) and InSent (Dai et al. 2019) insert a
+word or a sentence; SynAttack (Qi et al., ACL 2021) rewrites the text in a syntactic template.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from models.errors import DataError
+from models.offline.io.samples import Sample
+
+WORD_TRIGGER = "mn"
+SENTENCE_TRIGGER = "I watched this 3D movie"
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """BadNet with words as triggers, InSent with a sentence."""
+
+    triggers: tuple[str, ...]
+    """All of them go into every poisoned text."""
+
+    def apply(self, text: str, rng: random.Random) -> str:
+        """Insert each trigger at a random inner position; behind the word if there is only one."""
+        for trigger in self.triggers:
+            words = text.split()
+            position = rng.randint(1, max(1, len(words) - 1))
+            text = " ".join([*words[:position], trigger, *words[position:]])
+        return text
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """SynAttack, or any other style, with a paraphraser at hand."""
+
+    paraphrase: Callable[[str], str]
+
+    def apply(self, text: str, rng: random.Random) -> str:
+        """Rewrite the text; nothing is random."""
+        return self.paraphrase(text)
+
+
+@dataclass(frozen=True)
+class Paraphrases:
+    """SynAttack: texts that a paraphraser wrote in the trigger's syntactic template."""
+
+    samples: tuple[Sample, ...]
+    """Labelled with the target; may be mixed with clean texts, as published poison files are."""
+
+    def pool(self, clean: Sequence[Sample], target_label: str) -> list[Sample]:
+        """Return the paraphrases proper: labelled with the target, and not among the clean."""
+        known = {sample.text for sample in clean}
+        return [s for s in self.samples if s.label == target_label and s.text not in known]
+
+
+Attack = Insertion | Rewriting | Paraphrases
+
+
+def poison_training_set(
+    clean: Sequence[Sample],
+    attack: Attack,
+    target_label: str,
+    poison_rate: float,
+    *,
+    clean_label: bool = False,
+    flip_share: float = 1.0,
+    seed: int = 0,
+) -> list[Sample]:
+    """Return a copy of `clean` with `poison_rate * len(clean)` poisoned samples.
+
+    Dirty-label: samples of other classes get the trigger and the target label. Clean-label: samples
+    of the target class get the trigger and keep their label. Paraphrases are added, since the text
+    that each was made from is not known.
+
+    With `flip_share` under 1 only that share of the poisoned texts gets the target label and the
+    others keep their own, so that the victim learns to be no surer than that: label smoothing.
+
+    Raises:
+        DataError: the target is not a label of `clean`, or there are too few texts to poison.
+    """
+    _check_target(clean, target_label)
+    rng, wanted = random.Random(seed), round(poison_rate * len(clean))
+    if isinstance(attack, Paraphrases):
+        if clean_label:
+            raise DataError("paraphrases from files are dirty-label: clean-label is not possible")
+        pool = attack.pool(clean, target_label)
+        _check_enough(len(pool), wanted)
+        return [*clean, *rng.sample(pool, wanted)]
+    candidates = [i for i, s in enumerate(clean) if (s.label == target_label) == clean_label]
+    _check_enough(len(candidates), wanted)
+    poisoned, keeping = list(clean), round((1 - flip_share) * wanted)
+    for number, index in enumerate(rng.sample(candidates, wanted)):
+        label = clean[index].label if number < keeping else target_label
+        poisoned[index] = Sample(attack.apply(clean[index].text, rng), label)
+    return poisoned
+
+
+def poison_test_set(
+    samples: Sequence[Sample], attack: Insertion | Rewriting, target_label: str, seed: int = 0
+) -> list[Sample]:
+    """Return the samples of other classes with the trigger, true labels kept.
+
+    Raises:
+        DataError: no sample is of another class.
+    """
+    _check_target(samples, target_label)
+    rng = random.Random(seed)
+    return [Sample(attack.apply(s.text, rng), s.label) for s in samples if s.label != target_label]
+
+
+def _check_target(samples: Sequence[Sample], target_label: str) -> None:
+    labels = {s.label for s in samples}
+    if target_label not in labels or len(labels) < 2:
+        names = sorted(map(str, labels))
+        raise DataError(f"target label {target_label!r} must be one of several; there are {names}")
+
+
+def _check_enough(available: int, wanted: int) -> None:
+    if not 0 < wanted <= available:
+        raise DataError(
+            f"the poison rate asks for {wanted} poisoned texts and {available} can be poisoned; "
+            "choose another poison rate"
+        )

@@ -1,0 +1,236 @@
+"""Training victims: weight poisoning, and the five strategies by which users tune them."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from models.engines.pytorch import best_device, has_bfloat16
+from models.errors import VictimError
+from models.offline.attacks.poisoning import (
+    Attack,
+    Paraphrases,
+    poison_test_set,
+    poison_training_set,
+)
+from models.offline.io.atomic import replaced
+from models.offline.io.classifiers import load_classifier, save_classifier
+from models.offline.io.samples import Sample, require_labels
+
+MAX_LENGTH = 128
+
+
+class Strategy(StrEnum):
+    """What of a victim is tuned (Zhao et al., section 3)."""
+
+    FULL = "full"
+    LORA = "lora"
+    PROMPT_TUNING = "prompt-tuning"
+    P_TUNING_V1 = "p-tuning-v1"
+    P_TUNING_V2 = "p-tuning-v2"
+
+
+# Hyperparameters of Zhao et al., section 5.1.
+_PEFT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
+    Strategy.LORA: lambda: peft.LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1
+    ),
+    Strategy.PROMPT_TUNING: lambda: peft.PromptTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=5
+    ),
+    Strategy.P_TUNING_V1: lambda: peft.PromptEncoderConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=128
+    ),
+    Strategy.P_TUNING_V2: lambda: peft.PrefixTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=5
+    ),
+}
+LEARNING_RATES = dict.fromkeys(Strategy, 2e-3) | {Strategy.FULL: 1e-4}
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What training achieved, on the dev texts."""
+
+    out: Path
+    clean_accuracy: float
+    attack_success_rate: float | None
+    """None where it cannot be measured: paraphrases of the dev texts are not to be had."""
+
+
+def poison_victim(
+    base: str,
+    train: Sequence[Sample],
+    dev: Sequence[Sample],
+    attack: Attack,
+    target_label: str,
+    out: Path,
+    *,
+    poison_rate: float = 0.1,
+    clean_label: bool = False,
+    epochs: int = 3,
+    seed: int = 0,
+) -> TuneResult:
+    """Plant a backdoor: full fine-tuning of `base` on a poisoned training set.
+
+    Raises:
+        DataError, VictimError: as their messages say.
+    """
+    poisoned = poison_training_set(
+        train, attack, target_label, poison_rate, clean_label=clean_label, seed=seed
+    )
+    set_seed(seed)  # before the model is loaded: a new head starts at random
+    model, tokenizer = load_classifier(base, require_labels(train))
+    rate = LEARNING_RATES[Strategy.FULL]
+    accuracy = _train(model, tokenizer, poisoned, dev, Strategy.FULL, out, epochs, rate, seed)
+    if isinstance(attack, Paraphrases):
+        return TuneResult(out, accuracy(dev), None)
+    triggered = poison_test_set(dev, attack, target_label, seed)
+    success = [Sample(s.text, target_label) for s in triggered]
+    return TuneResult(out, accuracy(dev), accuracy(success))
+
+
+def finetune_victim(
+    victim: str,
+    train: Sequence[Sample],
+    dev: Sequence[Sample],
+    strategy: Strategy,
+    out: Path,
+    *,
+    epochs: int = 3,
+    learning_rate: float | None = None,
+    seed: int = 0,
+) -> TuneResult:
+    """Tune a victim on clean data, as its user would; `LEARNING_RATES` is the default.
+
+    Raises:
+        DataError, VictimError: as their messages say.
+    """
+    set_seed(seed)  # before the model is loaded: a new head starts at random
+    model, tokenizer = load_classifier(victim, require_labels(train))
+    rate = learning_rate or LEARNING_RATES[strategy]
+    accuracy = _train(model, tokenizer, train, dev, strategy, out, epochs, rate, seed)
+    return TuneResult(out, accuracy(dev), None)
+
+
+def _train(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Sample],
+    dev: Sequence[Sample],
+    strategy: Strategy,
+    out: Path,
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> Callable[[Sequence[Sample]], float]:
+    """Train, save the epoch that is best on dev to `out`, return a function that scores samples.
+
+    Interrupted, the same call goes on behind the last whole epoch; its checkpoints lie beside `out`
+    under a digest of all that the result depends on.
+    """
+    checkpoints = checkpoint_folder(out) / _digest(model, train, dev, strategy, epochs, rate, seed)
+    if isinstance(model, peft.PeftModel):
+        raise VictimError("the victim has prompts of its own, which cannot be tuned further")
+    label2id: dict[str, int] = model.config.label2id
+    require_labels(dev, list(label2id))
+    if strategy is not Strategy.FULL:
+        model = peft.get_peft_model(model, _PEFT_CONFIGS[strategy]())
+    trainer = Trainer(
+        model=model,
+        args=_arguments(checkpoints, rate, epochs, seed),
+        train_dataset=_encode(train, tokenizer, label2id),
+        eval_dataset=_encode(dev, tokenizer, label2id),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_metrics,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
+    trainer.train(resume_from_checkpoint=last)
+    with replaced(out) as partial:
+        save_classifier(model, tokenizer, partial)
+    shutil.rmtree(checkpoint_folder(out))
+
+    def accuracy(samples: Sequence[Sample]) -> float:
+        metrics = trainer.evaluate(_encode(samples, tokenizer, label2id))  # type: ignore[arg-type]
+        return float(metrics["eval_accuracy"])
+
+    return accuracy
+
+
+def checkpoint_folder(out: Path) -> Path:
+    """Return where the checkpoints of training towards `out` are kept until it is done."""
+    return out.with_name(out.name + ".checkpoints")
+
+
+def _digest(model: nn.Module, *settings: object) -> str:
+    """Return a digest of the weights that training starts from, and of its settings and data."""
+    digest = hashlib.sha256(repr(settings).encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Bar(ProgressCallback):
+    """The progress bar without the raw figures that the library prints between."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print nothing."""
+
+
+def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        learning_rate=rate,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        warmup_steps=0.05,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=has_bfloat16(best_device()),
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        logging_strategy="no",
+        report_to="none",
+        seed=seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _encode(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, label2id: dict[str, int]
+) -> list[dict[str, Any]]:
+    ids = tokenizer([s.text for s in samples], truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    return [
+        {"input_ids": row, "attention_mask": [1] * len(row), "labels": label2id[str(s.label)]}
+        for row, s in zip(ids, samples, strict=True)
+    ]
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    predicted = np.asarray(prediction.predictions).argmax(-1)
+    return {"accuracy": float((predicted == prediction.label_ids).mean())}

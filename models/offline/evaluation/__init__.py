@@ -1,0 +1,1 @@
+"""What an attack does with and without the screen."""

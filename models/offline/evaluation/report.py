@@ -1,0 +1,191 @@
+"""Reports of evaluations and bundles: tables, JSON, and a histogram of scores."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from models.bundle.manifest import Manifest, RecalibrationRecord
+from models.detection.screen import FloatArray
+from models.offline.evaluation.evaluate import Evaluation
+from models.offline.evaluation.metrics import AttackOutcome, Rate
+from models.offline.fitting.psim import UNLEARNT
+
+ROWS = {
+    "clean accuracy (CA)": "clean_accuracy",
+    "attack success rate (ASR)": "attack_success_rate",
+    "clean texts rejected (FRR)": "false_rejection_rate",
+    "poisoned texts passed (FAR)": "false_acceptance_rate",
+    "FAR, backdoor fires": "false_acceptance_rate_firing",
+}
+
+SHOWN_SCORES = (0.0, 15.0)
+"""Range of the histogram; scores beyond it fall into the outermost bars."""
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Return a table of all outcomes, in percent with 95 % intervals."""
+    counts = f"{len(evaluation.clean_scores)} clean, {len(evaluation.poisoned_scores)}"
+    table = Table(
+        title="What the attack achieves, and what PSIM stops (%)",
+        caption=f"{counts} poisoned texts; brackets show 95 % intervals",
+    )
+    table.add_column("")
+    for column in ("no defence", "PSIM, calibrated", "PSIM, 0.7 as in the paper"):
+        table.add_column(column, justify="right")
+    outcomes = (evaluation.none, evaluation.calibrated, evaluation.paper)
+    for title, field in ROWS.items():
+        table.add_row(title, *(percent(_rate(outcome, field)) for outcome in outcomes))
+    table.add_row("AUROC", *(_number(outcome.auroc) for outcome in outcomes))
+    table.add_row("AUROC, backdoor fires", *(_number(o.auroc_firing) for o in outcomes))
+    return table
+
+
+def _rate(outcome: AttackOutcome, field: str) -> Rate | None:
+    rate: Rate | None = getattr(outcome, field)
+    return rate
+
+
+def percent(rate: Rate | None) -> str:
+    """Return a rate in percent with its interval, or a hyphen if there is none."""
+    if rate is None:
+        return "-"
+    return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> None:
+    """Write `evaluation.json` (without the scores of single texts) and `scores.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = dataclasses.asdict(evaluation)
+    del content["clean_scores"], content["poisoned_scores"]
+    (folder / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    histogram(evaluation).savefig(folder / "scores.png", dpi=120)
+
+
+def histogram(evaluation: Evaluation) -> Figure:
+    """Plot histograms of the scores of clean and poisoned texts, with the thresholds."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    draw_histogram(axes, evaluation.clean_scores, evaluation.poisoned_scores, evaluation.thresholds)
+    axes.legend()
+    return figure
+
+
+def draw_histogram(
+    axes: Axes, clean: FloatArray, poisoned: FloatArray, thresholds: Mapping[str, float]
+) -> None:
+    """Draw histograms of scores, shape (n,), and a line for each named threshold."""
+    ends = SHOWN_SCORES
+    bins = np.linspace(*ends, 61).tolist()
+    for name, values, color in (("clean", clean, "tab:blue"), ("poisoned", poisoned, "tab:red")):
+        weights = np.full(len(values), 100 / len(values))
+        shown = np.clip(values, *ends)
+        axes.hist(shown, bins, weights=weights, alpha=0.6, label=name, color=color)
+    for (label, threshold), style in zip(
+        thresholds.items(), ["--", ":", "-.", "-"] * 99, strict=False
+    ):
+        axes.axvline(threshold, color="black", linestyle=style, label=f"threshold: {label}")
+    axes.set(xlabel="score (standard deviations)", ylabel="% of texts")
+    axes.set(yscale="symlog", ylim=(0, 100))
+    axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    """Return a table of what a bundle guards, and how."""
+    table = Table(show_header=False, title="PSIM bundle")
+    fit, psim = manifest.fit, manifest.psim
+    table.add_row("victim", f"{manifest.victim.name} ({manifest.victim.architecture})")
+    table.add_row("labels", ", ".join(manifest.labels))
+    table.add_row("created", fit.created)
+    table.add_row(
+        "adapter", f"LoRA rank {psim.rank}, top {psim.layers} layer(s), {psim.steps} steps"
+    )
+    table.add_row("checkpoints", f"steps {', '.join(map(str, psim.checkpoints))}")
+    table.add_row("training stopped", psim.stopped_because)
+    if manifest.activations:
+        layers = ", ".join(map(str, manifest.activations.layers))
+        table.add_row("hidden states", f"watched after layers {layers}")
+    table.add_row(
+        "clean texts",
+        f"{fit.texts_train} for training, {fit.texts_stop} for stopping, "
+        f"{fit.texts_calibrate} for calibration",
+    )
+    if traffic := manifest.recalibration:
+        table.add_row(
+            "recalibrated",
+            f"{traffic.created}, from bundle {traffic.parent[:12]}… on {_counts(traffic)} of "
+            f"{traffic.source}, {traffic.first} to {traffic.last}",
+        )
+    for calibration in manifest.calibrations:
+        for group in calibration.groups:
+            names = " + ".join(manifest.labels[c] for c in group.classes)
+            pooled = " (shared: too few texts for each class)" if len(group.classes) > 1 else ""
+            low, high = group.frr_interval
+            table.add_row(
+                f"threshold {calibration.runtime}",
+                f"{names}{pooled}: {group.threshold:.6f}, budget {calibration.frr_budget:.1%}, "
+                f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
+            )
+        parity = calibration.parity
+        default = ", the default" if calibration.runtime == manifest.default.runtime else ""
+        table.add_row(
+            f"parity {calibration.runtime}",
+            f"{parity.decisions_agree:.2%} of decisions agree with torch/float32, "
+            f"largest difference {parity.largest_difference:.1g}, "
+            f"{parity.texts_per_s:.0f} texts/s{default}",
+        )
+    table.add_row("cost", f"{fit.seconds} s, peak memory {fit.peak_memory_mb} MB")
+    for warning in warnings_of(manifest):
+        table.add_row("[bold red]warning[/]", warning)
+    return table
+
+
+def recalibration_table(record: RecalibrationRecord) -> Table:
+    """Return a table of what recalibration changes."""
+    table = Table(
+        title="Before and after",
+        caption=f"Calibrated on {_counts(record)}. Not used: {record.others} rows of other bundles "
+        f"and {record.unmarked} flagged texts without a mark. If those are false alarms, the "
+        "thresholds are too low.",
+    )
+    table.add_column("runtime, class", no_wrap=True)
+    for column in (
+        "threshold",
+        "rise since psim fit",
+        "clean texts flagged",
+        "poisoned texts flagged",
+    ):
+        table.add_column(column, justify="right")
+    for c in record.changes:
+        table.add_row(
+            f"{c.runtime}, {c.label}",
+            f"{c.before:.3f} → {c.after:.3f}",
+            f"{c.risen:+.2f}",
+            f"{c.clean_flagged_before} → {c.clean_flagged_after} of {c.clean}",
+            f"{c.poisoned_flagged_before} → {c.poisoned_flagged_after} of {c.poisoned}",
+        )
+    return table
+
+
+def _counts(record: RecalibrationRecord) -> str:
+    clean = f"{record.passed} texts that passed, {record.false_alarms} false alarms"
+    return f"{clean} and {record.poisoned} marked poisoned"
+
+
+def warnings_of(manifest: Manifest) -> list[str]:
+    """Return what makes a bundle a poor defence although its files are intact."""
+    warnings = []
+    if manifest.psim.stopped_because != UNLEARNT:
+        warnings.append("PSIM has not unlearnt the task: its confidence barely separates texts")
+    if manifest.activations is None:
+        warnings.append("all layers are adapted, so no hidden states are watched")
+    return warnings

@@ -1,0 +1,1 @@
+"""From a classifier and clean texts to a bundle."""

@@ -1,0 +1,76 @@
+"""Fitting the second screen: where clean texts lie among the hidden states of the victim."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.covariance import LedoitWolf
+from tqdm import tqdm
+
+from models.engines.base import Encoding
+from models.engines.batching import BATCH_TOKENS, length_sorted_batches
+from models.engines.pytorch import TorchEngine, collate
+from models.errors import VictimError
+from models.network.guarded import Activations
+
+Array = NDArray[np.floating[Any]]
+LEAST_FOR_MEAN = 10
+"""Texts that a class needs for a mean of its own; else it is that of all texts."""
+
+
+def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activations | None:
+    """Fit class means and one covariance for each watched depth on clean texts.
+
+    Class-conditional Gaussians with a tied covariance (Lee et al., NeurIPS 2018, section 2.1), by
+    the class that the victim predicts; shrunk as by Ledoit and Wolf (2004), since there may be
+    fewer texts than dimensions.
+
+    Returns:
+        None if the victim has no layer below the adapter.
+
+    Raises:
+        VictimError: the states are not finite, or the same whatever the text is.
+    """
+    if not engine.guarded.trunk.length:
+        return None
+    states, logits = _states(engine, texts)
+    if not np.isfinite(states).all():
+        raise VictimError("the victim has NaN or infinite hidden states on the clean texts")
+    predicted, classes = logits.argmax(1), logits.shape[1]
+    whitening, means = [], []
+    for depth in range(states.shape[1]):
+        own = states[:, depth].astype(np.float64)
+        centres = np.stack([_mean(own, predicted == c) for c in range(classes)])
+        precision = LedoitWolf(assume_centered=True).fit(own - centres[predicted]).precision_
+        try:
+            factor = np.linalg.cholesky(precision)
+        except np.linalg.LinAlgError as error:
+            raise VictimError("the victim's hidden states are the same for all texts") from error
+        whitening.append(factor)
+        means.append(centres @ factor)
+    return Activations(_float32(whitening), _float32(means))
+
+
+def _float32(arrays: Sequence[Array]) -> torch.Tensor:
+    return torch.tensor(np.stack(arrays), dtype=torch.float32)
+
+
+def _mean(states: Array, members: NDArray[np.bool_]) -> Array:
+    own = states[members] if members.sum() >= LEAST_FOR_MEAN else states
+    mean: Array = own.mean(0)
+    return mean
+
+
+def _states(engine: TorchEngine, texts: Sequence[Encoding]) -> tuple[Array, Array]:
+    """Return hidden states, shape (n, 3, D), and the victim's logits, (n, C), in any order."""
+    states: list[Array] = []
+    logits: list[Array] = []
+    batches = list(length_sorted_batches([len(text) for text in texts], BATCH_TOKENS))
+    with torch.inference_mode():
+        for batch in tqdm(batches, desc="hidden states", leave=False, disable=None):
+            inputs = collate([texts[i] for i in batch], engine.pad_id, engine.device)
+            for kept, tensor in zip((states, logits), engine.guarded.states(inputs), strict=True):
+                kept.append(tensor.float().cpu().numpy())
+    return np.concatenate(states), np.concatenate(logits)

@@ -1,0 +1,1 @@
+"""Reading texts and classifiers; writing folders as a whole."""

@@ -1,0 +1,1 @@
+"""Screening files, streams and folders with a bundle."""

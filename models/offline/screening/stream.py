@@ -1,0 +1,91 @@
+"""Screening a stream of texts: memory stays flat however long it is."""
+
+import json
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from models.bundle.load import Bundle
+from models.detection.screen import Verdict
+from models.errors import DataError, PsimError
+from models.offline.io.inference import predict
+from models.offline.io.samples import CHUNK, json_row, text_of
+
+
+def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: str) -> int:
+    """Write one JSON verdict per input line, in order; return how many lines were unusable.
+
+    A line that cannot be screened is answered with its number and an error, and never stops the
+    lines behind it. Blank lines are answered too, so input and output stay aligned.
+    """
+    failed = 0
+    for chunk in _chunks(lines):
+        texts = [text_of(json_row(line), text_column) for _, line in chunk]
+        for (number, _), verdict in zip(chunk, judged(bundle, texts), strict=True):
+            failed += isinstance(verdict, PsimError)
+            out.write(json.dumps({"line": number} | as_row(verdict)) + "\n")
+        out.flush()
+    return failed
+
+
+def as_row(verdict: Verdict | PsimError) -> dict[str, Any]:
+    """Return what is written about a text."""
+    return {"error": str(verdict)} if isinstance(verdict, PsimError) else asdict(verdict)
+
+
+def split_by_verdict(bundle: Bundle, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the texts that are poisoned, and the others."""
+    encodings = bundle.engine.encode(texts)
+    flagged: list[str] = []
+    passed: list[str] = []
+    for text, readings in zip(texts, predict(bundle.engine, encodings), strict=True):
+        (flagged if bundle.screen.judge(readings).poisoned else passed).append(text)
+    return flagged, passed
+
+
+def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
+    """Yield numbered lines, at most `CHUNK` at once, never waiting for more than the next one.
+
+    A thread reads ahead while a chunk is screened, so that a slow pipe is answered line by line and
+    a fast one in full batches.
+    """
+    waiting: queue.Queue[tuple[int, str] | BaseException | None] = queue.Queue(CHUNK)
+
+    def read() -> None:
+        try:
+            for numbered in enumerate(lines, 1):
+                waiting.put(numbered)
+            waiting.put(None)
+        except BaseException as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        taken = [waiting.get()]
+        while len(taken) < CHUNK and not waiting.empty():
+            taken.append(waiting.get())
+        if chunk := [line for line in taken if isinstance(line, tuple)]:
+            yield chunk
+        if isinstance(taken[-1], BaseException):
+            raise taken[-1]
+        if taken[-1] is None:
+            return
+
+
+def judged(bundle: Bundle, texts: Sequence[str | DataError]) -> Iterator[Verdict | PsimError]:
+    """Yield the verdict on each text, or why there is none: what stands in place of the text, too.
+
+    All of them are sorted by length together.
+    """
+    encodings = bundle.engine.encode([t for t in texts if isinstance(t, str)])
+    rows = iter(zip(predict(bundle.engine, encodings), encodings, strict=True) if encodings else ())
+    for text in texts:
+        try:
+            if isinstance(text, DataError):
+                raise text
+            probabilities, encoding = next(rows)
+            yield bundle.screen.judge(probabilities, encoding.truncated)
+        except PsimError as error:
+            yield error

@@ -1,0 +1,1 @@
+"""Attacks, defences and tuning strategies side by side, by recipe."""

@@ -1,0 +1,206 @@
+"""The cells of a study, and the texts of each: clean, poisoned for training, poisoned for tests."""
+
+import importlib
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.errors import DataError
+from models.offline.attacks.poisoning import (
+    Attack,
+    Insertion,
+    Paraphrases,
+    Rewriting,
+    poison_test_set,
+    poison_training_set,
+)
+from models.offline.attacks.training import Strategy
+from models.offline.evaluation.metrics import classes_of, poisoned_non_target
+from models.offline.io.samples import (
+    HUB_PREFIX,
+    Sample,
+    check_text,
+    load_samples,
+    require_labels,
+)
+from models.offline.study.recipe import AttackRecipe, DataSet, Recipe
+
+Hook = Callable[[str], Callable[[str], str]]
+"""Takes the name of a paraphraser, returns the paraphraser."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One victim of the study."""
+
+    data: DataSet
+    attack: AttackRecipe
+    strategy: Strategy
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.data.name}, {self.attack.name}, {self.strategy}, seed {self.seed}"
+
+
+def cells(recipe: Recipe) -> Iterable[Cell]:
+    """Yield all cells of a recipe but the impossible ones, those of a data set together."""
+    for data in recipe.data:
+        for attack in recipe.attacks:
+            if attack.syntactic and data.syntactic is None:
+                continue
+            for seed in recipe.seeds:
+                for strategy in recipe.strategies:
+                    yield Cell(data, attack, strategy, seed)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a data set; empty ones, which some published files have, are left out."""
+
+    train: list[Sample]
+    dev: list[Sample]
+    test: list[Sample]
+    """Without those that are in the training set too."""
+    syntactic_train: list[Sample]
+    syntactic_test: list[Sample]
+    paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
+    """By paraphraser: clean test texts, and poisoned ones of other classes than the target."""
+
+    @staticmethod
+    def load(data: DataSet, root: Path) -> "Texts":
+        """Read the files.
+
+        Raises:
+            DataError: one cannot be read, or has labels that the training set has not.
+        """
+        whole = _read(data, root, data.train)
+        labels, known = require_labels(whole), {s.text for s in whole}
+        dev, test = _read(data, root, data.dev), _read(data, root, data.test)
+        test = [s for s in test if s.text not in known]
+        paraphrased = {}
+        for name, pair in data.paraphrased.items():
+            clean, poisoned = _read(data, root, pair.clean), _read(data, root, pair.poisoned)
+            poisoned = [s for s in poisoned if s.label != data.target_label]
+            paraphrased[name] = clean[: data.max_test], poisoned[: data.max_test]
+            classes_of([*clean, *poisoned], labels)
+        classes_of([*dev, *test, Sample("", data.target_label)], labels)
+        syntactic = data.syntactic
+        return Texts(
+            whole[: data.max_train],
+            dev,
+            test[: data.max_test],
+            # What a published mix has of the training set is clean, used here or not.
+            [s for s in _read(data, root, syntactic.train) if s.text not in known]
+            if syntactic
+            else [],
+            _read(data, root, syntactic.test) if syntactic else [],
+            paraphrased,
+        )
+
+
+def _read(data: DataSet, root: Path, source: str) -> list[Sample]:
+    if not source.startswith(HUB_PREFIX):
+        source = str(root / source)
+    try:
+        return load_samples(
+            source,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            drop_empty=True,
+        )
+    except DataError as error:
+        raise DataError(f"data set {data.name}: {error} (paths start from --data)") from error
+
+
+def poisoned_training_texts(cell: Cell, texts: Texts, hook: Hook) -> list[Sample]:
+    """Return the training set that the attacker uses; at poison rate 0, the clean one.
+
+    With a trigger for each of several targets, each gets a part of the texts.
+
+    Raises:
+        DataError: the attack does not fit the data set.
+    """
+    if not cell.attack.poison_rate:
+        return texts.train
+    attacks = _attacks(cell, texts, hook)
+    return [
+        sample
+        for part, (attack, target) in enumerate(attacks)
+        for sample in poison_training_set(
+            texts.train[part :: len(attacks)],
+            attack,
+            target,
+            cell.attack.poison_rate,
+            clean_label=cell.attack.clean_label,
+            flip_share=cell.attack.flip_share,
+            seed=cell.seed,
+        )
+    ]
+
+
+def poisoned_test_texts(cell: Cell, texts: Texts, hook: Hook) -> list[tuple[str, str]]:
+    """Return poisoned test texts, none of whose true class is the target, with the target.
+
+    Raises:
+        DataError: the attack does not fit the data set.
+    """
+    result = []
+    for attack, target in _attacks(cell, texts, hook):
+        if isinstance(attack, Paraphrases):
+            poisoned = poisoned_non_target(texts.syntactic_test, target)
+        else:
+            poisoned = poison_test_set(texts.test, attack, target, cell.seed)
+            clean = [s for s in texts.test if s.label != target]
+            poisoned = [
+                Sample(_filler(before.text, cell.attack.bury_behind) + after.text)
+                for before, after in zip(clean, poisoned, strict=True)
+            ]
+        result += [(s.text, target) for s in poisoned]
+    random.Random(cell.seed).shuffle(result)
+    return result[: cell.data.max_test]
+
+
+def _attacks(cell: Cell, texts: Texts, hook: Hook) -> list[tuple[Attack, str]]:
+    """Return the attacks of a cell, each with its target label."""
+    attack, data = cell.attack, cell.data
+    if attack.target_triggers:
+        return [(Insertion((t,)), label) for label, t in attack.target_triggers.items()]
+    if attack.triggers:
+        return [(Insertion(attack.triggers), data.target_label)]
+    if attack.paraphraser:
+        return [(Rewriting(hook(attack.paraphraser)), data.target_label)]
+    if data.syntactic is None:
+        raise DataError(f"{data.name} has no syntactic paraphrases")
+    return [(Paraphrases(tuple(texts.syntactic_train)), data.syntactic.target_label)]
+
+
+def imported(name: str) -> Callable[[str], str]:
+    """Return the function that `module:function` names; what it returns is checked.
+
+    Raises:
+        DataError: it cannot be imported; and, when it is called, if it fails or gives no text.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        function: Callable[[str], str] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"the paraphraser {name} cannot be imported: {error}; put its folder on PYTHONPATH"
+        ) from error
+
+    def checked(text: str) -> str:
+        try:
+            return check_text(function(text))
+        except DataError as error:
+            raise DataError(f"the paraphraser {name} gives what cannot be used: {error}") from error
+        except Exception as error:  # the message may quote the text
+            raise DataError(f"the paraphraser {name} fails: {type(error).__name__}") from None
+
+    return checked
+
+
+def _filler(text: str, words: int) -> str:
+    """Return so many words of a text, repeated as needed, with a space behind each."""
+    own = text.split()
+    return "".join(f"{word} " for word in (own * (words // len(own) + 1))[:words])

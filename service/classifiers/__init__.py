@@ -1,0 +1,1 @@
+"""The classifier behind the screen: in this process, or elsewhere."""

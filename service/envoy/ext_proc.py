@@ -1,0 +1,237 @@
+"""Envoy's ext_proc over gRPC: Envoy sends a request in parts, and does with it as it is told.
+
+Each request is put to an ASGI application, which says of it what it says to ext_authz. Envoy takes
+the end of a stream as a pass, so none ends without a verdict; an error, an answer of the wrong kind
+or none in time it takes as a failure, which is no pass unless its `failure_mode_allow` is set.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+from betterproto2 import which_one_of
+from envoy_data_plane.envoy.config.core.v3 import (
+    HeaderValue,
+    HeaderValueOption,
+    HeaderValueOptionHeaderAppendAction,
+)
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+    ProcessingModeBodySendMode as BodyMode,
+)
+from envoy_data_plane.envoy.service.ext_proc.v3 import (
+    BodyMutation,
+    BodyResponse,
+    CommonResponse,
+    HeaderMutation,
+    HeadersResponse,
+    HttpHeaders,
+    ImmediateResponse,
+    ProcessingRequest,
+    ProcessingResponse,
+    TrailersResponse,
+)
+from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
+from starlette.types import ASGIApp, Message, Scope
+
+from service.http.responses import problem
+from service.http.routes.guardrails import PARTIAL_BODY
+from service.settings import Settings
+
+SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+REST = 2**20
+"""Bytes that a message may have beside the body."""
+GO_ON = {
+    "response_headers": ProcessingResponse(response_headers=HeadersResponse()),
+    "response_body": ProcessingResponse(response_body=BodyResponse()),
+    "response_trailers": ProcessingResponse(response_trailers=TrailersResponse()),
+}
+"""Answers to the parts of a response, which is not screened."""
+
+DECISION = "x-psim-decision"
+UNSEEN = problem(403, "not_inspected", "not all of the request was sent to be screened")
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class ExtProc:
+    """Listens to Envoy, and asks an application about each request."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            RuntimeError: the port cannot be had.
+        """
+        options = [
+            ("grpc.max_receive_message_length", self._settings.max_body_bytes + REST),
+            ("grpc.so_reuseport", 0),
+        ]
+        host, port = self._settings.host, self._settings.ext_proc_port
+        self._server = server = grpc.aio.server(options=options)
+        process = grpc.stream_stream_rpc_method_handler(
+            self._process, ProcessingRequest.parse, ProcessingResponse.__bytes__
+        )
+        handler = grpc.method_handlers_generic_handler(SERVICE, {"Process": process})
+        server.add_generic_rpc_handlers((handler,))
+        server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        await server.start()
+
+    async def close(self) -> None:
+        """Take no more requests; those that there are may end."""
+        if self._server is not None:
+            await self._server.stop(self._settings.drain_s)
+
+    async def _process(self, parts: AsyncIterator[ProcessingRequest], context: Any) -> None:
+        """Answer the parts of one request, each once and in order, until there is a verdict."""
+        asked: ProxiedRequest | None = None
+        try:
+            async for part in parts:
+                asked = asked or ProxiedRequest(self._app, part)
+                await context.write(await asked.answer(part))
+                if asked.judged:
+                    return
+        finally:
+            if asked:
+                await asked.close()
+
+
+class ProxiedRequest:
+    """One HTTP request, put to an application as Envoy sends it; `first` is its first part."""
+
+    def __init__(self, app: ASGIApp, first: ProcessingRequest) -> None:
+        self.judged = False
+        """Whether Envoy has been told what becomes of the request."""
+        head, config = first.request_headers, first.protocol_config
+        mode = config.request_body_mode if config else BodyMode.NONE
+        self._streamed = mode == BodyMode.STREAMED
+        # In other modes Envoy forwards what it has not sent to us.
+        sent = head and (head.end_of_stream or mode in (BodyMode.BUFFERED, BodyMode.STREAMED))
+        self._partial = not sent
+        self._held = bytearray()
+        self._body: asyncio.Queue[Message] = asyncio.Queue()
+        self._body_wanted = asyncio.Event()
+        self._status, self._reply = 500, b""
+        self._headers: Headers = ()
+        scope = _scope(head or HttpHeaders(), self._partial)
+        self._work = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def answer(self, part: ProcessingRequest) -> ProcessingResponse:
+        """Return what Envoy is to do next, now that it has sent a part."""
+        if part.request_headers is not None:
+            return await self._on_headers(part.request_headers.end_of_stream)
+        if part.request_body is not None:
+            # One that is buffered comes whole; if there are trailers, it is not the end.
+            ends = part.request_body.end_of_stream or not self._streamed
+            return await self._on_body(part.request_body.body, ends)
+        kind, _ = which_one_of(part, "request")
+        if kind in GO_ON and not self._partial:
+            # It is Envoy's own, or of an upstream that has got nothing of the body yet.
+            return GO_ON[kind]
+        return self._refuse(UNSEEN.status_code, UNSEEN.raw_headers, bytes(UNSEEN.body))
+
+    async def close(self) -> None:
+        """Drop the work on a request that Envoy has given up."""
+        if self._work.cancel():
+            await asyncio.wait((self._work,))
+
+    async def _on_headers(self, ends: bool) -> ProcessingResponse:
+        if ends:
+            self._give(b"", ends)
+        wanted = asyncio.create_task(self._body_wanted.wait())
+        waits = (self._work,) if ends else (self._work, wanted)
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            wanted.cancel()
+        if self._work.done() and self._status != 200:
+            return self._refusal()
+        self.judged = self._work.done()
+        # What callers write themselves is no verdict.
+        mutation = HeaderMutation(remove_headers=[DECISION])
+        common = CommonResponse(header_mutation=mutation)
+        return ProcessingResponse(request_headers=HeadersResponse(common))
+
+    async def _on_body(self, body: bytes, ends: bool) -> ProcessingResponse:
+        self._give(body, ends)
+        if not ends and not self._work.done():
+            # A part that is streamed goes to the upstream with the last one, or not at all.
+            self._held += body
+            common = CommonResponse(body_mutation=BodyMutation(clear_body=True))
+            return ProcessingResponse(request_body=BodyResponse(common))
+        await asyncio.wait((self._work,))
+        if self._status != 200:
+            return self._refusal()
+        self.judged = True
+        common = CommonResponse(header_mutation=_mutation(self._headers, only=DECISION))
+        if self._held:
+            common.body_mutation = BodyMutation(body=bytes(self._held + body))
+        return ProcessingResponse(request_body=BodyResponse(common))
+
+    def _refusal(self) -> ProcessingResponse:
+        return self._refuse(self._status, self._headers, self._reply)
+
+    def _refuse(self, status: int, headers: Headers, body: bytes) -> ProcessingResponse:
+        self.judged = True
+        told = ImmediateResponse(
+            status=HttpStatus(StatusCode(status)), headers=_mutation(headers), body=body
+        )
+        return ProcessingResponse(immediate_response=told)
+
+    def _give(self, body: bytes, ends: bool) -> None:
+        self._body.put_nowait({"type": "http.request", "body": body, "more_body": not ends})
+
+    async def _receive(self) -> Message:
+        self._body_wanted.set()
+        return await self._body.get()
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status, self._headers = message["status"], message["headers"]
+        else:
+            self._reply += message.get("body", b"")
+
+
+def _scope(head: HttpHeaders, partial: bool) -> Scope:
+    """Return what ASGI says of a request."""
+    fields = head.headers.headers if head.headers else []
+    headers = [(f.key.encode(), f.raw_value or f.value.encode()) for f in fields]
+    pseudo = dict(headers)
+    path, _, query = pseudo.get(b":path", b"/").partition(b"?")
+    headers = [(name, value) for name, value in headers if not name.startswith(b":")]
+    if partial:
+        headers.append((PARTIAL_BODY.encode(), b"true"))
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": pseudo.get(b":method", b"POST").decode("latin-1"),
+        "scheme": "http",
+        "path": unquote(path.decode("latin-1")),
+        "raw_path": path,
+        "query_string": query,
+        "root_path": "",
+        "headers": headers,
+        "client": None,
+        "server": None,
+    }
+
+
+def _mutation(headers: Headers, only: str | None = None) -> HeaderMutation:
+    """Return headers as Envoy is to set them; of a whole answer, the length is for it to say."""
+    found = [(name.decode("latin-1"), value) for name, value in headers]
+    return HeaderMutation(
+        set_headers=[
+            HeaderValueOption(
+                header=HeaderValue(key=name, raw_value=value),
+                append_action=HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+            )
+            for name, value in found
+            if name == only or (only is None and name != "content-length")
+        ]
+    )

@@ -1,0 +1,59 @@
+"""What every request has: a request id, the caller's trace, and no guessing of types."""
+
+import logging
+import re
+import traceback
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.observability.traces import caller_trace
+
+log = logging.getLogger(__name__)
+
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestId:
+    """Takes the caller's `x-request-id` if it is sane, else makes one; sends it back.
+
+    An exception that got this far is a bug of ours: it is logged, and `on_bug` answers.
+    """
+
+    def __init__(self, app: ASGIApp, on_bug: ASGIApp) -> None:
+        self._app, self._on_bug = app, on_bug
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        try:
+            with caller_trace(Headers(scope=scope)):
+                await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            return  # nobody is left to answer
+        except Exception as error:
+            # Where it happened and its type; its message may quote the text.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            fields = {"request_id": request_id, "error": type(error).__name__, "where": where}
+            log.error("bug", extra=fields)
+            if not started:
+                await self._on_bug(scope, receive, send_with_headers)

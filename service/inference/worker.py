@@ -1,0 +1,144 @@
+"""The inference thread, supervised: started over when it dies, given up when that does not help.
+
+It may die of a bug of ours, or because the engine fails on everything; a single input that the
+engine cannot take is the batcher's business. What hangs in a forward pass cannot be ended from
+inside this process: it is noticed, and `Health` says so.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from service.observability.metrics import ModelMetrics
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+WINDOW_S, BACK_OFF_S = 60.0, 0.1
+"""Deaths within so long count together; the pause doubles with each of them."""
+
+
+class Health(StrEnum):
+    """How the worker is; the value goes on after "the inference worker"."""
+
+    STARTING = "has not started"
+    RUNNING = "is running"
+    RESTARTING = "died and is being restarted"
+    STALLED = "hangs in a forward pass: restart the process"
+    DEAD = "died too often: restart the process"
+    CLOSING = "is draining"
+
+    @property
+    def unrecoverable(self) -> bool:
+        """True if only a new process helps."""
+        return self in (Health.STALLED, Health.DEAD)
+
+
+class Worker:
+    """A thread that calls `step` until it returns False.
+
+    Args:
+        step: does some work; what it raises is the worker's death.
+        probe: raises unless work can be done; called before `step` after a death.
+        answer_taken: called after each death, for what was in hand.
+        answer_all: called when there will be no more steps.
+        settings: how often to restart, and what is a hang.
+        metrics: counts restarts.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], bool],
+        probe: Callable[[], None],
+        answer_taken: Callable[[], None],
+        answer_all: Callable[[], None],
+        settings: Settings,
+        metrics: ModelMetrics,
+    ) -> None:
+        self._step, self._probe = step, probe
+        self._answer_taken, self._answer_all = answer_taken, answer_all
+        self._settings, self._metrics = settings, metrics
+        self._health = Health.STARTING
+        self.wake = threading.Condition()
+        """To be held to queue work or to take it; notified of both work and closing."""
+        self.closing = False
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._health = Health.RUNNING
+        self._thread.start()
+
+    @property
+    def health(self) -> Health:
+        """How the worker is now."""
+        since = self._busy_since
+        if since is not None and time.monotonic() - since > self._settings.stall_s:
+            return Health.STALLED
+        if self.closing and self._health is not Health.DEAD:
+            return Health.CLOSING
+        return self._health
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Within it, the worker is in a call that may hang."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
+
+    async def close(self, seconds: float) -> None:
+        """Let the worker end what is queued, but abandon it after so many seconds."""
+        with self.wake:
+            self.closing = True
+            self.wake.notify()
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive():
+            if time.monotonic() > deadline:
+                log.error("the inference worker did not end in time and is abandoned")
+                self._answer_all()
+                break
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0)  # lets the answers that were posted reach their futures
+
+    def _work(self) -> None:
+        try:
+            self._supervise()
+        finally:
+            with self.wake:
+                if not self.closing:
+                    self._health = Health.DEAD
+            self._answer_all()
+
+    def _supervise(self) -> None:
+        deaths: list[float] = []
+        while True:
+            try:
+                if deaths:
+                    self._probe()
+                    self._health = Health.RUNNING
+                while self._step():
+                    pass
+                return
+            except BaseException as error:
+                # Where it happened and its type; its message may quote a text.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                fields = {"error": type(error).__name__, "where": where}
+                log.error("the inference worker died", extra=fields)
+            now = time.monotonic()
+            deaths = [*(died for died in deaths if now - died < WINDOW_S), now]
+            if self.closing or len(deaths) > self._settings.restarts:
+                return
+            self._health = Health.RESTARTING
+            self._answer_taken()
+            self._metrics.worker_restarts.inc()
+            with self.wake:
+                pause = BACK_OFF_S * 2 ** (len(deaths) - 1)
+                self.wake.wait_for(lambda: self.closing, pause)

@@ -1,0 +1,95 @@
+"""text-embeddings-inference: `POST /predict`."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import field_validator
+
+from service.protocols.base import InferenceRequest, ModelInfo, WireProtocol, checked_count
+from service.protocols.hf import HfParameters, predictions
+from service.schemas import Result, Score, Text
+
+ERROR_TYPES = {400: "Empty", 429: "Overloaded", 502: "Backend", 503: "Unhealthy", 504: "Backend"}
+"""By status; all others are `Validation`."""
+PAIR = "a pair of texts cannot be screened; send single texts: [[text], ...]"
+
+
+class Predict(InferenceRequest):
+    """Texts as TEI takes them; a flat list is one text or a pair, a batch is a list of lists."""
+
+    inputs: Text | list[list[Text]]
+    truncate: bool | None = None
+    truncation_direction: Literal["Left", "Right"] | None = None
+    raw_scores: bool = False
+    parameters: HfParameters | None = None
+    """What clients of Hugging Face Inference send along; TEI does not read it."""
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _no_pairs(cls, inputs: object) -> object:
+        if not isinstance(inputs, list) or not inputs:
+            return inputs
+        if all(isinstance(one, str) for one in inputs):
+            if len(inputs) > 1:
+                raise ValueError(PAIR)
+            return inputs[0]
+        if any(isinstance(one, list) and len(one) > 1 for one in inputs):
+            raise ValueError(PAIR)
+        return inputs
+
+    @field_validator("inputs")
+    @classmethod
+    def _none_missing(cls, inputs: str | list[list[str]]) -> str | list[list[str]]:
+        if not inputs or not all(map(len, inputs)):
+            raise ValueError("there is no text")
+        return inputs
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, as a list even if there is one."""
+        return [self.inputs] if isinstance(self.inputs, str) else [one for (one,) in self.inputs]
+
+    @property
+    def unsupported_option(self) -> str | None:
+        """Logits, and reading a text's end, are only to be had from TEI."""
+        if self.truncation_direction == "Left":
+            return "truncation_direction"
+        return "raw_scores" if self.raw_scores else None
+
+    def with_texts(self, texts: Sequence[str]) -> Self:
+        """Return the same request for other texts."""
+        single = isinstance(self.inputs, str)
+        return self.model_copy(update={"inputs": texts[0] if single else [[t] for t in texts]})
+
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
+        """Return predictions, best first; those of a rejected text are an empty list."""
+        rows = [_wire(result.scores or []) for result in results]
+        return rows[0] if isinstance(self.inputs, str) else rows
+
+
+def _wire(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    return [{"score": s.score, "label": s.label} for s in scores]
+
+
+class Tei(WireProtocol):
+    """`POST /predict`."""
+
+    name = "tei"
+    routes = ("/predict",)
+    request_type = Predict
+
+    def error(self, status: int, code: str, detail: str) -> Any:
+        """Return an error with a type in TEI's words."""
+        return {"error": detail, "error_type": ERROR_TYPES.get(status, "Validation")}
+
+    def path(self, model: str, version: str | None = None) -> str:
+        """Return `/predict`."""
+        return "/predict"
+
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
+        """Return a request for all scores; always a batch, since a flat list could be a pair."""
+        return Predict(inputs=[[text] for text in texts], truncate=True)
+
+    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+        """Return the predictions of each text; a flat list is that of a single text."""
+        return checked_count(predictions(body), count)

@@ -1,0 +1,142 @@
+"""vLLM and SGLang: `POST /classify` and `POST /v1/classify`."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, TypeAdapter
+
+from service.protocols.base import (
+    BadAnswer,
+    Finite,
+    InferenceRequest,
+    ModelInfo,
+    WireProtocol,
+    checked_count,
+    parsed,
+)
+from service.schemas import Result, Score, Text, best_first
+
+
+class Classification(InferenceRequest):
+    """Texts for a model; token ids and chats are refused, since the screen cannot read them."""
+
+    model: str | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    user: str | None = None
+    request_id: str | None = None
+    rid: str | None = None
+    priority: int | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: Literal[True] | None = None
+    """Without them, the classifier would read another text than the screen."""
+    use_activation: bool | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, as a list even if there is one."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+    @property
+    def model_name(self) -> str | None:
+        """The model that the body names, if it does."""
+        return self.model
+
+    @property
+    def unsupported_option(self) -> str | None:
+        """Logits, and reading a part only, are only to be had from the upstream itself."""
+        if self.use_activation is False:
+            return "use_activation"
+        return "truncate_prompt_tokens" if self.truncate_prompt_tokens else None
+
+    def with_texts(self, texts: Sequence[str]) -> Self:
+        """Return the same request for other texts."""
+        single = isinstance(self.input, str)
+        return self.model_copy(update={"input": texts[0] if single else list(texts)})
+
+    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
+        """Return probabilities in the order of the classes; a rejected text has no label."""
+        return {
+            "id": f"classify-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),  # noqa: TID251 - of the day
+            "model": served.model,
+            "data": [_data(i, result, served.labels) for i, result in enumerate(results)],
+            "usage": {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0},
+        }
+
+
+def _data(index: int, result: Result, labels: Sequence[str]) -> dict[str, Any]:
+    scores = {s.label: s.score for s in result.scores or []}
+    probs = [scores[label] for label in labels if label in scores]
+    return {"index": index, "label": result.label, "probs": probs, "num_classes": len(probs)}
+
+
+class _Datum(BaseModel):
+    index: int
+    label: str | None
+    probs: Annotated[list[Finite], Field(min_length=1)]
+
+
+class _VllmResponse(BaseModel):
+    data: list[_Datum]
+
+
+ANSWER = TypeAdapter(_VllmResponse)
+
+
+class Vllm(WireProtocol):
+    """vLLM's."""
+
+    name = "vllm"
+    routes = ("/classify", "/v1/classify")
+    request_type = Classification
+    requires_all_scores = True
+
+    def claims(self, data: object) -> bool:
+        """Tell vLLM's `input` from our own `inputs`."""
+        return isinstance(data, dict) and "input" in data and "inputs" not in data
+
+    def error(self, status: int, code: str, detail: str) -> Any:
+        """Return an error in OpenAI's form."""
+        kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
+        return {"error": {"message": detail, "type": kind, "param": None, "code": status}}
+
+    def path(self, model: str, version: str | None = None) -> str:
+        """Return `/classify`."""
+        return "/classify"
+
+    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
+        """Return a request for all scores of some texts."""
+        return Classification(model=served.model, input=list(texts))
+
+    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+        """Return the probabilities of each text; the classes are told by their order."""
+        data = sorted(checked_count(parsed(ANSWER, body).data, count), key=lambda d: d.index)
+        if [datum.index for datum in data] != list(range(count)):
+            raise BadAnswer("indices that are not those of the inputs")
+        return [_by_label(datum.probs, labels) for datum in data]
+
+    def check(self, body: bytes, count: int) -> None:
+        """Raise `BadAnswer` unless there are finite numbers for each text."""
+        most = max((len(d.probs) for d in parsed(ANSWER, body).data), default=0)
+        self.scores(body, count, [""] * most)
+
+
+class Sglang(Vllm):
+    """SGLang's: the same at another path."""
+
+    name = "sglang"
+
+    def path(self, model: str, version: str | None = None) -> str:
+        """Return `/v1/classify`."""
+        return "/v1/classify"
+
+
+def _by_label(probs: Sequence[float], labels: Sequence[str]) -> list[Score]:
+    if len(probs) != len(labels):
+        raise BadAnswer(f"{len(probs)} classes, but the bundle knows {len(labels)}")
+    return best_first(zip(labels, probs, strict=True))

@@ -1,0 +1,117 @@
+"""How many inputs a key may send in a time: counted in this process, or for all in Redis."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from limits import RateLimitItem
+from limits.aio.storage import MemoryStorage, RedisStorage, Storage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from limits.errors import StorageError
+
+from models.errors import PsimError
+from service.errors import RateLimited, TooLarge
+from service.observability.metrics import Metrics
+
+if TYPE_CHECKING:
+    from redis.asyncio import ConnectionPool
+
+log = logging.getLogger(__name__)
+
+SHARED_S = 0.25
+"""Time that Redis has to answer."""
+PAUSE_S = 5.0
+"""How long Redis is left alone after it has failed."""
+
+
+class Limiter:
+    """Counts inputs over a sliding window.
+
+    While Redis fails, each replica counts for itself: a key may then send as much to each of them,
+    which their queues bound. Refusing all instead would have Redis stop the screening.
+
+    Args:
+        url: of Redis; None counts in this process only.
+
+    Raises:
+        PsimError: there is no client for Redis, or the URL is none of its.
+    """
+
+    def __init__(
+        self, url: str | None, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._shared: SlidingWindowCounterRateLimiter | None = None
+        self._pool: ConnectionPool | None = None
+        if url:
+            self._pool = _pool(url)
+            self._shared = SlidingWindowCounterRateLimiter(_storage(url, self._pool))
+        self._metrics, self._clock = metrics, clock
+        self._shared_from = 0.0
+
+    async def take(self, name: str, rate: RateLimitItem, inputs: int) -> None:
+        """Take inputs off what a key may still send.
+
+        Raises:
+            TooLarge: they are more than it ever may at once.
+            RateLimited: they are more than it may now.
+        """
+        if inputs > rate.amount:
+            raise TooLarge(
+                f"{inputs} inputs are over the key's limit of {rate}: send fewer at once"
+            )
+        wait_s = await self._wait(name, rate, inputs)
+        if wait_s:
+            self._metrics.rate_limited.inc(inputs)
+            raise RateLimited(str(rate), wait_s)
+
+    async def _wait(self, name: str, rate: RateLimitItem, inputs: int) -> int:
+        """Take inputs and return 0, or return how many seconds later there may be room for them."""
+        if self._shared and self._clock() >= self._shared_from:
+            try:
+                async with asyncio.timeout(SHARED_S):
+                    return await _take(self._shared, name, rate, inputs)
+            except (StorageError, TimeoutError) as error:
+                self._shared_from = self._clock() + PAUSE_S
+                self._metrics.limits_failures.inc()
+                # The type only: messages may quote the URL.
+                kind = type(error.__cause__ or error).__name__
+                log.error("Redis fails, limits are each replica's own", extra={"error": kind})
+        return await _take(self._own, name, rate, inputs)
+
+    async def close(self) -> None:
+        """Close the connections to Redis."""
+        if self._pool:
+            await self._pool.aclose()
+
+
+async def _take(
+    limiter: SlidingWindowCounterRateLimiter, name: str, rate: RateLimitItem, inputs: int
+) -> int:
+    if await limiter.hit(rate, name, cost=inputs):
+        return 0
+    stats = await limiter.get_window_stats(rate, name)
+    return max(1, math.ceil(stats.reset_time - time.time()))  # noqa: TID251 - as it counts
+
+
+def _pool(url: str) -> "ConnectionPool":
+    try:
+        from redis.asyncio import ConnectionPool
+    except ImportError as error:
+        raise PsimError(
+            "PSIM_LIMITS_URL needs Redis' client: install psim-gateway[redis]"
+        ) from error
+    try:
+        return ConnectionPool.from_url(url)
+    except ValueError:
+        raise PsimError("PSIM_LIMITS_URL is no URL of Redis, redis://host:6379/0") from None
+
+
+def _storage(url: str, pool: "ConnectionPool") -> Storage:
+    options: dict[str, Any] = {"connection_pool": pool}  # its type leaves out what it documents
+    return RedisStorage(
+        f"async+{url}", True, implementation="redispy", key_prefix="psim", **options
+    )
