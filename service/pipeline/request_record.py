@@ -16,18 +16,7 @@ from starlette.requests import ClientDisconnect
 from models.detection.screen import Verdict
 from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
-from service.errors import (
-    Forbidden,
-    Invalid,
-    Malformed,
-    NotInspected,
-    Overloaded,
-    RateLimited,
-    TooLarge,
-    UnknownModel,
-    UnsupportedMedia,
-    UpstreamRefused,
-)
+from service.errors import ServiceError
 from service.observability.drift import Drift
 from service.observability.metrics import Metrics, ModelMetrics
 from service.observability.traces import exemplar, trace_id
@@ -213,21 +202,6 @@ def _describe(span: Span, entry: RequestRecord, outcome: str) -> None:
 
 
 def _outcome_of(error: BaseException) -> str:
-    match error:
-        case asyncio.CancelledError() | ClientDisconnect():
-            return "cancelled"
-        case Overloaded():
-            return "overloaded"
-        case (
-            Malformed()
-            | Invalid()
-            | Forbidden()
-            | NotInspected()
-            | RateLimited()
-            | TooLarge()
-            | UnknownModel()
-            | UnsupportedMedia()
-            | UpstreamRefused()
-        ):
-            return "client_error"
-    return "error"
+    if isinstance(error, asyncio.CancelledError | ClientDisconnect):
+        return "cancelled"
+    return error.outcome if isinstance(error, ServiceError) else "error"

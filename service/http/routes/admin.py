@@ -4,8 +4,8 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from service.http.openapi import problems
 from service.http.responses import json_response, problem
-from service.http.routes.classify import problems
 from service.lifecycle.registry import Registry
 from service.lifecycle.reload import Reloader, ReloadFailed, ReloadRunning
 

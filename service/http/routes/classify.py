@@ -10,36 +10,21 @@ from fastapi import APIRouter, Request, Response
 from service.classifiers.base import Call
 from service.errors import UnknownModel
 from service.http.deadline import Deadline, while_connected
+from service.http.openapi import ERROR_STATUSES, documented
 from service.http.parsing import parse, read_json
-from service.http.responses import PROBLEM_JSON, STATUS, json_response, relayed
+from service.http.responses import json_response, relayed
 from service.lifecycle.registry import Registry
 from service.pipeline.gateway import GatewayResult
 from service.pipeline.request_record import Recorder, RequestRecord
 from service.protocols.base import ModelInfo, WireProtocol
 from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
-from service.schemas import ClassifyResponse, Problem, worst
+from service.schemas import ClassifyResponse, worst
 from service.security.access import caller_of
 from service.settings import Settings
 
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
 """What may become a part of a path of the upstream's."""
-
-
-def documented(request: type[Any], response: type[Any], statuses: Sequence[int]) -> dict[str, Any]:
-    """Return OpenAPI arguments: the body is parsed by hand, more strictly than FastAPI does."""
-    content = {"application/json": {"schema": request.model_json_schema()}}
-    return {
-        "response_model": response,
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": problems(*statuses),
-    }
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return what OpenAPI says of errors."""
-    content = {PROBLEM_JSON: {"schema": Problem.model_json_schema()}}
-    return {s: {"content": content, "description": HTTPStatus(s).phrase} for s in statuses}
 
 
 class ClassifyHandler:
@@ -104,8 +89,7 @@ def _add(
 ) -> None:
     arguments: dict[str, Any] = {"response_model": None, "include_in_schema": False}
     if protocols[0].request_type is ClassifyRequest:
-        statuses = sorted({403, *STATUS.values()})
-        arguments = documented(ClassifyRequest, ClassifyResponse, statuses)
+        arguments = documented(ClassifyRequest, ClassifyResponse, ERROR_STATUSES)
 
     @router.post(route, **arguments)
     async def classify(request: Request) -> Response:

@@ -11,9 +11,9 @@ from pydantic import BaseModel
 
 from service.errors import NotReady
 from service.http.deadline import Deadline, while_connected
+from service.http.openapi import ERROR_STATUSES, documented, problems
 from service.http.parsing import read
-from service.http.responses import STATUS
-from service.http.routes.classify import documented, prefixed, problems, server_timing
+from service.http.routes.classify import prefixed, server_timing
 from service.lifecycle.registry import Registry
 from service.observability.metrics import Metrics
 from service.pipeline.request_record import Recorder
@@ -21,14 +21,12 @@ from service.schemas import ExplainRequest, ExplainResponse, ScreenRequest, Scre
 from service.security.access import caller_of
 from service.settings import Settings
 
-STATUSES = sorted(set(STATUS.values()))
-
 
 def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRouter:
     """Return the native routes that are about a model."""
     router = APIRouter()
 
-    @router.post("/screen", **documented(ScreenRequest, ScreenResponse, STATUSES))
+    @router.post("/screen", **documented(ScreenRequest, ScreenResponse, ERROR_STATUSES))
     async def screen(request: Request) -> Response:
         """Screen every input with PSIM; classify none."""
         by = caller_of(request)
@@ -40,7 +38,7 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
         answer = ScreenResponse(bundle=gateway.served.bundle, results=results)
         return _json(answer, {"server-timing": server_timing(entry)})
 
-    @router.post("/explain", **documented(ExplainRequest, ExplainResponse, STATUSES))
+    @router.post("/explain", **documented(ExplainRequest, ExplainResponse, ERROR_STATUSES))
     async def explain(request: Request) -> Response:
         """Say which words of a text the screen minds, and what carries its trigger."""
         by = caller_of(request)
