@@ -23,7 +23,7 @@ from test_dialects import ASKED, ERRORS
 from test_upstream import SOUND, Peer
 
 from service.app import create_app
-from service.http.routes.guardrails import EXT_PROC
+from service.route_table import EXT_PROC
 from service.settings import Settings
 
 EXAMPLES = Path(__file__).parent.parent / "deploy/envoy"

@@ -28,7 +28,7 @@ from test_api import CLEAN, POISONED, client_of, metric
 
 from models.errors import PsimError
 from service.app import create_app
-from service.http.routes.guardrails import EXT_PROC
+from service.route_table import EXT_PROC
 from service.settings import Settings
 
 CLEAN_BODY, POISONED_BODY = (f'{{"inputs": [["{text}"]]}}'.encode() for text in (CLEAN, POISONED))

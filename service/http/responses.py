@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from service.errors import ServiceError, UpstreamRefused
 from service.protocols.base import WireProtocol
 from service.protocols.native import Native
+from service.route_table import route_of
 
 PROBLEM_JSON = Native.error_media
 
@@ -59,12 +60,19 @@ def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Res
     return response
 
 
+def _protocol_of(request: Request) -> WireProtocol:
+    """Return the protocol that the body was found to be in, or the first one of the route."""
+    found: WireProtocol | None = getattr(request.state, "protocol", None)
+    route = route_of(request.scope)
+    return found or (route.protocols[0] if route else Native())
+
+
 def install_error_handlers(app: Starlette) -> None:
     """Answer every expected error, unknown paths included, in the protocol of the route."""
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for it
-        return error_response(error, getattr(request.state, "protocol", Native()))
+        return error_response(error, _protocol_of(request))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it

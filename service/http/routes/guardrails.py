@@ -22,15 +22,12 @@ from service.lifecycle.registry import Registry
 from service.pipeline.request_record import Recorder
 from service.protocols.base import WireProtocol
 from service.protocols.registry import by_route
+from service.route_table import AUTHZ, EXT_PROC, GUARDRAIL, PROXIED
 from service.schemas import Decision, TextsRequest, worst
 from service.security.access import caller_of
 from service.settings import Settings
 
-AUTHZ = "/envoy/{path:path}"
-EXT_PROC = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 PARTIAL_BODY = "x-envoy-auth-partial-body"
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 FOUND = "PSIM finds a backdoor trigger in it, or cannot read it to its end"
 
 
@@ -137,7 +134,7 @@ def routes(guards: ExternalAuthz) -> APIRouter:
         """Say whether LiteLLM is to block a request."""
         return await guards.guardrail(request)
 
-    @router.api_route(AUTHZ, methods=METHODS)
+    @router.api_route(AUTHZ, methods=[*PROXIED])
     async def authorize(request: Request) -> Response:
         """Say whether Envoy is to let a request pass."""
         return await guards.authorize(request, known)
@@ -152,7 +149,7 @@ def processed(guards: ExternalAuthz) -> Starlette:
     async def authorize(request: Request) -> Response:
         return await guards.authorize(request, known, EXT_PROC)
 
-    app = Starlette(routes=[Route("/{path:path}", authorize, methods=METHODS)])
+    app = Starlette(routes=[Route("/{path:path}", authorize, methods=[*PROXIED])])
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
     return app
