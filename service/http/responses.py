@@ -44,6 +44,11 @@ def internal_error() -> Response:
     return problem(500, "internal", "an internal error; the log has it under the request id")
 
 
+def server_timing(stages: Mapping[str, float]) -> str:
+    """Return seconds by stage as a header (W3C Server Timing)."""
+    return ", ".join(f"{stage};dur={1000 * s:.2f}" for stage, s in stages.items())
+
+
 def error_response(error: ServiceError, protocol: WireProtocol) -> Response:
     """Return an expected error in the format of a protocol."""
     if isinstance(error, UpstreamRefused):
