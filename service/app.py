@@ -33,9 +33,9 @@ from service.console.status import ServiceStatus, state
 from service.http.exchange import Exchange
 from service.http.middleware import RequestId
 from service.http.responses import install_error_handlers, internal_error
-from service.http.routes import classify, guardrails
 from service.http.routes.admin import AdminRoutes
-from service.http.routes.guardrails import ExternalAuthz
+from service.http.routes.classify import ClassifyRoutes
+from service.http.routes.guardrails import ExternalAuthz, ext_proc_app
 from service.http.routes.health import HealthRoutes
 from service.http.routes.native import ModelRoutes, ProcessRoutes
 from service.http.server import serving
@@ -115,9 +115,9 @@ def create_app(
         app.include_router(AdminRoutes(models, reloader).router())
     for router in (
         ModelRoutes(models, exchange, settings).router(),
-        guardrails.routes(authz),
+        authz.router(),
         HealthRoutes(models).router(),
-        classify.routes(exchange),
+        ClassifyRoutes(exchange).router(),
     ):
         app.include_router(router)
         app.include_router(router, prefix=PREFIX, include_in_schema=False)
@@ -246,7 +246,7 @@ def _ext_proc(settings: Settings, authz: ExternalAuthz) -> "ExtProc | None":
         raise PsimError(
             f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
         ) from error
-    return ExtProc(guardrails.ext_proc_app(authz), settings)
+    return ExtProc(ext_proc_app(authz), settings)
 
 
 def _console(

@@ -6,6 +6,7 @@ from pathlib import Path
 from fakes import fake_bundle
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
+from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.observability.metrics import ROUTES as METRIC_ROUTES
@@ -44,3 +45,10 @@ def test_requests_that_are_classified_or_screened_are_counted() -> None:
     assert set(METRIC_ROUTES) == counted | {EXT_PROC}
     assert by_route().keys() < counted
     assert all(ROUTES[path].scope == "classify" for path in counted)
+
+
+def test_errors_are_in_the_protocol_of_the_route() -> None:
+    client = TestClient(application())
+    for path in ("/v2", "/v2/models/other", "/v2/models/other/ready"):
+        assert client.get(f"/for/other{path}").json().keys() == {"error"}
+    assert client.get("/for/other/info").json()["code"] == "unknown_model"

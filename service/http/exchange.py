@@ -39,7 +39,7 @@ class Completed(Generic[Body, Answer]):
     body: Body
     answer: Answer
     record: RequestRecord
-    served: ModelInfo
+    model_info: ModelInfo
 
 
 Read = Callable[[Request, Settings], Awaitable[Parsed[Body] | Response]]

@@ -1,4 +1,4 @@
-"""The way of a request: screen, decide, sanitize if asked to, classify, answer. Read this first.
+"""The path of a request: screen, decide, sanitize if asked to, classify, answer. Read this first.
 
 Fail-closed by shape: an exception while screening leaves `handle` before the classifier is called.
 """

@@ -1,7 +1,7 @@
 """Routes that classify texts, in every protocol."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +19,7 @@ from service.pipeline.gateway import Gateway, GatewayResult
 from service.protocols.base import WireProtocol
 from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
+from service.route_table import ROUTES
 from service.schemas import ClassifyResponse, worst
 from service.settings import Settings
 
@@ -26,41 +27,48 @@ VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
 """Versions of a model that may become a part of the upstream's path."""
 
 
-def routes(exchange: Exchange) -> APIRouter:
-    """Return the routes of all protocols."""
-    router = APIRouter()
-    for path, protocols in by_route().items():
-        documentation: dict[str, Any] = {"response_model": None}
-        if protocols[0].request_type is ClassifyRequest:
-            documentation = documented(ClassifyRequest, ClassifyResponse, ERROR_STATUSES)
-        add_route(router, path, _endpoint(exchange, path, protocols), **documentation)
-    return router
+class ClassifyRoutes:
+    """One route for each path that protocols classify at."""
 
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
 
-def _endpoint(exchange: Exchange, path: str, protocols: Sequence[WireProtocol]) -> Any:
-    read = partial(_read, protocols)
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter()
+        for path, protocols in by_route().items():
+            documentation: dict[str, Any] = {"response_model": None}
+            if ROUTES[path].documented:
+                documentation = documented(ClassifyRequest, ClassifyResponse, ERROR_STATUSES)
+            add_route(router, path, self._endpoint(path, protocols), **documentation)
+        return router
 
-    async def classify(request: Request) -> Response:
-        """Screen every input with PSIM; classify those that may pass."""
-        return await exchange.run(request, path, read, Gateway.handle, _respond)
+    def _endpoint(
+        self, path: str, protocols: Sequence[WireProtocol]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        read = partial(_read, protocols)
 
-    return classify
+        async def classify(request: Request) -> Response:
+            """Screen every input with PSIM; classify those that may pass."""
+            return await self._exchange.run(request, path, read, Gateway.handle, _respond)
+
+        return classify
 
 
 async def _read(
     protocols: Sequence[WireProtocol], request: Request, settings: Settings
 ) -> Parsed[Call]:
-    protocol, asked, body = await read_inference(request, protocols, settings)
+    protocol, inference, body = await read_inference(request, protocols, settings)
     version = request.path_params.get("version")
     if version is not None and not VERSION.fullmatch(version):
         raise UnknownModel("there is no such version")
     request_id = request.state.request_id
-    call = Call(asked, protocol, body, request.headers.raw, request_id, version)
-    return Parsed(call, (request.path_params.get("model"), asked.model_name))
+    call = Call(inference, protocol, body, request.headers.raw, request_id, version)
+    return Parsed(call, (request.path_params.get("model"), inference.model_name))
 
 
 def _respond(done: Completed[Call, GatewayResult]) -> Response:
-    asked, protocol, outcome = done.body.asked, done.body.protocol, done.answer
+    inference, protocol, outcome = done.body.asked, done.body.protocol, done.answer
     headers = {
         "x-psim-decision": worst(done.record.decisions),
         "server-timing": server_timing(done.record.stages),
@@ -68,13 +76,15 @@ def _respond(done: Completed[Call, GatewayResult]) -> Response:
     if outcome.rejected:
         headers["x-psim-rejected"] = ",".join(map(str, outcome.rejected))
     if outcome.refused:
-        content = protocol.rejection(asked, outcome.results, done.served, _reason(outcome))
+        content = protocol.rejection(inference, outcome.results, done.model_info, _reason(outcome))
         return json_response(HTTPStatus.FORBIDDEN, content, headers, protocol.error_media)
     if outcome.reply is not None:
         response = relayed(outcome.reply.status, outcome.reply.headers, outcome.reply.body)
         response.headers.update(headers)
         return response
-    return json_response(HTTPStatus.OK, asked.to_response(outcome.results, done.served), headers)
+    return json_response(
+        HTTPStatus.OK, inference.to_response(outcome.results, done.model_info), headers
+    )
 
 
 def _reason(outcome: GatewayResult) -> str:

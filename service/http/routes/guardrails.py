@@ -88,6 +88,13 @@ class ExternalAuthz:
         """Tell Envoy's ext_proc whether a request may pass, as `authorize` does."""
         return await self._authorize(EXT_PROC, request)
 
+    def router(self) -> APIRouter:
+        """Return the routes that proxies call over HTTP."""
+        router = APIRouter()
+        add_route(router, GUARDRAIL, self.guardrail)
+        add_route(router, AUTHZ, self.authorize)
+        return router
+
     async def _authorize(self, route: str, request: Request) -> Response:
         respond = partial(_permit_or_deny, request)
         return await self._exchange.run(request, route, self._read_proxied, Gateway.judge, respond)
@@ -135,14 +142,6 @@ def _permit_or_deny(
     protocol: WireProtocol = request.state.protocol
     content = protocol.error(403, "rejected", f"an input was rejected: {FOUND}")
     return json_response(403, content, headers, protocol.error_media)
-
-
-def routes(authz: ExternalAuthz) -> APIRouter:
-    """Return the routes that proxies call."""
-    router = APIRouter()
-    add_route(router, GUARDRAIL, authz.guardrail)
-    add_route(router, AUTHZ, authz.authorize)
-    return router
 
 
 def ext_proc_app(authz: ExternalAuthz) -> Starlette:

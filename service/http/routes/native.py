@@ -135,7 +135,7 @@ def _reader(
 
 
 def _screened(done: Completed[ScreenRequest, list[ScreenResult]]) -> Response:
-    answer = ScreenResponse(bundle=done.served.bundle, results=done.answer)
+    answer = ScreenResponse(bundle=done.model_info.bundle, results=done.answer)
     return _json(answer, {"server-timing": server_timing(done.record.stages)})
 
 
