@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import Depends, FastAPI
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle.load import Bundle, load_bundle
@@ -30,14 +30,14 @@ from service.console.access import anybody
 from service.console.app import LOOPBACK, console_app
 from service.console.audit_reader import Audit
 from service.console.status import ServiceStatus, state
+from service.http.exchange import Exchange
 from service.http.middleware import RequestId
 from service.http.responses import install_error_handlers, internal_error
-from service.http.routes import admin, health
-from service.http.routes import classify as front
-from service.http.routes import guardrails as guards
-from service.http.routes import native as api
-from service.http.routes.classify import ClassifyHandler
-from service.http.routes.guardrails import ExternalAuthz
+from service.http.routes.admin import AdminRoutes
+from service.http.routes.classify import ClassifyRoutes
+from service.http.routes.guardrails import ExternalAuthz, ext_proc_app
+from service.http.routes.health import HealthRoutes
+from service.http.routes.native import ModelRoutes, ProcessRoutes
 from service.http.server import serving
 from service.inference.batcher import Batcher, Screener
 from service.lifecycle.models_file import settings_by_model
@@ -91,9 +91,9 @@ def create_app(
     audit = _audit(settings, metrics)
     limiter = _limiter(settings, metrics)
     access = _access(settings, limiter, metrics)
-    recorder = Recorder(metrics, tracer, audit)
-    proxies = ExternalAuthz(models, recorder, settings)
-    ext_proc = _ext_proc(settings, proxies)
+    exchange = Exchange(models, Recorder(metrics, tracer, audit), settings)
+    authz = ExternalAuthz(models, exchange)
+    ext_proc = _ext_proc(settings, authz)
     console = _console(settings, models, metrics, access)
 
     _warn(settings)
@@ -110,10 +110,15 @@ def create_app(
         app.add_middleware(TakeKey, access=access)
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
-    app.include_router(api.process_routes(models, metrics))
+    app.include_router(ProcessRoutes(models, metrics).router())
     if settings.admin:
-        app.include_router(admin.routes(models, reloader))
-    for router in _about_models(models, recorder, proxies, settings):
+        app.include_router(AdminRoutes(models, reloader).router())
+    for router in (
+        ModelRoutes(models, exchange, settings).router(),
+        authz.router(),
+        HealthRoutes(models).router(),
+        ClassifyRoutes(exchange).router(),
+    ):
         app.include_router(router)
         app.include_router(router, prefix=PREFIX, include_in_schema=False)
     return app
@@ -200,15 +205,6 @@ def _challenger_of(settings: Settings, metrics: ModelMetrics) -> Challenger | No
     return Challenger(bundle, settings, metrics)
 
 
-def _about_models(
-    models: Registry, recorder: Recorder, proxies: ExternalAuthz, settings: Settings
-) -> Iterator[APIRouter]:
-    yield api.routes(models, recorder, settings)
-    yield guards.routes(proxies)
-    yield health.routes(models)
-    yield front.routes(ClassifyHandler(models, recorder, settings))
-
-
 def served_by(bundle: Bundle, settings: Settings) -> ModelInfo:
     """Return what is behind the routes."""
     name = settings.model or bundle.manifest.victim.name.rsplit("/", 1)[-1]
@@ -241,7 +237,7 @@ def _hangups(reloader: Reloader) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _ext_proc(settings: Settings, proxies: ExternalAuthz) -> "ExtProc | None":
+def _ext_proc(settings: Settings, authz: ExternalAuthz) -> "ExtProc | None":
     if settings.ext_proc_port is None:
         return None
     try:
@@ -250,7 +246,7 @@ def _ext_proc(settings: Settings, proxies: ExternalAuthz) -> "ExtProc | None":
         raise PsimError(
             f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
         ) from error
-    return ExtProc(guards.processed(proxies), settings)
+    return ExtProc(ext_proc_app(authz), settings)
 
 
 def _console(

@@ -17,23 +17,11 @@ from prometheus_client import (
 
 from models.bundle.load import Bundle
 from service.observability.drift import Comparison
+from service.route_table import COUNTED_ROUTES
 from service.schemas import Decision
 from service.settings import Settings
 
-ROUTES = (
-    "/classify",
-    "/screen",
-    "/explain",
-    "/predict",
-    "/v2/models/{model}/infer",
-    "/v2/models/{model}/versions/{version}/infer",
-    "/v1/classify",
-    "/",
-    "/models/{model:path}",
-    "/envoy/{path:path}",
-    "/envoy.service.ext_proc.v3.ExternalProcessor/Process",
-    "/beta/litellm_basic_guardrail_api",
-)
+ROUTES = COUNTED_ROUTES
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
 OVERLOADS = ("inputs", "characters", "seconds", "searches")

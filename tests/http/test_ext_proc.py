@@ -23,7 +23,7 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
 
 from models.errors import PsimError
 from service.app import create_app
-from service.http.routes.guardrails import EXT_PROC
+from service.route_table import EXT_PROC
 from service.settings import Settings
 from tests.support.envoy import head
 from tests.support.fakes import FakeEngine, fake_bundle

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from service.app import create_app
-from service.http.routes.guardrails import EXT_PROC
+from service.route_table import EXT_PROC
 from service.settings import Settings
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
 from tests.support.paths import ROOT

@@ -37,10 +37,10 @@ from service.audit import writer as audit_writer
 from service.audit.store import AuditStore
 from service.classifiers import upstream
 from service.errors import NotReady
-from service.http.routes.guardrails import EXT_PROC
 from service.inference import worker
 from service.inference.batcher import Batcher
 from service.pipeline import request_record as recorder
+from service.route_table import EXT_PROC
 from service.security.keys.file import Keys, Scope, hash_of, read_keys
 from tests.support.audit import ROW, rows, writer_of
 from tests.support.batchers import running, value
