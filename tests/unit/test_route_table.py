@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fakes import fake_bundle
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
@@ -13,6 +12,7 @@ from service.observability.metrics import ROUTES as METRIC_ROUTES
 from service.protocols.registry import PREFIX, by_route
 from service.route_table import EXT_PROC, ROUTES
 from service.settings import Settings
+from tests.support.fakes import fake_bundle
 
 ON_RAY_ONLY = {"/replicas"}
 
