@@ -24,7 +24,7 @@ from models.offline.io.inference import predict
 from models.offline.io.samples import Sample, write_samples
 from models.offline.study.cache import StepCache
 from models.offline.study.experiment import Alone
-from models.offline.study.html import Block, heading, paragraph, table, write_page
+from models.offline.study.html import Block, Heading, Paragraph, Table, write_page
 from models.offline.study.plots import Row
 from models.offline.study.recipe import AttackRecipe, DataSet, PsimDefence, Recipe
 from models.offline.study.report import mean_interval, write_study_report
@@ -203,19 +203,19 @@ def write_assurance(
     header = ["attack", "target", "seed", "missed, %", "ASR undefended, %", "ASR guarded, %"]
     header += ["FRR, %", "CA undefended, %", "CA guarded, %"]
     blocks: list[Block] = [
-        heading(1, title),
-        paragraph(f"{texts} clean texts, {truth}. False-rejection budget: {frr_budget:.1%}."),
-        heading(2, "Summary"),
-        table(
+        Heading(1, title),
+        Paragraph(f"{texts} clean texts, {truth}. False-rejection budget: {frr_budget:.1%}."),
+        Heading(2, "Summary"),
+        Table(
             [f"over {len(planted)} planted backdoors", "mean, % (95 % interval); worst"], summary
         ),
-        heading(2, "How to read this report"),
-        paragraph(READING),
-        heading(2, "Every copy"),
-        table(header, details, names=3),
-        heading(2, "What this report does not show"),
-        paragraph(LIMITS),
-        paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
+        Heading(2, "How to read this report"),
+        Paragraph(READING),
+        Heading(2, "Every copy"),
+        Table(header, details, names=3),
+        Heading(2, "What this report does not show"),
+        Paragraph(LIMITS),
+        Paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
     ]
     write_page(blocks, title, out, "assurance")
 

@@ -14,7 +14,15 @@ from scipy.stats import sem, t
 
 from models.offline.evaluation.report import ROWS
 from models.offline.fitting.fit import VERSIONS_OF
-from models.offline.study.html import Block, code, heading, paragraph, picture, table, write_page
+from models.offline.study.html import (
+    Block,
+    Code,
+    Heading,
+    Paragraph,
+    Table,
+    save_picture,
+    write_page,
+)
 from models.offline.study.plots import Row, attack_figure, psim_figure, shown_cells
 
 VICTIM = ["data", "attack", "strategy"]
@@ -66,16 +74,16 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
     frame = everything[everything["defence"] != BEFORE]
     title = f"Backdoors and defences: {', '.join(frame['data'].unique())}"
     blocks = [
-        heading(1, title),
-        paragraph(LEGEND),
+        Heading(1, title),
+        Paragraph(LEGEND),
         *_what_attacks_leave(everything, out),
         *_what_defences_stop(frame),
         *_how_psim_sees_it(rows, out, steps),
         *_how_training_went(rows),
         *_details(frame),
-        heading(2, "Recipe"),
-        code(recipe),
-        paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
+        Heading(2, "Recipe"),
+        Code(recipe),
+        Paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
     ]
     write_page(blocks, title, out)
 
@@ -109,8 +117,8 @@ def _one_each(rows: Sequence[Row]) -> Iterable[Row]:
 
 def _what_attacks_leave(frame: pd.DataFrame, out: Path) -> Iterator[Block]:
     bare = frame[frame["defence"].isin([BEFORE, "none"])]
-    yield heading(2, "What tuning leaves of the backdoor")
-    yield paragraph(
+    yield Heading(2, "What tuning leaves of the backdoor")
+    yield Paragraph(
         f"The published weights and the victims tuned from them, all without a defence. "
         f"{_kind_of_interval(bare)}"
     )
@@ -119,10 +127,10 @@ def _what_attacks_leave(frame: pd.DataFrame, out: Path) -> Iterator[Block]:
         ("Attack success rate (ASR), %", success),
         ("Clean accuracy (CA), %", _intervals(bare, "clean_accuracy")),
     ):
-        yield heading(3, title)
+        yield Heading(3, title)
         yield _wide(rates.apply(_with_interval, axis=1))
     alt = "Attack success rate by data set, attack and strategy, with the intervals of the table"
-    yield picture(out, "attack.png", attack_figure(success), alt)
+    yield save_picture(attack_figure(success), out, "attack.png", alt)
 
 
 def _kind_of_interval(bare: pd.DataFrame) -> str:
@@ -154,8 +162,9 @@ def mean_interval(rates: pd.DataFrame) -> "pd.Series[float]":
     if len(known) < 2:
         return known.mean()
     values = known["value"].to_numpy(float)
-    mean, half = float(values.mean()), float(t.ppf(0.975, len(values) - 1) * sem(values))
-    return pd.Series([mean, max(0.0, mean - half), min(100.0, mean + half)], PARTS)
+    # `t.interval` takes no scale of zero, which values that agree have.
+    limits = values.mean() + sem(values) * np.array(t.interval(0.95, len(values) - 1))
+    return pd.Series([values.mean(), *limits.clip(0, 100)], PARTS)
 
 
 def _with_interval(rate: "pd.Series[float]") -> str:
@@ -165,13 +174,13 @@ def _with_interval(rate: "pd.Series[float]") -> str:
 
 
 def _what_defences_stop(frame: pd.DataFrame) -> Iterator[Block]:
-    yield heading(2, "What defences stop")
-    yield paragraph(
+    yield Heading(2, "What defences stop")
+    yield Paragraph(
         "Each value is a mean over strategies and seeds, and covers only the victims on which the "
         "defence was tried."
     )
     for title, (column, form) in SUMMARIES.items():
-        yield heading(3, title)
+        yield Heading(3, title)
         means = frame.groupby(["data", "attack", "defence"], observed=True)[column].mean()
         yield _wide(means.map(lambda value, form=form: _number(value, form)))
 
@@ -179,18 +188,18 @@ def _what_defences_stop(frame: pd.DataFrame) -> Iterator[Block]:
 def _how_psim_sees_it(rows: Sequence[Row], out: Path, steps: Path) -> Iterator[Block]:
     for number, (data, cells) in enumerate(shown_cells(rows).items(), 1):
         if number == 1:
-            yield heading(2, "How PSIM separates clean and poisoned texts")
-            yield paragraph(
+            yield Heading(2, "How PSIM separates clean and poisoned texts")
+            yield Paragraph(
                 "Left: the scores of clean and poisoned texts, with the thresholds for a budget of "
                 "1 % (or the smallest budget that the calibration texts allow). Middle: the ROC "
                 "curve of the distance from the threshold. Right: clean accuracy and attack "
                 "success rate at other budgets. There is one victim for each attack."
             )
-        yield heading(3, data)
+        yield Heading(3, data)
         attacks = ", ".join(row["attack"] for row in cells)
         alt = f"PSIM on {data} ({attacks}): scores, ROC curve, CA and ASR by budget"
         name = f"psim-{number}-{re.sub(r'[^A-Za-z0-9]+', '-', data)}.png"
-        yield picture(out, name, psim_figure(cells, steps), alt)
+        yield save_picture(psim_figure(cells, steps), out, name, alt)
 
 
 def _how_training_went(rows: Sequence[Row]) -> Iterator[Block]:
@@ -202,24 +211,24 @@ def _how_training_went(rows: Sequence[Row]) -> Iterator[Block]:
                 how = [steps, found["stopped_because"], f"{found['fit_seconds']:.0f}"]
                 lines.setdefault(found["scores"], [*(str(row[k]) for k in CELL), name, *how])
     if lines:
-        yield heading(2, "How PSIM's training went")
+        yield Heading(2, "How PSIM's training went")
         header = ["data set", *CELL[1:], "defence"]
         header += ["checkpoints at steps", "stopped because", "seconds"]
-        yield table(header, list(lines.values()), names=len(header) - 1)
+        yield Table(header, list(lines.values()), names=len(header) - 1)
 
 
 def _details(frame: pd.DataFrame) -> Iterator[Block]:
-    yield heading(2, "Details")
-    yield paragraph("Each value is a mean over seeds.")
+    yield Heading(2, "Details")
+    yield Paragraph("Each value is a mean over seeds.")
     columns = [column for column, _ in DETAILS.values()]
     for names, cell in frame.groupby(VICTIM, observed=True):
-        yield heading(3, ", ".join(map(str, names)))
+        yield Heading(3, ", ".join(map(str, names)))
         means = cell.groupby("defence", observed=True)[columns].mean()
         lines = [
             [str(name), *(_number(line[column], form) for column, form in DETAILS.values())]
             for name, line in means.iterrows()
         ]
-        yield table(["defence", *DETAILS], lines)
+        yield Table(["defence", *DETAILS], lines)
 
 
 def _number(value: float, form: str) -> str:
@@ -230,4 +239,4 @@ def _wide(texts: "pd.Series[str]") -> Block:
     """Return a table with a row per data set and attack, and a column per last index level."""
     wide = texts.unstack(fill_value="-")
     lines = [[*names, *cells] for names, cells in zip(wide.index, wide.to_numpy(), strict=True)]
-    return table(["data set", "attack", *wide.columns], lines, names=2)
+    return Table(["data set", "attack", *wide.columns], lines, names=2)
