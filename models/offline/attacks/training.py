@@ -40,7 +40,7 @@ MAX_LENGTH = 128
 
 
 class Strategy(StrEnum):
-    """Which weights of a victim are tuned (Zhao et al., section 3)."""
+    """What of a victim is tuned (Zhao et al., section 3)."""
 
     FULL = "full"
     LORA = "lora"

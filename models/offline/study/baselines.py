@@ -15,7 +15,7 @@ from models.detection.screen import (
     min_calibration_size,
 )
 from models.errors import CalibrationError, DataError
-from models.offline.evaluation.metrics import Defended, classes_of
+from models.offline.evaluation.metrics import DefendedPredictions, classes_of
 from models.offline.io.samples import Sample, require_labels
 from models.offline.study.language_model import LanguageModel, perplexities
 
@@ -82,12 +82,12 @@ class Onion:
         """Return the texts without their suspicious words; each keeps one word at least."""
         return _cleaned(texts, self.suspicions(texts), self.threshold)
 
-    def defend(self, texts: Sequence[str], classify: Classifier) -> Defended:
+    def defend(self, texts: Sequence[str], classify: Classifier) -> DefendedPredictions:
         """Classify the cleaned texts; nothing is rejected, the score is the largest suspicion."""
         suspicions = self.suspicions(texts)
         cleaned = _cleaned(texts, suspicions, self.threshold)
         scores = np.array([words.max() for words in suspicions], np.float32)
-        return Defended(classify(cleaned).argmax(1), None, scores)
+        return DefendedPredictions(classify(cleaned).argmax(1), None, scores)
 
     def passes(self, texts: Sequence[str]) -> float:
         """Return the mean number of passes of the language model per text: its words and one."""
@@ -194,11 +194,11 @@ class Strip:
         scores: FloatArray = -entropies.mean(1).astype(np.float32)
         return scores
 
-    def defend(self, texts: Sequence[str], classify: Classifier) -> Defended:
+    def defend(self, texts: Sequence[str], classify: Classifier) -> DefendedPredictions:
         """Classify the texts themselves; those with the surest copies are rejected."""
         scores = self.scores(texts, classify)
         flagged = [is_poisoned(score, self.threshold) for score in scores.tolist()]
-        return Defended(classify(texts).argmax(1), np.array(flagged, np.bool_), scores)
+        return DefendedPredictions(classify(texts).argmax(1), np.array(flagged, np.bool_), scores)
 
     def passes(self, texts: Sequence[str]) -> float:
         """Return the number of passes of the victim per text, beside that which classifies it."""

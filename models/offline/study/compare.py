@@ -8,8 +8,8 @@ from typing import Any
 
 from models.detection.calibrate import calibrate
 from models.engines.pytorch import TorchEngine
-from models.offline.evaluation.evaluate import View
-from models.offline.evaluation.metrics import Defended, classes_of, outcome
+from models.offline.evaluation.evaluate import ScreenedTexts
+from models.offline.evaluation.metrics import DefendedPredictions, classes_of, measure_outcome
 from models.offline.fitting.fit import split_texts, train
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.inference import predict
@@ -84,7 +84,7 @@ def _psim(store: StepCache, arena: Arena, defence: PsimDefence) -> Iterator[Cont
         known = readings["dev" if rule == "dev" else "known"][:, :heard]
         screen = calibrate(known, checkpoints, defence.frr_budget, by_class=rule != "pooled")
         views = [
-            View(screen, readings[kind][:, :heard], predicted)
+            ScreenedTexts(screen, readings[kind][:, :heard], predicted)
             for kind, predicted in (
                 ("clean", arena.predicted_clean),
                 ("poisoned", arena.predicted_poisoned),
@@ -184,7 +184,7 @@ def _baseline(
     step = store.step(kind, {"case": arena.case.inputs, "defence": settings}, make)
     scores = load_scores(step.folder / SCORES)
     clean, poisoned = (
-        Defended(
+        DefendedPredictions(
             scores[f"{kind}_predicted"], scores.get(f"{kind}_flagged"), scores[f"{kind}_scores"]
         )
         for kind in ("clean", "poisoned")
@@ -206,6 +206,9 @@ def _rewritten(store: StepCache, arena: Arena, name: str) -> Contender:
 
     inputs = {"case": case.inputs, "rewritten": digest_of([clean, poisoned])}
     scores = load_scores(store.step("paraphrase", inputs, make).folder / SCORES)
-    views = Defended(scores["clean"], None), Defended(scores["poisoned"], None)
+    views = (
+        DefendedPredictions(scores["clean"], None),
+        DefendedPredictions(scores["poisoned"], None),
+    )
     truth, target = classes_of(clean, case.labels), int(arena.targets[0])
-    return Contender(name, outcome(views[0], truth, views[1], target), None, None, {})
+    return Contender(name, measure_outcome(views[0], truth, views[1], target), None, None, {})

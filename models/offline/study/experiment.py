@@ -19,10 +19,10 @@ from models.network.guarded import Guarded, Inputs
 from models.offline.evaluation.metrics import (
     AttackOutcome,
     Classes,
-    Defended,
+    DefendedPredictions,
     classes_of,
-    outcome,
-    unflagged,
+    measure_outcome,
+    undefended,
 )
 from models.offline.fitting.fit import max_length_of
 from models.offline.io.classifiers import load_classifier
@@ -117,21 +117,21 @@ class Arena:
     @property
     def undefended(self) -> AttackOutcome:
         """What the attack does where nothing is in its way."""
-        views = unflagged(self.predicted_clean), unflagged(self.predicted_poisoned)
-        return outcome(views[0], self.truth, views[1], self.targets)
+        views = undefended(self.predicted_clean), undefended(self.predicted_poisoned)
+        return measure_outcome(views[0], self.truth, views[1], self.targets)
 
     def entry(
         self,
         name: str,
-        clean: Defended,
-        poisoned: Defended,
+        clean: DefendedPredictions,
+        poisoned: DefendedPredictions,
         passes: float,
         time: float,
         **details: Any,
     ) -> Contender:
         """ZScore a defence against the truth."""
         fires = self.predicted_poisoned == self.targets
-        measured = outcome(clean, self.truth, poisoned, self.targets, fires)
+        measured = measure_outcome(clean, self.truth, poisoned, self.targets, fires)
         return Contender(name, measured, passes, time, details)
 
 

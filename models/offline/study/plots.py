@@ -15,8 +15,8 @@ from sklearn.metrics import roc_curve
 from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray
 from models.offline.attacks.training import Strategy
-from models.offline.evaluation.evaluate import View
-from models.offline.evaluation.metrics import Classes, auroc, outcome, within_class_scores
+from models.offline.evaluation.evaluate import ScreenedTexts
+from models.offline.evaluation.metrics import Classes, auroc, measure_outcome, within_class_scores
 from models.offline.evaluation.report import draw_histogram
 from models.offline.study.experiment import load_scores
 
@@ -137,12 +137,12 @@ class _Scores:
     def marked_budget(self) -> float:
         return max(BUDGET, self.least_budget)
 
-    def behind(self, budget: float) -> tuple[View, View]:
+    def behind(self, budget: float) -> tuple[ScreenedTexts, ScreenedTexts]:
         """Return the clean and the poisoned texts, judged by calibrated thresholds."""
         screen = calibrate(self.known, self.checkpoints, budget)
         return (
-            View(screen, self.clean, self.predicted_clean),
-            View(screen, self.poisoned, self.predicted_poisoned),
+            ScreenedTexts(screen, self.clean, self.predicted_clean),
+            ScreenedTexts(screen, self.poisoned, self.predicted_poisoned),
         )
 
 
@@ -180,7 +180,7 @@ def _trade_off(axes: Axes, scores: _Scores) -> None:
     budgets = np.geomspace(scores.least_budget, 0.5, 25)
     marked = scores.marked_budget
     outcomes = [
-        outcome(clean.calibrated, scores.truth, poisoned.calibrated, scores.targets)
+        measure_outcome(clean.calibrated, scores.truth, poisoned.calibrated, scores.targets)
         for clean, poisoned in map(scores.behind, (marked, *budgets))
     ]
     for name, rates, color in (
