@@ -13,8 +13,9 @@ from models.offline.evaluation.metrics import DefendedPredictions, classes_of, m
 from models.offline.fitting.fit import split_texts, train
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.inference import predict
-from models.offline.study.baselines import Onion, Strip
 from models.offline.study.cache import Step, StepCache, digest_of
+from models.offline.study.defences.baselines import Onion, Strip
+from models.offline.study.defences.language_model import load_language_model, train_language_model
 from models.offline.study.experiment import (
     SCORES,
     DefenceResult,
@@ -25,7 +26,6 @@ from models.offline.study.experiment import (
     relative_time,
     save_scores,
 )
-from models.offline.study.language_model import load_language_model, train_language_model
 from models.offline.study.recipe import (
     OnionDefence,
     ParaphraseDefence,

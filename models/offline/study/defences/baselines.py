@@ -17,7 +17,7 @@ from models.detection.screen import (
 from models.errors import CalibrationError, DataError
 from models.offline.evaluation.metrics import DefendedPredictions, classes_of
 from models.offline.io.samples import Sample, require_labels
-from models.offline.study.language_model import LanguageModel, perplexities
+from models.offline.study.defences.language_model import LanguageModel, perplexities
 
 Classifier = Callable[[Sequence[str]], FloatArray]
 """Function from texts to probabilities, shape (len(texts), C)."""
