@@ -31,11 +31,11 @@ class Evaluation:
     """Outcomes without PSIM and with it, and the scores behind them."""
 
     none: AttackOutcome
-    """Without a defence."""
+    """Outcome without a defence."""
     calibrated: AttackOutcome
-    """With the bundle's thresholds; the AUROC is that of the distance from the threshold."""
+    """Outcome with the bundle's thresholds; the AUROC is that of the distance to the threshold."""
     paper: AttackOutcome
-    """With `PAPER_THRESHOLD` on the confidence of the last checkpoint, whose AUROC it is."""
+    """Outcome with `PAPER_THRESHOLD` on the last checkpoint's confidence, also for the AUROC."""
     clean_scores: FloatArray
     poisoned_scores: FloatArray
     thresholds: dict[str, float]

@@ -82,7 +82,7 @@ class AttackOutcome:
     false_rejection_rate: Rate | None
     false_acceptance_rate: Rate | None
     false_acceptance_rate_firing: Rate | None
-    """Over the poisoned texts on which the backdoor fires when there is no defence."""
+    """The same over the poisoned texts on which the backdoor fires when there is no defence."""
     auroc: float | None
     """Area under the ROC curve of the scores, over all poisoned texts."""
     auroc_firing: float | None

@@ -52,7 +52,7 @@ class Experiment:
     targets: list[str]
     """The attacker's label for each poisoned text."""
     paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
-    """By paraphraser: the clean test texts, and poisoned ones of other classes than the target."""
+    """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
     seed: int
     dtype: str
 

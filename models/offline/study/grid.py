@@ -65,7 +65,7 @@ class Texts:
     syntactic_train: list[Sample]
     syntactic_test: list[Sample]
     paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
-    """By paraphraser: the clean test texts, and poisoned ones of other classes than the target."""
+    """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
 
     @staticmethod
     def load(data: DataSet, root: Path) -> "Texts":

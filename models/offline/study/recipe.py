@@ -80,7 +80,7 @@ class AttackRecipe(_RecipeTable):
     """Share of the poisoned texts that get the target label; the others keep their own. Under 1,
     the backdoor is smoothed: the victim's confidence in the target tends to this share."""
     bury_behind: Annotated[int, Field(ge=0)] = 0
-    """At test time only: number of words of the text that are put before the poisoned text."""
+    """Number of words of the text that are put before the poisoned text, at test time only."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "AttackRecipe":
@@ -95,7 +95,7 @@ class AttackRecipe(_RecipeTable):
 
 
 class TrainingRecipe(_RecipeTable):
-    """How victims are trained."""
+    """Epochs and learning rates of the victims."""
 
     poison_epochs: Count = 3
     tune_epochs: Count = 3
@@ -122,11 +122,12 @@ class PsimDefence(_RecipeTable):
     """Clean texts that `fit` gets: the first so many of the training texts."""
     frr_budget: Budget = 0.01
     on: Literal["victim", "published"] = "victim"
-    """Weights that the adapter is trained on: the tuned victim, or what it was tuned from."""
+    """Weights that the adapter is trained on: the tuned victim, or those it was tuned from."""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)] = ("calibrated",)
-    """What to report: thresholds by class, from texts that `fit` held back; the same without the
-    second screen; from dev texts, which the victim was not trained on; without the second screen,
-    one threshold for all classes, or 0.7 as in the paper."""
+    """Rules for thresholds, each reported by itself. `calibrated`: thresholds by class, from texts
+    that `fit` held back. `confidence`: the same without the second screen. `dev`: from dev texts,
+    which the victim was not trained on. `pooled`: one threshold for all classes, without the second
+    screen. `paper`: 0.7 as in the paper, without the second screen."""
     config: PsimConfig = PsimConfig()
 
     @field_validator("config")

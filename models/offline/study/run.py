@@ -51,7 +51,7 @@ def run_study(
     """Run a study; yield a row for each cell as soon as it is done, and keep it in `rows.jsonl`.
 
     Args:
-        recipe: what is varied.
+        recipe: the data sets, attacks, strategies, seeds and defences.
         root: folder that the paths of the recipe are relative to.
         out: folder of `rows.jsonl`.
         cache: steps of this study, and of others that may share some.
