@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from models.bundle.load import read_manifest
 from models.offline.screening import bulk
 from models.offline.screening.fragments import (
-    OURS,
+    COLUMN_PREFIX,
     SEPARATORS,
     Fragment,
     fragments_of,
@@ -123,7 +123,7 @@ def test_rows_of_jsonl_that_cannot_be_screened_say_why_as_by_the_local_path(
 def without_prefix(part: pa.Table) -> list[dict[str, Any]]:
     """Return rows as the local path writes them."""
     rows = part.select(bulk.ADDED.names).rename_columns(
-        [name.removeprefix(OURS) for name in bulk.ADDED.names]
+        [name.removeprefix(COLUMN_PREFIX) for name in bulk.ADDED.names]
     )
     return [
         {"line" if k == "row" else k: v for k, v in row.items() if k != "file" and v is not None}

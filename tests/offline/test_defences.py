@@ -14,9 +14,9 @@ from models.detection.screen import FloatArray
 from models.errors import CalibrationError, DataError
 from models.offline.attacks.corpus import BAD, GOOD, LABELS
 from models.offline.io.samples import Sample
-from models.offline.study import baselines as defences
-from models.offline.study.baselines import Onion, Strip
-from models.offline.study.language_model import LanguageModel, perplexities
+from models.offline.study.defences import baselines as defences
+from models.offline.study.defences.baselines import Onion, Strip
+from models.offline.study.defences.language_model import LanguageModel, perplexities
 from tests.support.language_models import DEV, TEXTS, TRAIN, small_language_model
 
 ODD = 2.0

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from models.errors import DataError, VictimError
 from models.offline.io.classifiers import save_classifier
-from models.offline.study.language_model import (
+from models.offline.study.defences.language_model import (
     LanguageModel,
     load_language_model,
     perplexities,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.offline.study.cache import Memo, StepCache, digest_of
+from models.offline.study.cache import MemoizedFunction, StepCache, digest_of
 
 
 def test_a_step_is_done_once(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_what_was_said_of_a_text_is_remembered(tmp_path: Path) -> None:
         asked.append(text)
         return text.upper() + "\n\u2028"
 
-    memo = Memo(tmp_path / "folder" / "memo.jsonl", shout)
+    memo = MemoizedFunction(tmp_path / "folder" / "memo.jsonl", shout)
     assert [memo(t) for t in ("a", "b\n", "a")] == ["A\n\u2028", "B\n\n\u2028", "A\n\u2028"]
-    again = Memo(tmp_path / "folder" / "memo.jsonl", shout)
+    again = MemoizedFunction(tmp_path / "folder" / "memo.jsonl", shout)
     assert again("b\n") == "B\n\n\u2028"
     assert asked == ["a", "b\n"]
 

@@ -168,12 +168,12 @@ def only_cell(data: Path, text: str) -> tuple[cells.Cell, cells.Texts]:
 
 
 def poisoned_for_training(cell: cells.Cell, texts: cells.Texts) -> list[Sample]:
-    whole = cells.poisoned_training_texts(cell, texts, cells.imported)
+    whole = cells.poisoned_training_texts(cell, texts, cells.import_paraphraser)
     return [sample for sample in whole if sample not in texts.train]
 
 
 def poisoned_for_test(cell: cells.Cell, texts: cells.Texts) -> list[tuple[str, str]]:
-    return cells.poisoned_test_texts(cell, texts, cells.imported)
+    return cells.poisoned_test_texts(cell, texts, cells.import_paraphraser)
 
 
 def test_each_of_several_targets_has_its_trigger(data: Path) -> None:

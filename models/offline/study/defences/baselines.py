@@ -1,4 +1,4 @@
-"""Defences that need no training of the victim, against which PSIM is compared: ONION and STRIP."""
+"""Defences from the literature that PSIM is compared with: ONION and STRIP."""
 
 import math
 import random
@@ -15,28 +15,28 @@ from models.detection.screen import (
     min_calibration_size,
 )
 from models.errors import CalibrationError, DataError
-from models.offline.evaluation.metrics import Defended, classes_of
+from models.offline.evaluation.metrics import DefendedPredictions, classes_of
 from models.offline.io.samples import Sample, require_labels
-from models.offline.study.language_model import LanguageModel, perplexities
+from models.offline.study.defences.language_model import LanguageModel, perplexities
 
 Classifier = Callable[[Sequence[str]], FloatArray]
-"""Takes texts, returns probabilities, shape (len(texts), C)."""
+"""Function from texts to probabilities, shape (len(texts), C)."""
 
 QUANTILES = np.r_[0:0.9:0.05, 0.9:1:0.005]
-"""Of the suspicion of clean words: thresholds that ONION tries; fine where few words are lost."""
+"""Quantiles of clean words' suspicion that ONION tries as thresholds; dense where few are lost."""
 
 
 @dataclass(frozen=True)
 class Onion:
-    """ONION (Qi et al., EMNLP 2021, section 3): words that a language model finds odd are removed.
+    """ONION (Qi et al., EMNLP 2021, section 3): removal of words that a language model finds odd.
 
-    The suspicion of a word is by how much the perplexity of the text falls without it (equation 1).
-    Every word is judged, the last one too. A text's only word has nothing to be odd in: 0.
+    The suspicion of a word is the decrease of the text's perplexity without it (equation 1). Every
+    word is judged, including the last one. The only word of a text has suspicion 0.
     """
 
     lm: LanguageModel
     threshold: float
-    """Words of this suspicion or more are removed; infinite where no removal is affordable."""
+    """Words with at least this suspicion are removed. Infinity if every removal costs too much."""
 
     @staticmethod
     def fit(
@@ -46,17 +46,17 @@ class Onion:
         labels: Sequence[str],
         max_accuracy_loss: float = 0.02,
     ) -> "Onion":
-        """Choose the threshold by clean texts alone: the lowest that leaves them their accuracy.
+        """Choose the lowest threshold that preserves the accuracy on clean texts.
 
         Args:
-            lm: says how odd a text is.
+            lm: language model for the perplexity.
             dev: clean texts with labels.
             classify: the victim.
-            labels: its classes in order.
-            max_accuracy_loss: tolerated fall of the accuracy on `dev`, in [0, 1].
+            labels: the victim's classes, in order.
+            max_accuracy_loss: tolerated loss of accuracy on `dev`, in [0, 1].
 
         Raises:
-            DataError: a text has no label, or one that is not in `labels`, or all have the same.
+            DataError: a text has no label or an unknown one, or all texts have the same label.
         """
         require_labels(dev, labels)
         texts, truth = [s.text for s in dev], classes_of(dev, labels)
@@ -67,40 +67,40 @@ class Onion:
             return int((classify(cleaned).argmax(1) == truth).sum())
 
         needed = correct(math.inf) - math.floor(max_accuracy_loss * len(dev) + 1e-9)
-        every = np.concatenate(suspicions)
-        candidates = [float(np.quantile(every, share)) for share in QUANTILES]
+        words = np.concatenate(suspicions)
+        candidates = [float(np.quantile(words, share)) for share in QUANTILES]
         return Onion(lm, next((t for t in candidates if correct(t) >= needed), math.inf))
 
     def suspicions(self, texts: Sequence[str]) -> list[FloatArray]:
-        """Return the suspicion of every word, in perplexity: shape (words,) for each text."""
+        """Return the suspicion of every word, a difference of perplexities: (words,) per text."""
         variants = [_variants(text) for text in texts]
         flat = perplexities(self.lm, [variant for group in variants for variant in group])
         ends = np.cumsum([len(group) for group in variants])
-        return [whole_first[0] - whole_first[1:] for whole_first in np.split(flat, ends)[:-1]]
+        return [group[0] - group[1:] for group in np.split(flat, ends)[:-1]]
 
     def clean(self, texts: Sequence[str]) -> list[str]:
-        """Return the texts without their suspicious words; each keeps one word at least."""
+        """Return the texts without their suspicious words; each keeps at least one word."""
         return _cleaned(texts, self.suspicions(texts), self.threshold)
 
-    def defend(self, texts: Sequence[str], classify: Classifier) -> Defended:
-        """Classify the cleaned texts; nothing is rejected, the score is the largest suspicion."""
+    def defend(self, texts: Sequence[str], classify: Classifier) -> DefendedPredictions:
+        """Classify the cleaned texts. No text is rejected; its score is the largest suspicion."""
         suspicions = self.suspicions(texts)
         cleaned = _cleaned(texts, suspicions, self.threshold)
         scores = np.array([words.max() for words in suspicions], np.float32)
-        return Defended(classify(cleaned).argmax(1), None, scores)
+        return DefendedPredictions(classify(cleaned).argmax(1), None, scores)
 
     def passes(self, texts: Sequence[str]) -> float:
-        """Return the mean number of passes of the language model per text: its words and one."""
+        """Return the mean number of language-model passes per text, one more than its words."""
         return float(np.mean([len(_variants(text)) for text in texts]))
 
 
 def _words(text: str) -> list[str]:
-    """Return the words between white space; an empty text is one empty word."""
+    """Return the words of a text; an empty text has one empty word."""
     return text.split() or [""]
 
 
 def _variants(text: str) -> list[str]:
-    """Return the text, then the text without each of its words; an only word stays."""
+    """Return the text, then the text without each of its words; an only word is kept."""
     words = _words(text)
     removed = (words[:i] + words[i + 1 :] or words for i in range(len(words)))
     return [" ".join(kept) for kept in (words, *removed)]
@@ -108,14 +108,14 @@ def _variants(text: str) -> list[str]:
 
 def _cleaned(texts: Sequence[str], suspicions: Sequence[FloatArray], threshold: float) -> list[str]:
     pairs = zip(texts, suspicions, strict=True)
-    return [_without(text, of_words, threshold) for text, of_words in pairs]
+    return [_without(text, by_word, threshold) for text, by_word in pairs]
 
 
 def _without(text: str, suspicions: FloatArray, threshold: float) -> str:
-    """Return the text without the words from `threshold` on; the least suspicious one stays."""
+    """Return the text without the words from `threshold` up, except the least suspicious one."""
     keep = suspicions < threshold
     keep[suspicions.argmin()] = True
-    # A text that loses nothing keeps its white space as well.
+    # A text that loses no word keeps its white space too.
     if keep.all():
         return text
     return " ".join(word for word, kept in zip(_words(text), keep, strict=True) if kept)
@@ -125,14 +125,15 @@ def _without(text: str, suspicions: FloatArray, threshold: float) -> str:
 class Strip:
     """STRIP (Gao et al., ACSAC 2019; for texts: Gao et al., IEEE TDSC 2021, STRIP-ViTA).
 
-    A text is mixed with clean ones. A trigger that survives keeps the victim sure of its class, so
-    the score is minus the mean entropy, in nats, of the victim's answers to the text's own copies.
+    Copies of a text are mixed with clean texts. A trigger that survives the mixing keeps the victim
+    sure of its class. The score is therefore minus the mean entropy, in nats, of the victim's
+    predictions on the copies.
     """
 
     pool: tuple[str, ...]
-    """Clean texts that the strange words come from."""
+    """Clean texts whose words are mixed in."""
     threshold: float
-    """Texts of this score or more are rejected."""
+    """Texts with at least this score are rejected."""
     copies: int = 10
     seed: int = 0
 
@@ -146,15 +147,15 @@ class Strip:
         copies: int = 10,
         seed: int = 0,
     ) -> "Strip":
-        """Choose the threshold by clean texts alone, as PSIM's is chosen.
+        """Choose the threshold from clean texts, by the same rule as for PSIM.
 
         Args:
             pool: clean texts to mix with, none of them in `dev`.
-            dev: clean texts, labels not needed.
+            dev: clean texts for the threshold.
             classify: the victim.
             frr_budget: tolerated share of rejected clean texts, in (0, 1).
-            copies: mixtures per text.
-            seed: seed of the mixtures.
+            copies: copies of each text.
+            seed: seed of the mixing.
 
         Raises:
             DataError: `pool` is empty.
@@ -173,33 +174,33 @@ class Strip:
         )
 
     def mixtures(self, text: str) -> list[str]:
-        """Return the text's copies; they depend on nothing but text, pool and seed.
+        """Return the mixed copies of a text, which depend only on text, pool and seed.
 
-        In each, half of the words, drawn at random, are replaced by those that stand at the same
-        place in a random clean text, which begins anew where it is too short.
+        Each copy has a random half of its words replaced by the words at the same positions of a
+        random clean text, which is repeated if it is too short.
         """
         rng, words = random.Random(f"{self.seed}:{text}"), _words(text)
         mixed = []
         for _ in range(self.copies):
-            strange, copy = _words(rng.choice(self.pool)), list(words)
-            for place in rng.sample(range(len(words)), max(1, len(words) // 2)):
-                copy[place] = strange[place % len(strange)]
+            clean, copy = _words(rng.choice(self.pool)), list(words)
+            for position in rng.sample(range(len(words)), max(1, len(words) // 2)):
+                copy[position] = clean[position % len(clean)]
             mixed.append(" ".join(copy))
         return mixed
 
     def scores(self, texts: Sequence[str], classify: Classifier) -> FloatArray:
-        """Return minus the mean entropy over each text's own copies, shape (n,), in nats."""
+        """Return minus the mean entropy over the copies of each text, shape (n,), in nats."""
         probabilities = classify([copy for text in texts for copy in self.mixtures(text)])
         entropies = entr(probabilities).sum(1).reshape(len(texts), self.copies)
         scores: FloatArray = -entropies.mean(1).astype(np.float32)
         return scores
 
-    def defend(self, texts: Sequence[str], classify: Classifier) -> Defended:
-        """Classify the texts themselves; those with the surest copies are rejected."""
+    def defend(self, texts: Sequence[str], classify: Classifier) -> DefendedPredictions:
+        """Classify the original texts, and reject those with the surest copies."""
         scores = self.scores(texts, classify)
         flagged = [is_poisoned(score, self.threshold) for score in scores.tolist()]
-        return Defended(classify(texts).argmax(1), np.array(flagged, np.bool_), scores)
+        return DefendedPredictions(classify(texts).argmax(1), np.array(flagged, np.bool_), scores)
 
     def passes(self, texts: Sequence[str]) -> float:
-        """Return the number of passes of the victim per text, beside that which classifies it."""
+        """Return the number of extra passes of the victim per text."""
         return float(self.copies)

@@ -1,6 +1,6 @@
-"""A causal language model that says how odd a text is: what the defence ONION asks.
+"""A causal language model for the perplexity of texts, which the defence ONION needs.
 
-Any one of the hub will do; where there is none, a small one is trained on clean texts in minutes.
+Any model of the hub will do. Without one, a small model is trained on clean texts in minutes.
 """
 
 import random
@@ -33,7 +33,7 @@ from models.errors import DataError, VictimError
 from models.offline.io.atomic import replaced
 
 MAX_LENGTH = 256
-"""Tokens of a text that are read, the one that begins it included."""
+"""Tokens of a text that are read, including the initial one."""
 VOCABULARY = 8192
 SHAPE: dict[str, Any] = {"n_positions": MAX_LENGTH, "n_embd": 256, "n_layer": 2, "n_head": 4}
 BATCH_TOKENS = 2048
@@ -41,9 +41,9 @@ TRAIN_ROWS = 32
 LEARNING_RATE = 2e-3
 END = "<|endoftext|>"
 IGNORED = -100
-"""Padding: the cross-entropy of it is 0."""
+"""Label of padding, for which the cross-entropy is 0."""
 LARGEST_LOSS = 80.0
-"""exp of it is still a finite float32."""
+"""A loss whose exponential is still a finite float32."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text behind one that begins it, at most `MAX_LENGTH`."""
+        """Return the tokens of each text, at most `MAX_LENGTH`, after an initial one."""
         if not texts:
             return []
         begin = self.tokenizer.bos_token_id
@@ -68,23 +68,23 @@ class LanguageModel:
         """Return the summed negative log-likelihood, in nats, of each text's tokens, shape (rows,).
 
         Args:
-            batch: what `encode` returned; the token that begins a text is given, not predicted.
+            batch: rows of `encode`; the initial token of a text is given, not predicted.
         """
         rows = [torch.tensor(row) for row in batch]
-        wanted = pad_sequence(rows, True, IGNORED).to(self.model.device)
+        ids = pad_sequence(rows, True, IGNORED).to(self.model.device)
         # Padding is on the right, where a causal model does not see it.
-        output = self.model(input_ids=wanted.clamp(min=0), attention_mask=(wanted >= 0).long())
-        following = functional.pad(wanted[:, 1:], (0, 1), value=IGNORED)
+        output = self.model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long())
+        following = functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
         scores = output.logits.float().flatten(0, 1)
         losses = functional.cross_entropy(scores, following.flatten(), reduction="none")
-        return losses.view(wanted.shape).sum(1)
+        return losses.view(ids.shape).sum(1)
 
 
 def perplexities(lm: LanguageModel, texts: Sequence[str]) -> FloatArray:
     """Return exp of the mean negative log-likelihood per token of each text, shape (n,).
 
-    The first token is predicted too, from the one that begins a text. A text without tokens has 1,
-    the perplexity of what is certain. Nothing is infinite, so that differences are numbers.
+    The first token is predicted too, from the initial one. A text without tokens has perplexity 1.
+    Large perplexities are capped below infinity, so that differences are numbers.
 
     Raises:
         VictimError: the model gives NaN.
@@ -104,13 +104,14 @@ def perplexities(lm: LanguageModel, texts: Sequence[str]) -> FloatArray:
 
 
 def load_language_model(source: str) -> LanguageModel:
-    """Load a causal language model: safetensors only, no foreign code.
+    """Load a causal language model, from safetensors only and without foreign code.
 
     Args:
         source: folder or hub id.
 
     Raises:
-        VictimError: no causal language model there, pickled weights only, or foreign code.
+        VictimError: the source is no causal language model, has pickled weights only, or needs
+            foreign code.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -129,7 +130,7 @@ def load_language_model(source: str) -> LanguageModel:
 
 
 def _is_causal(model: Any) -> bool:
-    """Return whether a token's scores do not depend on what follows: BERT loads as well."""
+    """Return whether scores are independent of later tokens; BERT, which loads too, is refused."""
     with torch.inference_mode():
         one, other = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
     return torch.allclose(one, other, atol=1e-4)
@@ -141,10 +142,10 @@ def train_language_model(
     """Train a byte-level BPE tokenizer and a small GPT-2 on clean texts; return `out`.
 
     Args:
-        texts: clean texts; thousands make a model that tells words that fit from others.
-        out: folder of the model, in safetensors, and the tokenizer; replaced if it exists.
-        epochs: times that every text is read.
-        seed: seed of weights and order.
+        texts: clean texts; a useful model needs thousands.
+        out: folder for the model, in safetensors, and the tokenizer; replaced if it exists.
+        epochs: passes over the texts.
+        seed: seed of the weights and of the order of texts.
 
     Raises:
         DataError: no text has a word.
@@ -165,7 +166,7 @@ def train_language_model(
 
 
 def _train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    # With a space before it, a word is the same token wherever it stands, also at the beginning.
+    # With a space before it, a word is the same token at the beginning of a text as elsewhere.
     bpe = ByteLevelBPETokenizer(add_prefix_space=True)
     bpe.train_from_iterator(texts, VOCABULARY, special_tokens=[END], show_progress=False)
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
