@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from models.offline.attacks.corpus import generate
-from models.offline.study.language_model import (
+from models.offline.study.defences.language_model import (
     LanguageModel,
     load_language_model,
     train_language_model,
