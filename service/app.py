@@ -56,7 +56,13 @@ from service.protocols.registry import PREFIX, protocols
 from service.security.access import Access, TakeKey
 from service.security.keys.file import Keys
 from service.security.rate_limit import Limiter
-from service.settings import Settings, usable_cpus
+from service.settings import (
+    AccessSettings,
+    AuditSettings,
+    ExtProcSettings,
+    Settings,
+    usable_cpus,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -197,7 +203,7 @@ def _challenger_of(settings: Settings, metrics: ModelMetrics) -> Challenger | No
     if settings.challenger is None:
         return None
     bundle = load_bundle(settings.challenger, settings.dtype, settings.engine, settings.bundle_key)
-    return Challenger(bundle, settings, metrics)
+    return Challenger(bundle, settings, settings.max_windows, metrics)
 
 
 def _about_models(
@@ -241,7 +247,7 @@ def _hangups(reloader: Reloader) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _ext_proc(settings: Settings, proxies: ExternalAuthz) -> "ExtProc | None":
+def _ext_proc(settings: ExtProcSettings, proxies: ExternalAuthz) -> "ExtProc | None":
     if settings.ext_proc_port is None:
         return None
     try:
@@ -277,12 +283,12 @@ def _warn(settings: Settings) -> None:
         log.warning("PSIM_KEYS is not set: whoever reaches the port may classify and read metrics")
 
 
-def _limiter(settings: Settings, metrics: Metrics) -> Limiter:
+def _limiter(settings: AccessSettings, metrics: Metrics) -> Limiter:
     shared = settings.limits_url
     return Limiter(shared.get_secret_value() if shared else None, metrics)
 
 
-def _access(settings: Settings, limiter: Limiter, metrics: Metrics) -> Access | None:
+def _access(settings: AccessSettings, limiter: Limiter, metrics: Metrics) -> Access | None:
     if settings.keys is None:
         return None
     keys = Keys(settings.keys)
@@ -290,7 +296,7 @@ def _access(settings: Settings, limiter: Limiter, metrics: Metrics) -> Access | 
     return Access(keys, limiter, metrics)
 
 
-def _audit(settings: Settings, metrics: Metrics) -> Writer | None:
+def _audit(settings: AuditSettings, metrics: Metrics) -> Writer | None:
     if settings.audit_url is None:
         return None
     return Writer(

@@ -33,7 +33,7 @@ from service.observability.metrics import ModelMetrics
 from service.protocols.base import BadAnswer, ModelInfo, WireProtocol, parsed
 from service.protocols.oip import OpenInference
 from service.schemas import Score
-from service.settings import Settings
+from service.settings import UpstreamSettings
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class UpstreamClassifier:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: UpstreamSettings,
         candidates: Sequence[WireProtocol],
         served: ModelInfo,
         metrics: ModelMetrics,

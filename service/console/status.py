@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from service.observability.metrics import Metrics
 from service.pipeline.gateway import Gateway
-from service.settings import Settings
+from service.settings import AuditSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class ServiceStatus:
     keeps_texts: bool
 
 
-def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> ServiceStatus:
+def state(gateway: Gateway, metrics: Metrics, settings: AuditSettings) -> ServiceStatus:
     """Return how things are now."""
     bundle, model = gateway.bundle, gateway.served.model
     labels = bundle.manifest.labels
@@ -79,8 +79,12 @@ def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> ServiceStat
             for group in bundle.screen.groups
         ],
         figures=[
-            Figure("Inputs in the queue", number("queue_inputs"), settings.queue_inputs),
-            Figure("Characters in the queue", number("queue_characters"), settings.queue_chars),
+            Figure("Inputs in the queue", number("queue_inputs"), number("max_queue_inputs")),
+            Figure(
+                "Characters in the queue",
+                number("queue_characters"),
+                number("max_queue_characters"),
+            ),
             Figure("Restarts of the worker", number("worker_restarts_total")),
             Figure("Inputs passed unscreened", number("fail_open_total")),
             Figure("Inputs the audit lacks", number("audit_dropped_total")),

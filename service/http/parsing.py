@@ -9,14 +9,14 @@ from starlette.requests import Request
 
 from service.errors import Invalid, Malformed, TooLarge, UnsupportedMedia
 from service.schemas import TextsRequest
-from service.settings import Settings
+from service.settings import RequestLimits
 
 Model = TypeVar("Model", bound=TextsRequest)
 BINARY_TENSORS = "inference-header-content-length"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read(request: Request, model: type[Model], settings: Settings) -> Model:
+async def read(request: Request, model: type[Model], settings: RequestLimits) -> Model:
     """Return the request's body as `model`.
 
     Raises:
@@ -27,7 +27,7 @@ async def read(request: Request, model: type[Model], settings: Settings) -> Mode
 
 
 async def read_json(
-    request: Request, settings: Settings, media_optional: bool = False
+    request: Request, settings: RequestLimits, media_optional: bool = False
 ) -> tuple[bytes, object]:
     """Return the request's body, as it is and as JSON.
 
@@ -39,7 +39,7 @@ async def read_json(
     return body, _parse(body)
 
 
-def parse(data: object, model: type[Model], settings: Settings) -> Model:
+def parse(data: object, model: type[Model], settings: RequestLimits) -> Model:
     """Return JSON as `model`.
 
     Raises:
@@ -114,7 +114,7 @@ def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
     return f"{'.'.join(where) or 'the body'}: {first['msg']}"
 
 
-def _check_texts(texts: list[str], settings: Settings) -> None:
+def _check_texts(texts: list[str], settings: RequestLimits) -> None:
     if len(texts) > settings.max_inputs:
         raise TooLarge(f"{len(texts)} inputs are over the limit of {settings.max_inputs}")
     for index, text in enumerate(texts):

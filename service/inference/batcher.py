@@ -24,7 +24,7 @@ from models.errors import ScreenError
 from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
 from service.inference.worker import Health, Worker
 from service.observability.metrics import ModelMetrics
-from service.settings import Settings
+from service.settings import InferenceSettings
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,12 @@ class Batcher:
         NotReady: the worker does not run, or died with the input in hand.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
+    def __init__(self, bundle: Bundle, settings: InferenceSettings, metrics: ModelMetrics) -> None:
         self._engine, self._screen = bundle.engine, bundle.screen
         self._settings, self._metrics = settings, metrics
+        metrics.max_queue_inputs.set(settings.queue_inputs)
+        metrics.max_queue_characters.set(settings.queue_chars)
+        metrics.max_queue_seconds.set(settings.queue_s)
         self._inputs = self._chars = 0
         self._callers: set[tuple[_ScreenJob, ...]] = set()
         self._to_screen: deque[deque[_ScreenJob]] = deque()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from service.observability.metrics import ModelMetrics
-from service.settings import Settings
+from service.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Worker:
         probe: Callable[[], None],
         answer_taken: Callable[[], None],
         answer_all: Callable[[], None],
-        settings: Settings,
+        settings: WorkerSettings,
         metrics: ModelMetrics,
     ) -> None:
         self._step, self._probe = step, probe

@@ -18,7 +18,7 @@ from prometheus_client import (
 from models.bundle.load import Bundle
 from service.observability.drift import Comparison
 from service.schemas import Decision
-from service.settings import Settings
+from service.settings import ModelSettings
 
 ROUTES = (
     "/classify",
@@ -244,7 +244,7 @@ class Metrics:
         )
         self._known: set[str] = set()
 
-    def of(self, model: str, settings: Settings) -> "ModelMetrics":
+    def of(self, model: str, settings: ModelSettings) -> "ModelMetrics":
         """Return the metrics of a model."""
         self._known.add(model)
         return ModelMetrics(self, model, settings)
@@ -281,7 +281,7 @@ VERDICTS = {False: "clean", True: "poisoned"}
 class ModelMetrics:
     """The metrics of one model, as its settings have it."""
 
-    def __init__(self, metrics: Metrics, model: str, settings: Settings) -> None:
+    def __init__(self, metrics: Metrics, model: str, settings: ModelSettings) -> None:
         self.would_reject = metrics.would_reject.labels(model)
         self.confidence = metrics.confidence.labels(model)
         self.score = metrics.score.labels(model)
@@ -300,9 +300,9 @@ class ModelMetrics:
             for served in VERDICTS
             for own in VERDICTS
         }
-        metrics.max_queue_inputs.labels(model).set(settings.queue_inputs)
-        metrics.max_queue_characters.labels(model).set(settings.queue_chars)
-        metrics.max_queue_seconds.labels(model).set(settings.queue_s)
+        self.max_queue_inputs = metrics.max_queue_inputs.labels(model)
+        self.max_queue_characters = metrics.max_queue_characters.labels(model)
+        self.max_queue_seconds = metrics.max_queue_seconds.labels(model)
         self.inputs = {d: metrics.inputs.labels(model, settings.mode, d) for d in Decision}
         self.stage_seconds = {s: metrics.stage_seconds.labels(model, s) for s in STAGES}
         self.overload = {r: metrics.overload.labels(model, r) for r in OVERLOADS}

@@ -14,7 +14,7 @@ from service.inference.batcher import Batcher, Screener
 from service.observability.metrics import Metrics, ModelMetrics
 from service.pipeline.request_record import RequestRecord
 from service.pipeline.windows import WindowedScreener
-from service.settings import Settings
+from service.settings import InferenceSettings, ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +25,15 @@ WAITING = 256
 class Challenger:
     """Counts how the verdicts of another bundle differ from those of the served one."""
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
+    def __init__(
+        self, bundle: Bundle, settings: InferenceSettings, max_windows: int, metrics: ModelMetrics
+    ) -> None:
         self.digest = bundle.digest
         own = settings.model_copy(update={"queue_inputs": WAITING, "queue_s": math.inf})
         # Its queue and times are nobody's business: they would count as those of the model.
-        self._batcher = Batcher(bundle, own, Metrics().of("challenger", own))
+        self._batcher = Batcher(bundle, own, Metrics().of("challenger", ModelSettings()))
         self._windowed_screener = WindowedScreener(
-            self._batcher, bundle.manifest.max_length, settings.max_windows
+            self._batcher, bundle.manifest.max_length, max_windows
         )
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()

@@ -34,7 +34,7 @@ from service.schemas import (
     WeightedWord,
 )
 from service.security.access import Caller
-from service.settings import Mode, Settings
+from service.settings import GatewaySettings, Mode
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Gateway:
         classifier: Classifier,
         trigger_search: TriggerSearch,
         metrics: ModelMetrics,
-        settings: Settings,
+        settings: GatewaySettings,
         challenger: Challenger | None = None,
     ) -> None:
         self._windowed_screener = windowed_screener

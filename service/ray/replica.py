@@ -21,7 +21,7 @@ from service.audit.writer import CLOSE_S
 from service.http.responses import json_response
 from service.http.server import serving
 from service.ray.scaling import CHARACTERS, CORES
-from service.settings import Settings, is_loopback, load_settings
+from service.settings import ServerSettings, Settings, is_loopback, load_settings
 
 ANSWER_S = 5
 """Time for all replicas to say where they are."""
@@ -67,7 +67,7 @@ class Replica:
         return found
 
 
-def also_serve(app: FastAPI, settings: Settings) -> None:
+def also_serve(app: FastAPI, settings: ServerSettings) -> None:
     """Serve the application on a port of its own too while it runs, and `/replicas`."""
     start = app.router.lifespan_context
     host = settings.host

@@ -20,7 +20,7 @@ from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
 from service.schemas import ClassifyResponse, Problem, worst
 from service.security.access import caller_of
-from service.settings import Settings
+from service.settings import RequestLimits
 
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
 """What may become a part of a path of the upstream's."""
@@ -45,7 +45,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 class ClassifyHandler:
     """Answers requests for classes."""
 
-    def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
+    def __init__(self, models: Registry, recorder: Recorder, settings: RequestLimits) -> None:
         self._models, self._recorder, self._settings = models, recorder, settings
 
     async def classify(

@@ -24,7 +24,7 @@ from service.protocols.base import WireProtocol
 from service.protocols.registry import by_route
 from service.schemas import Decision, TextsRequest, worst
 from service.security.access import caller_of
-from service.settings import Settings
+from service.settings import RequestLimits
 
 AUTHZ = "/envoy/{path:path}"
 EXT_PROC = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
@@ -53,7 +53,7 @@ class GuardrailRequest(TextsRequest):
 class ExternalAuthz:
     """Answers proxies that ask whether a request may pass."""
 
-    def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
+    def __init__(self, models: Registry, recorder: Recorder, settings: RequestLimits) -> None:
         self._models, self._recorder, self._settings = models, recorder, settings
 
     async def guardrail(self, request: Request) -> Response:

@@ -19,12 +19,12 @@ from service.observability.metrics import Metrics
 from service.pipeline.request_record import Recorder
 from service.schemas import ExplainRequest, ExplainResponse, ScreenRequest, ScreenResponse
 from service.security.access import caller_of
-from service.settings import Settings
+from service.settings import RequestLimits
 
 STATUSES = sorted(set(STATUS.values()))
 
 
-def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRouter:
+def routes(models: Registry, recorder: Recorder, settings: RequestLimits) -> APIRouter:
     """Return the native routes that are about a model."""
     router = APIRouter()
 
