@@ -16,7 +16,7 @@ from itertools import islice, takewhile
 
 from service.audit.rows import Row
 from service.audit.store import AuditStore, BadRow
-from service.observability.metrics import Metrics
+from service.observability.metrics import AuditMetrics
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Writer:
     def __init__(
         self,
         store: AuditStore,
-        metrics: Metrics,
+        metrics: AuditMetrics,
         *,
         limit: int,
         days: float,

@@ -29,7 +29,7 @@ from service.errors import (
     UpstreamRefused,
 )
 from service.observability.drift import Drift
-from service.observability.metrics import Metrics, ModelMetrics
+from service.observability.metrics import ModelMetrics, RequestMetrics
 from service.observability.traces import exemplar, trace_id
 from service.schemas import Decision
 from service.security.access import ANYONE, Caller
@@ -92,7 +92,7 @@ class RequestRecord:
 class Recorder:
     """Writes metrics, span, log, and the audit if there is one."""
 
-    def __init__(self, metrics: Metrics, tracer: Tracer, audit: Writer | None) -> None:
+    def __init__(self, metrics: RequestMetrics, tracer: Tracer, audit: Writer | None) -> None:
         self._metrics, self._tracer, self._audit = metrics, tracer, audit
 
     @contextmanager

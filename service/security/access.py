@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from service.errors import Forbidden, Unauthorized
-from service.observability.metrics import Metrics
+from service.observability.metrics import AccessMetrics
 from service.protocols.base import WireProtocol
 from service.protocols.native import Native
 from service.protocols.oip import OpenInference
@@ -101,7 +101,7 @@ def caller_of(request: Request) -> Caller:
 class Access:
     """Knows callers by their keys."""
 
-    def __init__(self, keys: Keys, limiter: Limiter, metrics: Metrics) -> None:
+    def __init__(self, keys: Keys, limiter: Limiter, metrics: AccessMetrics) -> None:
         self._keys, self._limiter, self._metrics = keys, limiter, metrics
 
     def identify(self, headers: Headers) -> tuple[Caller | None, list[tuple[bytes, bytes]]]:

@@ -14,7 +14,7 @@ from limits.errors import StorageError
 
 from models.errors import PsimError
 from service.errors import RateLimited, TooLarge
-from service.observability.metrics import Metrics
+from service.observability.metrics import AccessMetrics
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
@@ -41,7 +41,7 @@ class Limiter:
     """
 
     def __init__(
-        self, url: str | None, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self, url: str | None, metrics: AccessMetrics, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._shared: SlidingWindowCounterRateLimiter | None = None
