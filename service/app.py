@@ -24,7 +24,7 @@ from models.bundle.load import Bundle, load_bundle
 from models.errors import PsimError
 from service.audit.store import AuditStore
 from service.audit.writer import Writer
-from service.classifiers.base import LocalClassifier
+from service.classifiers.local import LocalClassifier
 from service.classifiers.upstream import UpstreamClassifier
 from service.console.access import anybody
 from service.console.app import LOOPBACK, console_app

@@ -100,7 +100,7 @@ class Gateway:
         Raises:
             ServiceError: nothing of the request is answered.
         """
-        texts = call.asked.texts
+        texts = call.request.texts
         screened = await self._screened(entry, texts)
         decisions = [decide(s.verdict, self.mode, self._whole) for s in screened]
         cleaned: dict[int, Cleaned] = {}
@@ -135,7 +135,7 @@ class Gateway:
                 screened[i],
                 decision,
                 _removed(texts[i], cleaned.get(i)),
-                scores.get(i, [])[: call.asked.limit],
+                scores.get(i, [])[: call.request.limit],
                 entry.caller,
             )
             for i, decision in enumerate(decisions)

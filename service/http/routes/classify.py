@@ -57,7 +57,7 @@ class ClassifyHandler:
         with self._recorder.record(route, request.state.request_id, by) as entry:
             async with Deadline(self._settings.request_timeout_s):
                 call = await self._call(request, protocols)
-                named = request.path_params.get("model"), call.asked.model_name
+                named = request.path_params.get("model"), call.request.model_name
                 with self._models.get(prefixed(request), *named).lease() as gateway:
                     outcome = await while_connected(request, gateway.handle(entry, call))
         return _pack(call, outcome, entry, gateway.served)
@@ -122,13 +122,13 @@ def _pack(call: Call, outcome: GatewayResult, entry: RequestRecord, served: Mode
     if outcome.rejected:
         headers["x-psim-rejected"] = ",".join(map(str, outcome.rejected))
     if outcome.refused:
-        content = protocol.rejection(call.asked, outcome.results, served, _why(outcome))
+        content = protocol.rejection(call.request, outcome.results, served, _why(outcome))
         return json_response(HTTPStatus.FORBIDDEN, content, headers, protocol.error_media)
     if outcome.reply is not None:
         response = relayed(outcome.reply.status, outcome.reply.headers, outcome.reply.body)
         response.headers.update(headers)
         return response
-    return json_response(HTTPStatus.OK, call.asked.to_response(outcome.results, served), headers)
+    return json_response(HTTPStatus.OK, call.request.to_response(outcome.results, served), headers)
 
 
 def _why(outcome: GatewayResult) -> str:
