@@ -253,7 +253,7 @@ def test_log_audit_and_traces_know_the_name_and_never_the_key(
 def test_a_key_that_is_taken_out_of_the_file_is_good_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.security.keys.file.LOOK_S", 0.0)
+    monkeypatch.setattr("service.security.keys.file.CHECK_S", 0.0)
 
     async def run() -> None:
         async with guarded(tmp_path) as client:

@@ -1,4 +1,4 @@
-"""`python -m service.audit`, also `psim audit`: export what was decided, as JSONL or CSV."""
+"""`python -m service.audit`, also `psim audit`: export the audit as JSONL or CSV."""
 
 import argparse
 import csv
@@ -15,19 +15,24 @@ from service.audit.store import AuditError, AuditStore
 from service.schemas import Decision
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""A cell that starts with one of these is run by spreadsheets, and a text is its sender's."""
+"""Spreadsheets execute cells that start with one of these, and senders choose the texts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the rows that are asked for to stdout; exit with code 2 if there is no audit."""
-    given = _parser().parse_args(arguments)
-    write = _write_csv if given.format == "csv" else _write_jsonl
+    """Write the selected rows to stdout; exit with code 2 if there is no audit."""
+    options = _parser().parse_args(arguments)
+    write = _write_csv if options.format == "csv" else _write_jsonl
     try:
-        if not given.url:
+        if not options.url:
             raise AuditError("set PSIM_AUDIT_URL to that of the service, or give --url")
-        with closing(AuditStore(given.url, read_only=True)) as store:
+        with closing(AuditStore(options.url, read_only=True)) as store:
             rows = store.read(
-                given.since, given.until, given.decision, given.request_id, given.mark, given.model
+                options.since,
+                options.until,
+                options.decision,
+                options.request_id,
+                options.mark,
+                options.model,
             )
             write(rows, sys.stdout)
             sys.stdout.flush()
