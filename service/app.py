@@ -94,8 +94,7 @@ def create_app(
             need is not installed.
     """
     torch.set_num_threads(settings.threads or usable_cpus())
-    if settings.traces:
-        traces = traces or open_provider()
+    traces = traces or (open_provider() if settings.traces else None)
     tracer = traces.get_tracer("psim") if traces else NoOpTracer()
     metrics = Metrics()
 

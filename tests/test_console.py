@@ -587,7 +587,7 @@ def test_pages_are_accessible_and_fit(browser: Browser, day: str, screen: str, p
 def test_a_hostile_text_does_nothing_in_a_browser(browser: Browser, day: str) -> None:
     with opened(browser, day) as page:
         page.goto("/console/queue")
-        assert page.title() == "Queue · PSIM Gateway"
+        assert page.title() == "Review queue · PSIM Gateway"
         assert page.locator("article img, article script").count() == 0
         shown = page.locator(".text", has_text="<script>document.title='owned'</script>")
         expect(shown.first).to_be_visible()
@@ -597,7 +597,7 @@ def test_a_hostile_text_does_nothing_in_a_browser(browser: Browser, day: str) ->
 def test_a_slider_says_what_would_be_flagged(browser: Browser, day: str) -> None:
     with opened(browser, day) as page:
         page.goto("/console")
-        slider = page.get_by_label("What if the thresholds were others?")
+        slider = page.get_by_label("What if the thresholds were different?")
         says = page.locator("#factor-summary")
         now = sum(row.poisoned is True for row in traffic_of_a_day())
         expect(says).to_contain_text(f"At the thresholds as they are: {now} of 1,500 inputs")

@@ -49,33 +49,31 @@ def _parser() -> argparse.ArgumentParser:
         description="Export what the service decided about inputs, oldest first, to stdout.",
     )
     when = "%(metavar)s is ISO 8601, such as 2026-11-25 or 2026-11-25T14:30; UTC if it has no zone"
+    parser.add_argument("--since", type=_time, metavar="TIME", help=f"leave out older rows; {when}")
     parser.add_argument(
-        "--since", type=_time, metavar="TIME", help=f"leave out what is older; {when}"
-    )
-    parser.add_argument(
-        "--until", type=_time, metavar="TIME", help="leave out what is as new or newer"
+        "--until", type=_time, metavar="TIME", help="leave out rows of this time or newer"
     )
     parser.add_argument(
         "--decision",
         action="append",
         default=[],
         choices=[str(decision) for decision in Decision],
-        help="only these; may be given several times",
+        help="only rows with it; may be given several times",
     )
     parser.add_argument(
         "--mark",
         action="append",
         default=[],
         choices=[str(mark) for mark in Mark],
-        help="only what was marked so in the console; may be given several times",
+        help="only rows that were marked so in the console; may be given several times",
     )
-    parser.add_argument("--model", metavar="NAME", help="only what was sent to this model")
+    parser.add_argument("--model", metavar="NAME", help="only requests to this model")
     parser.add_argument("--request-id", metavar="ID", help="only this request")
     parser.add_argument("--format", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument(
         "--url",
         default=os.environ.get("PSIM_AUDIT_URL"),
-        help="of the store; by default what PSIM_AUDIT_URL says",
+        help="URL of the store; by default PSIM_AUDIT_URL",
     )
     return parser
 

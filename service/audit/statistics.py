@@ -148,9 +148,9 @@ def groups(connection: sa.Connection, scope: StatisticsFilter) -> list[ScoreGrou
     return sorted(found, key=lambda group: (-group.inputs, group.digest, group.threshold))
 
 
-def by_factor(found: Iterable[ScoreGroup]) -> dict[float, Tally]:
+def by_factor(groups: Iterable[ScoreGroup]) -> dict[float, Tally]:
     """Return the inputs that would be flagged if all thresholds were multiplied by a factor."""
-    histograms = [group.tenths for group in found]
+    histograms = [group.tenths for group in groups]
     return {
         factor / 10: sum((tally for tenths in histograms for tally in tenths[factor:]), NONE)
         for factor in FACTORS
@@ -180,8 +180,8 @@ def confidences(connection: sa.Connection, scope: StatisticsFilter) -> list[tupl
     within = sa.case(*upto, else_=len(CONFIDENCES) - 1).label("within")
     query = sa.select(within, sa.func.count(), sa.func.count().filter(flagged))
     query = query.where(confidence.is_not(None), *scope.conditions).group_by("within")
-    found = {row[0]: (row[1] - row[2], row[2]) for row in connection.execute(query)}
-    return [found.get(number, (0, 0)) for number in range(len(CONFIDENCES))]
+    counts = {row[0]: (row[1] - row[2], row[2]) for row in connection.execute(query)}
+    return [counts.get(number, (0, 0)) for number in range(len(CONFIDENCES))]
 
 
 def _tally(mark: str | None, count: int) -> Tally:

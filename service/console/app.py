@@ -49,7 +49,7 @@ def console_app(
 
 
 async def _on_audit_error(request: Request, error: Exception) -> Response:
-    hint = "If it took too long, ask for a shorter time; else look for the audit in the log."
+    hint = "If it took too long, ask for a shorter time; else see the log of the service."
     return message(503, "The audit does not answer", f"{error}. {hint}")
 
 
@@ -60,5 +60,5 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_bad_query(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
-    wrong = sorted({str(found["loc"][-1]) for found in error.errors()})
-    return message(422, "That cannot be shown", f"Not understood: {', '.join(wrong)}.")
+    names = sorted({str(e["loc"][-1]) for e in error.errors()})
+    return message(422, "That cannot be shown", f"Not understood: {', '.join(names)}.")

@@ -26,8 +26,8 @@ GetStatuses = Callable[[], Sequence[ServiceStatus]]
 """Returns the status of each model that is served."""
 MAX_FORM_BYTES = 4096
 NO_AUDIT = (
-    "Nothing is kept, so there is nothing to show: set PSIM_AUDIT_URL, for example to "
-    "sqlite:////folder/audit.db, and start the service again."
+    "There is no audit to show: set PSIM_AUDIT_URL, for example to sqlite:////folder/audit.db, "
+    "and restart the service."
 )
 
 

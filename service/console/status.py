@@ -71,7 +71,7 @@ def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) 
             for group in bundle.screen.groups
         ],
         measurements=_measurements(_values(metrics, model)),
-        drift=[found for group in gateway.drift.measure() for found in _drift(group)],
+        drift=[number for group in gateway.drift.measure() for number in _drift(group)],
         keeps_texts=settings.audit_text,
     )
 

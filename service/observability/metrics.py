@@ -254,11 +254,11 @@ class Metrics(RequestMetrics, AccessMetrics, AuditMetrics):
         for gauge in (families.drift_statistic, families.drift_p_value, families.drift_inputs):
             gauge.clear()
         for model, comparisons in drift.items():
-            for found in comparisons:
-                for label in found.labels:
-                    families.drift_statistic.labels(model, label).set(found.statistic)
-                    families.drift_p_value.labels(model, label).set(found.p_value)
-                    families.drift_inputs.labels(model, label).set(found.inputs)
+            for group in comparisons:
+                for label in group.labels:
+                    families.drift_statistic.labels(model, label).set(group.statistic)
+                    families.drift_p_value.labels(model, label).set(group.p_value)
+                    families.drift_inputs.labels(model, label).set(group.inputs)
 
 
 class ModelMetrics:
@@ -279,9 +279,9 @@ class ModelMetrics:
         self.challenger_dropped = families.challenger_dropped.labels(model)
         self.challenger_score = families.challenger_score.labels(model)
         self.challenger_inputs = {
-            (served, own): families.challenger_inputs.labels(model, VERDICTS[served], VERDICTS[own])
+            (served, new): families.challenger_inputs.labels(model, VERDICTS[served], VERDICTS[new])
             for served in VERDICTS
-            for own in VERDICTS
+            for new in VERDICTS
         }
         self.max_queue_inputs = families.max_queue_inputs.labels(model)
         self.max_queue_characters = families.max_queue_characters.labels(model)

@@ -35,25 +35,25 @@ def _parser() -> argparse.ArgumentParser:
     new = parser.add_subparsers(required=True).add_parser(
         "new",
         help="add a key to the file, and show it once",
-        description="Add a key to the file, and show it once. To revoke it, take it out.",
+        description="Add a key to the file, and show it once. To revoke it, delete it there.",
     )
-    new.add_argument("name", help="letters, digits, - and _; it is in logs and audit")
+    new.add_argument("name", help="letters, digits, - and _; it appears in logs and in the audit")
     new.add_argument(
         "--scope",
         action="append",
         required=True,
         choices=[str(scope) for scope in Scope],
-        help="what it is good for; may be options several times",
+        help="routes it gives access to; may be given several times",
     )
-    new.add_argument("--rate", help="inputs in a time, such as 100/second; no limit without")
+    new.add_argument("--rate", help="inputs per time, such as 100/second; unlimited by default")
     new.add_argument(
-        "--no-scores", action="store_true", help="its holder is told decisions and no scores"
+        "--no-scores", action="store_true", help="show its holder decisions, but no scores"
     )
     new.add_argument(
         "--file",
         type=Path,
         default=Path(default) if default else None,
-        help="by default what PSIM_KEYS says",
+        help="by default the file of PSIM_KEYS",
     )
     return parser
 
