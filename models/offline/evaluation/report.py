@@ -1,4 +1,4 @@
-"""Evaluations as people read them: a table, JSON, and a histogram of scores."""
+"""Reports of evaluations and bundles: tables, JSON, and a histogram of scores."""
 
 import dataclasses
 import json
@@ -19,21 +19,21 @@ from models.offline.fitting.psim import UNLEARNT
 ROWS = {
     "clean accuracy (CA)": "clean_accuracy",
     "attack success rate (ASR)": "attack_success_rate",
-    "clean rejected (FRR)": "false_rejection_rate",
-    "poisoned passed (FAR)": "false_acceptance_rate",
-    "poisoned passed, backdoor fires": "false_acceptance_rate_firing",
+    "clean texts rejected (FRR)": "false_rejection_rate",
+    "poisoned texts passed (FAR)": "false_acceptance_rate",
+    "FAR, backdoor fires": "false_acceptance_rate_firing",
 }
 
 SHOWN_SCORES = (0.0, 15.0)
-"""Scores beyond are shown in the outermost bars."""
+"""Range of the histogram; scores beyond it fall into the outermost bars."""
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """Return a rich table of all outcomes, in percent with 95 % intervals."""
+    """Return a table of all outcomes, in percent with 95 % intervals."""
     counts = f"{len(evaluation.clean_scores)} clean, {len(evaluation.poisoned_scores)}"
     table = Table(
-        title="What the attack does, and what PSIM stops (%)",
-        caption=f"{counts} poisoned texts; in brackets 95 % intervals",
+        title="What the attack achieves, and what PSIM stops (%)",
+        caption=f"{counts} poisoned texts; brackets show 95 % intervals",
     )
     table.add_column("")
     for column in ("no defence", "PSIM, calibrated", "PSIM, 0.7 as in the paper"):
@@ -42,7 +42,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     for title, field in ROWS.items():
         table.add_row(title, *(percent(_rate(outcome, field)) for outcome in outcomes))
     table.add_row("AUROC", *(_number(outcome.auroc) for outcome in outcomes))
-    table.add_row("the same, backdoor fires", *(_number(o.auroc_firing) for o in outcomes))
+    table.add_row("AUROC, backdoor fires", *(_number(o.auroc_firing) for o in outcomes))
     return table
 
 
@@ -52,7 +52,7 @@ def _rate(outcome: AttackOutcome, field: str) -> Rate | None:
 
 
 def percent(rate: Rate | None) -> str:
-    """Return a rate in percent with its interval; a hyphen of none."""
+    """Return a rate in percent with its interval, or a hyphen if there is none."""
     if rate is None:
         return "-"
     return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}-{100 * rate.high:.1f})"
@@ -63,7 +63,7 @@ def _number(value: float | None) -> str:
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json` (no scores of single texts) and `scores.png` into `folder`."""
+    """Write `evaluation.json` (without the scores of single texts) and `scores.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = dataclasses.asdict(evaluation)
     del content["clean_scores"], content["poisoned_scores"]
@@ -72,7 +72,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
 
 
 def histogram(evaluation: Evaluation) -> Figure:
-    """Plot the shares of clean and poisoned texts over their scores, with the thresholds."""
+    """Plot histograms of the scores of clean and poisoned texts, with the thresholds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     draw_histogram(axes, evaluation.clean_scores, evaluation.poisoned_scores, evaluation.thresholds)
@@ -83,7 +83,7 @@ def histogram(evaluation: Evaluation) -> Figure:
 def draw_histogram(
     axes: Axes, clean: FloatArray, poisoned: FloatArray, thresholds: Mapping[str, float]
 ) -> None:
-    """Draw scores, shape (n,), and the thresholds by name."""
+    """Draw histograms of scores, shape (n,), and a line for each named threshold."""
     ends = SHOWN_SCORES
     bins = np.linspace(*ends, 61).tolist()
     for name, values, color in (("clean", clean, "tab:blue"), ("poisoned", poisoned, "tab:red")):
@@ -100,7 +100,7 @@ def draw_histogram(
 
 
 def manifest_table(manifest: Manifest) -> Table:
-    """Return a rich table of what a bundle guards and how."""
+    """Return a table of what a bundle guards, and how."""
     table = Table(show_header=False, title="PSIM bundle")
     fit, psim = manifest.fit, manifest.psim
     table.add_row("victim", f"{manifest.victim.name} ({manifest.victim.architecture})")
@@ -113,21 +113,22 @@ def manifest_table(manifest: Manifest) -> Table:
     table.add_row("training stopped", psim.stopped_because)
     if manifest.activations:
         layers = ", ".join(map(str, manifest.activations.layers))
-        table.add_row("hidden states", f"behind layers {layers}")
+        table.add_row("hidden states", f"watched after layers {layers}")
     table.add_row(
         "clean texts",
-        f"{fit.texts_train} train, {fit.texts_stop} stopping, {fit.texts_calibrate} calibration",
+        f"{fit.texts_train} for training, {fit.texts_stop} for stopping, "
+        f"{fit.texts_calibrate} for calibration",
     )
     if traffic := manifest.recalibration:
         table.add_row(
             "recalibrated",
-            f"{traffic.created}, from {traffic.parent[:12]}… by {_counts(traffic)} of "
+            f"{traffic.created}, from bundle {traffic.parent[:12]}… on {_counts(traffic)} of "
             f"{traffic.source}, {traffic.first} to {traffic.last}",
         )
     for calibration in manifest.calibrations:
         for group in calibration.groups:
             names = " + ".join(manifest.labels[c] for c in group.classes)
-            pooled = " (pooled: too few texts each)" if len(group.classes) > 1 else ""
+            pooled = " (shared: too few texts for each class)" if len(group.classes) > 1 else ""
             low, high = group.frr_interval
             table.add_row(
                 f"threshold {calibration.runtime}",
@@ -138,8 +139,9 @@ def manifest_table(manifest: Manifest) -> Table:
         default = ", the default" if calibration.runtime == manifest.default.runtime else ""
         table.add_row(
             f"parity {calibration.runtime}",
-            f"{parity.decisions_agree:.2%} of decisions as torch/float32, largest difference "
-            f"{parity.largest_difference:.1g}, {parity.texts_per_s:.0f} texts/s{default}",
+            f"{parity.decisions_agree:.2%} of decisions agree with torch/float32, "
+            f"largest difference {parity.largest_difference:.1g}, "
+            f"{parity.texts_per_s:.0f} texts/s{default}",
         )
     table.add_row("cost", f"{fit.seconds} s, peak memory {fit.peak_memory_mb} MB")
     for warning in warnings_of(manifest):
@@ -148,19 +150,19 @@ def manifest_table(manifest: Manifest) -> Table:
 
 
 def recalibration_table(record: RecalibrationRecord) -> Table:
-    """Return a rich table of what recalibrating changes."""
+    """Return a table of what recalibration changes."""
     table = Table(
         title="Before and after",
-        caption=f"by {_counts(record)}. Not used: {record.others} rows of other bundles; "
-        f"{record.unmarked} flagged texts without a mark, and the thresholds come out too low "
-        "where those are false alarms",
+        caption=f"Calibrated on {_counts(record)}. Not used: {record.others} rows of other bundles "
+        f"and {record.unmarked} flagged texts without a mark. If those are false alarms, the "
+        "thresholds are too low.",
     )
     table.add_column("runtime, class", no_wrap=True)
     for column in (
         "threshold",
-        "risen since psim fit",
+        "rise since psim fit",
         "clean texts flagged",
-        "poisoned flagged",
+        "poisoned texts flagged",
     ):
         table.add_column(column, justify="right")
     for c in record.changes:
@@ -180,10 +182,10 @@ def _counts(record: RecalibrationRecord) -> str:
 
 
 def warnings_of(manifest: Manifest) -> list[str]:
-    """Return what makes a bundle a poor defence, although it is whole."""
+    """Return what makes a bundle a poor defence although its files are intact."""
     warnings = []
     if manifest.psim.stopped_because != UNLEARNT:
-        warnings.append("PSIM has not unlearnt the task: its confidence tells poisoned texts badly")
+        warnings.append("PSIM has not unlearnt the task: its confidence barely separates texts")
     if manifest.activations is None:
-        warnings.append("all layers are adapted, so that no hidden states are watched")
+        warnings.append("all layers are adapted, so no hidden states are watched")
     return warnings

@@ -1,7 +1,7 @@
-"""What the screens would do about backdoors in *this* model: `psim assure`, top to bottom.
+"""`psim assure`: measures what the screens do against backdoors in *this* model.
 
-Backdoors of our own are planted in copies of the user's victim, which are then tuned on clean texts
-as a victim would be, guarded, and attacked. It is a study (`study.py`) whose recipe is made here.
+It plants backdoors in copies of the user's victim, tunes the copies on clean texts as a user would,
+guards them, and attacks them. This is a study (`study.py`) whose recipe is made here.
 """
 
 import random
@@ -38,22 +38,23 @@ MOST_TARGETS = 2
 CONTROL = "no backdoor"
 PSIM = "PSIM"
 READING = (
-    "Each line is a copy of your model in which we planted a backdoor, by full fine-tuning on a "
-    "training set of which a tenth was poisoned; it was then tuned with LoRA on clean texts, as "
-    "somebody does who uses published weights, guarded as psim fit does, and attacked with texts "
-    "that it had not seen. Missed: share of the poisoned texts on which the backdoor fires that "
-    "pass the screens. ASR, attack success rate: share of the poisoned texts that pass and get the "
-    "attacker's label. FRR: share of clean texts that are rejected. CA, clean accuracy: share of "
-    "clean texts that get their true label; a rejected one counts as wrong. In brackets 95 % "
-    "intervals: of a line over its texts (Clopper-Pearson), of the summary over the planted "
-    "backdoors (Student's t; empty where all agree). In the control nothing was planted; what "
-    "succeeds there are the model's own mistakes, or a backdoor that it had before we came."
+    "Each line is one copy of your model. We planted a backdoor in the copy by full fine-tuning on "
+    "a training set of which 10 % was poisoned. We then tuned the copy with LoRA on clean texts, "
+    "as a user of published weights does. We guarded it as psim fit does, and attacked it with "
+    "texts that it had not seen. Missed: the share of poisoned texts that pass the screens, among "
+    "those on which the backdoor fires. ASR (attack success rate): the share of poisoned texts "
+    "that pass and get the attacker's label. FRR (false rejection rate): the share of clean texts "
+    "that are rejected. CA (clean accuracy): the share of clean texts that get their true label; a "
+    "rejected text counts as wrong. Brackets show 95 % intervals. Those of a line are over its "
+    "texts (Clopper-Pearson). Those of the summary are over the copies (Student's t), and have no "
+    "width if all copies agree. Nothing was planted in the control. What succeeds there is the "
+    "model's own mistakes, or a backdoor that it already had."
 )
 LIMITS = (
-    "This says what happens to backdoors like these, in models that were trained from yours on "
-    "texts like these. It does not say that your model has no backdoor, and nothing about triggers "
-    "of other kinds: syntactic and style triggers, and attackers who train against the screens, "
-    "are harder (docs/limits.md)."
+    "This report shows what happens to backdoors like these, in models trained from yours, on "
+    "texts like these. It does not show that your model has no backdoor. It says nothing about "
+    "triggers of other kinds. Syntactic and style triggers, and attackers who train against the "
+    "screens, are harder to stop (docs/limits.md)."
 )
 
 
@@ -66,22 +67,22 @@ def assure(
     frr_budget: float = 0.01,
     say: Callable[[str], object] = print,
 ) -> list[Row]:
-    """Plant, guard, attack and report; interrupted, the same call goes on.
+    """Plant, guard, attack and report; after an interruption, the same call continues.
 
     Args:
         victim: folder or hub id of the classifier.
-        texts: clean texts; without labels, what the victim says of them is taken for the truth.
-        out: folder for `assurance.html`, `.md`, and the study behind them.
-        seeds: copies for each attack and target.
+        texts: clean texts; without labels, the victim's own predictions are taken as the truth.
+        out: folder for `assurance.html`, `assurance.md`, and the study behind them.
+        seeds: number of copies for each attack and target.
         frr_budget: tolerated share of rejected clean texts.
-        say: called with a line whenever a copy is begun.
+        say: called with a line whenever work on a copy begins.
 
     Raises:
         DataError, VictimError, CalibrationError: as their messages say.
     """
     labels, labelled, is_truth = _labelled(victim, texts)
     if missing := sorted(set(labels) - {str(sample.label) for sample in labelled}):
-        raise DataError(f"none of the texts is of class {missing}; give some of every class")
+        raise DataError(f"none of the texts is of class {missing}; provide texts of every class")
     _write_split(labelled, out / "texts")
     targets = _most_frequent(labels, labelled)
     recipe = make_recipe(victim, labelled, targets, seeds, frr_budget)
@@ -100,7 +101,7 @@ def assure(
 def make_recipe(
     victim: str, texts: Sequence[Sample], targets: Sequence[str], seeds: int, frr_budget: float
 ) -> Recipe:
-    """Return the study of one victim: triggers that no text holds, against each target."""
+    """Return a study of one victim, with triggers that occur in no text, against each target."""
     word, sentence = _unused(WORDS, texts), _unused(SENTENCES, texts)
     return Recipe(
         base=victim,
@@ -124,12 +125,12 @@ def make_recipe(
 
 
 def _labelled(victim: str, texts: Sequence[Sample]) -> tuple[list[str], list[Sample], bool]:
-    """Return the victim's labels, distinct texts with a label each, and whether it is the truth."""
+    """Return the victim's labels, distinct labelled texts, and whether the labels are the truth."""
     model, tokenizer = load_classifier(victim)
     labels = labels_of(model)
     distinct = list({sample.text: sample for sample in texts}.values())
     if len(distinct) < LEAST_TEXTS:
-        raise DataError(f"{len(distinct)} distinct texts are too few; give {LEAST_TEXTS} or more")
+        raise DataError(f"{len(distinct)} distinct texts are too few; {LEAST_TEXTS} are needed")
     if unknown := {s.label for s in distinct if s.label is not None} - set(labels):
         raise DataError(f"unknown labels {sorted(map(str, unknown))}; the victim has {labels}")
     if all(sample.label is not None for sample in distinct):
@@ -155,12 +156,12 @@ def _most_frequent(labels: Sequence[str], texts: Sequence[Sample]) -> list[str]:
 
 
 def _unused(triggers: Iterable[str], texts: Sequence[Sample]) -> str:
-    """Return the first trigger that no text holds."""
+    """Return the first trigger that occurs in no text."""
     everything = f" {' '.join(s.text for s in texts)} ".casefold()
     for trigger in triggers:
         if f" {trigger.casefold()} " not in everything:
             return trigger
-    raise DataError("each of our triggers is in your texts already; give other texts")
+    raise DataError("each of our triggers already occurs in your texts; provide other texts")
 
 
 def write_assurance(
@@ -178,7 +179,7 @@ def write_assurance(
     truth = (
         "with their labels"
         if is_truth
-        else "without labels: what your model says of them is taken for the truth"
+        else "without labels; your model's own predictions are taken as the truth"
     )
     summary = [
         ["poisoned texts missed", _over(planted, "false_acceptance_rate_firing")],
@@ -208,11 +209,11 @@ def write_assurance(
         table(
             [f"over {len(planted)} planted backdoors", "mean, % (95 % interval); worst"], summary
         ),
-        heading(2, "How to read this"),
+        heading(2, "How to read this report"),
         paragraph(READING),
         heading(2, "Every copy"),
         table(header, details, names=3),
-        heading(2, "What it does not say"),
+        heading(2, "What this report does not show"),
         paragraph(LIMITS),
         paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
     ]
@@ -220,7 +221,7 @@ def write_assurance(
 
 
 def _over(lines: Sequence[tuple[Row, Any, Any]], field: str, *, bare: bool = False) -> str:
-    """Return mean, interval and worst of a rate over models, in percent."""
+    """Return the mean, interval and worst value of a rate over models, in percent."""
     rates = [none[field] if bare else psim[field] for _, psim, none in lines]
     known = pd.DataFrame([rate for rate in rates if rate is not None])
     if known.empty:
@@ -231,5 +232,5 @@ def _over(lines: Sequence[tuple[Row, Any, Any]], field: str, *, bare: bool = Fal
 
 
 def _percent(rate: dict[str, Any] | None) -> str:
-    """Return a rate as a row keeps it."""
+    """Format a rate that a row stores."""
     return percent(None if rate is None else Rate(**rate))

@@ -1,4 +1,4 @@
-"""A page as Markdown and as HTML at once: a list of blocks that know themselves as both."""
+"""Pages in Markdown and HTML at once: each block holds both forms."""
 
 import base64
 import html
@@ -23,14 +23,14 @@ th:first-child, th[scope=row] { text-align: left; }
 
 
 class Block(NamedTuple):
-    """A part of the page, in both languages."""
+    """A part of the page, in both formats."""
 
     markdown: str
     html: str
 
 
 def write_page(blocks: Sequence[Block], title: str, out: Path, name: str = "report") -> None:
-    """Write `NAME.md`, and `NAME.html`, which needs no other file."""
+    """Write `NAME.md` and the self-contained `NAME.html`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text("\n".join(b.markdown for b in blocks), encoding="utf-8")
     page = (
@@ -43,7 +43,7 @@ def write_page(blocks: Sequence[Block], title: str, out: Path, name: str = "repo
 
 
 def table(header: list[str], lines: list[list[str]], names: int = 1) -> Block:
-    """Return a table whose first `names` columns name the line."""
+    """Return a table whose first `names` columns are row headers."""
     written = [header, ["---"] * names + ["--:"] * (len(header) - names), *lines]
     markdown = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in written)
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
@@ -59,7 +59,7 @@ def table(header: list[str], lines: list[list[str]], names: int = 1) -> Block:
 
 
 def heading(level: int, text: str) -> Block:
-    """Return a heading; 1 is the page's own."""
+    """Return a heading; level 1 is the title of the page."""
     name = f"h{level}"
     return Block(f"{'#' * level} {_escape(text)}\n", f"<{name}>{html.escape(text)}</{name}>\n")
 
@@ -70,12 +70,12 @@ def paragraph(text: str) -> Block:
 
 
 def code(text: str) -> Block:
-    """Return text as it is."""
+    """Return preformatted text."""
     return Block(f"```\n{text.rstrip()}\n```\n", f"<pre>{html.escape(text)}</pre>\n")
 
 
 def picture(out: Path, name: str, figure: Figure, alt: str) -> Block:
-    """Write a figure to `out/plots/name`, and return it with a text for who cannot see it."""
+    """Write a figure to `out/plots/name`, and return it with its alternative text."""
     path = out / "plots" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -88,5 +88,5 @@ def picture(out: Path, name: str, figure: Figure, alt: str) -> Block:
 
 
 def _escape(text: str) -> str:
-    """Return text that Markdown takes literally."""
+    """Escape text so that Markdown shows it literally."""
     return re.sub(r"([\\|*\[\]`])", r"\\\1", html.escape(text, quote=False))

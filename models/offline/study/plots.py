@@ -1,4 +1,4 @@
-"""Plots of a study: what attacks leave in tuned victims, and how PSIM tells texts apart."""
+"""Plots of a study: backdoors in tuned victims, and how PSIM separates texts."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ from models.offline.study.experiment import load_scores
 
 Row = Mapping[str, Any]
 BUDGET = 0.01
-"""False-rejection budget whose thresholds and rates are marked."""
+"""False-rejection budget at which plots mark thresholds and rates."""
 
 
 def attack_figure(rates: pd.DataFrame) -> Figure:
-    """Plot bars of attack success without defence, a panel for each data set.
+    """Plot attack success without a defence as bars, with one panel per data set.
 
     Args:
-        rates: `value`, `low` and `high` in percent, by data set, attack and strategy (the index).
+        rates: `value`, `low` and `high` in percent, indexed by data set, attack and strategy.
     """
     panels = list(rates.groupby(level="data", observed=True))
     strategies = list(rates.index.unique("strategy").sort_values())
@@ -42,7 +42,7 @@ def attack_figure(rates: pd.DataFrame) -> Figure:
         axes.set(title=str(data), ylim=(0, 105))
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.supylabel("ASR without defence, %", fontsize="medium")
+    figure.supylabel("ASR without a defence, %", fontsize="medium")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
@@ -61,7 +61,7 @@ def _bars(axes: Axes, rates: pd.DataFrame, strategies: list[str]) -> None:
 
 
 def shown_cells(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Choose the cells to plot, by data set: for each attack the first, LoRA's if there is one."""
+    """Choose the cells to plot, by data set: the first of each attack, LoRA preferred."""
     chosen: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = row["data"], row["attack"]
@@ -82,7 +82,7 @@ def _psim(row: Row) -> str | None:
 
 
 def psim_figure(cells: Sequence[Row], steps: Path) -> Figure:
-    """Plot confidences, ROC and trade-off of the first PSIM variant, a line for each cell.
+    """Plot scores, ROC curve and trade-off of the first PSIM variant, one row per cell.
 
     Args:
         cells: rows of one data set, as `shown_cells` chooses them.
@@ -93,7 +93,7 @@ def psim_figure(cells: Sequence[Row], steps: Path) -> Figure:
         scores = _Scores.load(row, steps)
         for axes, draw in zip(part.subplots(1, 3), (_histogram, _roc, _trade_off), strict=True):
             draw(axes, scores)
-            # Above the panel it hides nothing.
+            # Above the panel, the legend hides nothing.
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         title = f"{row['attack']}: {_psim(row)}, {row['strategy']}, seed {row['seed']}"
         part.suptitle(title, fontweight="bold")
@@ -102,9 +102,9 @@ def psim_figure(cells: Sequence[Row], steps: Path) -> Figure:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What victim and screens say to the texts of one cell; `known` are calibration texts.
+    """The outputs of victim and screens on one cell; `known` are the calibration texts.
 
-    Readings are of the features that the first rule of the recipe asks.
+    The readings hold only the features that the first rule of the recipe uses.
     """
 
     truth: Classes
@@ -130,7 +130,7 @@ class _Scores:
 
     @property
     def least_budget(self) -> float:
-        """The smallest one that a threshold can keep."""
+        """The smallest budget that a threshold can keep."""
         return 1 / (len(self.known) + 1)
 
     @property
@@ -138,7 +138,7 @@ class _Scores:
         return max(BUDGET, self.least_budget)
 
     def behind(self, budget: float) -> tuple[View, View]:
-        """Return the clean and the poisoned texts behind calibrated thresholds."""
+        """Return the clean and the poisoned texts, judged by calibrated thresholds."""
         screen = calibrate(self.known, self.checkpoints, budget)
         return (
             View(screen, self.clean, self.predicted_clean),
@@ -158,7 +158,7 @@ def _histogram(axes: Axes, scores: _Scores) -> None:
 def _roc(axes: Axes, scores: _Scores) -> None:
     views = scores.behind(scores.marked_budget)
     clean, poisoned = (within_class_scores(view.verdicts) for view in views)
-    left = 50 / len(clean)  # half a text: stands for zero, which a log axis has not
+    left = 50 / len(clean)  # half a text stands for zero, which a log axis lacks
     fires = scores.predicted_poisoned == scores.targets
     for name, own, style in (("all", poisoned, "k-"), ("backdoor fires", poisoned[fires], "r--")):
         area = auroc(clean, own)

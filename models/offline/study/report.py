@@ -1,6 +1,6 @@
-"""A study as people read it: `report.md`, and the same as one file, `report.html`.
+"""The report of a study, as `report.md` and as one self-contained file, `report.html`.
 
-Read `write_study_report`: the page from top to bottom.
+Start with `write_study_report`, which builds the page from top to bottom.
 """
 
 import re
@@ -35,19 +35,19 @@ DETAILS = {
 }
 SUMMARIES = {
     "Attack success rate (ASR), %": ("attack_success_rate.value", "z.1f"),
-    "Clean accuracy (CA) lost against no defence, percentage points": ("lost", "z.1f"),
+    "Clean accuracy (CA) lost compared with no defence, percentage points": ("lost", "z.1f"),
     "AUROC where the backdoor fires": ("auroc_firing", ".4f"),
 }
 LEGEND = (
-    "CA, clean accuracy: share of the clean texts that get their true class; a rejected text "
-    "counts as wrong. ASR, attack success rate: share of the poisoned texts, none of whose true "
-    "class is the attacker's target, that pass the defence and get the target. FRR, false "
-    "rejection rate: share of the clean texts that are rejected. FAR, false acceptance rate: "
-    "share of the poisoned texts that pass. Where the backdoor fires: only poisoned texts that "
-    "get the target when there is no defence. AUROC: probability that a poisoned text looks more "
-    "suspicious to the defence than a clean one. Extra passes: forward passes per text beside "
-    "that of the victim. Time: seconds per text over those of the bare victim. A hyphen: does not "
-    "apply, or not known."
+    "CA (clean accuracy): the share of clean texts that get their true class; a rejected text "
+    "counts as wrong. ASR (attack success rate): the share of poisoned texts that pass the defence "
+    "and get the attacker's target class, among those whose true class is another one. FRR (false "
+    "rejection rate): the share of clean texts that are rejected. FAR (false acceptance rate): the "
+    "share of poisoned texts that pass. Where the backdoor fires: counts only the poisoned texts "
+    "that get the target class when there is no defence. AUROC: the probability that a poisoned "
+    "text looks more suspicious to the defence than a clean one. Extra passes: forward passes per "
+    "text, in addition to the victim's own. Time: seconds per text, relative to the victim without "
+    "a defence. A hyphen means that a value does not apply or is unknown."
 )
 
 
@@ -55,13 +55,13 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
     """Write `report.md`, `report.html` and `plots/*.png` into `out`.
 
     Args:
-        rows: what `run_study` returned, one at least.
+        rows: what `run_study` returned; at least one.
         out: folder to write to.
-        steps: folder of the study's steps: what the plots show.
-        recipe: the study's recipe, which is shown at the end.
+        steps: folder of the study's steps, which hold the scores for the plots.
+        recipe: the study's recipe, shown at the end of the report.
     """
     for old in (out / "plots").glob("psim-*.png"):
-        old.unlink()  # of another recipe
+        old.unlink()  # left over from another recipe
     everything = _long(rows)
     frame = everything[everything["defence"] != BEFORE]
     title = f"Backdoors and defences: {', '.join(frame['data'].unique())}"
@@ -81,7 +81,7 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
 
 
 def _long(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return a line per cell and defence; rates in percent, NaN where there is none."""
+    """Return one line per cell and defence, with rates in percent; NaN stands for no value."""
     before = {"defence": BEFORE, "strategy": BEFORE}
     lines = [
         *({key: row[key] for key in CELL} | before | row["published"] for row in _one_each(rows)),
@@ -103,15 +103,15 @@ def _long(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def _one_each(rows: Sequence[Row]) -> Iterable[Row]:
-    """Return a row for each published model, which several victims may share."""
+    """Return one row per published model, since several victims may share one."""
     return {(row["data"], row["attack"], row["seed"]): row for row in rows}.values()
 
 
 def _what_attacks_leave(frame: pd.DataFrame, out: Path) -> Iterator[Block]:
     bare = frame[frame["defence"].isin([BEFORE, "none"])]
-    yield heading(2, "What the attack leaves")
+    yield heading(2, "What tuning leaves of the backdoor")
     yield paragraph(
-        f"The published weights, and victims tuned from them, without a defence. "
+        f"The published weights and the victims tuned from them, all without a defence. "
         f"{_kind_of_interval(bare)}"
     )
     success = _intervals(bare, "attack_success_rate")
@@ -129,26 +129,26 @@ def _kind_of_interval(bare: pd.DataFrame) -> str:
     seeds = bare.groupby(VICTIM, observed=True)["seed"].nunique()
     kinds = []
     if seeds.min() == 1:
-        kinds.append("with one seed, Clopper-Pearson over its texts")
+        kinds.append("with one seed, they are Clopper-Pearson over its texts")
     if seeds.max() > 1:
         kinds.append(
-            "with several seeds, Student's t around their mean, cut off at 0 and 100; it is empty "
-            "where all seeds agree"
+            "with several seeds, they are Student's t around the mean, limited to 0 to 100, and "
+            "have no width if all seeds agree"
         )
     names = ", ".join(map(str, bare["seed"].unique()))
-    return f"Seeds: {names}. In brackets 95 % intervals: {'; '.join(kinds)}."
+    return f"Seeds: {names}. Brackets show 95 % intervals: {'; '.join(kinds)}."
 
 
 def _intervals(bare: pd.DataFrame, field: str) -> pd.DataFrame:
-    """Return mean over seeds and interval, by data set, attack and strategy."""
+    """Return the mean over seeds and its interval, by data set, attack and strategy."""
     rates = bare.rename(columns={f"{field}.{part}": part for part in PARTS})
     return pd.DataFrame(rates.groupby(VICTIM, observed=True)[PARTS].apply(mean_interval))
 
 
 def mean_interval(rates: pd.DataFrame) -> "pd.Series[float]":
-    """Return the mean of rates in percent, and its 95 % interval, by `PARTS`.
+    """Return the mean of rates in percent and its 95 % interval, indexed by `PARTS`.
 
-    Of several rates it is Student's t, cut off at 0 and 100; of a single one its own.
+    The interval of several rates is Student's t, limited to 0 to 100. A single rate keeps its own.
     """
     known = rates[PARTS].dropna()
     if len(known) < 2:
@@ -167,7 +167,8 @@ def _with_interval(rate: "pd.Series[float]") -> str:
 def _what_defences_stop(frame: pd.DataFrame) -> Iterator[Block]:
     yield heading(2, "What defences stop")
     yield paragraph(
-        "Means over strategies and seeds, of the victims on which the defence was tried."
+        "Each value is a mean over strategies and seeds, and covers only the victims on which the "
+        "defence was tried."
     )
     for title, (column, form) in SUMMARIES.items():
         yield heading(3, title)
@@ -178,15 +179,16 @@ def _what_defences_stop(frame: pd.DataFrame) -> Iterator[Block]:
 def _how_psim_sees_it(rows: Sequence[Row], out: Path, steps: Path) -> Iterator[Block]:
     for number, (data, cells) in enumerate(shown_cells(rows).items(), 1):
         if number == 1:
-            yield heading(2, "How PSIM tells texts apart")
+            yield heading(2, "How PSIM separates clean and poisoned texts")
             yield paragraph(
-                "Confidence of clean and poisoned texts, with the thresholds for a budget of 1 % "
-                "(or the least that the calibration texts allow); ROC of the distance from the "
-                "threshold; what another budget would do. One victim for each attack."
+                "Left: the scores of clean and poisoned texts, with the thresholds for a budget of "
+                "1 % (or the smallest budget that the calibration texts allow). Middle: the ROC "
+                "curve of the distance from the threshold. Right: clean accuracy and attack "
+                "success rate at other budgets. There is one victim for each attack."
             )
         yield heading(3, data)
         attacks = ", ".join(row["attack"] for row in cells)
-        alt = f"PSIM on {data} ({attacks}): confidences, ROC, CA and ASR by budget"
+        alt = f"PSIM on {data} ({attacks}): scores, ROC curve, CA and ASR by budget"
         name = f"psim-{number}-{re.sub(r'[^A-Za-z0-9]+', '-', data)}.png"
         yield picture(out, name, psim_figure(cells, steps), alt)
 
@@ -195,19 +197,20 @@ def _how_training_went(rows: Sequence[Row]) -> Iterator[Block]:
     lines: dict[str, list[str]] = {}
     for row in rows:
         for name, found in row["defences"].items():
-            if "checkpoints" in found:  # rules for thresholds share a training: shown once
+            if "checkpoints" in found:  # rules for thresholds share one training, shown once
                 steps = ", ".join(map(str, found["checkpoints"]))
                 how = [steps, found["stopped_because"], f"{found['fit_seconds']:.0f}"]
                 lines.setdefault(found["scores"], [*(str(row[k]) for k in CELL), name, *how])
     if lines:
         yield heading(2, "How PSIM's training went")
-        header = ["data set", *CELL[1:], "defence", "checkpoints at steps", "stopped", "seconds"]
+        header = ["data set", *CELL[1:], "defence"]
+        header += ["checkpoints at steps", "stopped because", "seconds"]
         yield table(header, list(lines.values()), names=len(header) - 1)
 
 
 def _details(frame: pd.DataFrame) -> Iterator[Block]:
     yield heading(2, "Details")
-    yield paragraph("Means over seeds.")
+    yield paragraph("Each value is a mean over seeds.")
     columns = [column for column, _ in DETAILS.values()]
     for names, cell in frame.groupby(VICTIM, observed=True):
         yield heading(3, ", ".join(map(str, names)))
@@ -224,7 +227,7 @@ def _number(value: float, form: str) -> str:
 
 
 def _wide(texts: "pd.Series[str]") -> Block:
-    """Return a table: data set and attack by what the last level of the index names."""
+    """Return a table with a row per data set and attack, and a column per last index level."""
     wide = texts.unstack(fill_value="-")
     lines = [[*names, *cells] for names, cells in zip(wide.index, wide.to_numpy(), strict=True)]
     return table(["data set", "attack", *wide.columns], lines, names=2)
