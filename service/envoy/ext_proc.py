@@ -38,7 +38,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from service.http.responses import problem
 from service.http.routes.guardrails import PARTIAL_BODY
-from service.settings import Settings
+from service.settings import ExtProcSettings
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 MESSAGE_OVERHEAD = 2**20
@@ -59,7 +59,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 class ExtProc:
     """gRPC server for Envoy that gives each request to an ASGI application."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: ExtProcSettings) -> None:
         self._app, self._settings = app, settings
         self._server: grpc.aio.Server | None = None
 

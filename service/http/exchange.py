@@ -17,7 +17,7 @@ from service.pipeline.gateway import Gateway
 from service.pipeline.request_record import Recorder, RequestRecord
 from service.protocols.base import ModelInfo
 from service.security.access import Caller, caller_of
-from service.settings import Settings
+from service.settings import RequestLimits
 
 Body = TypeVar("Body")
 Answer = TypeVar("Answer")
@@ -42,7 +42,7 @@ class Completed(Generic[Body, Answer]):
     model_info: ModelInfo
 
 
-Read = Callable[[Request, Settings], Awaitable[Parsed[Body] | Response]]
+Read = Callable[[Request, RequestLimits], Awaitable[Parsed[Body] | Response]]
 Work = Callable[[Gateway, RequestRecord, Caller, Body], Coroutine[Any, Any, Answer]]
 Respond = Callable[[Completed[Body, Answer]], Response]
 
@@ -50,7 +50,7 @@ Respond = Callable[[Completed[Body, Answer]], Response]
 class Exchange:
     """Takes requests through their lives."""
 
-    def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
+    def __init__(self, models: Registry, recorder: Recorder, settings: RequestLimits) -> None:
         self._models, self._recorder, self._settings = models, recorder, settings
 
     async def run(

@@ -11,14 +11,14 @@ from starlette.requests import Request
 from service.errors import Invalid, Malformed, TooLarge, UnsupportedMedia
 from service.protocols.base import InferenceRequest, WireProtocol
 from service.schemas import TextsRequest
-from service.settings import Settings
+from service.settings import RequestLimits
 
 Model = TypeVar("Model", bound=TextsRequest)
 BINARY_TENSORS = "inference-header-content-length"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read(request: Request, model: type[Model], settings: Settings) -> Model:
+async def read(request: Request, model: type[Model], settings: RequestLimits) -> Model:
     """Return the request's body as `model`.
 
     Raises:
@@ -29,7 +29,7 @@ async def read(request: Request, model: type[Model], settings: Settings) -> Mode
 
 
 async def read_inference(
-    request: Request, protocols: Sequence[WireProtocol], settings: Settings
+    request: Request, protocols: Sequence[WireProtocol], settings: RequestLimits
 ) -> tuple[WireProtocol, InferenceRequest, bytes]:
     """Return a body's protocol, of those that share a route, the parsed body, and its bytes.
 
@@ -51,7 +51,7 @@ def choose(protocols: Sequence[WireProtocol], data: object) -> WireProtocol:
 
 
 async def read_json(
-    request: Request, settings: Settings, media_optional: bool = False
+    request: Request, settings: RequestLimits, media_optional: bool = False
 ) -> tuple[bytes, object]:
     """Return the request's body, as bytes and as JSON.
 
@@ -63,7 +63,7 @@ async def read_json(
     return body, _parse(body)
 
 
-def parse(data: object, model: type[Model], settings: Settings) -> Model:
+def parse(data: object, model: type[Model], settings: RequestLimits) -> Model:
     """Return JSON as `model`.
 
     Raises:
@@ -138,7 +138,7 @@ def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
     return f"{'.'.join(where) or 'the body'}: {first['msg']}"
 
 
-def _check_texts(texts: list[str], settings: Settings) -> None:
+def _check_texts(texts: list[str], settings: RequestLimits) -> None:
     if len(texts) > settings.max_inputs:
         raise TooLarge(f"{len(texts)} inputs are over the limit of {settings.max_inputs}")
     for index, text in enumerate(texts):

@@ -14,7 +14,7 @@ from service.inference.batcher import Batcher, Screener
 from service.observability.metrics import Metrics, ModelMetrics
 from service.pipeline.request_record import RequestRecord
 from service.pipeline.windows import WindowedScreener
-from service.settings import Settings
+from service.settings import InferenceSettings, ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +25,16 @@ WAITING = 256
 class Challenger:
     """Counts how the verdicts of another bundle differ from those of the served one."""
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
+    def __init__(
+        self, bundle: Bundle, settings: InferenceSettings, max_windows: int, metrics: ModelMetrics
+    ) -> None:
         self.digest = bundle.digest
         limits = settings.model_copy(update={"queue_inputs": WAITING, "queue_s": math.inf})
         # A registry of its own: its queue and times must not count as those of the served model.
-        own_metrics = Metrics().of("challenger", limits)
+        own_metrics = Metrics().of("challenger", ModelSettings())
         self._batcher = Batcher(bundle, limits, own_metrics)
         self._windowed_screener = WindowedScreener(
-            self._batcher, bundle.manifest.max_length, settings.max_windows
+            self._batcher, bundle.manifest.max_length, max_windows
         )
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()

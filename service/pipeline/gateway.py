@@ -37,7 +37,7 @@ from service.schemas import (
     WeightedWord,
 )
 from service.security.access import Caller
-from service.settings import Mode, Settings
+from service.settings import GatewaySettings, Mode
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Gateway:
         classifier: Classifier,
         trigger_search: TriggerSearch,
         metrics: ModelMetrics,
-        settings: Settings,
+        settings: GatewaySettings,
         challenger: Challenger | None = None,
     ) -> None:
         self.bundle, self.served, self.mode = bundle, served, settings.mode
@@ -125,7 +125,7 @@ class Gateway:
         Raises:
             ServiceError: nothing of the request is answered.
         """
-        texts = call.asked.texts
+        texts = call.request.texts
         screened = await self._screen(record, caller, texts, self._screener)
         inputs = [
             JudgedText(text, one, self._policy.decide(one.verdict))
@@ -299,7 +299,7 @@ class Gateway:
         self._count_unscreened([one.screened for one in accepted])
         if answer.reply is None:
             for one, scores in zip(passed, answer.scores, strict=True):
-                one.scores = scores[: call.asked.limit]
+                one.scores = scores[: call.request.limit]
         return answer.reply
 
     def _count_unscreened(self, passed: Sequence[Screened]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from models.detection.screen import Verdict
 from service.schemas import Decision
-from service.settings import Mode, Settings
+from service.settings import GatewaySettings, Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Policy:
         return Decision.FLAG if self.mode is Mode.FLAG else Decision.REJECT
 
 
-def policy_of(settings: Settings, elsewhere: bool) -> Policy:
+def policy_of(settings: GatewaySettings, elsewhere: bool) -> Policy:
     """Return the policy for texts whose classifier is elsewhere, or in this process.
 
     The classifier in this process reads no more of a text than the screen does, so an over-long

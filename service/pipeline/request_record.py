@@ -18,7 +18,7 @@ from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
 from service.errors import ServiceError
 from service.observability.drift import Drift
-from service.observability.metrics import Metrics, ModelMetrics
+from service.observability.metrics import ModelMetrics, RequestMetrics
 from service.observability.traces import exemplar, trace_id
 from service.pipeline.policy import all_rejected
 from service.schemas import Decision
@@ -82,7 +82,7 @@ class RequestRecord:
 class Recorder:
     """Writes records to metrics, span, log, and the audit if there is one."""
 
-    def __init__(self, metrics: Metrics, tracer: Tracer, audit: Writer | None) -> None:
+    def __init__(self, metrics: RequestMetrics, tracer: Tracer, audit: Writer | None) -> None:
         self._metrics, self._tracer, self._audit = metrics, tracer, audit
 
     @contextmanager

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from service.errors import Forbidden, Unauthorized
-from service.observability.metrics import Metrics
+from service.observability.metrics import AccessMetrics
 from service.route_table import ROUTES, route_of
 from service.security.keys.file import Key, Keys, Scope
 from service.security.rate_limit import Limiter
@@ -71,7 +71,7 @@ def caller_of(request: Request) -> Caller:
 class Access:
     """Identifies callers by their keys, and checks what they may do."""
 
-    def __init__(self, keys: Keys, limiter: Limiter, metrics: Metrics) -> None:
+    def __init__(self, keys: Keys, limiter: Limiter, metrics: AccessMetrics) -> None:
         self._keys, self._limiter, self._metrics = keys, limiter, metrics
 
     def identify(self, headers: Headers) -> tuple[Caller | None, list[tuple[bytes, bytes]]]:

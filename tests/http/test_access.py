@@ -204,7 +204,7 @@ async def test_log_audit_and_traces_know_the_name_and_never_the_key(
 async def test_a_key_that_is_taken_out_of_the_file_is_good_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.security.keys.file.LOOK_S", 0.0)
+    monkeypatch.setattr("service.security.keys.file.CHECK_S", 0.0)
 
     async with guarded(tmp_path) as client:
 

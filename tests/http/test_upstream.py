@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.app import create_app
-from service.classifiers.upstream import Breaker
+from service.classifiers.circuit_breaker import CircuitBreaker
 from service.protocols.registry import protocols
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
@@ -235,7 +235,7 @@ async def test_the_breaker_stops_calls_and_the_probe_closes_it_again() -> None:
     peer = Peer()
     async with behind(peer, upstream_retry_s=0.3) as client:
         peer.status = 503
-        for _ in range(Breaker.FAILURES):
+        for _ in range(CircuitBreaker.FAILURES):
             assert (await client.post("/predict", json=ONE_TEI)).status_code == 503
         asked = len(peer.asked)
         answer = await client.post("/predict", json=ONE_TEI)
@@ -252,8 +252,8 @@ async def test_the_breaker_stops_calls_and_the_probe_closes_it_again() -> None:
 
 def test_a_breaker_lets_one_attempt_through_at_a_time_and_forgets_after_a_success() -> None:
     now = 0.0
-    breaker = Breaker(pause_s=10, clock=lambda: now)
-    for _ in range(Breaker.FAILURES - 1):
+    breaker = CircuitBreaker(pause_s=10, clock=lambda: now)
+    for _ in range(CircuitBreaker.FAILURES - 1):
         breaker.record(failed=True)
     assert breaker.admit()
     breaker.record(failed=True)
@@ -275,7 +275,7 @@ async def test_single_inputs_that_break_the_upstream_do_not_open_the_breaker() -
     async with behind(peer) as client:
         for status, body in ((500, SOUND), (200, b"{}")):
             peer.status, peer.body = status, body
-            for _ in range(2 * Breaker.FAILURES):
+            for _ in range(2 * CircuitBreaker.FAILURES):
                 assert (await client.post("/predict", json=ONE_TEI)).status_code == 502
         assert (await client.get("/ready")).status_code == 200
 

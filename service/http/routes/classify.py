@@ -21,7 +21,7 @@ from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
 from service.route_table import ROUTES
 from service.schemas import ClassifyResponse, worst
-from service.settings import Settings
+from service.settings import RequestLimits
 
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
 """Versions of a model that may become a part of the upstream's path."""
@@ -56,7 +56,7 @@ class ClassifyRoutes:
 
 
 async def _read(
-    protocols: Sequence[WireProtocol], request: Request, settings: Settings
+    protocols: Sequence[WireProtocol], request: Request, settings: RequestLimits
 ) -> Parsed[Call]:
     protocol, inference, body = await read_inference(request, protocols, settings)
     version = request.path_params.get("version")
@@ -68,7 +68,7 @@ async def _read(
 
 
 def _respond(done: Completed[Call, GatewayResult]) -> Response:
-    inference, protocol, outcome = done.body.asked, done.body.protocol, done.answer
+    inference, protocol, outcome = done.body.request, done.body.protocol, done.answer
     headers = {
         "x-psim-decision": worst(done.record.decisions),
         "server-timing": server_timing(done.record.stages),

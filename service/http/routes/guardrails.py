@@ -25,7 +25,7 @@ from service.protocols.base import InferenceRequest, WireProtocol
 from service.protocols.registry import by_route
 from service.route_table import AUTHZ, EXT_PROC, GUARDRAIL, PROXIED
 from service.schemas import Decision, TextsRequest, worst
-from service.settings import Settings
+from service.settings import RequestLimits
 
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 FOUND = "PSIM finds a backdoor trigger in it, or cannot read it to its end"
@@ -100,7 +100,7 @@ class ExternalAuthz:
         return await self._exchange.run(request, route, self._read_proxied, Gateway.judge, respond)
 
     async def _read_guardrail(
-        self, request: Request, settings: Settings
+        self, request: Request, settings: RequestLimits
     ) -> Parsed[GuardrailRequest] | Response:
         body = await read(request, GuardrailRequest, settings)
         if not body.texts:
@@ -110,7 +110,7 @@ class ExternalAuthz:
         return Parsed(body, (body.model,) if by_name else ())
 
     async def _read_proxied(
-        self, request: Request, settings: Settings
+        self, request: Request, settings: RequestLimits
     ) -> Parsed[InferenceRequest] | Response:
         if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
             raise NotInspected("the proxy has not sent the whole body to be screened")

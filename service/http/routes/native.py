@@ -28,17 +28,17 @@ from service.schemas import (
     TextsRequest,
 )
 from service.security.access import caller_of
-from service.settings import Settings
+from service.settings import RequestLimits
 
 Texts = TypeVar("Texts", bound=TextsRequest)
 LIMITS = ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
-"""Settings that `/info` shows."""
+"""RequestLimits that `/info` shows."""
 
 
 class ModelRoutes:
     """Native routes about a model."""
 
-    def __init__(self, models: Registry, exchange: Exchange, settings: Settings) -> None:
+    def __init__(self, models: Registry, exchange: Exchange, settings: RequestLimits) -> None:
         self._models, self._exchange, self._settings = models, exchange, settings
 
     async def screen(self, request: Request) -> Response:
@@ -127,8 +127,8 @@ class ProcessRoutes:
 
 def _reader(
     request_type: type[Texts],
-) -> Callable[[Request, Settings], Awaitable[Parsed[Texts]]]:
-    async def read_texts(request: Request, settings: Settings) -> Parsed[Texts]:
+) -> Callable[[Request, RequestLimits], Awaitable[Parsed[Texts]]]:
+    async def read_texts(request: Request, settings: RequestLimits) -> Parsed[Texts]:
         return Parsed(await read(request, request_type, settings))
 
     return read_texts
