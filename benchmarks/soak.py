@@ -41,7 +41,7 @@ from rich.progress import track
 from servers import Peer, Running, running
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from models.bundle.load import read_manifest
+from models.bundle.verify import read_manifest
 from models.offline.attacks.corpus import generate
 from models.offline.demo import encoder_path
 from models.offline.fitting.fit import fit

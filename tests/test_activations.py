@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from models.detection.calibrate import calibrate
 from models.detection.screen import Verdict
 from models.engines.pytorch import TorchEngine, collate
-from models.network.guarded import Activations, guard, lora_config, transformer_of
+from models.network.activations import Activations
+from models.network.adapters import lora_config, transformer_of
+from models.network.guarded import guard
 from models.offline.fitting.activations import LEAST_FOR_MEAN, fit_activations
 
 

@@ -20,7 +20,9 @@ from transformers.utils import logging
 
 from models.engines.pytorch import ModuleEngine
 from models.errors import EngineError
-from models.network.guarded import Guarded, Inputs, readings_of
+from models.network.activations import to_readings
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 
 # Importing OpenVINO would report to its maker, unless this package is missing.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -72,7 +74,7 @@ class GuardedGraph:
     passes = 1.0
 
     def __init__(self, guarded: Guarded, dtype: str, max_length: int) -> None:
-        if guarded.tail is None:
+        if guarded.last_layer is None:
             raise EngineError(
                 f"OpenVINO cannot run this {guarded.config.model_type} model, since its last layer "
                 "runs as a whole; use the engine torch"
@@ -89,7 +91,7 @@ class GuardedGraph:
         """See `Guarded.screen`."""
         parts = [call(self._run, *part) for part in parts_of(inputs, self._max_length)]
         logits, rows, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return readings_of(logits, states, self._activations), rows
+        return to_readings(logits, states, self._activations), rows
 
     def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Guarded.classify_rows`."""
@@ -120,8 +122,8 @@ class _Head(nn.Module):
         self.guarded = guarded
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        assert self.guarded.tail is not None  # noqa: S101 - `GuardedGraph` has asked
-        return self.guarded.tail.head(rows)
+        assert self.guarded.last_layer is not None  # noqa: S101 - `GuardedGraph` has asked
+        return self.guarded.last_layer.head(rows)
 
 
 def computes_bfloat16() -> bool:

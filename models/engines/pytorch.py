@@ -9,7 +9,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from models.detection.screen import FloatArray
 from models.engines.base import ClassifierState, Encoding, Screening
-from models.network.guarded import Guarded, Inputs
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_INPUT = 512

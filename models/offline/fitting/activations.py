@@ -13,7 +13,7 @@ from models.engines.base import Encoding
 from models.engines.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines.pytorch import TorchEngine, collate
 from models.errors import VictimError
-from models.network.guarded import Activations
+from models.network.activations import Activations
 
 Array = NDArray[np.floating[Any]]
 LEAST_FOR_MEAN = 10

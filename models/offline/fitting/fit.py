@@ -16,14 +16,9 @@ from peft import PeftModel, PromptEncoderConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.bundle.load import (
-    MANIFEST,
-    hash_files,
-    load_bundle,
-    save_activations,
-    save_readings,
-    save_weights,
-)
+from models.bundle.digests import hash_files
+from models.bundle.layout import MANIFEST
+from models.bundle.load import load_bundle
 from models.bundle.manifest import (
     ActivationsRecord,
     Calibration,
@@ -35,27 +30,16 @@ from models.bundle.manifest import (
     RuntimeRecord,
     VictimRecord,
 )
+from models.bundle.save import save_activations, save_readings, save_weights
 from models.detection.calibrate import Calibrated, calibrate, parity
 from models.detection.screen import FloatArray, Screen, allowed_rejections
-from models.engines.base import Encoding, Engine
+from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
 from models.engines.pytorch import TorchEngine, max_input_length
-from models.engines.registry import (
-    REFERENCE,
-    RUNTIMES,
-    Runtime,
-    is_installed,
-    make_engine,
-    runs_here,
-)
+from models.engines.registry import is_installed, make_engine, runs_here
 from models.errors import DataError, EngineError, VictimError
-from models.network.guarded import (
-    Guarded,
-    Inputs,
-    guard,
-    lora_config,
-    transformer_of,
-    with_adapters,
-)
+from models.network.adapters import QUERIES, lora_config, transformer_of, with_adapters
+from models.network.guarded import Guarded, guard
+from models.network.trunk import Inputs
 from models.offline.evaluation.metrics import clopper_pearson
 from models.offline.fitting.activations import fit_activations
 from models.offline.fitting.psim import PsimConfig, Training, train_psim
@@ -198,8 +182,10 @@ def with_psim(victim: nn.Module, config: PsimConfig) -> Guarded:
             task_type="SEQ_CLS", num_virtual_tokens=PROMPT_TOKENS, encoder_hidden_size=128
         )
         return Prompted(victim, with_adapters(victim, prompts, checkpoints))
-    queries = config.adapter == "query-value"
-    lora = lora_config(victim, config.layers, config.rank, queries=queries)
+    lora = lora_config(victim, config.layers, config.rank)
+    if config.adapter == "value":
+        names = set(lora.target_modules or ())
+        lora.target_modules = {n for n in names if n.rsplit(".", 1)[-1] not in QUERIES}
     if config.head == "trained":
         lora.modules_to_save = _heads(victim)
     return guard(victim, lora, checkpoints)
@@ -227,7 +213,7 @@ def _heads(victim: nn.Module) -> list[str]:
 def _runtimes(guarded: Guarded, engine: str) -> list[Runtime]:
     """Return the runtimes to calibrate."""
     wanted = [r for r in RUNTIMES if engine in (AUTO, r.engine) or r.engine == REFERENCE.engine]
-    if guarded.tail is None:
+    if guarded.last_layer is None:
         if engine not in (AUTO, REFERENCE.engine):
             raise EngineError(f"{engine} cannot run this victim, or these adapters; use torch")
         wanted = [r for r in wanted if r.engine == REFERENCE.engine]
@@ -280,7 +266,7 @@ def calibrations_of(
 def fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
     """Return the fastest runtime of an engine, or of all, that is as good as the reference."""
     chosen = max(
-        (c for c in calibrations if c.parity.passes and engine in (AUTO, c.engine)),
+        (c for c in calibrations if c.parity.agrees and engine in (AUTO, c.engine)),
         key=lambda c: c.parity.texts_per_s,
         default=calibrations[0],
     )

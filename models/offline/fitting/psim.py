@@ -17,7 +17,8 @@ from models.engines.base import Encoding
 from models.engines.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines.pytorch import collate, has_bfloat16
 from models.errors import VictimError
-from models.network.guarded import Guarded, Inputs
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 
 KEPT_NUMBERS = 2**27
 """How much of what the lower layers make of training texts, and of held-out ones, is kept: 512 MiB

@@ -19,17 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from models.bundle.load import (
-    MANIFEST,
-    READINGS,
-    file_digest,
-    load_bundle,
-    read_manifest,
-    save_readings,
-)
+from models.bundle.digests import file_digest
+from models.bundle.layout import MANIFEST, READINGS
+from models.bundle.load import load_bundle
 from models.bundle.manifest import ChangeRecord, LimitRecord, Manifest, RecalibrationRecord
+from models.bundle.save import save_readings
+from models.bundle.verify import read_manifest
 from models.detection.screen import FloatArray, Screen, features, min_calibration_size
-from models.engines.registry import REFERENCE, Runtime, runs_here
+from models.engines.base import REFERENCE, Runtime
+from models.engines.registry import runs_here
 from models.errors import CalibrationError, DataError
 from models.offline.fitting.fit import (
     AUTO,
@@ -194,7 +192,7 @@ def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
         others=traffic.others,
         changes=changes,
     )
-    kept = any(c.runtime == parent.default.runtime and c.parity.passes for c in calibrations)
+    kept = any(c.runtime == parent.default.runtime and c.parity.agrees for c in calibrations)
     update = {
         "calibrations": calibrations,
         "default": parent.default if kept else fastest(calibrations, AUTO),

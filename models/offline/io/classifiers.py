@@ -18,9 +18,11 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from models.bundle.load import ADAPTER_WEIGHTS, hash_files, tree_digest
+from models.bundle.digests import hash_files, tree_digest
+from models.bundle.layout import ADAPTER_WEIGHTS
 from models.errors import VictimError
-from models.network.guarded import read_last_token, transformer_of
+from models.network.adapters import transformer_of
+from models.network.last_token import fix_last_token
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """What is fetched from the hub where a whole folder is."""
@@ -59,7 +61,7 @@ def load_classifier(
         # Padding must be what a decoder skips when it looks for a text's last token.
         model: Any = transformer_of(victim)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        read_last_token(model)
+        fix_last_token(model)
         return victim, tokenizer
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VictimError(f"{source}: {_why(folder, error)}") from error

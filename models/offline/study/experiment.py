@@ -15,7 +15,8 @@ from torch import nn
 
 from models.detection.screen import FloatArray
 from models.engines.pytorch import TorchEngine
-from models.network.guarded import Guarded, Inputs
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 from models.offline.evaluation.metrics import (
     AttackOutcome,
     Classes,
