@@ -43,9 +43,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from models.bundle.verify import read_manifest
 from models.offline.attacks.corpus import generate
-from models.offline.demo import encoder_path
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
+from models.offline.io.classifiers import encoder_path
 from models.offline.io.samples import load_samples
 from service.__main__ import KEEP_ALIVE_S
 from service.app import create_process_app

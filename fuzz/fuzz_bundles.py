@@ -31,7 +31,7 @@ import transformers
 from families import tiny_victim
 from test_bundle import fit_tiny
 
-from models.offline.demo import encoder_path
+from models.offline.io.classifiers import encoder_path
 
 MOST_WORDS = 500
 """Of the vocabulary, where others come from it: changing all of it would take most of the time."""

@@ -16,7 +16,8 @@ from models.bundle.manifest import (
     RuntimeRecord,
     VictimRecord,
 )
-from models.detection.screen import FloatArray, Normalizer, Screen, ThresholdGroup, ZScore
+from models.detection.conformal import ThresholdGroup
+from models.detection.screen import FloatArray, Normalizer, Screen, ZScore
 from models.engines.base import ClassifierState, Encoding, Screening
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"

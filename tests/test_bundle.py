@@ -35,8 +35,9 @@ from models.errors import BundleError, CalibrationError, DataError, PsimError, V
 from models.network.adapters import lora_config, transformer_of
 from models.network.guarded import guard
 from models.offline.__main__ import app
-from models.offline.fitting.fit import fit, split_texts
+from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
+from models.offline.fitting.split import split_texts
 from models.offline.io.inference import predict
 from service.app import create_app
 from service.settings import Settings

@@ -33,7 +33,8 @@ from models.errors import BundleError, EngineError
 from models.network.activations import Activations
 from models.network.adapters import lora_config
 from models.network.guarded import Guarded, guard
-from models.offline.fitting.fit import fit, split_texts
+from models.offline.fitting.fit import fit
+from models.offline.fitting.split import split_texts
 from models.offline.io.inference import predict
 
 CPU = torch.device("cpu")

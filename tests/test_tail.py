@@ -20,8 +20,7 @@ from models.engines.base import Encoding
 from models.engines.pytorch import LastState, TorchEngine, collate
 from models.network.adapters import lora_config
 from models.network.guarded import Guarded, guard
-from models.offline.fitting.fit import with_psim
-from models.offline.fitting.psim import PsimConfig
+from models.offline.study.ablations import PsimVariant, with_variant
 
 TAILED = ["bert", "roberta", "distilbert", "llama", "llama, grouped"]
 CPU = torch.device("cpu")
@@ -102,16 +101,16 @@ def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        ("deberta", PsimConfig()),
-        ("deberta-v2", PsimConfig()),
-        ("bert", PsimConfig(layers=2)),
-        ("bert", PsimConfig(head="trained")),
-        ("bert", PsimConfig(adapter="prompt-encoder")),
+        ("deberta", PsimVariant()),
+        ("deberta-v2", PsimVariant()),
+        ("bert", PsimVariant(layers=2)),
+        ("bert", PsimVariant(head="trained")),
+        ("bert", PsimVariant(adapter="prompt-encoder")),
     ],
 )
 @torch.inference_mode()
-def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimConfig) -> None:
-    guarded = with_psim(tiny_victim(family), config)
+def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimVariant) -> None:
+    guarded = with_variant(tiny_victim(family), config)
     assert guarded.last_layer is None
     assert guarded.passes > 2
     readings, rows = guarded.screen(some_inputs())
@@ -120,8 +119,8 @@ def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimConfig) -> 
 
 @torch.inference_mode()
 def test_an_adapter_on_values_only_has_a_tail_too() -> None:
-    config = PsimConfig(adapter="value", keep_at=(0.9, 0.5))
-    guarded, inputs = trained(with_psim(tiny_victim("bert"), config)), some_inputs()
+    config = PsimVariant(adapter="value", keep_at=(0.9, 0.5))
+    guarded, inputs = trained(with_variant(tiny_victim("bert"), config)), some_inputs()
     assert guarded.last_layer is not None
     torch.testing.assert_close(guarded.screen(inputs)[0], whole(guarded, inputs), rtol=0, atol=1e-5)
 

@@ -27,12 +27,12 @@ def save_manifest(path: Path, manifest: Manifest) -> None:
 def save_weights(
     path: Path, victim: nn.Module, guarded: Guarded, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """Write victim, prompt, adapters and tokenizer below `path`; return the victim's digest.
+    """Write victim, prompt, both detectors and tokenizer; return the victim's digest.
 
     Args:
         path: folder of the bundle.
         victim: the model that `guarded` was made of, with its original float32 weights.
-        guarded: the victim with trained adapters.
+        guarded: the victim with trained adapters and, if it has one, activation detector.
         tokenizer: the victim's tokenizer.
     """
     model = guarded.psim.get_base_model()
@@ -44,6 +44,8 @@ def save_weights(
     digest = tree_digest(hash_files(path))
     (path / PSIM).parent.mkdir()
     save_tensors(adapter_weights(guarded.psim), path / PSIM, metadata={"victim_digest": digest})
+    if guarded.activations is not None:
+        _save_activations(guarded.activations, path / ACTIVATIONS)
     tokenizer.save_pretrained(path / "tokenizer")
     return digest
 
@@ -71,10 +73,9 @@ def _save_prompt(victim: PeftModel, folder: Path) -> None:
     save_tensors({k: v.detach().contiguous() for k, v in weights.items()}, folder / ADAPTER_WEIGHTS)
 
 
-def save_activations(path: Path, activations: Activations) -> None:
-    """Write the whitening and class means of the activation detector."""
+def _save_activations(activations: Activations, file: Path) -> None:
     tensors = {"whitening": activations.whitening, "means": activations.means}
-    save_tensors({name: t.contiguous().cpu() for name, t in tensors.items()}, path / ACTIVATIONS)
+    save_tensors({name: t.contiguous().cpu() for name, t in tensors.items()}, file)
 
 
 def save_readings(path: Path, readings: Mapping[str, FloatArray]) -> None:

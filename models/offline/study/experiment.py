@@ -25,8 +25,7 @@ from models.offline.evaluation.metrics import (
     outcome,
     unflagged,
 )
-from models.offline.fitting.fit import max_length_of
-from models.offline.io.classifiers import load_classifier
+from models.offline.io.classifiers import load_classifier, max_length_of
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample
 from models.offline.study.cache import Step, StepCache, digest_of
