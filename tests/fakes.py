@@ -34,7 +34,7 @@ class PanicException(BaseException):
 class FakeEngine:
     """Poisoned iff the text holds `TRIGGER`; label 1 iff the number of words is odd."""
 
-    name, dtype, passes = "fake", "float32", 2.5
+    name, dtype, forward_passes = "fake", "float32", 2.5
 
     def __init__(self) -> None:
         self.gate = threading.Event()

@@ -404,7 +404,7 @@ def test_checkpoints_share_what_they_have_in_common_and_nothing_else(
     guarded = guard(victim, lora_config(victim, layers), checkpoints=3)
     assert guarded.activations is None, "not fitted yet"
     guarded.last_layer = None
-    assert guarded.passes == pytest.approx(2 + 2 * layers / 3)
+    assert guarded.forward_passes == pytest.approx(2 + 2 * layers / 3)
     for number, (name, weights) in enumerate(guarded.psim.named_parameters()):
         if ".lora_B." in name:
             torch.manual_seed(number)

@@ -74,7 +74,7 @@ def some_inputs() -> Any:
 @torch.inference_mode()
 def test_rows_agree_with_whole_layers(family: str, texts: list[list[int]]) -> None:
     guarded = guarded_of(family)
-    assert (guarded.last_layer is None, guarded.passes) == (False, 1)
+    assert (guarded.last_layer is None, guarded.forward_passes) == (False, 1)
     encodings = [Encoding(tuple(text), False) for text in texts]
     inputs = collate(encodings, 0, CPU)
     readings, rows = guarded.screen(inputs)
@@ -112,7 +112,7 @@ def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
 def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimVariant) -> None:
     guarded = with_variant(tiny_victim(family), config)
     assert guarded.last_layer is None
-    assert guarded.passes > 2
+    assert guarded.forward_passes > 2
     readings, rows = guarded.screen(some_inputs())
     assert (readings.shape, rows) == ((1, len(config.keep_at), 3), None)
 

@@ -10,16 +10,16 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 LEAST_BUDGET = 1e-6
 Budget = Annotated[float, Field(ge=LEAST_BUDGET, lt=1)]
 """A false-rejection budget; no number of texts supports a smaller one."""
-LEAST_AGREEMENT = 0.999
+MIN_AGREEMENT = 0.999
 """Least share of clean texts on which a default runtime must decide as the reference does."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Record(BaseModel):
+class _ManifestPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
-class VictimRecord(_Record):
+class VictimRecord(_ManifestPart):
     """The guarded model."""
 
     name: str
@@ -29,7 +29,7 @@ class VictimRecord(_Record):
     """SHA-256 over the victim's files; the adapters name their victim by it."""
 
 
-class PsimRecord(_Record):
+class PsimRecord(_ManifestPart):
     """Training of the adapters."""
 
     layers: int = Field(ge=1)
@@ -45,14 +45,14 @@ class PsimRecord(_Record):
     """(step, mean confidence on held-out clean texts)."""
 
 
-class ActivationsRecord(_Record):
+class ActivationsRecord(_ManifestPart):
     """Layers that the activation detector watches."""
 
     layers: list[int] = Field(min_length=3, max_length=3)
     """Numbers of the layers, from 1, by `models.network.trunk.WATCHED_DEPTHS`."""
 
 
-class GroupRecord(_Record):
+class GroupRecord(_ManifestPart):
     """The threshold of one predicted class, or of several pooled ones."""
 
     classes: list[int] = Field(min_length=1)
@@ -64,7 +64,7 @@ class GroupRecord(_Record):
     """95 % Clopper-Pearson interval of this threshold's false rejection rate."""
 
 
-class RuntimeRecord(_Record):
+class RuntimeRecord(_ManifestPart):
     """An engine and the dtype that it computes in."""
 
     engine: EngineName
@@ -76,7 +76,7 @@ class RuntimeRecord(_Record):
         return Runtime(self.engine, self.dtype)
 
 
-class ParityRecord(_Record):
+class ParityRecord(_ManifestPart):
     """Comparison of a runtime with torch/float32 on the calibration texts."""
 
     decisions_agree: Probability
@@ -88,7 +88,7 @@ class ParityRecord(_Record):
     @property
     def agrees(self) -> bool:
         """Whether a runtime decides as the reference does, and may be a bundle's default."""
-        return self.decisions_agree >= LEAST_AGREEMENT
+        return self.decisions_agree >= MIN_AGREEMENT
 
 
 class Calibration(RuntimeRecord):
@@ -99,7 +99,7 @@ class Calibration(RuntimeRecord):
     parity: ParityRecord
 
 
-class FitRecord(_Record):
+class FitRecord(_ManifestPart):
     """Cost of fitting."""
 
     created: str
@@ -110,7 +110,7 @@ class FitRecord(_Record):
     peak_memory_mb: int
 
 
-class LimitRecord(_Record):
+class LimitRecord(_ManifestPart):
     """Limit of a single feature, beyond which a text is called poisoned."""
 
     least: float
@@ -141,7 +141,7 @@ class ChangeRecord(RuntimeRecord):
     poisoned_flagged_after: int = Field(ge=0)
 
 
-class RecalibrationRecord(_Record):
+class RecalibrationRecord(_ManifestPart):
     """Source of a calibration that is not from `psim fit`; counts are of texts."""
 
     created: str
@@ -163,7 +163,7 @@ class RecalibrationRecord(_Record):
     changes: list[ChangeRecord] = Field(min_length=1)
 
 
-class Manifest(_Record):
+class Manifest(_ManifestPart):
     """A bundle's table of contents."""
 
     schema_version: Literal[4]

@@ -72,7 +72,7 @@ class Engine(Protocol):
         """Floating-point type of the weights, such as `float32` or `bfloat16`."""
 
     @property
-    def passes(self) -> float:
+    def forward_passes(self) -> float:
         """Cost of `screen` and `classify` together, in forward passes of the victim."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:

@@ -59,7 +59,7 @@ class Guarded(nn.Module):
         return list(self.psim.peft_config)
 
     @property
-    def passes(self) -> float:
+    def forward_passes(self) -> float:
         """Cost of screening and classifying a text, in forward passes of the victim.
 
         Distances cost next to nothing, and so does `LastLayer`: less than the layer it replaces.

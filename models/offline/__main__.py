@@ -42,7 +42,8 @@ from models.offline.evaluation.report import (
 )
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
-from models.offline.fitting.recalibrate import MAX_RISE, check, read_traffic, recalibrate, write
+from models.offline.fitting.recalibrate import MAX_RISE, check, recalibrate, write
+from models.offline.fitting.traffic import read_traffic
 from models.offline.io.atomic import check_writable
 from models.offline.io.classifiers import load_classifier
 from models.offline.io.samples import load_samples, require_labels, write_samples

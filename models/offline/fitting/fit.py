@@ -1,4 +1,10 @@
-"""From a victim and clean texts to a calibrated bundle: `psim fit`, top to bottom."""
+"""From a victim and clean texts to a calibrated bundle: `psim fit`, top to bottom.
+
+A bundle can be run by every engine that was installed here, or by PyTorch and one that was named.
+Its default is the fastest of those, or of the one named, that agrees with PyTorch in float32. The
+folder is replaced only when the new bundle is complete. The victim's module carries the adapters
+afterwards.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.bundle.digests import hash_files
 from models.bundle.load import load_bundle
-from models.bundle.manifest import Manifest
+from models.bundle.manifest import Calibration, Manifest
 from models.bundle.save import save_manifest, save_readings, save_weights
 from models.engines.pytorch import TorchEngine
 from models.network.adapters import lora_config
@@ -50,10 +56,6 @@ def fit(
 ) -> Manifest:
     """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
 
-    The bundle can be run by every installed engine, or by PyTorch and `engine`. Its default is the
-    fastest of those, or of `engine`, that agrees with PyTorch in float32. `out` is replaced only
-    when the new bundle is complete. The module `victim` is used up: it carries the adapters.
-
     Raises:
         VictimError, DataError, CalibrationError, EngineError: see the message; nothing is written.
     """
@@ -63,10 +65,7 @@ def fit(
     trained, training = train(victim, tokenizer, split, config)
     with replaced(out) as partial:
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
-        measured = measure_runtimes(trained, engine, split.calibrate)
-        calibrated = calibrate_runtimes(measured, len(config.keep_at), frr_budget)
-        calibrations = calibration_records(measured, calibrated, frr_budget)
-        save_readings(partial, {str(runtime): own.readings for runtime, own in measured.items()})
+        calibrations = _calibrate(partial, trained, split.calibrate, engine, frr_budget)
         manifest = Manifest(
             schema_version=4,
             victim=victim_record(victim, name, digest),
@@ -106,6 +105,16 @@ def with_psim(victim: nn.Module, config: PsimConfig) -> Guarded:
         VictimError: the victim cannot carry them.
     """
     return guard(victim, lora_config(victim, config.layers, config.rank), len(config.keep_at))
+
+
+def _calibrate(
+    path: Path, trained: TorchEngine, texts: Sequence[str], engine: str, frr_budget: float
+) -> list[Calibration]:
+    """Calibrate all runtimes, and write their readings into the bundle."""
+    measured = measure_runtimes(trained, engine, texts)
+    calibrated = calibrate_runtimes(measured, len(trained.guarded.checkpoints), frr_budget)
+    save_readings(path, {str(runtime): own.readings for runtime, own in measured.items()})
+    return calibration_records(measured, calibrated, frr_budget)
 
 
 def train_detectors(

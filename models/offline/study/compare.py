@@ -116,7 +116,7 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
         "checkpoints": training.checkpoints,
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
-        "passes": engine.passes - 1,
+        "passes": engine.forward_passes - 1,
         "time": relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
     }
 
