@@ -20,14 +20,16 @@ import atheris
 from mutation import mutate
 
 with atheris.instrument_imports(include=["models"]):
-    from models.bundle.load import MANIFEST, file_digest, load_bundle
+    from models.bundle.digests import file_digest
+    from models.bundle.layout import MANIFEST
+    from models.bundle.load import load_bundle
     from models.errors import PsimError
 
 sys.path.append(str(Path(__file__).parent.parent))
 
 import transformers
 
-from models.offline.demo import encoder_path
+from models.offline.io.classifiers import encoder_path
 from tests.support.bundles import fit_tiny
 from tests.support.families import tiny_victim
 

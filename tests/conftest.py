@@ -14,7 +14,8 @@ import anyio
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from models.offline.demo import build, encoder_path
+from models.offline.demo import build
+from models.offline.io.classifiers import encoder_path
 
 pytest.register_assert_rewrite("tests.support")
 

@@ -16,10 +16,12 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from models.bundle.load import MANIFEST, check_files, load_bundle, read_manifest
+from models.bundle.layout import MANIFEST
+from models.bundle.load import load_bundle
 from models.bundle.manifest import LEAST_BUDGET
 from models.bundle.signing import sign
-from models.engines.registry import DtypeName, EngineName
+from models.bundle.verify import check_files, read_manifest
+from models.engines.base import DtypeName, EngineName
 from models.errors import DataError, PsimError
 from models.offline import demo as demo_bundle
 from models.offline.attacks.poisoning import (
@@ -40,7 +42,8 @@ from models.offline.evaluation.report import (
 )
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
-from models.offline.fitting.recalibrate import MAX_RISE, check, read_traffic, recalibrate, write
+from models.offline.fitting.recalibrate import MAX_RISE, check, recalibrate, write
+from models.offline.fitting.traffic import read_traffic
 from models.offline.io.atomic import check_writable
 from models.offline.io.classifiers import load_classifier
 from models.offline.io.samples import load_samples, require_labels, write_samples

@@ -161,7 +161,7 @@ def by_budget(connection: sa.Connection, scope: StatisticsFilter) -> dict[float,
     """Return the inputs that would be flagged at other false-rejection budgets.
 
     `p_value <= budget` is equivalent to the rule by the threshold, see
-    `models.detection.screen.conformal_threshold`.
+    `models.detection.conformal.conformal_threshold`.
     """
     within = [sa.func.count().filter(inputs.c.p_value <= budget) for budget in BUDGETS]
     query = sa.select(inputs.c.mark, *within).where(*scope.conditions).group_by(inputs.c.mark)

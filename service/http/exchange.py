@@ -85,4 +85,4 @@ class Exchange:
                     record.context = gateway.context
                     working = work(gateway, record, caller, parsed.body)
                     answer = await while_connected(request, working)
-        return respond(Completed(parsed.body, answer, record, gateway.served))
+        return respond(Completed(parsed.body, answer, record, gateway.model_info))

@@ -22,7 +22,7 @@ class Model:
         self, gateway: Gateway, batcher: Batcher, challenger: Challenger | None = None
     ) -> None:
         self.gateway, self._batcher, self._challenger = gateway, batcher, challenger
-        self.name = gateway.served.model
+        self.name = gateway.model_info.model
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -45,7 +45,7 @@ class Model:
         if self._challenger:
             await self._challenger.start()
         await self.gateway.start()
-        digest, mode = self.gateway.served.bundle, self.gateway.mode
+        digest, mode = self.gateway.model_info.bundle, self.gateway.mode
         log.info("ready", extra={"model": self.name, "bundle": digest, "mode": mode})
 
     @property

@@ -99,7 +99,7 @@ class Gateway:
     def __init__(
         self,
         bundle: Bundle,
-        served: ModelInfo,
+        model_info: ModelInfo,
         screener: Screener,
         windowed_screener: Screener,
         classifier: Classifier,
@@ -108,9 +108,9 @@ class Gateway:
         settings: GatewaySettings,
         challenger: Challenger | None = None,
     ) -> None:
-        self.bundle, self.served, self.mode = bundle, served, settings.mode
+        self.bundle, self.model_info, self.mode = bundle, model_info, settings.mode
         self.drift = Drift(bundle)
-        self.context = ModelContext(served.model, bundle.digest, self.mode, metrics, self.drift)
+        self.context = ModelContext(model_info.model, bundle.digest, self.mode, metrics, self.drift)
         self.elsewhere = settings.upstream is not None
         self._policy = policy_of(settings, self.elsewhere)
         self._policy_elsewhere = policy_of(settings, elsewhere=True)

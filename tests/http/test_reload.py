@@ -23,7 +23,8 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, Bundle, load_bundle
+from models.bundle.layout import ADAPTER_WEIGHTS, MANIFEST
+from models.bundle.load import Bundle, load_bundle
 from service.app import create_app
 from service.settings import Settings
 from tests.support.bundles import fit_tiny

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.load import read_manifest
+from models.bundle.verify import read_manifest
 from models.offline.screening import bulk
 from models.offline.screening.fragments import (
     COLUMN_PREFIX,

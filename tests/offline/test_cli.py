@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.load import ADAPTER_WEIGHTS, load_bundle
+from models.bundle.layout import ADAPTER_WEIGHTS
+from models.bundle.load import load_bundle
 from models.engines.base import Encoding, Screening
 from models.offline import __main__ as cli
 from models.offline.io.classifiers import save_classifier

@@ -17,7 +17,10 @@ from safetensors.numpy import load_file as load_arrays
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from models.bundle.load import MANIFEST, READINGS, file_digest, load_bundle, read_manifest
+from models.bundle.digests import file_digest
+from models.bundle.layout import MANIFEST, READINGS
+from models.bundle.load import load_bundle
+from models.bundle.verify import read_manifest
 from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray, Screen, Verdict
 from models.offline import __main__ as cli

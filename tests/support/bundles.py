@@ -10,8 +10,9 @@ import peft
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.load import MANIFEST, file_digest
-from models.network.guarded import transformer_of
+from models.bundle.digests import file_digest
+from models.bundle.layout import MANIFEST
+from models.network.adapters import transformer_of
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
 from tests.support.families import FAMILIES, tiny_victim

@@ -17,7 +17,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from models.network.guarded import Guarded, guard, lora_config
+from models.network.adapters import lora_config
+from models.network.guarded import Guarded, guard
 
 VOCABULARY = 30522
 _SIZE: dict[str, Any] = {

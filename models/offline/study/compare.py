@@ -10,9 +10,10 @@ from models.detection.calibrate import calibrate
 from models.engines.pytorch import TorchEngine
 from models.offline.evaluation.evaluate import ScreenedTexts
 from models.offline.evaluation.metrics import DefendedPredictions, classes_of, measure_outcome
-from models.offline.fitting.fit import split_texts, train
+from models.offline.fitting.split import split_texts
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.inference import predict
+from models.offline.study.ablations import train_variant
 from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.defences.baselines import Onion, Strip
 from models.offline.study.defences.language_model import load_language_model, train_language_model
@@ -100,8 +101,8 @@ def _fit_psim(folder: Path, experiment: Experiment, source: Step, defence: PsimD
     started = time.perf_counter()
     model, tokenizer = load_classifier(str(source.folder / "model"))
     split = split_texts([s.text for s in experiment.train[: defence.texts]], experiment.seed)
-    config = replace(defence.config, seed=experiment.seed)
-    engine, training = train(model, tokenizer, split, config)
+    variant = replace(defence.config, seed=experiment.seed)
+    engine, training = train_variant(model, tokenizer, split, variant)
     engine = TorchEngine(engine.guarded, tokenizer, engine.max_length, experiment.dtype)
     seconds = time.perf_counter() - started
     texts = {
@@ -117,7 +118,7 @@ def _fit_psim(folder: Path, experiment: Experiment, source: Step, defence: PsimD
         "checkpoints": training.checkpoints,
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
-        "passes": engine.passes - 1,
+        "passes": engine.forward_passes - 1,
         "time": relative_time(experiment, lambda batch: predict(engine, engine.encode(batch))),
     }
 

@@ -11,7 +11,7 @@ from models.bundle.manifest import Budget
 from models.errors import DataError
 from models.offline.attacks.poisoning import WORD_TRIGGER
 from models.offline.attacks.training import Strategy
-from models.offline.fitting.psim import PsimConfig
+from models.offline.study.ablations import PsimVariant
 
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -114,7 +114,7 @@ RULES: dict[Rule, str] = {
 
 
 class PsimDefence(_RecipeTable):
-    """PSIM; fields of `PsimConfig` under `config` replace the defaults."""
+    """PSIM; fields of `PsimVariant` under `config` replace the defaults."""
 
     kind: Literal["psim"] = "psim"
     name: Name = "PSIM"
@@ -128,11 +128,11 @@ class PsimDefence(_RecipeTable):
     that `fit` held back. `confidence`: the same without the second screen. `dev`: from dev texts,
     which the victim was not trained on. `pooled`: one threshold for all classes, without the second
     screen. `paper`: 0.7 as in the paper, without the second screen."""
-    config: PsimConfig = PsimConfig()
+    config: PsimVariant = PsimVariant()
 
     @field_validator("config")
     @classmethod
-    def _no_seed(cls, config: PsimConfig) -> PsimConfig:
+    def _no_seed(cls, config: PsimVariant) -> PsimVariant:
         if config.seed:
             raise ValueError("seeds are those of the recipe")
         return config

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import sem, t
 
 from models.offline.evaluation.report import ROWS
-from models.offline.fitting.fit import VERSIONS_OF
+from models.offline.fitting.records import PACKAGES
 from models.offline.study.html import (
     Block,
     Code,
@@ -83,7 +83,7 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
         *_details_section(frame),
         Heading(2, "Recipe"),
         Code(recipe),
-        Paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
+        Paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
     ]
     write_page(blocks, title, out)
 

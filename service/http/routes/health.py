@@ -37,7 +37,7 @@ class HealthRoutes:
     async def describe(self, request: Request, model: str) -> dict[str, Any]:
         """Return the inputs and outputs of a model."""
         with self._models.get(prefixed_model(request), model).lease() as gateway:
-            return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.served)
+            return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.model_info)
 
     async def model_ready(self, request: Request, model: str) -> Response:
         """Return 200 if a model answers, else 503."""
