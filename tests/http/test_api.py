@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fakes import BROKEN, NAN, UNREADABLE, FakeEngine
-from tests.support.requests import CLEAN, JSON, POISONED, ask, begin, client_of, metric, served_fake
+from tests.support.requests import (
+    CLEAN,
+    JSON,
+    POISONED,
+    ask,
+    begin,
+    client_of,
+    metric,
+    served_fake,
+    until_metric,
+    until_ready,
+)
+from tests.support.waiting import until
 
 
 def test_a_clean_text_is_classified() -> None:
@@ -197,16 +209,18 @@ async def test_what_was_not_classified_did_not_fail_open() -> None:
         assert await metric(client, "psim_fail_open_total") == 0
 
 
-async def hang_up(client: httpx.AsyncClient, sent: bytes) -> None:
-    """Send the beginning of a request and close the connection."""
+CANCELLED = 'psim_requests_total{outcome="cancelled",route="/classify"}'
+
+
+async def hang_up(
+    client: httpx.AsyncClient, sent: bytes, once: Callable[[], object] = lambda: True
+) -> None:
+    """Send the beginning of a request and close the connection, until that is counted."""
     writer = await begin(client, sent)
-    await asyncio.sleep(0.2)
+    await until(once)
     writer.close()
     await writer.wait_closed()
-    await asyncio.sleep(0.2)
-
-
-CANCELLED = 'psim_requests_total{outcome="cancelled",route="/classify"}'
+    await until_metric(client, CANCELLED, 1)
 
 
 async def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_allowed() -> None:
@@ -214,7 +228,9 @@ async def test_a_caller_that_hangs_up_is_not_classified_and_never_counted_as_all
     async with served_fake(engine) as client:
         engine.gate.clear()
         body = json.dumps({"inputs": CLEAN}).encode()
-        await hang_up(client, b"content-length: %d\r\n\r\n%s" % (len(body), body))
+        await hang_up(
+            client, b"content-length: %d\r\n\r\n%s" % (len(body), body), lambda: engine.waits
+        )
         engine.gate.set()
         assert (await client.post("/screen", json={"inputs": CLEAN})).status_code == 200
         assert await metric(client, CANCELLED) == 1
@@ -296,7 +312,7 @@ async def test_ready_and_live_turn_503_while_a_forward_pass_hangs() -> None:
         assert answer.status_code == 504
         assert await fitness(client) == [503, 503]
         engine.gate.set()
-        await asyncio.sleep(0.05)
+        await until_ready(client)
         assert await fitness(client) == [200, 200]
 
 
@@ -382,7 +398,7 @@ async def test_no_more_searches_run_than_the_setting_says() -> None:
     async with client_of(engine, searches=1) as client:
         engine.gate.clear()
         first = asyncio.create_task(client.post("/explain", json={"inputs": POISONED}))
-        await asyncio.sleep(0.1)
+        await until(lambda: engine.waits)
         second = await client.post("/explain", json={"inputs": POISONED})
         assert (second.status_code, second.headers["retry-after"]) == (429, "1")
         engine.gate.set()

@@ -16,7 +16,8 @@ from service.app import create_app
 from service.pipeline.challenger import WAITING
 from service.settings import Settings
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
-from tests.support.requests import CLEAN, LONG, POISONED, lifespan, metric
+from tests.support.requests import CLEAN, LONG, POISONED, lifespan, metric, until_metric
+from tests.support.waiting import until
 
 OTHER = "e" * 64
 
@@ -39,14 +40,6 @@ def both(served: str, challenger: str) -> str:
     return f"psim_challenger_inputs_total{{{labels}}}"
 
 
-async def until(client: httpx.AsyncClient, line: str, value: float) -> None:
-    for _ in range(400):
-        if await metric(client, line) == value:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"{line} is {await metric(client, line)}, not {value}")
-
-
 async def test_its_verdicts_are_compared_and_change_no_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -56,7 +49,7 @@ async def test_its_verdicts_are_compared_and_change_no_answer(
         headers = {"x-request-id": "mine"}
         with caplog.at_level("INFO"):
             asked = await client.post("/classify", json={"inputs": inputs}, headers=headers)
-            await until(client, "psim_challenger_score_count", 3)
+            await until_metric(client, "psim_challenger_score_count", 3)
         answer = asked.json()
         assert answer["bundle"] == "d" * 64
         assert [r["decision"] for r in answer["results"]] == ["allow", "reject", "allow"]
@@ -81,9 +74,9 @@ async def test_it_reads_as_far_as_the_served_bundle_did(monkeypatch: pytest.Monk
     async with on_trial(monkeypatch, fake_bundle(digest=OTHER)) as client:
         answer = await client.post("/screen", json={"inputs": LONG})
         assert answer.json()["results"][0]["poisoned"] is False
-        await until(client, both("clean", "clean"), 1)
+        await until_metric(client, both("clean", "clean"), 1)
         assert (await client.post("/envoy/predict", json={"inputs": LONG})).status_code == 403
-        await until(client, both("poisoned", "poisoned"), 1)
+        await until_metric(client, both("poisoned", "poisoned"), 1)
 
 
 async def test_one_that_is_slow_holds_up_nobody_and_what_it_lacks_is_counted(
@@ -100,7 +93,7 @@ async def test_one_that_is_slow_holds_up_nobody_and_what_it_lacks_is_counted(
         assert await metric(client, "psim_challenger_dropped_total") == 100
         assert await metric(client, both("clean", "clean")) == 0
         slow.gate.set()
-        await until(client, both("clean", "clean"), 200)
+        await until_metric(client, both("clean", "clean"), 200)
 
 
 async def test_one_that_fails_or_dies_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +101,12 @@ async def test_one_that_fails_or_dies_fails_nobody(monkeypatch: pytest.MonkeyPat
     challenger = fake_bundle(engine, digest=OTHER)
     async with on_trial(monkeypatch, challenger, restarts=0) as client:
         assert (await client.post("/screen", json={"inputs": BROKEN})).status_code == 503
-        await until(client, "psim_challenger_dropped_total", 1)
+        await until_metric(client, "psim_challenger_dropped_total", 1)
         engine.dies = True
         for dropped in (2, 3):
             answer = await client.post("/classify", json={"inputs": CLEAN})
             assert answer.status_code == 200
-            await until(client, "psim_challenger_dropped_total", dropped)
+            await until_metric(client, "psim_challenger_dropped_total", dropped)
         assert (await client.get("/ready")).status_code == 200
         assert (await client.get("/live")).status_code == 200
 
@@ -132,14 +125,9 @@ async def test_a_trial_ends_with_the_reload_even_if_inputs_wait(
         assert (await client.post("/admin/reload")).status_code == 200
         info = (await client.get("/info")).json()
         assert (info["bundle"], info["challenger"]) == (OTHER, "d" * 64)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # the old challenger is told to end; it cannot say that it was
         engine.gate.set()
-        for _ in range(400):
-            if len([t for t in threading.enumerate() if t.name == "inference"]) == 2:
-                break
-            await asyncio.sleep(0.01)
-        else:
-            raise AssertionError("the worker of the old challenger runs on")
+        await until(lambda: [t.name for t in threading.enumerate()].count("inference") == 2)
         assert len(engine.screened) < 100, "it screened what nobody waits for"
 
 

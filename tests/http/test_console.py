@@ -474,7 +474,7 @@ def test_the_service_answers_while_the_audit_keeps_the_console_waiting(file: str
         with httpx.Client(base_url=base, headers={"origin": base}) as client:
             waiting = threading.Thread(target=lambda: answers.append(mark(client, row, "poisoned")))
             waiting.start()
-            time.sleep(0.5)
+            time.sleep(0.5)  # it has come to the lock: nothing outside tells
             for _ in range(5):
                 started = time.monotonic()
                 asked = client.post(f"http://{address}/classify", json={"inputs": "a film"})
@@ -542,7 +542,7 @@ SCREENS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = program("chromium", "chromium")
+    path = program("chromium")
     with sync_playwright() as started:
         # Its sandbox refuses to run as root, which containers are; the pages are our own.
         browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])

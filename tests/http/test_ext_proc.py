@@ -27,7 +27,7 @@ from service.route_table import EXT_PROC
 from service.settings import Settings
 from tests.support.envoy import head
 from tests.support.fakes import FakeEngine, fake_bundle
-from tests.support.requests import CLEAN, POISONED, client_of, metric
+from tests.support.requests import CLEAN, POISONED, client_of, until_metric
 from tests.support.servers import free_port
 
 CLEAN_BODY, POISONED_BODY = (f'{{"inputs": [["{text}"]]}}'.encode() for text in (CLEAN, POISONED))
@@ -141,8 +141,7 @@ async def test_a_caller_that_hangs_up_is_counted_and_costs_no_pass() -> None:
         await stream.read()
         stream.cancel()
         line = f'psim_requests_total{{outcome="cancelled",route="{EXT_PROC}"}}'
-        while not await metric(client, line):
-            await asyncio.sleep(0.01)
+        await until_metric(client, line, 1)
         assert len(engine.screened) == screened
 
 

@@ -1,8 +1,6 @@
 """What proxies are told that ask whether a request may pass: Envoy and LiteLLM, as they ask."""
 
-import asyncio
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,19 @@ from service.app import create_app
 from service.settings import Settings
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
 from tests.support.paths import ROOT
+from tests.support.programs import program
 from tests.support.protocols import ASKED, ERRORS, GUARDRAIL
-from tests.support.requests import CLEAN, JSON, LONG, POISONED, ask, client_of, listening, metric
+from tests.support.requests import (
+    CLEAN,
+    JSON,
+    LONG,
+    POISONED,
+    ask,
+    client_of,
+    listening,
+    metric,
+    until_ready,
+)
 from tests.support.servers import free_port
 from tests.support.upstreams import Peer
 
@@ -127,9 +136,7 @@ def test_the_example_of_envoy_fails_closed_and_sends_what_we_need_to_see() -> No
 
 
 async def test_nginx_before_the_gateway(tmp_path: Path) -> None:
-    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin")
-    if not nginx:
-        pytest.skip("nginx is not installed")
+    nginx = program("nginx")
 
     from starlette.applications import Starlette
     from starlette.routing import Route
@@ -151,13 +158,7 @@ async def test_nginx_before_the_gateway(tmp_path: Path) -> None:
             process = subprocess.Popen(command)
             try:
                 async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-                    for _ in range(50):
-                        await asyncio.sleep(0.1)
-                        try:
-                            if (await client.get("/ready")).status_code == 200:
-                                break
-                        except httpx.TransportError:
-                            pass
+                    await until_ready(client)
                     clean = await client.post("/predict", json={"inputs": [[CLEAN]]})
                     assert (clean.status_code, clean.content) == (200, peer.body)
                     poisoned = await client.post("/predict", json={"inputs": POISONED})

@@ -132,7 +132,7 @@ async def test_a_redis_that_hangs_or_is_gone_slows_nothing_and_each_replica_coun
     assert clock() - started < 1, "it is left alone for a while"
     assert metrics.limits_failures._value.get() == 1
     process.send_signal(signal.SIGCONT)
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(0.4)  # the pause is over
     third = Limiter(url, metrics)
     for limiter in (first, second, third):
         with pytest.raises(RateLimited):

@@ -33,7 +33,7 @@ from tests.support.families import tiny_victim
 from tests.support.requests import CLEAN, lifespan, metric
 from tests.support.servers import free_port, served, serving
 from tests.support.upstreams import Peer
-from tests.support.waiting import wait_for
+from tests.support.waiting import until, wait_for
 
 LABELS = {"a": ["bad", "fair", "good"], "b": ["news", "sport", "weather"]}
 
@@ -291,7 +291,7 @@ async def test_a_request_in_flight_ends_on_the_old_model(monkeypatch: pytest.Mon
     async with client_of(app) as client:
         engine.gate.clear()
         first = asyncio.create_task(client.post("/classify", json={"inputs": CLEAN}))
-        await asyncio.sleep(0.1)
+        await until(lambda: engine.waits)
         assert (await client.post("/admin/reload")).status_code == 200
         fresh = await client.post("/classify", json={"inputs": CLEAN})
         assert fresh.json()["bundle"] == NEW
@@ -310,7 +310,7 @@ async def test_only_one_reload_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     async with client_of(app) as client:
         slow.gate.clear()
         first = asyncio.create_task(client.post("/admin/reload"))
-        await asyncio.sleep(0.1)
+        await until(lambda: slow.waits)
         second = await client.post("/admin/reload")
         assert (second.status_code, second.json()["code"]) == (409, "reload_running")
         between = await client.post("/classify", json={"inputs": CLEAN})
@@ -346,8 +346,7 @@ async def test_the_upstream_is_let_go_and_one_that_is_down_is_not_taken(
     config = uvicorn.Config(behind, port=0, log_config=None, timeout_keep_alive=60)
     upstream = uvicorn.Server(config)
     running = asyncio.create_task(upstream.serve())
-    while not upstream.started:
-        await asyncio.sleep(0.01)
+    await until(lambda: upstream.started)
     port = upstream.servers[0].sockets[0].getsockname()[1]
     connections = upstream.server_state.connections
 
@@ -363,10 +362,7 @@ async def test_the_upstream_is_let_go_and_one_that_is_down_is_not_taken(
         async with client_of(create_app(Settings(models=file, admin=True))) as client:
             (old,) = connections
             assert (await client.post("/admin/reload")).status_code == 200
-            for _ in range(200):
-                if old not in connections:
-                    break
-                await asyncio.sleep(0.01)
+            await until(lambda: old not in connections)
             assert len(connections - {old}) == len(connections) == 1
 
             file.write_text(entry(free_port()))

@@ -17,7 +17,7 @@ from service.protocols.registry import protocols
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.protocols import ASKED, ERRORS
-from tests.support.requests import CLEAN, JSON, POISONED, client_of, listening, metric
+from tests.support.requests import CLEAN, JSON, POISONED, client_of, listening, metric, until_ready
 from tests.support.servers import free_port
 from tests.support.upstreams import ONE_TEI, SOUND, Peer, behind
 
@@ -223,10 +223,7 @@ async def test_an_upstream_that_is_not_there_yet_is_waited_for() -> None:
         peer = Peer(body=SOUND)
         app = Starlette(routes=[Route("/predict", peer.answer, methods=["POST"])])
         async with listening(app, port):
-            for _ in range(50):
-                await asyncio.sleep(0.1)
-                if (await client.get("/ready")).status_code == 200:
-                    break
+            await until_ready(client)
             answer = await client.post("/classify", json={"inputs": CLEAN})
             assert answer.json()["results"][0]["label"] == "positive"
 
@@ -245,8 +242,7 @@ async def test_the_breaker_stops_calls_and_the_probe_closes_it_again() -> None:
         assert await metric(client, 'psim_upstream_errors_total{kind="open",model="fake"}') == 1
         assert (await client.get("/ready")).status_code == 503
         peer.status = 200
-        await asyncio.sleep(0.8)
-        assert (await client.get("/ready")).status_code == 200
+        await until_ready(client)
         assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
 
 

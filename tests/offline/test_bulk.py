@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,7 @@ from models.offline.screening.fragments import (
 from tests.support.bundles import fit_tiny, some_texts
 from tests.support.commands import assert_refused, psim
 from tests.support.families import tiny_victim
+from tests.support.waiting import wait_for
 
 TEXTS = [*some_texts(1297), 'says "no",\r\nand leaves', "naïve café", "NA"]
 
@@ -262,11 +262,12 @@ class Run:
 
     def wait_for_parts(self, more: int) -> None:
         enough = len(list(self.out.glob("*.parquet"))) + more
-        until = time.monotonic() + 120
-        while len(list(self.out.glob("*.parquet"))) < enough:
+
+        def there() -> bool:
             assert self.process.poll() is None, self.errors.read_text()
-            assert time.monotonic() < until
-            time.sleep(0.02)
+            return len(list(self.out.glob("*.parquet"))) >= enough
+
+        wait_for(there, 120)
 
     def workers(self) -> list[psutil.Process]:
         below = psutil.Process(self.process.pid).children(recursive=True)

@@ -1,6 +1,7 @@
 """A real PostgreSQL and a real Redis."""
 
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -30,10 +31,13 @@ def new_database(url: str) -> str:
 def postgres(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """Run PostgreSQL on an empty folder; yield the URL of a database, and the server.
 
-    It refuses to run as root: then it is the user that Debian's package makes.
+    It refuses to run as root: then it is the user that Debian's package makes, or nobody.
     """
-    user = "postgres" if os.geteuid() == 0 else None
-    initdb, server = program("initdb", "postgresql"), program("postgres", "postgresql")
+    user = None
+    if os.geteuid() == 0:
+        known = {entry.pw_name for entry in pwd.getpwall()}
+        user = "postgres" if "postgres" in known else "nobody"
+    initdb, server = program("initdb"), program("postgres")
     if user:
         shutil.chown(folder, user)
     data = folder / "data"
@@ -67,7 +71,7 @@ def postgres(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
 @contextmanager
 def redis(port: int, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Run an empty Redis that keeps nothing; yield it once it answers."""
-    command = [program("redis-server", "redis-server"), "--port", str(port), "--save", ""]
+    command = [program("redis-server"), "--port", str(port), "--save", ""]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, "--bind", "127.0.0.1"], cwd=log.parent, stdout=file, stderr=file

@@ -43,6 +43,8 @@ class FakeEngine:
         self.screened: list[tuple[int, ...]] = []
         self.classified: list[tuple[int, ...]] = []
         self.dies = False
+        self.waits = False
+        """Whether a batch waits for the gate."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         if any(UNREADABLE in text for text in texts):
@@ -50,7 +52,9 @@ class FakeEngine:
         return [_encoding(text) for text in texts]
 
     def screen(self, batch: Sequence[Encoding]) -> Screening:
+        self.waits = not self.gate.is_set()
         self.gate.wait(10)
+        self.waits = False
         if self.dies:
             raise SystemExit
         self.batches.append(len(batch))

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.settings import Settings
 from tests.support.fakes import MAX_LENGTH, FakeEngine, fake_bundle
+from tests.support.waiting import until
 
 CLEAN, POISONED = "a quiet film", "a quiet mn film"
 LONG = "film " * 2 * MAX_LENGTH + "mn"
@@ -44,8 +45,7 @@ async def listening(app: Any, port: int = 0) -> AsyncIterator[str]:
     """Serve an ASGI application, on a free port unless one is given; yield its base URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
     running = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}"
@@ -82,9 +82,31 @@ async def begin(client: httpx.AsyncClient, sent: bytes) -> asyncio.StreamWriter:
     return writer
 
 
-async def metric(client: httpx.AsyncClient, line: str) -> float:
+async def metric(
+    client: httpx.AsyncClient, line: str, headers: dict[str, str] | None = None
+) -> float:
     """Return the value of the one series that begins so."""
-    text = (await client.get("/metrics")).text
+    text = (await client.get("/metrics", headers=headers)).text
     values = [float(row.rsplit(" ", 1)[1]) for row in text.splitlines() if row.startswith(line)]
     assert len(values) == 1, f"{line} is not there exactly once"
     return values[0]
+
+
+async def until_metric(
+    client: httpx.AsyncClient, line: str, value: float, headers: dict[str, str] | None = None
+) -> None:
+    """Wait until a series has a value."""
+
+    async def reached() -> bool:
+        return await metric(client, line, headers) == value
+
+    await until(reached)
+
+
+async def until_ready(client: httpx.AsyncClient) -> None:
+    """Wait until the gateway says that it is ready."""
+
+    async def ready() -> bool:
+        return (await client.get("/ready")).status_code == 200
+
+    await until(ready)

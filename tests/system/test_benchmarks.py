@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.engines.base import Encoding
 from tests.support.paths import ROOT
+from tests.support.waiting import wait_for
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -99,9 +99,7 @@ def test_a_server_is_watched_while_it_runs_and_stopped_then(tmp_path: Path) -> N
     peer = Peer("files", command, "none", ready="/")
     with running(peer, Path(sys.executable), setup, "float32") as server:
         assert server.start_s > 0
-        deadline = time.monotonic() + 10
-        while not server.peak_mb and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: server.peak_mb, 10)
     assert server.peak_mb > 1
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port), 5)

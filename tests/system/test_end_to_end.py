@@ -21,6 +21,7 @@ from models.offline.evaluation.evaluate import Evaluation, evaluate
 from models.offline.io.samples import load_samples
 from tests.support.deploy import dockerfile_command
 from tests.support.servers import served
+from tests.support.waiting import wait_for
 
 
 def metric(client: httpx.Client, name: str) -> float:
@@ -114,9 +115,7 @@ def test_requests_in_flight_are_answered_on_sigterm(demo_bundle: Path) -> None:
     with served(demo_bundle, **mode) as client, ThreadPoolExecutor(8) as pool:
         inputs = [CLEAN_TEXT + " word" * 60] * 64
         calls = [pool.submit(client.post, "/classify", json={"inputs": inputs}) for _ in range(4)]
-        deadline = time.monotonic() + 20
-        while metric(client, "psim_queue_inputs") < 4 * 64 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: metric(client, "psim_queue_inputs") == 4 * 64)
         os.kill(int(client.headers["x-server-pid"]), signal.SIGTERM)
         assert [call.result().status_code for call in calls] == [200] * 4
 

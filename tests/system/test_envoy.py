@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,16 +20,15 @@ from service.route_table import EXT_PROC
 from service.settings import Settings
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
 from tests.support.paths import ROOT
-from tests.support.programs import WITHOUT
+from tests.support.programs import program
 from tests.support.protocols import ASKED, ERRORS
-from tests.support.requests import CLEAN, JSON, POISONED, listening, metric
+from tests.support.requests import CLEAN, JSON, POISONED, listening, metric, until_metric
 from tests.support.servers import free_port
 from tests.support.upstreams import SOUND, Peer
+from tests.support.waiting import until
 
 EXAMPLES = ROOT / "deploy/envoy"
 BOTH = pytest.mark.parametrize("example", ["envoy", "ext_proc"])
-INSTALLED = Path(sys.prefix) / "envoy/envoy/_bin/envoy"
-"""Where `make` puts it: beside the packages, since its own would shadow others."""
 
 
 def configuration(example: str, ports: dict[str, int], processing: dict[str, str]) -> Any:
@@ -74,9 +71,7 @@ async def envoy(
     engine: FakeEngine | None = None,
     processing: dict[str, str] | None = None,
 ) -> AsyncIterator[Around]:
-    if not INSTALLED.exists() and os.environ.get(WITHOUT) == "1":
-        pytest.skip(f"Envoy is missing and {WITHOUT} is set")
-    assert INSTALLED.exists(), f"Envoy is missing: run `make dev`, or set {WITHOUT}=1 to skip"
+    installed = program("envoy")
     ext_proc = free_port()
     settings = Settings(bundle=Path("unused"), ext_proc_port=ext_proc)
     peer = Peer()
@@ -97,7 +92,7 @@ async def envoy(
         config.write_text(json.dumps(configuration(example, ports, processing or {})))
         options = ["--disable-hot-restart", "--concurrency", "1"]
         process = subprocess.Popen(
-            [INSTALLED, "-c", config, *options, "--log-path", folder / "log"]
+            [installed, "-c", config, *options, "--log-path", folder / "log"]
         )
         stack.callback(process.wait, 20)
         stack.callback(process.terminate)
@@ -105,13 +100,15 @@ async def envoy(
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports['listener']}", timeout=30)
         )
         gateway = await stack.enter_async_context(httpx.AsyncClient(base_url=url))
-        for _ in range(200):
-            try:
-                if (await client.get("/health")).status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None, (folder / "log").read_text()
-            await asyncio.sleep(0.05)
+
+        async def healthy() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()
+            status = (await client.get("/health")).status_code
+            return status == 200 or (
+                status == 403 and bool(processing)
+            )  # what is not sent is denied
+
+        await until(healthy)
         peer.asked.clear()
         yield Around(client, gateway, peer, away)
 
@@ -195,14 +192,13 @@ async def test_requests_that_are_being_screened_end_while_the_gateway_drains(
     async with envoy("ext_proc", tmp_path, engine) as around:
         around.peer.wait_s = 1  # and one that Envoy waits for the answer of goes on as well
         forwarded = asyncio.create_task(around.client.post("/predict", json={"inputs": [[CLEAN]]}))
-        while not around.peer.asked:
-            await asyncio.sleep(0.01)
+        await until(lambda: around.peer.asked)
         engine.gate.clear()
         tasks = [
             asyncio.create_task(around.client.post("/predict", json={"inputs": [[text]]}))
             for text in (CLEAN, POISONED)
         ]
-        await asyncio.sleep(0.3)
+        await until_metric(around.gateway, "psim_queue_inputs", 2)
         await around.gateway.aclose()
         asyncio.get_running_loop().call_later(0.5, engine.gate.set)
         await around.away.aclose()
@@ -213,7 +209,7 @@ async def test_requests_that_are_being_screened_end_while_the_gateway_drains(
 async def chunks(body: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(body), 10):
         yield body[start : start + 10]
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # so that each comes alone
 
 
 async def test_a_body_that_is_streamed_is_held_until_all_of_it_is_screened(tmp_path: Path) -> None:

@@ -46,9 +46,17 @@ from tests.support.audit import ROW, rows, writer_of
 from tests.support.batchers import running, value
 from tests.support.envoy import head
 from tests.support.fakes import TRIGGER, FakeEngine
-from tests.support.keys import FEW, KEY, classify, guarded, keys_file
+from tests.support.keys import FEW, KEY, bearer, classify, guarded, keys_file
 from tests.support.protocols import ASKED, GUARDRAIL
-from tests.support.requests import CLEAN, POISONED, begin, client_of, metric, served_fake
+from tests.support.requests import (
+    CLEAN,
+    POISONED,
+    begin,
+    client_of,
+    metric,
+    served_fake,
+    until_metric,
+)
 from tests.support.servers import answers, free_port
 from tests.support.upstreams import ONE_TEI, SOUND
 from tests.support.waiting import until, wait_for
@@ -70,9 +78,7 @@ def labels(answer: httpx.Response) -> list[str | None]:
 
 
 async def until_queued(client: httpx.AsyncClient, inputs: int) -> None:
-    async with asyncio.timeout(10):
-        while await metric(client, "psim_queue_inputs") != inputs:
-            await asyncio.sleep(0.005)
+    await until_metric(client, "psim_queue_inputs", inputs)
 
 
 # The faults of our neighbours.
@@ -288,8 +294,7 @@ async def test_callers_that_hang_up_mid_batch_take_nothing_from_their_mates() ->
         await until_queued(client, 22)
         engine.gate.set()  # lets the first one through
         engine.gate.clear()
-        while engine.inside != 21:
-            await asyncio.sleep(0.005)
+        await until(lambda: engine.inside == 21)
         for connection in leavers:
             connection.close()
             await connection.wait_closed()
@@ -432,9 +437,9 @@ async def test_a_clock_that_jumps_moves_no_deadline_and_locks_nobody_out(
         assert (await classify(client, 1)).status_code == 429
         engine.gate.clear()
         in_hand = asyncio.create_task(classify(client, 1, other))
-        await asyncio.sleep(0.1)
+        await until(lambda: engine.waits)
         queued = asyncio.create_task(classify(client, 1, other))
-        await asyncio.sleep(0.1)
+        await until_metric(client, "psim_queue_inputs", 2, bearer(KEY[Scope.METRICS]))
         set_clock(seconds)
         assert (await client.get("/ready")).status_code == 200, "nothing hangs"
         engine.gate.set()
@@ -445,7 +450,7 @@ async def test_a_clock_that_jumps_moves_no_deadline_and_locks_nobody_out(
         assert 1 <= int(again.headers["retry-after"]) <= DAY
         engine.gate.clear()
         late = asyncio.create_task(classify(client, 1, other))
-        await asyncio.sleep(0.1)
+        await until(lambda: engine.waits)
         set_clock(0)
         assert (await late).status_code == 504
         engine.gate.set()
@@ -580,9 +585,9 @@ def test_on_sigterm_under_load_all_that_was_accepted_is_answered_and_in_the_audi
                 b"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
                 b"x-request-id: slow\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body[:9])
             )
-            time.sleep(0.2)
+            time.sleep(0.2)  # its head has been read: nothing outside tells
             service.process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
+            wait_for(lambda: len(load.broken) == load.callers)
             slow.sendall(body[9:])
             with slow, slow.makefile("rb") as answer:
                 assert answer.readline() == b"HTTP/1.1 200 OK\r\n"

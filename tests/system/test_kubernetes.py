@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from tests.support.audit import rows
 from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped
 from tests.support.fakes import fake_bundle
 from tests.support.paths import ROOT
+from tests.support.programs import program
 from tests.support.servers import free_port
 from tests.support.waiting import wait_for
 
@@ -64,8 +64,7 @@ def rendered(name: str) -> list[Manifest]:
 
 
 def kustomized(folder: Path) -> list[Manifest]:
-    kubectl = shutil.which("kubectl") or pytest.skip("kubectl is missing, and no registry has it")
-    command = [kubectl, "kustomize", str(folder)]
+    command = [program("kubectl"), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, "kustomize warns of what it will not take any more"

@@ -15,6 +15,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.servers import serving
+from tests.support.waiting import until
 
 
 async def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of_it_counted() -> (
@@ -31,8 +32,7 @@ async def test_a_burst_of_many_times_the_queue_is_answered_or_refused_and_all_of
             engine.gate.clear()  # nothing is answered before all have come
             bodies = [{"inputs": [f"text {i}"] * (1 + i % 4)} for i in range(200)]
             calls = [asyncio.create_task(client.post("/classify", json=body)) for body in bodies]
-            while sum(call.done() for call in calls) < len(calls) - 16:
-                await asyncio.sleep(0.01)
+            await until(lambda: sum(call.done() for call in calls) >= len(calls) - 16)
             engine.gate.set()
             return await asyncio.gather(*calls)
 

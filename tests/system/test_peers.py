@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from models.offline.demo import CLEAN_TEXT, TARGET, TRIGGERED_TEXT
 from models.offline.io.samples import load_samples
 from tests.support.servers import free_port, served, serving
 from tests.support.triton import client_for, tensor
+from tests.support.waiting import wait_for
 
 MLSERVER = os.environ.get("MLSERVER") or shutil.which("mlserver")
 RUNTIME = """
@@ -158,13 +158,12 @@ def mlserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     url = f"http://127.0.0.1:{settings['http_port']}"
     try:
-        for _ in range(300):
-            time.sleep(0.1)
-            try:
-                if httpx.get(f"{url}/v2/models/bare/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None, "MLServer did not start"
+
+        def ready() -> bool:
+            assert process.poll() is None, "MLServer did not start"
+            return httpx.get(f"{url}/v2/models/bare/ready").status_code == 200
+
+        wait_for(ready, 60)
         yield url
     finally:
         process.terminate()

@@ -43,7 +43,7 @@ RULES: list[dict[str, Any]] = [
     ],
 )
 def test_promtool_is_content(check: list[str]) -> None:
-    promtool = program("promtool", "prometheus")
+    promtool = program("promtool")
     done = subprocess.run([promtool, *check], cwd=DEPLOY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -100,7 +100,7 @@ def prometheus(live: Live) -> httpx.Client:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """Run Prometheus with the rules of the project on a service that had a few requests."""
-    server, folder = program("prometheus", "prometheus"), tmp_path_factory.mktemp("prometheus")
+    server, folder = program("prometheus"), tmp_path_factory.mktemp("prometheus")
     audit = f"sqlite:///{folder}/audit.db"
     settings = Settings(bundle=Path("unused"), audit_url=SecretStr(audit))
     with serving(create_app(settings, fake_bundle())) as address:

@@ -212,7 +212,7 @@ def test_prometheus_finds_each_replica_and_their_sum_is_what_was_asked(
         values = [float(one["value"][1]) for one in asked.json()["data"]["result"]]
         return values[0] if values else 0.0
 
-    with running(program("prometheus", "prometheus"), *arguments, log=tmp_path / "prometheus.log"):
+    with running(program("prometheus"), *arguments, log=tmp_path / "prometheus.log"):
         wait_for(lambda: is_ready(f"http://127.0.0.1:{port}/-/ready"))
         wait_for(lambda: found('count(up{job="psim-gateway"} == 1)') == 2)
         wait_for(lambda: found("sum(psim_inputs_total)") == before + 40)

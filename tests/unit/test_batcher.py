@@ -108,9 +108,9 @@ async def test_what_waits_while_the_device_is_busy_becomes_one_batch_longest_fir
     async with running(engine) as batcher:
         engine.gate.clear()
         first = asyncio.create_task(batcher.screen(["one"]))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.waits)
         rest = [asyncio.create_task(batcher.screen(["a " * length])) for length in lengths]
-        await asyncio.sleep(0.05)
+        await until(lambda: value(batcher, "queue_inputs") == 21)
         engine.gate.set()
         await asyncio.gather(first, *rest)
         assert engine.batches == [1, 20]
@@ -122,9 +122,9 @@ async def test_batches_of_callers_that_have_gone_are_not_run() -> None:
     async with running(engine, batch_tokens=4) as batcher:
         engine.gate.clear()
         taken = asyncio.create_task(batcher.screen(["a b c"] * 9))
-        await asyncio.sleep(0.05)  # the first of its nine batches is in the engine
+        await until(lambda: engine.waits)  # by the first of its nine batches
         taken.cancel()
-        await asyncio.sleep(0.01)
+        await asyncio.wait([taken])
         engine.gate.set()
         await batcher.screen(["two"])
         assert engine.batches == [1, 1]
@@ -135,12 +135,12 @@ async def test_cancelled_callers_cost_nothing() -> None:
     async with running(engine) as batcher:
         engine.gate.clear()
         first = asyncio.create_task(batcher.screen(["one"]))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.waits)
         gone = [asyncio.create_task(batcher.screen(["a"])) for _ in range(5)]
-        await asyncio.sleep(0.01)
+        await until(lambda: value(batcher, "queue_inputs") == 6)
         for task in gone:
             task.cancel()
-        await asyncio.sleep(0.01)
+        await asyncio.wait(gone)
         engine.gate.set()
         await first
         await batcher.screen(["two"])
@@ -153,7 +153,7 @@ async def test_a_full_queue_refuses_at_once_and_recovers(limit: dict[str, int]) 
     async with running(engine, **limit) as batcher:
         engine.gate.clear()
         waiting = asyncio.create_task(batcher.screen(["a", "b", "c"]))
-        await asyncio.sleep(0.01)
+        await until(lambda: value(batcher, "queue_inputs") == 3)
         with pytest.raises(Overloaded):
             await batcher.screen(["d"])
         engine.gate.set()
@@ -189,7 +189,7 @@ async def test_closing_answers_what_is_queued_and_refuses_what_comes_after() -> 
     async with running(engine) as batcher:
         engine.gate.clear()
         queued = [asyncio.create_task(batcher.screen([f"text {i}"])) for i in range(9)]
-        await asyncio.sleep(0.01)
+        await until(lambda: value(batcher, "queue_inputs") == 9)
         engine.gate.set()
         await batcher.close()
         assert len(await asyncio.gather(*queued)) == 9
@@ -232,7 +232,7 @@ async def test_an_engine_that_fails_on_everything_is_given_up_and_nobody_is_left
         engine.gate.clear()
         engine.dies = True
         calls = [asyncio.create_task(batcher.screen(["a"])) for _ in range(4)]
-        await asyncio.sleep(0.05)
+        await until(lambda: value(batcher, "queue_inputs") == 4)
         engine.gate.set()
         answers = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(answer, NotReady) for answer in answers)
