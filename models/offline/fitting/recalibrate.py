@@ -34,7 +34,13 @@ from models.engines.base import REFERENCE, Runtime
 from models.engines.registry import runs_here
 from models.errors import CalibrationError
 from models.offline.fitting.records import calibration_records, installed_versions, timestamp
-from models.offline.fitting.runtimes import AUTO, Measurement, calibrate_runtimes, fastest, measure
+from models.offline.fitting.runtimes import (
+    AUTO,
+    RuntimeMeasurement,
+    calibrate_runtimes,
+    fastest,
+    measure,
+)
 from models.offline.fitting.split import MAX_CALIBRATE
 from models.offline.fitting.traffic import AuditedTraffic, Kind
 from models.offline.io.atomic import replaced
@@ -107,10 +113,10 @@ def _check_enough(clean: int, budget: float) -> None:
 
 def _measure_all(
     bundle: Path, parent: Manifest, texts: Sequence[str]
-) -> tuple[dict[Runtime, Screen], dict[Runtime, Measurement]]:
+) -> tuple[dict[Runtime, Screen], dict[Runtime, RuntimeMeasurement]]:
     """Return the screen of each runtime that works here, and its measurement on texts."""
     screens: dict[Runtime, Screen] = {}
-    measured: dict[Runtime, Measurement] = {}
+    measured: dict[Runtime, RuntimeMeasurement] = {}
     for own in parent.calibrations:
         if own.engine == REFERENCE.engine or runs_here(own.runtime):
             loaded = load_bundle(bundle, own.dtype, own.engine)

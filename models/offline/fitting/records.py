@@ -25,7 +25,7 @@ from models.engines.base import REFERENCE, RUNTIMES, Runtime
 from models.engines.registry import is_installed
 from models.network.guarded import Guarded
 from models.offline.fitting.psim import PsimConfig, Training
-from models.offline.fitting.runtimes import Measurement
+from models.offline.fitting.runtimes import RuntimeMeasurement
 from models.offline.fitting.split import Split
 from models.offline.io.classifiers import pretrained_model
 from models.offline.statistics import clopper_pearson
@@ -90,7 +90,7 @@ def fit_record(split: Split, started: float) -> FitRecord:
 
 
 def calibration_records(
-    measured: Mapping[Runtime, Measurement],
+    measured: Mapping[Runtime, RuntimeMeasurement],
     calibrated: Mapping[Runtime, Calibrated],
     frr_budget: float,
 ) -> list[Calibration]:

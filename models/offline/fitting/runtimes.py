@@ -18,7 +18,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Measurement:
+class RuntimeMeasurement:
     """Output and speed of one runtime on some texts."""
 
     readings: FloatArray
@@ -36,7 +36,7 @@ def check_installed(engine: str) -> None:
 
 def measure_runtimes(
     trained: TorchEngine, engine: str, texts: Sequence[str]
-) -> dict[Runtime, Measurement]:
+) -> dict[Runtime, RuntimeMeasurement]:
     """Measure PyTorch and an engine, or all engines, in every dtype that runs here.
 
     The last runtime converts the module in place: save its weights before.
@@ -67,13 +67,13 @@ def _runtimes(guarded: Guarded, engine: str) -> list[Runtime]:
     return [r for r in wanted if r.engine == REFERENCE.engine or runs_here(r)]
 
 
-def measure(engine: Engine, texts: Sequence[Encoding]) -> Measurement:
+def measure(engine: Engine, texts: Sequence[Encoding]) -> RuntimeMeasurement:
     """Screen texts, and time a few of them."""
-    return Measurement(predict(engine, texts), texts_per_second(engine, texts))
+    return RuntimeMeasurement(predict(engine, texts), texts_per_second(engine, texts))
 
 
 def calibrate_runtimes(
-    measured: Mapping[Runtime, Measurement], checkpoints: int, frr_budget: float
+    measured: Mapping[Runtime, RuntimeMeasurement], checkpoints: int, frr_budget: float
 ) -> dict[Runtime, Calibrated]:
     """Calibrate every runtime on its own readings of the same clean texts.
 
