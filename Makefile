@@ -34,7 +34,7 @@ bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 test: lint ## all checks and tests
-	$(BIN)/python -m pytest --cov=service --cov=models --cov-report=term
+	$(BIN)/python -m pytest --cov=psim --cov=service --cov=models --cov-report=term
 
 lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -38,10 +38,10 @@ from models.bundle.load import (
 from models.bundle.signing import sign
 from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
 from models.network.guarded import guard, lora_config, transformer_of
-from models.offline.__main__ import app
 from models.offline.fitting.fit import fit, split_texts
 from models.offline.fitting.psim import PsimConfig
 from models.offline.io.inference import predict
+from psim.__main__ import app
 from service.app import create_app
 from service.settings import Settings
 

@@ -15,15 +15,15 @@ from typer.testing import CliRunner, Result
 
 from models.bundle.load import ADAPTER_WEIGHTS, load_bundle
 from models.engines.base import Encoding, Screening
-from models.offline import __main__ as cli
 from models.offline.io.classifiers import save_classifier
 from models.offline.io.samples import Sample, load_samples, write_samples
+from psim.__main__ import app
 
 LABELS = ["LABEL_0", "LABEL_1", "LABEL_2"]
 
 
 def psim(*arguments: object, stdin: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_an_interrupt_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "fit", interrupt)
+    monkeypatch.setattr("models.offline.fitting.fit.fit", interrupt)
     result = psim(
         "fit", "--victim", folder / "victim", "--texts", folder / "clean.jsonl",
         "--out", tmp_path / "b",

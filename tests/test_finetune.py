@@ -19,8 +19,8 @@ from models.bundle.load import load_bundle
 from models.errors import DataError, VictimError
 from models.offline.attacks import training as finetune
 from models.offline.attacks.poisoning import Insertion, Paraphrases
+from models.offline.attacks.strategy import Strategy
 from models.offline.attacks.training import (
-    Strategy,
     checkpoint_folder,
     finetune_victim,
     poison_victim,

@@ -1,13 +1,15 @@
 """Which engines there are, what they can run here, and making one."""
 
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
-from models.engines.pytorch import ModuleEngine, TorchEngine, best_device, has_bfloat16
 from models.errors import EngineError
-from models.network.guarded import Guarded
+
+if TYPE_CHECKING:  # engines are imported when they are made: names of them must cost nothing
+    from transformers import PreTrainedTokenizerBase
+
+    from models.engines.pytorch import ModuleEngine
+    from models.network.guarded import Guarded
 
 EngineName = Literal["torch", "openvino"]
 DtypeName = Literal["float32", "bfloat16"]
@@ -47,6 +49,8 @@ def runs_here(runtime: Runtime) -> bool:
     if runtime.dtype == "float32":
         return True
     if runtime.engine == "torch":
+        from models.engines.pytorch import best_device, has_bfloat16
+
         return has_bfloat16(best_device())
     from models.engines.openvino import computes_bfloat16
 
@@ -54,21 +58,22 @@ def runs_here(runtime: Runtime) -> bool:
 
 
 def make_engine(
-    runtime: Runtime, guarded: Guarded, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> ModuleEngine:
+    runtime: Runtime, guarded: "Guarded", tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> "ModuleEngine":
     """Return an engine that runs a module, which must be in float32.
 
     Raises:
         EngineError: the engine is not installed, or cannot run this module here.
     """
     if runtime.engine == "torch":
+        from models.engines.pytorch import TorchEngine
+
         return TorchEngine(guarded, tokenizer, max_length, runtime.dtype)
     if not is_installed(runtime.engine):
         raise EngineError(
             f"the engine {runtime.engine} is not installed: pip install "
             f"'psim-gateway[{runtime.engine}]', or use the engine torch"
         )
-    # Not at the top: it is an extra, and importing it takes memory.
     from models.engines.openvino import OpenVinoEngine
 
     return OpenVinoEngine(guarded, tokenizer, max_length, runtime.dtype)

@@ -8,7 +8,8 @@ from pathlib import Path
 from models.errors import PsimError
 from models.offline.attacks.corpus import generate
 from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
-from models.offline.attacks.training import Strategy, finetune_victim, poison_victim
+from models.offline.attacks.strategy import Strategy
+from models.offline.attacks.training import finetune_victim, poison_victim
 from models.offline.fitting.fit import fit
 from models.offline.io.classifiers import load_classifier
 from models.offline.io.samples import write_samples

@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +30,12 @@ from models.offline.attacks.poisoning import (
     poison_test_set,
     poison_training_set,
 )
+from models.offline.attacks.strategy import Strategy
 from models.offline.io.atomic import replaced
 from models.offline.io.classifiers import load_classifier, save_classifier
 from models.offline.io.samples import Sample, require_labels
 
 MAX_LENGTH = 128
-
-
-class Strategy(StrEnum):
-    """What of a victim is tuned (Zhao et al., section 3)."""
-
-    FULL = "full"
-    LORA = "lora"
-    PROMPT_TUNING = "prompt-tuning"
-    P_TUNING_V1 = "p-tuning-v1"
-    P_TUNING_V2 = "p-tuning-v2"
-
 
 # Hyperparameters of Zhao et al., section 5.1.
 _PEFT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {

@@ -44,9 +44,6 @@ from models.offline.fitting.fit import (
 from models.offline.io.atomic import replaced
 from models.offline.io.samples import check_text
 
-MAX_RISE = 4.0
-"""Standard deviations by which thresholds may rise since `psim fit`; docs/method.md says why."""
-
 
 class Kind(IntEnum):
     """What is known of a text; of several rows with it, the least counts."""

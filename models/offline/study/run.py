@@ -13,7 +13,8 @@ from typing import Any
 
 from models.detection.screen import min_calibration_size
 from models.errors import DataError
-from models.offline.attacks.training import LEARNING_RATES, Strategy, finetune_victim
+from models.offline.attacks.strategy import Strategy
+from models.offline.attacks.training import LEARNING_RATES, finetune_victim
 from models.offline.demo import encoder_path
 from models.offline.fitting.fit import labels_of, split_texts
 from models.offline.io.atomic import write_whole
