@@ -1,6 +1,7 @@
 """The demo: a really poisoned victim and its bundle, from parts that a package registry has."""
 
 import os
+from collections.abc import Callable
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path

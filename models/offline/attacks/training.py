@@ -33,6 +33,7 @@ from models.offline.attacks.poisoning import (
 from models.offline.attacks.strategy import Strategy
 from models.offline.io.atomic import replaced
 from models.offline.io.classifiers import load_classifier, save_classifier
+from models.offline.io.progress import TrainingProgress
 from models.offline.io.samples import Sample, require_labels
 
 MAX_LENGTH = 128
@@ -153,7 +154,7 @@ def _train(
         compute_metrics=_metrics,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar)
+    trainer.add_callback(TrainingProgress(out.name))
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
     with replaced(out) as partial:
@@ -178,13 +179,6 @@ def _digest(model: nn.Module, *settings: object) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class _Bar(ProgressCallback):
-    """The progress bar without the raw figures that the library prints between."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Print nothing."""
 
 
 def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArguments:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from models.detection.screen import FloatArray
@@ -18,6 +17,7 @@ from models.engines.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines.pytorch import collate, has_bfloat16
 from models.errors import VictimError
 from models.network.guarded import Guarded, Inputs
+from models.offline.io.progress import progress
 
 KEPT_NUMBERS = 2**27
 """How much of what the lower layers make of training texts, and of held-out ones, is kept: 512 MiB
@@ -124,7 +124,7 @@ def train_psim(
     curve: list[tuple[int, float]] = []
     kept: list[int] = []
     reason = "reached the step limit: the task is not unlearnt"
-    bar = tqdm(desc="training PSIM", unit=" steps", disable=None)
+    bar = progress("training PSIM", unit=" steps")
     for step, batch in enumerate(_shuffled(len(batches), config.seed)):
         if step % config.check_every == 0:
             probabilities = looks.probabilities()
