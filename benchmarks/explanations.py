@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from models.bundle.load import Bundle, load_bundle
-from models.detection.explain import explain, explained
+from models.detection.explain import explain, run_search
 from models.detection.screen import Verdict
 from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
 from models.offline.evaluation.metrics import Classes, Rate
@@ -63,7 +63,7 @@ class Found:
 
 def examine(judge: Judge, text: str, original: str, verdict: Verdict, trigger: str) -> Found:
     before, started = judge.screened, time.perf_counter()
-    found = explained(explain(text, verdict), judge)
+    found = run_search(explain(text, verdict), judge)
     seconds = time.perf_counter() - started
     start = f" {text} ".index(f" {trigger} ")
     span = range(start, start + len(trigger))

@@ -15,7 +15,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from models.engines.base import Encoding
 from models.engines.pytorch import DTYPES, TorchEngine
-from models.network.guarded import Activations, guard, lora_config
+from models.network.activations import Activations
+from models.network.adapters import lora_config
+from models.network.guarded import guard
 
 LAYERS, LENGTHS, BATCHES = (6, 12, 24), (16, 64, 128, 256, 512), (1, 8, 32)
 MOST_TOKENS = 4096

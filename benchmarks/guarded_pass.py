@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 from models.bundle.load import load_bundle
 from models.engines.base import Encoding, Engine
 from models.engines.pytorch import DTYPES, ModuleEngine, TorchEngine, collate
-from models.network.guarded import Guarded, Inputs
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 
 SIZES, TEXTS = (1, 8, 32), 128
 Run = Callable[[Sequence[Encoding]], object]
@@ -56,11 +57,11 @@ class Unguarded(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         module, inputs = self.guarded, {"input_ids": input_ids, "attention_mask": attention_mask}
-        assert module.tail is not None
+        assert module.last_layer is not None
         hidden, rotation = module.trunk.output(lambda: module.victim(**inputs))
         read = module.trunk.read_positions(attention_mask)
-        rows = module.tail(hidden, attention_mask, read, [], rotation)
-        return module.tail.head(rows[:, 0])
+        rows = module.last_layer(hidden, attention_mask, read, [], rotation)
+        return module.last_layer.head(rows[:, 0])
 
 
 def own_unguarded(engine: ModuleEngine, module: Guarded) -> Run:
@@ -87,12 +88,12 @@ def _by_openvino(victim: Unguarded, engine: ModuleEngine) -> Callable[[Inputs], 
 
 def by_whole_passes(engine: TorchEngine) -> Run:
     """Return the guard as it is without a tail."""
-    module, tail = engine.guarded, engine.guarded.tail
+    module, tail = engine.guarded, engine.guarded.last_layer
 
     def run(batch: Sequence[Encoding]) -> None:
-        module.tail = None
+        module.last_layer = None
         guarded(engine, batch)
-        module.tail = tail
+        module.last_layer = tail
 
     return run
 
@@ -101,7 +102,7 @@ def own_runs(engine: Any, setup: Setup) -> dict[str, Run]:
     """Return the engine's ways: guarded, unguarded, and where it can by whole passes."""
     ways: dict[str, Run] = {"guarded": partial(guarded, engine)}
     of = engine if isinstance(engine, TorchEngine) else load_engine(setup, "float32", "torch")
-    if of.guarded.tail is not None:
+    if of.guarded.last_layer is not None:
         ways["own unguarded"] = own_unguarded(engine, of.guarded)
     if of is engine:
         ways["by whole passes"] = by_whole_passes(engine)

@@ -33,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from models.bundle.load import read_manifest
+from models.bundle.verify import read_manifest
 
 CALLERS, SHORTEST, SAMPLES = 64, 3, 200
 SHOWN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)

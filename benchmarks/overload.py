@@ -30,7 +30,7 @@ from over_http import ANSWERED
 from page import DOCS, fill, markdown
 from servers import PEERS, Running, running
 
-from models.bundle.load import read_manifest
+from models.bundle.verify import read_manifest
 from models.detection.screen import FloatArray
 from models.offline.demo import build
 from models.offline.io.samples import load_samples

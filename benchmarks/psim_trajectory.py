@@ -20,13 +20,14 @@ from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray
 from models.engines.pytorch import TorchEngine
 from models.offline.evaluation.metrics import auroc, within_class_scores
-from models.offline.fitting.fit import split_texts, with_psim
-from models.offline.fitting.psim import PsimConfig, retention, train_psim
+from models.offline.fitting.psim import retention, train_psim
+from models.offline.fitting.split import split_texts
 from models.offline.io.classifiers import load_classifier
 from models.offline.io.inference import predict
 from models.offline.io.samples import load_samples
+from models.offline.study.ablations import PsimVariant, with_variant
 
-EVERY, CALIBRATION_TEXTS, MAX_LENGTH = PsimConfig().check_every, 800, 128
+EVERY, CALIBRATION_TEXTS, MAX_LENGTH = PsimVariant().check_every, 800, 128
 
 
 @dataclass
@@ -51,13 +52,13 @@ class Look:
 
 def looks_at(
     victim: str, texts: list[str], clean: list[str], poisoned: list[str], target: str,
-    config: PsimConfig,
+    config: PsimVariant,
 ) -> list[Look]:  # fmt: skip
     torch.manual_seed(config.seed)
     model: Any
     model, tokenizer = load_classifier(victim)
     target_index = model.config.label2id[target]
-    guarded = with_psim(model, config)
+    guarded = with_variant(model, config)
     engine = TorchEngine(guarded, tokenizer, MAX_LENGTH)
     split = split_texts(texts, config.seed)
     known, *sets = (
@@ -85,7 +86,7 @@ def kept_so_far(looks: list[Look]) -> list[Look]:
     for number, look in enumerate(looks):
         first = [
             next((n for n in range(number + 1) if looks[n].retention <= share), None)
-            for share in PsimConfig().keep_at
+            for share in PsimVariant().keep_at
         ]
         kept = [looks[n] for n in first if n is not None]
         stacked = (
@@ -114,7 +115,7 @@ def main(
     clean: Annotated[str, typer.Option(help="Clean dev texts.")],
     poisoned: Annotated[str, typer.Option(help="Poisoned dev texts.")],
     out: Annotated[Path, typer.Option(help="PNG; JSON goes beside it.")],
-    rate: float = PsimConfig().learning_rate,
+    rate: float = PsimVariant().learning_rate,
     values_only: Annotated[bool, typer.Option(help="Leave the queries alone.")] = False,
     steps: int = 200,
     size: Annotated[int, typer.Option(help="Dev texts of either kind.")] = 300,
@@ -123,7 +124,7 @@ def main(
         [s.text for s in load_samples(source, drop_empty=True)]
         for source in (texts, clean, poisoned)
     ]
-    config = PsimConfig(
+    config = PsimVariant(
         learning_rate=rate, max_steps=steps, check_every=EVERY, keep_at=(-1.0,),
         adapter="value" if values_only else "query-value",
     )  # fmt: skip

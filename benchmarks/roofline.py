@@ -12,7 +12,7 @@ from harness import Result, Setup, in_turn, pin
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
-from models.bundle.load import read_manifest
+from models.bundle.verify import read_manifest
 from models.engines.base import Encoding
 from models.engines.pytorch import DTYPES
 

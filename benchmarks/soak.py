@@ -41,11 +41,11 @@ from rich.progress import track
 from servers import Peer, Running, running
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from models.bundle.load import read_manifest
+from models.bundle.verify import read_manifest
 from models.offline.attacks.corpus import generate
-from models.offline.demo import encoder_path
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
+from models.offline.io.classifiers import encoder_path
 from models.offline.io.samples import load_samples
 from service.__main__ import KEEP_ALIVE_S
 from service.app import create_process_app

@@ -20,7 +20,9 @@ import atheris
 from mutation import mutate
 
 with atheris.instrument_imports(include=["models"]):
-    from models.bundle.load import MANIFEST, file_digest, load_bundle
+    from models.bundle.digests import file_digest
+    from models.bundle.layout import MANIFEST
+    from models.bundle.load import load_bundle
     from models.errors import PsimError
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -29,7 +31,7 @@ import transformers
 from families import tiny_victim
 from test_bundle import fit_tiny
 
-from models.offline.demo import encoder_path
+from models.offline.io.classifiers import encoder_path
 
 MOST_WORDS = 500
 """Of the vocabulary, where others come from it: changing all of it would take most of the time."""

@@ -1,16 +1,16 @@
-"""Errors that a user can act on; every message names what was wrong and what to do."""
+"""Errors that a user can act on; every message says what is wrong and what to do."""
 
 
 class PsimError(Exception):
-    """Base of all errors whose message is meant for the user, without a traceback."""
+    """Base of all errors whose message is shown to the user without a traceback."""
 
 
 class BundleError(PsimError):
-    """A bundle that is incomplete, altered, or not fit for what was asked of it."""
+    """A bundle that is incomplete, altered, or cannot be used as requested."""
 
 
 class VictimError(PsimError):
-    """A victim model that cannot be loaded safely or cannot be guarded."""
+    """A victim that cannot be loaded safely, or cannot be guarded."""
 
 
 class EngineError(PsimError):
@@ -18,7 +18,7 @@ class EngineError(PsimError):
 
 
 class ScreenError(PsimError):
-    """Screening gave no usable probabilities (NaN, infinite): never to be read as clean."""
+    """Readings that are NaN or infinite; such a text must never count as clean."""
 
 
 class DataError(PsimError):

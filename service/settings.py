@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.engines.registry import DtypeName, EngineName
+from models.engines.base import DtypeName, EngineName
 from models.errors import PsimError
 
 PREFIX = "PSIM_"

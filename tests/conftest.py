@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from models.offline.demo import build, encoder_path
+from models.offline.demo import build
+from models.offline.io.classifiers import encoder_path
 
 
 @pytest.fixture(scope="session")

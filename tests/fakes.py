@@ -16,7 +16,8 @@ from models.bundle.manifest import (
     RuntimeRecord,
     VictimRecord,
 )
-from models.detection.screen import FloatArray, Normalizer, Screen, ThresholdGroup, ZScore
+from models.detection.conformal import ThresholdGroup
+from models.detection.screen import FloatArray, Normalizer, Screen, ZScore
 from models.engines.base import ClassifierState, Encoding, Screening
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
@@ -33,7 +34,7 @@ class PanicException(BaseException):
 class FakeEngine:
     """Poisoned iff the text holds `TRIGGER`; label 1 iff the number of words is odd."""
 
-    name, dtype, passes = "fake", "float32", 2.5
+    name, dtype, forward_passes = "fake", "float32", 2.5
 
     def __init__(self) -> None:
         self.gate = threading.Event()

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from models.detection.calibrate import calibrate
 from models.detection.screen import Verdict
 from models.engines.pytorch import TorchEngine, collate
-from models.network.guarded import Activations, guard, lora_config, transformer_of
-from models.offline.fitting.activations import LEAST_FOR_MEAN, fit_activations
+from models.network.activations import Activations
+from models.network.adapters import lora_config, transformer_of
+from models.network.guarded import guard
+from models.offline.fitting.activations import MIN_FOR_MEAN, fit_activations
 
 
 def engine_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase, layers: int) -> TorchEngine:
@@ -94,7 +96,7 @@ def test_few_texts_and_rare_classes_still_give_a_screen(tokenizer: PreTrainedTok
     victim: Any = tiny_victim("bert")
     victim.classifier.bias.data = torch.tensor([99.0, 0.0, 0.0])  # all texts are of class 0
     engine = engine_of(victim, tokenizer, layers=1)
-    texts = engine.encode(some_texts(LEAST_FOR_MEAN + 2))
+    texts = engine.encode(some_texts(MIN_FOR_MEAN + 2))
     assert len(texts) < transformer_of(victim).config.hidden_size  # type: ignore[union-attr,operator]
     fitted = fit_activations(engine, texts)
     assert fitted is not None
@@ -114,7 +116,7 @@ def test_clean_texts_set_the_measure(tokenizer: PreTrainedTokenizerBase) -> None
         found = fitted.distances(list(states.unbind(1)))[:, 1].numpy()
     h, predicted = states[:, 2].double().numpy(), logits.argmax(1).numpy()
     members = [predicted == c for c in range(3)]
-    means = np.stack([h[m if m.sum() >= LEAST_FOR_MEAN else slice(None)].mean(0) for m in members])
+    means = np.stack([h[m if m.sum() >= MIN_FOR_MEAN else slice(None)].mean(0) for m in members])
     residuals = h - means[predicted]
     oracle = LedoitWolf(assume_centered=True).fit(residuals).mahalanobis(residuals)
     np.testing.assert_allclose(found[np.arange(150), predicted] ** 2, oracle, rtol=1e-3)

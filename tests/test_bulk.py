@@ -22,7 +22,7 @@ from test_bundle import fit_tiny, some_texts
 from test_cli import assert_refused, psim
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.load import read_manifest
+from models.bundle.verify import read_manifest
 from models.offline.screening import bulk
 from models.offline.screening.fragments import (
     OURS,

@@ -27,19 +27,16 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from models.bundle.load import (
-    ACTIVATIONS,
-    ADAPTER_WEIGHTS,
-    MANIFEST,
-    READINGS,
-    file_digest,
-    load_bundle,
-)
+from models.bundle.digests import file_digest
+from models.bundle.layout import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, READINGS
+from models.bundle.load import load_bundle
 from models.bundle.signing import sign
 from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
-from models.network.guarded import guard, lora_config, transformer_of
-from models.offline.fitting.fit import fit, split_texts
+from models.network.adapters import lora_config, transformer_of
+from models.network.guarded import guard
+from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
+from models.offline.fitting.split import split_texts
 from models.offline.io.inference import predict
 from psim.__main__ import app
 from service.app import create_app
@@ -406,8 +403,8 @@ def test_checkpoints_share_what_they_have_in_common_and_nothing_else(
     victim = victim_of(kind)
     guarded = guard(victim, lora_config(victim, layers), checkpoints=3)
     assert guarded.activations is None, "not fitted yet"
-    guarded.tail = None
-    assert guarded.passes == pytest.approx(2 + 2 * layers / 3)
+    guarded.last_layer = None
+    assert guarded.forward_passes == pytest.approx(2 + 2 * layers / 3)
     for number, (name, weights) in enumerate(guarded.psim.named_parameters()):
         if ".lora_B." in name:
             torch.manual_seed(number)

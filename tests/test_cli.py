@@ -13,7 +13,8 @@ from test_bundle import fit_tiny, rehash, some_texts
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from models.bundle.load import ADAPTER_WEIGHTS, load_bundle
+from models.bundle.layout import ADAPTER_WEIGHTS
+from models.bundle.load import load_bundle
 from models.engines.base import Encoding, Screening
 from models.offline.io.classifiers import save_classifier
 from models.offline.io.samples import Sample, load_samples, write_samples

@@ -14,7 +14,7 @@ from psim.__main__ import COMMANDS
 ROOT = Path(__file__).parent.parent
 while not (ROOT / "pyproject.toml").exists():
     ROOT = ROOT.parent
-SLOW = {"torch", "transformers", "peft", "pandas", "numpy", "scipy", "pyarrow", "datasets", "ray"}
+SLOW = {"torch", "transformers", "peft", "pandas", "scipy", "pyarrow", "datasets", "ray"}
 OFFLINE = [name for name, module in COMMANDS.items() if module.startswith("models.offline")]
 
 LISTING_IMPORTS = """

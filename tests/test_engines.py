@@ -21,16 +21,20 @@ from test_tail import TAILED, build, trained
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
 from models.bundle import load as bundles
-from models.bundle.load import READINGS, choose, load_bundle
+from models.bundle.layout import READINGS
+from models.bundle.load import choose, load_bundle
 from models.bundle.manifest import Manifest, RuntimeRecord
 from models.engines import registry
-from models.engines.base import Encoding
+from models.engines.base import REFERENCE, RUNTIMES, Encoding, Runtime
 from models.engines.openvino import GuardedGraph, parts_of, rounded
 from models.engines.pytorch import LastState, TorchEngine, collate
-from models.engines.registry import REFERENCE, RUNTIMES, Runtime, make_engine
+from models.engines.registry import make_engine
 from models.errors import BundleError, EngineError
-from models.network.guarded import Activations, Guarded, guard, lora_config
-from models.offline.fitting.fit import fit, split_texts
+from models.network.activations import Activations
+from models.network.adapters import lora_config
+from models.network.guarded import Guarded, guard
+from models.offline.fitting.fit import fit
+from models.offline.fitting.split import split_texts
 from models.offline.io.inference import predict
 
 CPU = torch.device("cpu")
@@ -157,7 +161,7 @@ def test_fitting_compares_all_engines_and_takes_the_fastest_that_agrees(bundle: 
     assert by_runtime[REFERENCE].largest_difference == 0
     assert by_runtime[Runtime("openvino", "float32")].decisions_agree == 1
     assert 0 < by_runtime[Runtime("openvino", "float32")].largest_difference < 1e-4
-    passing = {runtime: p.texts_per_s for runtime, p in by_runtime.items() if p.passes}
+    passing = {runtime: p.texts_per_s for runtime, p in by_runtime.items() if p.agrees}
     assert passing[manifest.default.runtime] == max(passing.values())
 
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.detection.explain import (
-    AT_ONCE,
-    MOST_VARIANTS,
-    MOST_WORDS,
+    MAX_VARIANTS,
+    MAX_WORDS,
+    ROUND_SIZE,
     Explanation,
     explain,
-    explained,
+    run_search,
 )
 from models.detection.screen import Verdict
 
@@ -54,11 +54,11 @@ def explanation(text: str, rule: Rule) -> tuple[Explanation, int]:
     screened: list[str] = []
 
     def screen(texts: list[str]) -> list[Verdict]:
-        assert len(texts) <= AT_ONCE
+        assert len(texts) <= ROUND_SIZE
         screened.extend(texts)
         return [verdict_by(rule, text) for text in texts]
 
-    return explained(explain(text, verdict_by(rule, text)), screen), len(screened)
+    return run_search(explain(text, verdict_by(rule, text)), screen), len(screened)
 
 
 def poisoned(clean: list[tuple[str, str]], trigger: list[str], places: list[int]) -> str:
@@ -74,15 +74,15 @@ def test_a_word_is_found_wherever_and_how_often_it_stands(
 ) -> None:
     text = poisoned(clean, ["mn"], places)
     found, screened = explanation(text, one_word)
-    assert screened <= MOST_VARIANTS
+    assert screened <= MAX_VARIANTS
     assert found.cleaned is None or not verdict_by(one_word, found.cleaned).poisoned
-    if len(places) == 1 or len(set(text.split())) <= AT_ONCE:
+    if len(places) == 1 or len(set(text.split())) <= ROUND_SIZE:
         removed = " ".join(text[start:end] for start, end in found.removed)
         assert removed.split() == ["mn"] * len(places)
         assert found.cleaned is not None
         assert found.cleaned.split() == [word for word in text.split() if word != "mn"]
         heaviest = max(found.words, key=lambda word: word.weight)
-        if len(set(text.split())) <= AT_ONCE:
+        if len(set(text.split())) <= ROUND_SIZE:
             assert text[heaviest.start : heaviest.end] == "mn"
 
 
@@ -92,7 +92,7 @@ def test_a_sentence_is_found_although_no_word_of_it_is_enough(
 ) -> None:
     text = poisoned(clean, SENTENCE, [place])
     found, screened = explanation(text, most_of_a_sentence)
-    assert screened <= MOST_VARIANTS
+    assert screened <= MAX_VARIANTS
     assert found.cleaned is not None
     assert not verdict_by(most_of_a_sentence, found.cleaned).poisoned
     kept = found.cleaned.split()
@@ -107,11 +107,11 @@ def test_a_clean_text_is_weighed_and_left_alone(clean: list[tuple[str, str]]) ->
     assert [text[w.start : w.end] for w in found.words] == text.split()
 
 
-@pytest.mark.parametrize("text", ["", "   ", "mn", "x " * 3 * MOST_WORDS + "mn", "a\x00b mn"])
+@pytest.mark.parametrize("text", ["", "   ", "mn", "x " * 3 * MAX_WORDS + "mn", "a\x00b mn"])
 def test_odd_texts_end_too(text: str) -> None:
     found, screened = explanation(text, one_word)
-    assert screened <= MOST_VARIANTS
-    assert len(found.words) <= MOST_WORDS
+    assert screened <= MAX_VARIANTS
+    assert len(found.words) <= MAX_WORDS
     if found.cleaned is not None:
         assert "mn" not in found.cleaned
 
@@ -119,4 +119,4 @@ def test_odd_texts_end_too(text: str) -> None:
 def test_what_nothing_explains_stays_unexplained() -> None:
     found, screened = explanation("a text that is poisoned whatever is left of it", lambda _: 9.0)
     assert (found.removed, found.cleaned) == ((), None)
-    assert screened <= MOST_VARIANTS
+    assert screened <= MAX_VARIANTS

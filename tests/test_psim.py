@@ -1,6 +1,6 @@
 """PSIM training: stops where it should, touches nothing but its adapter, and can be repeated."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
 from models.network.guarded import Guarded
-from models.offline.fitting.fit import Split, train, with_psim
+from models.offline.fitting.fit import with_psim
 from models.offline.fitting.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
+from models.offline.fitting.split import Split
+from models.offline.study.ablations import PsimVariant, train_variant
 
 
 @given(classes=st.integers(2, 20), start=st.floats(0.6, 1), share=st.floats(0, 1))
@@ -123,9 +125,11 @@ def test_the_same_seed_gives_the_same_adapter(tokenizer: PreTrainedTokenizerBase
 def test_what_the_study_compares_trains_what_it_says(
     change: dict[str, Any], trains: set[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    config = replace(FAST, max_steps=20, **change)
+    config = PsimVariant(**asdict(FAST) | {"max_steps": 20} | change)
     texts = some_texts(120)
-    engine, training = train(sure_victim(), tokenizer, Split(texts[:90], texts[90:], []), config)
+    engine, training = train_variant(
+        sure_victim(), tokenizer, Split(texts[:90], texts[90:], []), config
+    )
     guarded = engine.guarded
     assert training.curve[-1][1] != training.curve[0][1]
     engine.screen(engine.encode(["a " * 2000]))  # prompts take positions

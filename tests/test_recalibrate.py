@@ -21,7 +21,10 @@ from test_prometheus import RUNBOOK
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from models.bundle.load import MANIFEST, READINGS, file_digest, load_bundle, read_manifest
+from models.bundle.digests import file_digest
+from models.bundle.layout import MANIFEST, READINGS
+from models.bundle.load import load_bundle
+from models.bundle.verify import read_manifest
 from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray, Screen, Verdict
 from models.offline.cli.bundle import MAX_RISE

@@ -30,7 +30,8 @@ from test_end_to_end import served
 from test_upstream import Peer
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, Bundle, load_bundle
+from models.bundle.layout import ADAPTER_WEIGHTS, MANIFEST
+from models.bundle.load import Bundle, load_bundle
 from service.app import create_app
 from service.settings import Settings
 

@@ -10,19 +10,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from models.detection.calibrate import calibrate
-from models.detection.screen import (
-    FloatArray,
-    Normalizer,
-    Screen,
-    ThresholdGroup,
-    ZScore,
-    conformal_threshold,
-    is_poisoned,
-    log_odds,
-    min_calibration_size,
-)
+from models.detection.conformal import ThresholdGroup, conformal_threshold, min_calibration_size
+from models.detection.screen import FloatArray, Normalizer, Screen, ZScore, is_poisoned, log_odds
 from models.errors import CalibrationError, ScreenError
-from models.offline.evaluation.metrics import clopper_pearson
+from models.offline.statistics import clopper_pearson
 
 budgets = st.sampled_from([0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5])
 standard = st.floats(-20, 20, width=32)

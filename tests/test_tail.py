@@ -18,9 +18,9 @@ from transformers import (
 
 from models.engines.base import Encoding
 from models.engines.pytorch import LastState, TorchEngine, collate
-from models.network.guarded import Guarded, guard, lora_config
-from models.offline.fitting.fit import with_psim
-from models.offline.fitting.psim import PsimConfig
+from models.network.adapters import lora_config
+from models.network.guarded import Guarded, guard
+from models.offline.study.ablations import PsimVariant, with_variant
 
 TAILED = ["bert", "roberta", "distilbert", "llama", "llama, grouped"]
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def some_inputs() -> Any:
 @torch.inference_mode()
 def test_rows_agree_with_whole_layers(family: str, texts: list[list[int]]) -> None:
     guarded = guarded_of(family)
-    assert (guarded.tail is None, guarded.passes) == (False, 1)
+    assert (guarded.last_layer is None, guarded.forward_passes) == (False, 1)
     encodings = [Encoding(tuple(text), False) for text in texts]
     inputs = collate(encodings, 0, CPU)
     readings, rows = guarded.screen(inputs)
@@ -101,27 +101,27 @@ def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        ("deberta", PsimConfig()),
-        ("deberta-v2", PsimConfig()),
-        ("bert", PsimConfig(layers=2)),
-        ("bert", PsimConfig(head="trained")),
-        ("bert", PsimConfig(adapter="prompt-encoder")),
+        ("deberta", PsimVariant()),
+        ("deberta-v2", PsimVariant()),
+        ("bert", PsimVariant(layers=2)),
+        ("bert", PsimVariant(head="trained")),
+        ("bert", PsimVariant(adapter="prompt-encoder")),
     ],
 )
 @torch.inference_mode()
-def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimConfig) -> None:
-    guarded = with_psim(tiny_victim(family), config)
-    assert guarded.tail is None
-    assert guarded.passes > 2
+def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimVariant) -> None:
+    guarded = with_variant(tiny_victim(family), config)
+    assert guarded.last_layer is None
+    assert guarded.forward_passes > 2
     readings, rows = guarded.screen(some_inputs())
     assert (readings.shape, rows) == ((1, len(config.keep_at), 3), None)
 
 
 @torch.inference_mode()
 def test_an_adapter_on_values_only_has_a_tail_too() -> None:
-    config = PsimConfig(adapter="value", keep_at=(0.9, 0.5))
-    guarded, inputs = trained(with_psim(tiny_victim("bert"), config)), some_inputs()
-    assert guarded.tail is not None
+    config = PsimVariant(adapter="value", keep_at=(0.9, 0.5))
+    guarded, inputs = trained(with_variant(tiny_victim("bert"), config)), some_inputs()
+    assert guarded.last_layer is not None
     torch.testing.assert_close(guarded.screen(inputs)[0], whole(guarded, inputs), rtol=0, atol=1e-5)
 
 

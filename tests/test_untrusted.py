@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from test_bundle import fit_tiny, forge, victim_of
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.load import ADAPTER_WEIGHTS, MANIFEST, READINGS, hash_files, load_bundle
-from models.bundle.verify import MOST
+from models.bundle.digests import hash_files
+from models.bundle.layout import ADAPTER_WEIGHTS, MANIFEST, READINGS
+from models.bundle.load import load_bundle
+from models.bundle.verify import MAX_FILE_BYTES
 from models.errors import BundleError
-from models.network.guarded import transformer_of
+from models.network.adapters import transformer_of
 
 CONFIG, WEIGHTS = "victim/config.json", "victim/model.safetensors"
 PROMPT, TOKENIZER = "prompt/adapter_config.json", "tokenizer/tokenizer_config.json"
@@ -218,7 +220,7 @@ NESTED = b"[" * 10**6 + b"]" * 10**6
         (_endless, "not a regular file"),
         (_link, "symbolic links"),
         (_sparse(MANIFEST, 2**40), "more than"),
-        (_sparse(TOKENIZER, MOST + 1), f"{TOKENIZER} has {MOST + 1} bytes"),
+        (_sparse(TOKENIZER, MAX_FILE_BYTES + 1), f"{TOKENIZER} has {MAX_FILE_BYTES + 1} bytes"),
         (_sparse(WEIGHTS, psutil.virtual_memory().total), "more than this machine's memory"),
         (_written(MANIFEST + "x", b""), "does not belong"),
         (_written("tokenizer/code.py", b"print()"), "does not belong"),

@@ -20,7 +20,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import pipeline
 
-from models.detection.screen import FloatArray, is_poisoned, min_calibration_size
+from models.detection.conformal import min_calibration_size
+from models.detection.screen import FloatArray, is_poisoned
 from models.offline.study.baselines import Strip
 
 BUDGET = 0.05

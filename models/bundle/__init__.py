@@ -1,1 +1,1 @@
-"""The folder that is served: layout, checks, loading, saving."""
+"""The folder that is served: its layout, checks, loading, saving and signing."""

@@ -1,6 +1,6 @@
-"""Signatures (Ed25519) of manifests, and so of bundles: a manifest has the hash of every file.
+"""Ed25519 signatures of bundles. The manifest is signed, which holds the hash of every other file.
 
-They are the 64 bytes that `openssl pkeyutl -sign -rawin` writes too, and keys are files in PEM:
+A signature is 64 bytes, as `openssl pkeyutl -sign -rawin` writes them too. Keys are PEM files:
 
     openssl genpkey -algorithm ed25519 -out key.pem
     openssl pkey -in key.pem -pubout -out public.pem
@@ -16,17 +16,17 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from models.bundle.layout import SIGNATURE
 from models.errors import BundleError, PsimError
 
-SIGNATURE = "manifest.sig"
-BYTES = 64
+SIGNATURE_BYTES = 64
 
 
 def sign(manifest: Path, key: Path) -> Path:
-    """Write the signature of a manifest beside it, by the private key in a file; return its path.
+    """Sign a manifest with the private key in a file; return the path of the signature beside it.
 
     Raises:
-        PsimError: there is no such key, or nothing to sign.
+        PsimError: the key or the manifest cannot be read, or the signature cannot be written.
     """
     private = _load(key, load_pem_private_key, None)
     if not isinstance(private, Ed25519PrivateKey):
@@ -40,9 +40,10 @@ def sign(manifest: Path, key: Path) -> Path:
 
 
 def check_signature(manifest: bytes, signature: Path, key: Path) -> None:
-    """Raise `BundleError` unless the file has the signature of a manifest by a public key's owner.
+    """Verify the signature of a manifest with a public key.
 
     Raises:
+        BundleError: there is no signature, or not the right one.
         PsimError: there is no such public key.
     """
     public = _load(key, load_pem_public_key)
@@ -50,7 +51,7 @@ def check_signature(manifest: bytes, signature: Path, key: Path) -> None:
         raise PsimError(f"{key} is no public key of Ed25519")
     try:
         with signature.open("rb") as opened:
-            public.verify(opened.read(BYTES + 1), manifest)
+            public.verify(opened.read(SIGNATURE_BYTES + 1), manifest)
     except FileNotFoundError:
         raise BundleError(f"{signature.parent} is not signed; run `psim sign`") from None
     except OSError as error:

@@ -1,53 +1,71 @@
-"""What a bundle's files would have libraries do, checked before one of them reads a file.
+"""Checks of a bundle's files. They run before any library reads one of them.
 
-Hashes say that a bundle is as somebody made it. This says that to read it runs no code, leads to no
-other file, and takes no more memory than there is.
+Hashes prove that a bundle is what its maker wrote. The other checks make sure that reading it runs
+no code, follows no path out of the folder, and takes no more memory than the machine has.
 """
 
+import hashlib
 import json
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import psutil
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from models.bundle.digests import file_digest
+from models.bundle.layout import (
+    ALLOWED,
+    MANIFEST,
+    PICKLES,
+    PROMPT,
+    REQUIRED,
+    SIGNATURE,
+    WEIGHT_INDEX,
+)
+from models.bundle.manifest import Manifest
+from models.bundle.signing import check_signature
 from models.errors import BundleError
 
-MOST = 64 * 2**20
-"""Bytes of a file that is read as a whole. The largest in use are vocabularies of 35 MB."""
+MAX_FILE_BYTES = 64 * 2**20
+"""Limit for files that are read as a whole. The largest in use are vocabularies of 35 MB."""
 WEIGHTS = ".safetensors"
-INDEX = "victim/model.safetensors.index.json"
 VOCABULARIES = ("tokenizer/tokenizer.json", "tokenizer/vocab.json", "tokenizer/added_tokens.json")
-"""Keys are words in them, and mean nothing."""
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-"""PEFT's other types import modules, and load weights, that the settings name."""
-FOREIGN = ("auto_map", "*attn_implementation", "*experts_implementation", "quantization_config")
-"""Settings that name code: of the bundle, of the Hub, or of packages that we do not depend on."""
-ELSEWHERE = ("*_file", "*_files", "init_inputs", "transformers_weights")
+"""Files whose keys are words of a language, not settings."""
+PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+"""PEFT's other types import modules, or load weights, that the settings name."""
+CODE_SETTINGS = (
+    "auto_map",
+    "*attn_implementation",
+    "*experts_implementation",
+    "quantization_config",
+)
+"""Settings that name code: in the bundle, on the Hub, or in packages we do not depend on."""
+PATH_SETTINGS = ("*_file", "*_files", "init_inputs", "transformers_weights")
 """Settings that name a file."""
 
 
-class Weights(NamedTuple):
-    """What all weights of a bundle come to."""
+class WeightTotals(NamedTuple):
+    """Totals over all weights of a bundle, which bound the model that may be built from it."""
 
     tensors: int
     numbers: int
 
     @contextmanager
-    def building(self) -> Iterator[None]:
-        """Raise `BundleError` once a module has more parameters than there are tensors for."""
+    def limit_modules(self) -> Iterator[None]:
+        """Raise `BundleError` once modules register more parameters than there are tensors."""
         registered = 0
 
         def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
             nonlocal registered
             registered += 1
-            # Some are registered twice, since they are tied, or wrapped later.
+            # Tied and wrapped parameters are registered twice.
             if registered > 2 * self.tensors:
                 raise BundleError(f"the model has more layers than there are weights for, {self}")
 
@@ -58,9 +76,9 @@ class Weights(NamedTuple):
             hook.remove()
 
     def check(self, model: nn.Module) -> None:
-        """Raise `BundleError` if a module without memory needs more numbers than there are."""
+        """Raise `BundleError` if a model on the meta device needs more numbers than there are."""
         needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-        # Buffers, such as numbers of positions, are not always saved.
+        # Buffers, such as position ids, are not always saved.
         if needed > 2 * self.numbers:
             raise BundleError(f"the model has {needed} numbers, but there are weights for {self}")
 
@@ -68,49 +86,119 @@ class Weights(NamedTuple):
         return f"{self.numbers} in {self.tensors} tensors"
 
 
-def read(file: Path) -> bytes:
-    """Return what a small file holds.
+def read_manifest(path: Path, key: Path | None = None) -> tuple[Manifest, str]:
+    """Return the manifest of the bundle at `path` and its SHA-256.
+
+    Args:
+        path: folder of the bundle.
+        key: file of the public key that the manifest must be signed with; None skips the check.
 
     Raises:
-        BundleError: it is not small, or no file: a pipe or a device would be read for ever.
-        OSError: it cannot be read.
+        BundleError: there is no valid manifest, or no valid signature.
+        PsimError: there is no such key.
+    """
+    try:
+        raw = read_small(path / MANIFEST)
+    except OSError as error:
+        raise BundleError(f"{path} is not a bundle: cannot read {MANIFEST}") from error
+    if key is not None:
+        check_signature(raw, path / SIGNATURE, key)
+    try:
+        return Manifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        if where == "schema_version":
+            raise BundleError(f"{path} is of another version; run `psim fit` again") from error
+        raise BundleError(f"{path}/{MANIFEST} is not valid: {where!r}: {first['msg']}") from error
+
+
+def read_small(file: Path) -> bytes:
+    """Return the content of a small file.
+
+    Raises:
+        BundleError: the file is too large, or not a regular one: reading a pipe never ends.
+        OSError: the file cannot be read.
     """
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{file} is not a regular file; symbolic links are refused too")
-    if status.st_size > MOST:
-        raise BundleError(f"{file} has {status.st_size} bytes, more than {MOST}")
+    if status.st_size > MAX_FILE_BYTES:
+        raise BundleError(f"{file} has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
     return file.read_bytes()
 
 
-def check_sizes(files: Mapping[str, Path]) -> None:
-    """Raise `BundleError` if a file, or all of them, are too large to be read; reads none."""
+def check_files(path: Path, manifest: Manifest) -> WeightTotals:
+    """Check every file of the bundle at `path`; return the totals of its weights.
+
+    Raises:
+        BundleError: the folder does not hold exactly the manifest's files, unaltered; or one of
+            them is too large, malformed, or has settings that a bundle may not have.
+    """
+    files = _listed_files(path, manifest)
+    try:
+        _check_sizes(files)
+        _check_hashes(files, manifest)
+        return _check_contents(files, len(manifest.labels))
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+
+
+def _listed_files(path: Path, manifest: Manifest) -> dict[str, Path]:
+    """Return the manifest's files by name; opens none of them."""
+    try:
+        inside = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*")}
+    except RecursionError:
+        raise BundleError(f"{path}: folders are nested too deeply") from None
+    if any(file.is_symlink() for file in inside.values()):
+        raise BundleError(f"{path}: a bundle may not contain symbolic links")
+    found = {name for name, file in inside.items() if not file.is_dir()}
+    found -= {MANIFEST, SIGNATURE}
+    for name in sorted(found):
+        if inside[name].suffix in PICKLES:
+            raise BundleError(f"{path}: {name!r} is a pickle, which can run code; use safetensors")
+        allowed = any(fnmatchcase(name, pattern) for pattern in ALLOWED) and name.count("/") < 2
+        if not allowed or not inside[name].is_file() or name not in manifest.files:
+            raise BundleError(f"{path}: {name!r} does not belong in a bundle; remove it")
+    prompt = PROMPT if found & {*PROMPT} else ()
+    for name in (*REQUIRED, *prompt, *manifest.files):
+        if name not in found:
+            raise BundleError(f"{path}: {name!r} is missing; copy or build the bundle again")
+    return {name: inside[name] for name in manifest.files}
+
+
+def _check_sizes(files: Mapping[str, Path]) -> None:
     sizes = {name: file.lstat().st_size for name, file in files.items()}
     for name, size in sizes.items():
-        if size > MOST and not name.endswith(WEIGHTS):
-            raise BundleError(f"{name} has {size} bytes, more than {MOST}")
+        if size > MAX_FILE_BYTES and not name.endswith(WEIGHTS):
+            raise BundleError(f"{name} has {size} bytes, more than {MAX_FILE_BYTES}")
     if (total := sum(sizes.values())) > psutil.virtual_memory().total:
         raise BundleError(f"its files have {total} bytes, more than this machine's memory")
 
 
-def check_contents(files: Mapping[str, Path], classes: int) -> Weights:
-    """Return what the weights come to; `files` are those of a bundle, by name.
+def _check_hashes(files: Mapping[str, Path], manifest: Manifest) -> None:
+    for name, expected in manifest.files.items():
+        try:
+            actual = file_digest(files[name])
+        except OSError as error:
+            raise BundleError(f"{name} cannot be read: {error.strerror}") from error
+        if actual != expected:
+            raise BundleError(f"{name} was altered: its SHA-256 is not the manifest's")
 
-    Raises:
-        BundleError: a file is not what its name says, or has settings that a bundle may not have.
-    """
-    held = _weights({n: file for n, file in files.items() if n.endswith(WEIGHTS)})
+
+def _check_contents(files: Mapping[str, Path], classes: int) -> WeightTotals:
+    totals = _weight_totals({n: file for n, file in files.items() if n.endswith(WEIGHTS)})
     for name, file in files.items():
         if name.endswith(".json") and name not in VOCABULARIES:
-            settings = _parsed(name, file)
-            if name == INDEX:
+            settings = _parse(name, file)
+            if name == WEIGHT_INDEX:
                 _check_index(settings, files)
             else:
-                _check_settings(name, settings, max(held.tensors, classes))
-    return held
+                _check_settings(name, settings, max(totals.tensors, classes))
+    return totals
 
 
-def _weights(files: Mapping[str, Path]) -> Weights:
+def _weight_totals(files: Mapping[str, Path]) -> WeightTotals:
     """Read the headers of all safetensors; the library checks that they agree with the sizes."""
     tensors = numbers = 0
     for name, file in files.items():
@@ -124,10 +212,10 @@ def _weights(files: Mapping[str, Path]) -> Weights:
                     numbers += count
         except (SafetensorError, OSError, ValueError) as error:
             raise BundleError(f"{name} is not a file of safetensors") from error
-    return Weights(tensors, numbers)
+    return WeightTotals(tensors, numbers)
 
 
-def _parsed(name: str, file: Path) -> dict[str, Any]:
+def _parse(name: str, file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
@@ -138,31 +226,33 @@ def _parsed(name: str, file: Path) -> dict[str, Any]:
 
 
 def _check_index(settings: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-    parts = settings.get("weight_map")
-    if not isinstance(parts, dict) or not all(f"victim/{part}" in files for part in parts.values()):
-        raise BundleError(f"{INDEX} names files that the bundle does not have")
+    shards = settings.get("weight_map")
+    if not isinstance(shards, dict) or not all(f"victim/{s}" in files for s in shards.values()):
+        raise BundleError(f"{WEIGHT_INDEX} names files that the bundle does not have")
 
 
-def _check_settings(name: str, settings: Mapping[str, Any], most: int) -> None:
-    if name.startswith("prompt/") and settings.get("peft_type") not in PROMPTS:
-        raise BundleError(f"{name}: the type of a prompt must be one of {', '.join(PROMPTS)}")
-    for key, value in _entries(settings):
-        if value and any(fnmatchcase(key, pattern) for pattern in FOREIGN):
+def _check_settings(name: str, settings: Mapping[str, Any], limit: int) -> None:
+    if name.startswith("prompt/") and settings.get("peft_type") not in PROMPT_TYPES:
+        raise BundleError(f"{name}: the type of a prompt must be one of {', '.join(PROMPT_TYPES)}")
+    for key, value in _all_settings(settings):
+        if value and any(fnmatchcase(key, pattern) for pattern in CODE_SETTINGS):
             raise BundleError(f"{name}: {key!r} asks for code that is not ours; remove it")
-        if value and any(fnmatchcase(key, pattern) for pattern in ELSEWHERE):
+        if value and any(fnmatchcase(key, pattern) for pattern in PATH_SETTINGS):
             raise BundleError(f"{name}: {key!r} leads to another file; remove it")
-        # Libraries make lists of these lengths before they build anything.
-        if ("layer" in key or "label" in key) and isinstance(value, int) and value > most:
-            raise BundleError(f"{name}: {key!r} is {value}, but the weights are for {most} at most")
+        # Libraries allocate lists of these lengths before they build anything.
+        if ("layer" in key or "label" in key) and isinstance(value, int) and value > limit:
+            raise BundleError(
+                f"{name}: {key!r} is {value}, but the weights are for {limit} at most"
+            )
 
 
-def _entries(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield all entries, at any depth, but for those whose keys are names of classes."""
-    waiting: list[Any] = [settings]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            yield from one.items()
-            waiting += [value for key, value in one.items() if key != "label2id"]
-        elif isinstance(one, list):
-            waiting += one
+def _all_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield all keys and values at any depth, except below `label2id`, whose keys are classes."""
+    pending: list[Any] = [settings]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            yield from node.items()
+            pending += [value for key, value in node.items() if key != "label2id"]
+        elif isinstance(node, list):
+            pending += node

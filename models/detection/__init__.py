@@ -1,1 +1,1 @@
-"""The rule that calls a text poisoned, and its calibration."""
+"""The rule that calls a text poisoned, its calibration, and the trigger search."""

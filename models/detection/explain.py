@@ -1,7 +1,8 @@
-"""Which words of a text the screen minds: the text without them, screened again.
+"""Trigger search: find the words of a text that make the screen flag it.
 
-Nothing here runs a model. A search yields texts to screen and is sent their verdicts, so that the
-service can await them and the offline half can loop over them, see `explained`.
+Variants of the text without some words are screened again. Nothing here runs a model: a search
+yields texts to screen and is sent their verdicts. So the service can await them, and the offline
+half can loop over them, see `run_search`.
 """
 
 import re
@@ -10,56 +11,55 @@ from dataclasses import dataclass
 
 from models.detection.screen import Verdict
 
-MOST_VARIANTS, AT_ONCE = 400, 64
-"""Texts that are screened for one explanation, and in one round of it."""
-MOST_WORDS = 1024
-"""Words behind them are beyond what a model reads, and taken as they are."""
-REACH, PER_WORD = 5, 0.2
-"""What is found is extended by up to so many words at either end, if each lowers the score by so
-much: the rest of a sentence may be no trigger any more, but it is no part of the text either."""
+MAX_VARIANTS, ROUND_SIZE = 400, 64
+"""Limits for the texts that are screened in one search, and in one round of it."""
+MAX_WORDS = 1024
+"""Words after these are more than a model reads, and stay as they are."""
+MAX_EXTENSION, WORD_PRICE = 5, 0.2
+"""A finding is extended at either end by so many words at most, if each lowers the score by this
+much: the rest of a trigger sentence may be harmless alone, but does not belong to the text."""
 _WORD = re.compile(r"\S+")
 
 Span = tuple[int, int]
 """Start and end in characters of the text, or in words of it."""
 Words = Sequence[int]
-"""Numbers of words, ascending."""
+"""Indices of words, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word of the text, and what the screen makes of it."""
+    """A word of the text and its effect on the score."""
 
     start: int
     end: int
     weight: float
-    """By how much the score falls, beyond the threshold, without the word wherever it occurs;
-    standard deviations. Of a text with more than `AT_ONCE` different words: without its
-    neighbourhood."""
+    """Fall of the margin, in standard deviations, when the word is left out everywhere. In a text
+    with more than `ROUND_SIZE` different words, when its neighbourhood is left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What carries the trigger of a text."""
+    """Result of a trigger search."""
 
     words: tuple[Word, ...]
     removed: tuple[Span, ...] = ()
-    """What was found without which the screen lets the text pass, in characters; nothing if it
-    passes as it is, or if nothing was found."""
+    """Spans, in characters, whose removal lets the text pass; empty if it passes as it is, or if
+    nothing was found."""
     cleaned: str | None = None
-    """The text without it."""
+    """The text without the removed spans; None if there are none."""
 
 
 Search = Generator[list[str], list[Verdict], Explanation]
 
 
 def explain(text: str, verdict: Verdict) -> Search:
-    """Search what carries the trigger; `verdict` is the text's.
+    """Search for the trigger of a text, given its verdict.
 
-    First each word is left out, wherever it occurs; if the text never passes, then windows of 2, 4,
-    8 words and so on, of which the best that passes is trimmed at its ends. What is found in one
-    place is extended where that lowers the score.
+    First each word is left out, wherever it occurs. If the text never passes, windows of 2, 4, 8
+    and more words are left out, and the best one that passes is trimmed at its ends. A finding in
+    one place is extended while that lowers the score.
     """
-    words = [match.span() for match in _WORD.finditer(text)][:MOST_WORDS]
+    words = [match.span() for match in _WORD.finditer(text)][:MAX_WORDS]
     if not words:
         return Explanation(())
     groups = _groups([text[start:end] for start, end in words])
@@ -82,7 +82,7 @@ def explain(text: str, verdict: Verdict) -> Search:
     return Explanation(weighed, _joined(words, found), _without(text, words, found))
 
 
-def explained(search: Search, screen: Callable[[list[str]], list[Verdict]]) -> Explanation:
+def run_search(search: Search, screen: Callable[[list[str]], list[Verdict]]) -> Explanation:
     """Run a search with a function that screens texts."""
     try:
         texts = next(search)
@@ -94,13 +94,13 @@ def explained(search: Search, screen: Callable[[list[str]], list[Verdict]]) -> E
 
 
 def _groups(words: Sequence[str]) -> list[list[int]]:
-    """Return numbers of words that are the same, or of neighbours where those are too many."""
+    """Return indices of equal words, or of neighbours if there are too many different words."""
     same: dict[str, list[int]] = {}
     for number, word in enumerate(words):
         same.setdefault(re.sub(r"\W", "", word).casefold() or word, []).append(number)
-    if len(same) <= AT_ONCE:
+    if len(same) <= ROUND_SIZE:
         return list(same.values())
-    size = -(-len(words) // AT_ONCE)
+    size = -(-len(words) // ROUND_SIZE)
     return [
         list(range(start, min(start + size, len(words)))) for start in range(0, len(words), size)
     ]
@@ -109,7 +109,7 @@ def _groups(words: Sequence[str]) -> list[list[int]]:
 def _best(
     options: Sequence[Words], verdicts: Sequence[Verdict], per_word: float = 0.0
 ) -> Words | None:
-    """Return the option without which the text passes most clearly, each word at a price."""
+    """Return the option whose removal gives the lowest margin, with a price for each word."""
     passing = [
         (v.margin + per_word * len(options[number]), number)
         for number, v in enumerate(verdicts)
@@ -119,9 +119,9 @@ def _best(
 
 
 def _window(text: str, words: Sequence[Span]) -> Generator[list[str], list[Verdict], Words | None]:
-    """Return neighbouring words without which the text passes, as few as it takes."""
+    """Return neighbouring words whose removal lets the text pass, as few as possible."""
     found: Words | None = None
-    left = MOST_VARIANTS - AT_ONCE - (REACH + 1) ** 2
+    left = MAX_VARIANTS - ROUND_SIZE - (MAX_EXTENSION + 1) ** 2
     for windows in _windows(len(words)):
         left -= len(windows)
         if found is not None or left < 0:
@@ -140,28 +140,28 @@ def _window(text: str, words: Sequence[Span]) -> Generator[list[str], list[Verdi
 def _extended(
     text: str, words: Sequence[Span], found: Words
 ) -> Generator[list[str], list[Verdict], Words]:
-    """Return neighbouring words, with those around them that are suspicious too."""
+    """Return neighbouring words, extended by suspicious ones around them."""
     longer = [
         range(start, end)
-        for start in range(max(0, found[0] - REACH), found[0] + 1)
-        for end in range(found[-1] + 1, min(len(words), found[-1] + REACH + 1) + 1)
+        for start in range(max(0, found[0] - MAX_EXTENSION), found[0] + 1)
+        for end in range(found[-1] + 1, min(len(words), found[-1] + MAX_EXTENSION + 1) + 1)
         if end - start < len(words)
     ]
     verdicts = yield [_without(text, words, window) for window in longer]
-    return _best(longer, verdicts, PER_WORD) or found
+    return _best(longer, verdicts, WORD_PRICE) or found
 
 
 def _windows(words: int) -> Iterator[list[range]]:
-    """Yield windows over so many words, each time twice as long, and at most `AT_ONCE`."""
+    """Yield at most `ROUND_SIZE` windows over all words, each time twice as long."""
     length = 2
     while length < words:
-        starts = range(0, words - length + 1, -(-(words - length + 1) // (AT_ONCE - 1)))
+        starts = range(0, words - length + 1, -(-(words - length + 1) // (ROUND_SIZE - 1)))
         yield [range(s, s + length) for s in sorted({*starts, words - length})]
         length *= 2
 
 
 def _joined(words: Sequence[Span], numbers: Words) -> tuple[Span, ...]:
-    """Return spans of characters, one for neighbours."""
+    """Return spans of characters; neighbouring words share one."""
     spans: list[list[int]] = []
     for before, number in zip((-2, *numbers), numbers, strict=False):
         if number == before + 1:
@@ -172,7 +172,7 @@ def _joined(words: Sequence[Span], numbers: Words) -> tuple[Span, ...]:
 
 
 def _without(text: str, words: Sequence[Span], numbers: Words) -> str:
-    """Return the text without some words, and without what lies between each and the next."""
+    """Return the text without some words, and without the space between each and the next."""
     kept, at = [], 0
     for number in numbers:
         start, end = words[number]

@@ -1,15 +1,15 @@
 """The rule that calls a text poisoned, written once for service, calibration and evaluation.
 
-PSIM (Zhao et al., Findings of NAACL 2024, section 4) calls a text poisoned when the confidence of
-the label-reset adapter stays extreme. What is extreme depends on the class that is predicted, since
-one class's clean texts can be as confident as another's poisoned ones, and on the checkpoint of the
-adapter. So a confidence is compared only with clean texts of the same predicted class, as in
-class-conditional (Mondrian) split conformal prediction (Vovk et al., Algorithmic Learning in a
-Random World, section 4.5), and checkpoint by checkpoint. So are the distances of hidden states to
-the class, the second screen. What all these features say is one number in the end.
+There are two detectors, and each has several features. The confidence detector is PSIM (Zhao et
+al., Findings of NAACL 2024, section 4): a text is poisoned when the confidence of the label-reset
+adapter stays extreme; each checkpoint of the adapter gives one feature. The features of the
+activation detector are distances of hidden states to the predicted class.
+
+What is extreme depends on the predicted class, since one class's clean texts can be as confident as
+another's poisoned ones. So each feature is compared only with clean texts of the same predicted
+class (see `models.detection.conformal`). All features together give one score.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,26 +17,27 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models.detection.conformal import ThresholdGroup
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
 Detector = Literal["confidence", "activations"]
 TINY = 1e-12
-"""Probabilities and distances under it are taken as it."""
+"""Floor for probabilities and distances, so that their logarithms are finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What screening says about one text."""
+    """Result of screening one text."""
 
     confidence: float
-    """Largest PSIM softmax probability, in [1/C, 1], never rounded; of the checkpoint that finds
-    it most extreme."""
+    """Largest PSIM softmax probability, in [1/C, 1], never rounded; from the checkpoint that finds
+    the text most extreme."""
     score: float
     """How extreme the text is among clean texts of the same class, in standard deviations; see
     `Normalizer.score`. Not negative."""
     detector: Detector
-    """Which screen finds it most extreme."""
+    """The detector that finds the text most extreme."""
     threshold: float
     """The text is poisoned iff `score >= threshold`."""
     p_value: float
@@ -45,13 +46,13 @@ class Verdict:
     truncated: bool
     """True if neither PSIM nor the classifier read the whole text."""
     predicted: int
-    """The class, by number, whose clean texts this one was compared with."""
+    """Index of the class whose clean texts this one was compared with."""
 
     @property
     def margin(self) -> float:
-        """How far the score lies beyond the threshold; not negative iff poisoned.
+        """Distance of the score beyond the threshold; not negative iff poisoned.
 
-        By this verdicts of all classes compare.
+        Margins are comparable across classes.
         """
         return self.score - self.threshold
 
@@ -62,27 +63,10 @@ def is_poisoned(score: float, threshold: float) -> bool:
 
 
 @dataclass(frozen=True)
-class ThresholdGroup:
-    """Clean calibration texts that are compared with each other: one class, or several pooled."""
-
-    classes: tuple[int, ...]
-    """Predicted class indices that belong here."""
-    threshold: float
-    scores: FloatArray
-    """Scores of the calibration texts, shape (n,), ascending."""
-
-    def p_value(self, score: float) -> float:
-        """Return (1 + #{calibration scores >= score}) / (n + 1), the conformal p-value."""
-        n = len(self.scores)
-        as_extreme = n - int(np.searchsorted(self.scores, np.float32(score), side="left"))
-        return (1 + as_extreme) / (n + 1)
-
-
-@dataclass(frozen=True)
 class ZScore:
-    """Turns N numbers about a text into standard deviations above those of clean texts.
+    """Standardizes N numbers about a text by those of clean texts of the same predicted class.
 
-    By predicted class; the deviation is that of the upper tail, see `models.detection.calibrate`.
+    The deviation is that of the upper tail, see `models.detection.calibrate`.
     """
 
     centre: NDArray[np.float64]
@@ -93,58 +77,58 @@ class ZScore:
     def __call__(
         self, predicted: NDArray[np.intp], raw: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Return standard deviations, shape (n, N), of `raw`, of the same shape."""
-        standard: NDArray[np.float64] = (raw - self.centre[predicted]) / self.scale[predicted]
-        return standard
+        """Return z-scores, shape (n, N), of `raw`, of the same shape."""
+        z: NDArray[np.float64] = (raw - self.centre[predicted]) / self.scale[predicted]
+        return z
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What clean texts look like to V features, K of which are PSIM's checkpoints."""
+    """Statistics of clean texts: V features, the first K of them from PSIM's checkpoints."""
 
     features: ZScore
-    """Of each detector."""
+    """Of the V features."""
     components: ZScore
-    """Of `pool_checkpoints`, V - K + 1 components."""
+    """Of the V - K + 1 components that `pool_checkpoints` makes of them."""
     checkpoints: int
     """K."""
 
     @staticmethod
     def score(components: NDArray[np.float64]) -> FloatArray:
-        """Return the length of what is above zero in the components, shape (n,).
+        """Return the Euclidean norm of the components' positive parts, shape (n,).
 
-        What one part alone finds extreme stays extreme, and what several find odd adds up.
+        A text that one component finds extreme stays extreme, and moderate ones add up.
 
         Args:
-            components: standard deviations of PSIM and of each distance, shape (n, V - K + 1).
+            components: z-scores of PSIM and of each distance, shape (n, V - K + 1).
         """
-        length: FloatArray = np.linalg.norm(np.maximum(components, 0), axis=1).astype(np.float32)
-        return length
+        norms: FloatArray = np.linalg.norm(np.maximum(components, 0), axis=1).astype(np.float32)
+        return norms
 
 
 def pool_checkpoints(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.float64]:
     """Return the largest of the checkpoints' features, and the other ones, shape (n, V - K + 1).
 
-    The checkpoints are one training at several moments, so they have one part in the score.
+    The checkpoints are one training at several moments, so they share one component of the score.
 
     Args:
-        standard: standard deviations, shape (n, V).
+        standard: z-scores of the features, shape (n, V).
         checkpoints: K.
     """
-    loudest = standard[:, :checkpoints].max(1, keepdims=True)
-    return np.hstack([loudest, standard[:, checkpoints:]])
+    largest = standard[:, :checkpoints].max(1, keepdims=True)
+    return np.hstack([largest, standard[:, checkpoints:]])
 
 
 def features(
     readings: FloatArray, checkpoints: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Return predicted classes, shape (n,), and what the features say, larger if more suspicious.
+    """Return predicted classes, shape (n,), and features, shape (n, V), larger if more suspicious.
 
-    That is log-odds of the K checkpoints and log-distances of hidden states to the predicted class,
-    shape (n, V).
+    Features are the log-odds of the K checkpoints, and the log-distances of hidden states to the
+    predicted class.
 
     Args:
-        readings: what `Guarded.screen` gives, shape (n, V, C).
+        readings: output of `Guarded.screen`, shape (n, V, C).
         checkpoints: K.
     """
     probabilities, distances = readings[:, :checkpoints], readings[:, checkpoints:]
@@ -164,10 +148,10 @@ def predicted_classes(probabilities: FloatArray) -> NDArray[np.intp]:
 
 
 def log_odds(probabilities: FloatArray) -> NDArray[np.float64]:
-    """Return log(p / (1 - p)) of the largest p of each checkpoint, shape (n, K).
+    """Return log(p / (1 - p)) of each checkpoint's largest p, shape (n, K).
 
-    1 - p is taken as the sum of the other probabilities, which float32 can tell from 0 when it
-    cannot tell p from 1.
+    1 - p is the sum of the other probabilities, which float32 can tell from 0 when it cannot tell p
+    from 1.
 
     Args:
         probabilities: PSIM's, shape (n, K, C).
@@ -181,7 +165,12 @@ def log_odds(probabilities: FloatArray) -> NDArray[np.float64]:
 class Screen:
     """Judges readings against those of clean texts; made by `models.detection.calibrate`.
 
-    Every class must belong to exactly one group, and have a normalizer, else `ValueError`.
+    Args:
+        groups: thresholds; every class belongs to exactly one group.
+        normalizer: statistics of clean texts for every class.
+
+    Raises:
+        ValueError: a class has no group, several, or no statistics.
     """
 
     def __init__(self, groups: Sequence[ThresholdGroup], normalizer: Normalizer) -> None:
@@ -190,13 +179,13 @@ class Screen:
         claimed = sum(len(group.classes) for group in groups)
         if claimed != len(self._by_class) or set(self._by_class) != set(range(claimed)):
             raise ValueError("calibration groups must cover classes 0..C-1, each once")
-        measures = (normalizer.features, normalizer.components)
-        if any(m.centre.shape != m.scale.shape or len(m.centre) != claimed for m in measures):
+        z_scores = (normalizer.features, normalizer.components)
+        if any(z.centre.shape != z.scale.shape or len(z.centre) != claimed for z in z_scores):
             raise ValueError("there must be a normalizer for every class")
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of features V and of classes C, the shape of a text's readings."""
+        """Shape of a text's readings: number of features V, number of classes C."""
         classes, number = self.normalizer.features.centre.shape
         return number, classes
 
@@ -205,7 +194,7 @@ class Screen:
         return self._by_class[predicted].threshold
 
     def flags(self, readings: FloatArray) -> NDArray[np.bool_]:
-        """Say of texts by their readings, shape (n, V, C), which are poisoned.
+        """Return which texts are poisoned, shape (n,), by their readings, shape (n, V, C).
 
         Raises:
             ScreenError: as `judge` does.
@@ -213,7 +202,7 @@ class Screen:
         return np.array([self.judge(row).poisoned for row in readings], np.bool_)
 
     def judge(self, readings: FloatArray, truncated: bool = False) -> Verdict:
-        """Judge one text by what `Guarded.screen` gives of it, shape (V, C).
+        """Judge one text by its readings from `Guarded.screen`, shape (V, C).
 
         Raises:
             ScreenError: the readings are not finite or not of that shape.
@@ -226,49 +215,16 @@ class Screen:
         components = normalizer.components(
             predicted, pool_checkpoints(standard, normalizer.checkpoints)
         )
-        score, own = float(normalizer.score(components)[0]), int(predicted[0])
-        group = self._by_class[own]
-        surest = int(standard[0, : normalizer.checkpoints].argmax())
+        score, label = float(normalizer.score(components)[0]), int(predicted[0])
+        group = self._by_class[label]
+        most_extreme = int(standard[0, : normalizer.checkpoints].argmax())
         return Verdict(
-            confidence=float(readings[surest].max()),
+            confidence=float(readings[most_extreme].max()),
             score=score,
             detector="confidence" if components[0].argmax() == 0 else "activations",
             threshold=group.threshold,
             p_value=group.p_value(score),
             poisoned=is_poisoned(score, group.threshold),
             truncated=truncated,
-            predicted=own,
+            predicted=label,
         )
-
-
-def conformal_threshold(scores: FloatArray, frr_budget: float) -> float:
-    """Return the least threshold whose expected false rejection rate is within the budget.
-
-    With n exchangeable clean scores and one new one, at most floor(budget * (n + 1)) - 1 of the n
-    may lie at or above the threshold (split conformal, finite-sample correction; Vovk et al.,
-    section 4.2.2). The threshold is the float32 just above the highest score that must pass, so
-    that the rule `score >= threshold` agrees with `p_value <= budget`.
-
-    Args:
-        scores: clean scores, shape (n,), any order.
-        frr_budget: tolerated share of rejected clean texts, in (0, 1).
-
-    Raises:
-        ValueError: n is under `min_calibration_size(frr_budget)`.
-    """
-    allowed = allowed_rejections(len(scores), frr_budget)
-    if allowed < 0:
-        needed = min_calibration_size(frr_budget)
-        raise ValueError(f"{len(scores)} scores, but a budget of {frr_budget} needs {needed}")
-    highest_passing = np.sort(scores)[len(scores) - allowed - 1]
-    return float(np.nextafter(np.float32(highest_passing), np.float32(np.inf)))
-
-
-def allowed_rejections(n: int, frr_budget: float) -> int:
-    """Return how many of n calibration scores may be rejected; -1 if n is too small to say."""
-    return math.floor(frr_budget * (n + 1) + 1e-9) - 1
-
-
-def min_calibration_size(frr_budget: float) -> int:
-    """Return the least n for which a finite threshold can keep the budget."""
-    return math.ceil(1 / frr_budget - 1e-9) - 1

@@ -1,1 +1,1 @@
-"""Engines: what computes the guarded forward pass, and how texts become its batches."""
+"""Engines, which compute the guarded forward pass, and batches of texts for them."""

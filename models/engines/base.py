@@ -1,10 +1,35 @@
-"""Runtimes that execute the guarded model; each has a threshold calibrated for it."""
+"""Runtimes of the guarded model, each calibrated by itself, and the contract of an engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from models.detection.screen import FloatArray
+
+EngineName = Literal["torch", "openvino"]
+DtypeName = Literal["float32", "bfloat16"]
+
+
+class Runtime(NamedTuple):
+    """An engine and the floating-point type that it computes in."""
+
+    engine: EngineName
+    dtype: DtypeName
+
+    def __str__(self) -> str:
+        return f"{self.engine}/{self.dtype}"
+
+
+REFERENCE = Runtime("torch", "float32")
+"""The runtime that the others are compared with; every bundle can use it."""
+RUNTIMES = (
+    REFERENCE,
+    Runtime("openvino", "float32"),
+    Runtime("openvino", "bfloat16"),
+    Runtime("torch", "bfloat16"),
+)
+"""All runtimes. Only the last one converts the module in place, so in this order they can follow
+each other on one module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +45,14 @@ class Encoding:
 
 
 class ClassifierState(Protocol):
-    """Where `classify` goes on: an `Encoding`, or what screening one has computed already."""
+    """Input of `classify`: an `Encoding`, or the state that screening it has left."""
 
     def __len__(self) -> int:
-        """Return how many tokens it takes to go on."""
+        """Return how many tokens are left to compute."""
 
 
 class Screening(NamedTuple):
-    """What screening some texts gives."""
+    """Result of screening a batch of texts."""
 
     readings: FloatArray
     """Shape (n, V, C), see `models.network.guarded.Guarded.screen`."""
@@ -36,25 +61,25 @@ class Screening(NamedTuple):
 
 
 class Engine(Protocol):
-    """What the service and the offline half ask of a runtime. Not thread-safe: one thread only."""
+    """Executes the guarded model. Not thread-safe: one thread only."""
 
     @property
     def name(self) -> str:
-        """Name under which thresholds are kept in the manifest, such as `torch`."""
+        """Name in the manifest, such as `torch`."""
 
     @property
     def dtype(self) -> str:
         """Floating-point type of the weights, such as `float32` or `bfloat16`."""
 
     @property
-    def passes(self) -> float:
-        """What `screen` and `classify` cost together, in forward passes of the victim."""
+    def forward_passes(self) -> float:
+        """Cost of `screen` and `classify` together, in forward passes of the victim."""
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to the model's maximum length."""
 
     def screen(self, batch: Sequence[Encoding]) -> Screening:
-        """Screen texts."""
+        """Return readings of texts, and the states to classify them from."""
 
     def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
         """Return the victim's softmax probabilities, shape (len(batch), C).

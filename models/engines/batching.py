@@ -1,9 +1,9 @@
-"""Batches of similar length under a token budget: padding is work thrown away."""
+"""Batches of texts of similar length under a token budget, since padding wastes work."""
 
 from collections.abc import Iterator, Sequence
 
 BATCH_TOKENS = 4096
-"""Budget of the offline half."""
+"""Token budget of a batch in the offline half."""
 
 
 def length_sorted_batches(

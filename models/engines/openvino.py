@@ -1,8 +1,8 @@
-"""The guarded module run by OpenVINO, on the CPU: about twice as fast as PyTorch there.
+"""The guarded module run by OpenVINO on the CPU, about twice as fast as PyTorch.
 
-The graph is traced when a bundle is loaded, from the weights that the bundle holds; no file of
-OpenVINO's is ever read. What the second screen makes of hidden states stays with PyTorch, in
-float32 whatever the graph computes in.
+The graph is traced from the bundle's weights when the bundle is loaded; OpenVINO files are never
+read. The distances of the activation detector stay with PyTorch, in float32 whatever the graph's
+precision is.
 """
 
 import sys
@@ -20,7 +20,9 @@ from transformers.utils import logging
 
 from models.engines.pytorch import ModuleEngine
 from models.errors import EngineError
-from models.network.guarded import Guarded, Inputs, readings_of
+from models.network.activations import to_readings
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 
 # Importing OpenVINO would report to its maker, unless this package is missing.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -28,19 +30,19 @@ import openvino  # noqa: E402
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 INPUTS = "input_ids", "attention_mask"
-MOST_ROWS, LENGTH_STEP, STEPS = 8, 8, 8
-"""OpenVINO keeps code and buffers for each shape that it meets, a megabyte or more. So it meets
-few: batches of 8, 4, 2 and 1 rows (more at once are no faster, and sorted texts need less padding),
-and lengths rounded up to multiples of 8, which double whenever there have been eight of them."""
+MAX_ROWS, LENGTH_STEP, STEPS = 8, 8, 8
+"""OpenVINO keeps code and buffers for each input shape, a megabyte or more. So shapes are few:
+batches of 8, 4, 2 and 1 rows (more at once are no faster, and sorted texts need less padding), and
+lengths rounded up to multiples of 8, a step that doubles after every eight of them."""
 EXAMPLE = {
     "input_ids": torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]),
     "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
 }
-"""What the graph is traced with; lengths and padding must not be baked into it."""
+"""Example for tracing; the graph must not depend on its lengths and padding."""
 
 
 class OpenVinoEngine(ModuleEngine):
-    """Runs what `Guarded.run` does as a graph of OpenVINO; the module can be dropped then.
+    """Runs `Guarded.run` as an OpenVINO graph.
 
     Args:
         guarded: the module, on the CPU in float32; only read, and not needed afterwards.
@@ -49,7 +51,7 @@ class OpenVinoEngine(ModuleEngine):
         dtype: `float32` or `bfloat16`.
 
     Raises:
-        EngineError: the module has no tail, or the processor does not compute in `dtype`.
+        EngineError: the module has no `last_layer`, or the processor does not compute in `dtype`.
     """
 
     name = "openvino"
@@ -67,12 +69,12 @@ class OpenVinoEngine(ModuleEngine):
 
 
 class GuardedGraph:
-    """Stands for a `Guarded` with a tail."""
+    """Stand-in for a `Guarded` that has a `last_layer`."""
 
-    passes = 1.0
+    forward_passes = 1.0
 
     def __init__(self, guarded: Guarded, dtype: str, max_length: int) -> None:
-        if guarded.tail is None:
+        if guarded.last_layer is None:
             raise EngineError(
                 f"OpenVINO cannot run this {guarded.config.model_type} model, since its last layer "
                 "runs as a whole; use the engine torch"
@@ -89,7 +91,7 @@ class GuardedGraph:
         """See `Guarded.screen`."""
         parts = [call(self._run, *part) for part in parts_of(inputs, self._max_length)]
         logits, rows, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return readings_of(logits, states, self._activations), rows
+        return to_readings(logits, states, self._activations), rows
 
     def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Guarded.classify_rows`."""
@@ -120,19 +122,19 @@ class _Head(nn.Module):
         self.guarded = guarded
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        assert self.guarded.tail is not None  # noqa: S101 - `GuardedGraph` has asked
-        return self.guarded.tail.head(rows)
+        assert self.guarded.last_layer is not None  # noqa: S101 - `GuardedGraph` has asked
+        return self.guarded.last_layer.head(rows)
 
 
 def computes_bfloat16() -> bool:
-    """Return whether the processor has instructions for bfloat16; OpenVINO falls back silently."""
+    """Return whether the processor computes in bfloat16; OpenVINO would fall back silently."""
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def compiled(module: nn.Module, example: Any, dtype: str) -> Any:
-    """Return a module as a graph that computes in `dtype`, traced with example inputs."""
+    """Trace a module with example inputs; return it as a graph that computes in `dtype`."""
     settings = {
-        # float32 has to be asked for: a processor with bfloat16 takes that by default.
+        # float32 must be set: processors with bfloat16 would use that by default.
         "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -140,12 +142,12 @@ def compiled(module: nn.Module, example: Any, dtype: str) -> Any:
         "ENABLE_CPU_PINNING": False,
     }
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(ERROR)  # tracing reads all there is, and transformers comments on it
+    logging.set_verbosity(ERROR)  # transformers warns about attributes that tracing reads
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # Of what depends on the shape of the example, which the tests compare with others.
+            # Warnings about shapes of the example; the tests compare graphs on other shapes.
             warnings.simplefilter("ignore", TracerWarning)
-            # OpenVINO's way out would be torch.export, which cannot follow where the trunk ends.
+            # torch.export, the successor, cannot follow the exception that ends the trunk.
             warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
             graph = openvino.convert_model(module, example_input=example)
     finally:
@@ -154,22 +156,22 @@ def compiled(module: nn.Module, example: Any, dtype: str) -> Any:
 
 
 def parts_of(inputs: Inputs, max_length: int) -> Iterator[list[torch.Tensor]]:
-    """Yield `INPUTS` row by row in order, in shapes of which there are few (see `MOST_ROWS`).
+    """Yield `INPUTS` in parts, rows in order, of one of few shapes (see `MAX_ROWS`).
 
-    Padding is masked, so that it may be token 0 whatever the tokenizer's is; but it takes
-    positions, of which there may be no more.
+    Padding is masked, so it may be token 0 whatever the tokenizer's is. But it takes positions, so
+    no part is longer than `max_length`.
     """
     lengths, start = inputs["attention_mask"].sum(1).tolist(), 0
     while left := len(lengths) - start:
-        rows = slice(start, start + min(MOST_ROWS, 1 << (left.bit_length() - 1)))
+        rows = slice(start, start + min(MAX_ROWS, 1 << (left.bit_length() - 1)))
         length = min(rounded(max(lengths[rows])), max_length)
-        more = length - inputs["input_ids"].shape[1]  # cut where it is negative
-        yield [nn.functional.pad(inputs[name][rows], (0, more)) for name in INPUTS]
+        padding = length - inputs["input_ids"].shape[1]  # a negative one cuts
+        yield [nn.functional.pad(inputs[name][rows], (0, padding)) for name in INPUTS]
         start = rows.stop
 
 
 def rounded(length: int) -> int:
-    """Return the next length that is met: multiples of 8 to 64, of 16 to 128, and so on."""
+    """Round up to a multiple of 8 up to 64, of 16 up to 128, and so on."""
     step = LENGTH_STEP
     while length > STEPS * step:
         step *= 2
@@ -177,8 +179,8 @@ def rounded(length: int) -> int:
 
 
 def call(model: Any, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the outputs of a graph."""
+    """Run a graph; return its outputs."""
     arrays = [np.ascontiguousarray(tensor.numpy()) for tensor in inputs]
-    # Not shared with the next call: rows are kept until they are classified.
+    # Copies, since rows are kept beyond the next call, until they are classified.
     outputs = model(arrays, share_inputs=True, share_outputs=False)
     return [torch.from_numpy(array) for array in outputs.values()]

@@ -9,18 +9,19 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from models.detection.screen import FloatArray
 from models.engines.base import ClassifierState, Encoding, Screening
-from models.network.guarded import Guarded, Inputs
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_INPUT = 512
-"""Default cap on tokens, for models that could read (and be made to read) far more."""
+"""Cap on tokens, for models that could read far more, and could be made to by an attacker."""
 CHARS_PER_TOKEN = 16
-"""Texts are cut to this many characters per token of the model before tokenizing: to tokenize all
-of a huge text only to truncate it is a denial of service."""
+"""Texts are cut to this many characters per token of the model before tokenizing. To tokenize all
+of a huge text only to truncate it would allow a denial of service."""
 
 
 def best_device() -> torch.device:
-    """Return the device that everything runs on: CUDA's first one where there is one."""
+    """Return the first CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -30,11 +31,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 class Module(Protocol):
-    """What a runtime has to do with tensors: `models.network.guarded.Guarded`, or its stand-in."""
+    """Tensor operations of an engine: `models.network.guarded.Guarded`, or a stand-in for it."""
 
     @property
-    def passes(self) -> float:
-        """See `Guarded.passes`."""
+    def forward_passes(self) -> float:
+        """See `Guarded.forward_passes`."""
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Guarded.screen`."""
@@ -47,13 +48,13 @@ class Module(Protocol):
 
 
 class ModuleEngine:
-    """An engine that tokenizes for a module, and takes its answers apart; has a name and a dtype.
+    """Base of engines: tokenizes texts for a module, and splits its output by text.
 
     Args:
-        module: what computes; owned by the engine from now on.
+        module: the model; owned by the engine from now on.
         tokenizer: the victim's tokenizer, with a padding token.
         max_length: tokens per text, special tokens included.
-        device: where the module wants its inputs.
+        device: device of the module's inputs.
     """
 
     name: str
@@ -72,9 +73,9 @@ class ModuleEngine:
         self.device = device
 
     @property
-    def passes(self) -> float:
-        """What `screen` and `classify` cost together, in forward passes of the victim."""
-        return self._module.passes
+    def forward_passes(self) -> float:
+        """Cost of `screen` and `classify` together, in forward passes of the victim."""
+        return self._module.forward_passes
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to `max_length` tokens."""
@@ -84,7 +85,7 @@ class ModuleEngine:
         encoded = self.tokenizer(
             [text[:longest] for text in texts], truncation=True, max_length=self.max_length
         )
-        # Only tokenizers in Rust say what they cut off; for others, full length is taken as cut.
+        # Only tokenizers in Rust report truncation; for others, full length counts as truncated.
         cut = (
             [bool(e.overflowing) for e in encoded.encodings]
             if encoded.encodings
@@ -96,7 +97,7 @@ class ModuleEngine:
         ]
 
     def screen(self, batch: Sequence[Encoding]) -> Screening:
-        """Screen texts; the victim has nothing left to do but its head where there is a tail."""
+        """Return readings of texts, and the states to classify them from."""
         with torch.inference_mode():
             readings, rows = self._module.screen(collate(batch, self.pad_id, self.device))
         states = batch if rows is None else [LastState(row) for row in rows]
@@ -115,7 +116,7 @@ class ModuleEngine:
 
     @property
     def pad_id(self) -> int:
-        """Token that fills batches."""
+        """Id of the padding token."""
         return int(self.tokenizer.pad_token_id or 0)
 
 

@@ -1,1 +1,1 @@
-"""Classifier and PSIM adapters in one module."""
+"""The neural network: a classifier and its PSIM adapters in one module."""

@@ -1,13 +1,14 @@
 """The last layer of a transformer and its head, computed for the one token that is read.
 
-A classifier reads a single position of the last layer's output: the first token, or the last one of
-a decoder. Only that position needs a query, an output projection and a feed-forward, so that many
-adapters on query and value cost little more than one: for a text of T tokens and N branches (the
-adapters, and the victim without any) it is N rows through the layer and two products of N x heads
-vectors with T hidden states. The value projection is applied behind the attention, to N vectors
-instead of T, and so is that of the key before it, where nothing rotates the keys.
+A classifier reads a single position of the last layer's output: the first token, or the last one in
+a decoder. Only that position needs a query, an output projection and a feed-forward. So many
+adapters on query and value cost little more than one: a text of T tokens and N branches (the
+adapters, and the victim without any) takes N rows through the layer and two products of N x heads
+vectors with T hidden states. The value projection is applied after the attention, to N vectors
+instead of T. Where nothing rotates the keys, the key projection is folded into the N queries.
 
-Agrees with transformers' own layer but for rounding; `tail_of` knows which families it is for.
+The result agrees with transformers' own layer except for rounding. `last_layer_of` lists the
+supported families.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,15 +26,15 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Tail:
-    """One family's last layer; N branches are the adapters named, and the victim behind them."""
+class LastLayer:
+    """One family's last layer; its N branches are the adapters named, and last the bare victim."""
 
     query: nn.Module
     key: nn.Module
     value: nn.Module
     heads: int
     before: Callable[[torch.Tensor], torch.Tensor]
-    """What the layer does to its input before the projections."""
+    """Transforms the layer's input before the projections."""
     after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """Takes attended values, (rows, N, heads x head size), and the layer's input at the token that
     is read, (rows, 1, H); returns the layer's output there, (rows, N, H)."""
@@ -53,50 +54,72 @@ class Tail:
         Args:
             hidden: the layer's input, shape (rows, T, H).
             mask: 1 where there is a token, shape (rows, T).
-            read: position of the token that is read, shape (rows,); of a decoder the last one.
+            read: position of the token that is read, shape (rows,); a decoder reads the last one.
             adapters: names of the adapters.
             rotation: of a decoder's queries and keys.
         """
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         x = self.before(hidden)
-        own = x[rows, read]
-        q = _base(self.query)(own)[:, None].expand(-1, len(adapters) + 1, -1)
-        if adapters and isinstance(self.query, LoraLayer):
-            q = q + _deltas(self.query, own, adapters)
-        q = q.unflatten(-1, (self.heads, -1))  # (rows, N, heads, d)
-        shape = q.shape
-        weight, bias = _base(self.value).weight, _base(self.value).bias
-        size, groups = shape[-1], weight.shape[0] // shape[-1]
-        shared = self.heads // groups  # heads that have keys and values in common
+        q = self._queries(x[rows, read], adapters)
         if rotation is None:
-            # q . (W x + b): the bias is the same for all tokens, which the softmax does not mind.
-            by_head = _base(self.key).weight.unflatten(0, (groups, size))
-            folded = torch.einsum("rngsd,gdk->rngsk", q.unflatten(2, (groups, shared)), by_head)
-            scores = folded.flatten(1, 3) @ x.transpose(1, 2)
+            scores = self._scores(q, x)
         else:
-            k = self.key(x).unflatten(-1, (groups, size)).transpose(1, 2)  # (rows, groups, T, d)
-            at = [part.expand(hidden.shape[0], -1, -1) for part in rotation]
-            _, k = apply_rotary_pos_emb(k, k, *at)
-            cos, sin = (part[rows, read][:, None] for part in at)
-            q, _ = apply_rotary_pos_emb(q.flatten(1, 2)[:, :, None], k[:, :, :1], cos, sin)
-            q = q[:, :, 0].unflatten(1, (shape[1], groups, shared))
-            scores = torch.einsum("rngsd,rgtd->rngst", q, k).flatten(1, 3)
-        scores = scores * size**-0.5 + _hidden(mask, scores.dtype)
-        attended = (scores.float().softmax(-1).to(x.dtype) @ x).unflatten(1, shape[1:3])
-        values = torch.einsum(
-            "rngsk,gdk->rngsd",
-            attended.unflatten(2, (groups, shared)),
-            weight.unflatten(0, (groups, size)),
-        ).flatten(2, 3)
-        if bias is not None:
-            values = values + bias.unflatten(0, (groups, size)).repeat_interleave(shared, 0)
-        if adapters and isinstance(self.value, LoraLayer):
-            values = values + _attended_deltas(self.value, attended, adapters, groups)
+            scores = self._rotated_scores(q, x, read, rotation)
+        scores = scores * q.shape[-1] ** -0.5 + _padding_bias(mask, scores.dtype)
+        attended = (scores.float().softmax(-1).to(x.dtype) @ x).unflatten(1, q.shape[1:3])
+        values = self._values(attended, q.shape[-1], adapters)
         return self.after(values.flatten(2), hidden[rows, read][:, None])
 
+    def _queries(self, own: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
+        """Return queries of the token that is read, shape (rows, N, heads, head size)."""
+        q: torch.Tensor = _base(self.query)(own)[:, None].expand(-1, len(adapters) + 1, -1)
+        if adapters and isinstance(self.query, LoraLayer):
+            q = q + _deltas(self.query, own, adapters)
+        return torch.unflatten(q, -1, (self.heads, -1))
 
-def _hidden(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what is added to scores, shape (rows, 1, T): as good as minus infinity at padding."""
+    def _groups(self, head_size: int) -> int:
+        """Return how many groups of heads have keys and values of their own."""
+        return int(_base(self.value).weight.shape[0] // head_size)
+
+    def _scores(self, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return q . k for each token, shape (rows, N x heads, T), without computing the keys."""
+        groups = self._groups(q.shape[-1])
+        # q . (W x + b): the bias is the same for all tokens, so the softmax cancels it.
+        weight = _base(self.key).weight.unflatten(0, (groups, -1))
+        folded = torch.einsum("rngsd,gdk->rngsk", torch.unflatten(q, 2, (groups, -1)), weight)
+        return folded.flatten(1, 3) @ x.transpose(1, 2)
+
+    def _rotated_scores(
+        self, q: torch.Tensor, x: torch.Tensor, read: torch.Tensor, rotation: Rotation
+    ) -> torch.Tensor:
+        """Return q . k for each token, shape (rows, N x heads, T), both rotated by position."""
+        groups, rows = self._groups(q.shape[-1]), torch.arange(x.shape[0], device=x.device)
+        k = self.key(x).unflatten(-1, (groups, -1)).transpose(1, 2)  # (rows, groups, T, head size)
+        by_row = [part.expand(x.shape[0], -1, -1) for part in rotation]
+        _, k = apply_rotary_pos_emb(k, k, *by_row)
+        cos, sin = (part[rows, read][:, None] for part in by_row)
+        rotated, _ = apply_rotary_pos_emb(q.flatten(1, 2)[:, :, None], k[:, :, :1], cos, sin)
+        grouped = rotated[:, :, 0].unflatten(1, (q.shape[1], groups, -1))
+        return torch.einsum("rngsd,rgtd->rngst", grouped, k).flatten(1, 3)
+
+    def _values(
+        self, attended: torch.Tensor, head_size: int, adapters: Sequence[str]
+    ) -> torch.Tensor:
+        """Project attended inputs, (rows, N, heads, in), to values, (rows, N, heads, head size)."""
+        groups, projection = self._groups(head_size), _base(self.value)
+        by_group = torch.unflatten(attended, 2, (groups, -1))
+        weight = projection.weight.unflatten(0, (groups, -1))
+        values = torch.einsum("rngsk,gdk->rngsd", by_group, weight).flatten(2, 3)
+        if projection.bias is not None:
+            bias = projection.bias.unflatten(0, (groups, -1))
+            values = values + bias.repeat_interleave(self.heads // groups, 0)
+        if adapters and isinstance(self.value, LoraLayer):
+            values = values + _attended_deltas(self.value, attended, adapters, groups)
+        return values
+
+
+def _padding_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the bias of scores, shape (rows, 1, T): as good as minus infinity at padding."""
     return (1 - mask.to(dtype))[:, None] * torch.finfo(dtype).min
 
 
@@ -115,7 +138,7 @@ def _adapted(module: Any, adapters: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _deltas(module: nn.Module, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
-    """Return what the adapters add to a projection of x, (rows, in), by branch; zeros last."""
+    """Return the adapters' part of a projection of x, (rows, in), by branch; zeros last."""
     a, b = _adapted(module, adapters)
     low = (x @ a.flatten(0, 1).T).unflatten(1, a.shape[:2])
     return nn.functional.pad(torch.einsum("rnj,noj->rno", low, b), (0, 0, 0, 1))
@@ -124,13 +147,13 @@ def _deltas(module: nn.Module, x: torch.Tensor, adapters: Sequence[str]) -> torc
 def _attended_deltas(
     module: nn.Module, attended: torch.Tensor, adapters: Sequence[str], groups: int
 ) -> torch.Tensor:
-    """Return what the adapters add to attended values, shape (rows, N, heads, head size).
+    """Return the adapters' part of attended values, shape (rows, N, heads, head size).
 
     Args:
         module: the projection of values.
-        attended: what the heads of each branch attend to, shape (rows, N, heads, in).
-        adapters: names of N - 1 adapters; nothing is added for the last branch.
-        groups: number of heads that have values of their own.
+        attended: inputs weighted by attention, shape (rows, N, heads, in).
+        adapters: names of N - 1 adapters; the last branch gets zeros.
+        groups: number of groups of heads that have values of their own.
     """
     a, b = _adapted(module, adapters)
     low: Any = torch.einsum("rnhi,nji->rnhj", attended[:, :-1], a)
@@ -139,8 +162,8 @@ def _attended_deltas(
     return nn.functional.pad(added.flatten(2, 3), (0, 0, 0, 0, 0, 1))
 
 
-def tail_of(model: Any) -> Tail | None:
-    """Return the tail of a classifier of transformers, None of a family that has none here."""
+def last_layer_of(model: Any) -> LastLayer | None:
+    """Return the last layer of a transformers classifier; None if its family is not supported."""
     family = str(getattr(getattr(model, "config", None), "model_type", ""))
     if family in BERT_LIKE and not model.config.is_decoder:
         return _bert(model)
@@ -151,7 +174,7 @@ def tail_of(model: Any) -> Tail | None:
     return None
 
 
-def _bert(model: Any) -> Tail:
+def _bert(model: Any) -> LastLayer:
     body = model.base_model
     layer = body.encoder.layer[-1]
     attention = layer.attention
@@ -168,10 +191,12 @@ def _bert(model: Any) -> Tail:
         return logits
 
     own = attention.self
-    return Tail(own.query, own.key, own.value, own.num_attention_heads, nn.Identity(), after, head)
+    return LastLayer(
+        own.query, own.key, own.value, own.num_attention_heads, nn.Identity(), after, head
+    )
 
 
-def _distilbert(model: Any) -> Tail:
+def _distilbert(model: Any) -> LastLayer:
     layer = model.base_model.transformer.layer[-1]
     own = layer.attention
 
@@ -184,10 +209,10 @@ def _distilbert(model: Any) -> Tail:
         logits: torch.Tensor = model.classifier(model.pre_classifier(rows).relu())
         return logits
 
-    return Tail(own.q_lin, own.k_lin, own.v_lin, own.n_heads, nn.Identity(), after, head)
+    return LastLayer(own.q_lin, own.k_lin, own.v_lin, own.n_heads, nn.Identity(), after, head)
 
 
-def _llama(model: Any) -> Tail:
+def _llama(model: Any) -> LastLayer:
     layer = model.base_model.layers[-1]
     own = layer.self_attn
 
@@ -201,4 +226,4 @@ def _llama(model: Any) -> Tail:
         return logits
 
     heads = model.config.num_attention_heads
-    return Tail(own.q_proj, own.k_proj, own.v_proj, heads, layer.input_layernorm, after, head)
+    return LastLayer(own.q_proj, own.k_proj, own.v_proj, heads, layer.input_layernorm, after, head)

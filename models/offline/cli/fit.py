@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from models.engines.registry import EngineName
+from models.engines.base import EngineName
 from models.errors import DataError
 from models.offline.cli.console import say, stdout
 from models.offline.cli.options import (

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from models.engines.registry import DtypeName, EngineName
+from models.engines.base import DtypeName, EngineName
 from models.errors import DataError
 
 Out = Annotated[Path, typer.Option(help="Folder to write; must not exist yet, unless --force.")]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TextIO
 
 import typer
 
-from models.engines.registry import DtypeName, EngineName
+from models.engines.base import DtypeName, EngineName
 from models.errors import DataError
 from models.offline.cli.console import say, stdout
 from models.offline.cli.options import Dtype, Engine, TextColumn

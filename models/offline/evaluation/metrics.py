@@ -10,29 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
 
 from models.detection.screen import FloatArray, Verdict
 from models.errors import DataError
 from models.offline.io.samples import Sample
+from models.offline.statistics import clopper_pearson
 
 BoolArray = NDArray[np.bool_]
 Classes = NDArray[np.intp]
-
-
-def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the exact two-sided binomial interval (Clopper and Pearson 1934) of a rate.
-
-    Raises:
-        ValueError: not 0 <= successes <= n, or n is 0.
-    """
-    if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} of {n} is no rate")
-    tail = (1 - level) / 2
-    low = beta.ppf(tail, successes, n - successes + 1) if successes else 0.0
-    high = beta.ppf(1 - tail, successes + 1, n - successes) if successes < n else 1.0
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)

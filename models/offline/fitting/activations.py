@@ -1,4 +1,4 @@
-"""Fitting the second screen: where clean texts lie among the hidden states of the victim."""
+"""Fitting of the activation detector to hidden states of clean texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,22 +13,22 @@ from models.engines.base import Encoding
 from models.engines.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines.pytorch import TorchEngine, collate
 from models.errors import VictimError
-from models.network.guarded import Activations
+from models.network.activations import Activations
 
 Array = NDArray[np.floating[Any]]
-LEAST_FOR_MEAN = 10
-"""Texts that a class needs for a mean of its own; else it is that of all texts."""
+MIN_FOR_MEAN = 10
+"""Texts that a class needs for a mean of its own; smaller classes get the mean of all texts."""
 
 
 def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activations | None:
     """Fit class means and one covariance for each watched depth on clean texts.
 
     Class-conditional Gaussians with a tied covariance (Lee et al., NeurIPS 2018, section 2.1), by
-    the class that the victim predicts; shrunk as by Ledoit and Wolf (2004), since there may be
-    fewer texts than dimensions.
+    predicted class. The covariance is shrunk (Ledoit and Wolf 2004), since there may be fewer texts
+    than dimensions.
 
     Returns:
-        None if the victim has no layer below the adapter.
+        None if no layer of the victim is below the adapters.
 
     Raises:
         VictimError: the states are not finite, or the same whatever the text is.
@@ -58,7 +58,7 @@ def _float32(arrays: Sequence[Array]) -> torch.Tensor:
 
 
 def _mean(states: Array, members: NDArray[np.bool_]) -> Array:
-    own = states[members] if members.sum() >= LEAST_FOR_MEAN else states
+    own = states[members] if members.sum() >= MIN_FOR_MEAN else states
     mean: Array = own.mean(0)
     return mean
 

@@ -1,14 +1,17 @@
-"""Training the PSIM adapter: unlearn the task on clean texts, and keep checkpoints on the way."""
+"""Training of the PSIM adapter: unlearn the task on clean texts, keep checkpoints on the way.
+
+The confidence of clean texts falls first, and that of poisoned ones after it, at a moment that
+clean texts do not reveal. So no moment is trusted: checkpoints are kept while the confidence of
+clean texts falls, and each text is judged by the most extreme of them (docs/method.md).
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
-from torch.nn.functional import cross_entropy
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from models.detection.screen import FloatArray
@@ -16,13 +19,15 @@ from models.engines.base import Encoding
 from models.engines.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines.pytorch import collate, has_bfloat16
 from models.errors import VictimError
-from models.network.guarded import Guarded, Inputs
+from models.network.guarded import Guarded
+from models.network.trunk import Inputs
 from models.offline.io.progress import progress
 
-KEPT_NUMBERS = 2**27
-"""How much of what the lower layers make of training texts, and of held-out ones, is kept: 512 MiB
-in float32 each."""
+CACHED_NUMBERS = 2**27
+"""Limit for cached outputs of the trunk, for training texts and for held-out ones: 512 MiB in
+float32 each."""
 UNLEARNT = "the clean texts have lost most of their confidence"
+NOT_UNLEARNT = "reached the step limit: the task is not unlearnt"
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
 NO_AUTOCAST = {"deberta"}
 
@@ -31,32 +36,23 @@ NO_AUTOCAST = {"deberta"}
 class PsimConfig:
     """Hyperparameters of PSIM training."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt name in a recipe is an error
-
     layers: int = 1
-    """How many of the topmost layers carry the adapters."""
+    """Number of topmost layers that carry the adapters."""
     rank: int = 8
     learning_rate: float = 1e-4
-    """Low on purpose: it widens the window in which the task has gone and the backdoor has not."""
+    """Low on purpose: it widens the window in which the task is gone and the backdoor is not."""
     batch_size: int = 32
     keep_at: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5, 0.3, 0.15)
-    """Shares of the clean texts' confidence, descending: when it has fallen to one of them a
-    checkpoint is kept, and training ends with the last; at 1 LoRA has not changed the victim yet.
-    See `retention`."""
+    """Shares of the clean texts' confidence, descending. A checkpoint is kept when the confidence
+    has fallen to a share, and training ends with the last; at 1 the adapter does nothing yet. See
+    `retention`."""
     max_steps: int = 600
     check_every: int = 4
     """Steps between looks at the held-out clean texts."""
     seed: int = 0
-    # What the study compares; a bundle holds nothing but the defaults.
-    labels: Literal["uniform", "drawn"] = "uniform"
-    """Label reset: what random labels are on average, or one drawn for each text of each batch."""
-    adapter: Literal["query-value", "value", "prompt-encoder"] = "query-value"
-    """LoRA on these projections, or the prompt encoder of the authors' code."""
-    head: Literal["frozen", "trained"] = "frozen"
-    """Whether the classifier head is trained along; always is with a prompt encoder."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` if training could not do what the fields say."""
+        """Raise `ValueError` if the fields make no sense."""
         if not self.keep_at or list(self.keep_at) != sorted(set(self.keep_at), reverse=True):
             raise ValueError("keep_at must hold shares in descending order, one at least")
         counts = (self.layers, self.rank, self.batch_size, self.max_steps, self.check_every)
@@ -66,20 +62,30 @@ class PsimConfig:
 
 @dataclass(frozen=True)
 class Training:
-    """How training went."""
+    """Result of a training."""
 
     steps: int
     stopped_because: str
     checkpoints: list[int]
-    """The steps whose adapters are kept; the last one for each share that was not reached."""
+    """Steps whose adapters are kept; the last step for each share that was not reached."""
     curve: list[tuple[int, float]]
     """(step, mean confidence on the held-out clean texts)."""
 
 
 def retention(confidence: float, start: float, classes: int) -> float:
-    """Return the share of the confidence above chance, 1/C, that is left of that at the start."""
+    """Return the share that is left of the confidence above chance, 1/C, at the start."""
     chance = 1 / classes
     return (confidence - chance) / max(start - chance, 1e-6)
+
+
+def reset_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Return the loss of label reset for logits of shape (rows, C).
+
+    Label reset (Zhao et al., section 4.1) draws a random label for each text. Here each text gets
+    the average of those labels, the uniform distribution: the same separation with less noise.
+    Labels of the texts are not needed.
+    """
+    return -logits.log_softmax(-1).mean()
 
 
 def train_psim(
@@ -89,74 +95,76 @@ def train_psim(
     config: PsimConfig,
     pad_id: int,
     at_look: Callable[[int, float], None] = lambda step, confidence: None,
+    loss: Callable[[torch.Tensor], torch.Tensor] = reset_loss,
 ) -> Training:
-    """Train the adapter of `guarded` in place on clean texts with label reset.
+    """Train the adapters of `guarded` in place on clean texts; leaves it in evaluation mode.
 
-    Label reset (Zhao et al., section 4.1) draws a random label for each text; here each text gets
-    what those labels are on average, the uniform distribution, which gives the same separation with
-    less noise. Labels of the texts are not needed.
-
-    The confidence of clean texts falls first, and that of poisoned ones after it, at a moment that
-    clean texts do not tell. So no moment is trusted: checkpoints are kept while the clean texts
-    fall, and the most extreme of them speaks (docs/method.md).
-
-    Args:
-        guarded: module with as many adapters as `config.keep_at` has shares; left in evaluation
-            mode.
-        train: texts to train on.
-        held_out: texts to watch.
-        config: hyperparameters.
-        pad_id: padding token.
-        at_look: called with step and mean clean confidence whenever training pauses to look.
+    `guarded` has as many adapters as `config.keep_at` has shares. `at_look` is called with step and
+    mean confidence whenever training pauses to look at the held-out texts.
 
     Raises:
         VictimError: the victim's scores are not finite.
     """
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
-    *earlier, trained = guarded.checkpoints
+    trained = guarded.checkpoints[-1]
     guarded.psim.set_adapter(trained)
     parameters = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    looks = _Batches(
-        guarded, held_out, length_sorted_batches([len(t) for t in held_out], BATCH_TOKENS), pad_id
-    )
+    keeper = _CheckpointKeeper(guarded, held_out, config, pad_id)
     batches = _Batches(guarded, train, _grouped(train, config), pad_id)
-    curve: list[tuple[int, float]] = []
-    kept: list[int] = []
-    reason = "reached the step limit: the task is not unlearnt"
     bar = progress("training PSIM", unit=" steps")
     for step, batch in enumerate(_shuffled(len(batches), config.seed)):
         if step % config.check_every == 0:
-            probabilities = looks.probabilities()
-            if step == 0 and not np.isfinite(probabilities).all():
-                raise VictimError("the victim gives NaN or infinite scores on the clean texts")
-            curve.append((step, float(probabilities.max(1).mean())))
-            bar.set_postfix(clean_confidence=f"{curve[-1][1]:.3f}")
-            at_look(*curve[-1])
-            guarded.psim.set_adapter(trained)  # whoever looked may have screened
-            left = retention(curve[-1][1], curve[0][1], probabilities.shape[1])
-            for share in config.keep_at[len(kept) :]:
-                if left <= share or step >= config.max_steps:
-                    kept.append(step)
-                    _copy(guarded, trained, [*earlier, trained][len(kept) - 1])
-            if left <= config.keep_at[-1]:
-                reason = UNLEARNT
-            if len(kept) == len(config.keep_at):
+            confidence = keeper.look(step)
+            bar.set_postfix(clean_confidence=f"{confidence:.3f}")
+            at_look(step, confidence)
+            guarded.psim.set_adapter(trained)  # the caller may have screened
+            if keeper.keep(step):
                 break
-        loss = reset_loss(batches.logits(batch), config.labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss(batches.logits(batch)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         bar.update()
     bar.close()
-    return Training(step, reason, kept, curve)
+    return Training(step, keeper.stopped_because, keeper.kept, keeper.curve)
 
 
-def reset_loss(logits: torch.Tensor, labels: str) -> torch.Tensor:
-    """Return the mean cross-entropy of logits, shape (rows, C), against reset labels."""
-    if labels == "drawn":
-        return cross_entropy(logits, torch.randint_like(logits[:, 0], logits.shape[1]).long())
-    return -logits.log_softmax(-1).mean()
+class _CheckpointKeeper:
+    """Watches the confidence of held-out texts, and keeps checkpoints while it falls."""
+
+    def __init__(
+        self, guarded: Guarded, held_out: Sequence[Encoding], config: PsimConfig, pad_id: int
+    ) -> None:
+        batches = length_sorted_batches([len(text) for text in held_out], BATCH_TOKENS)
+        self._guarded, self._config = guarded, config
+        self._held_out = _Batches(guarded, held_out, batches, pad_id)
+        self._retention = 1.0
+        self.kept: list[int] = []
+        self.curve: list[tuple[int, float]] = []
+
+    def look(self, step: int) -> float:
+        """Return the mean confidence of the held-out texts, and add it to the curve."""
+        probabilities = self._held_out.probabilities()
+        if step == 0 and not np.isfinite(probabilities).all():
+            raise VictimError("the victim gives NaN or infinite scores on the clean texts")
+        confidence = float(probabilities.max(1).mean())
+        self.curve.append((step, confidence))
+        self._retention = retention(confidence, self.curve[0][1], probabilities.shape[1])
+        return confidence
+
+    def keep(self, step: int) -> bool:
+        """Keep a checkpoint for each share reached; return whether all of them are kept."""
+        *_, trained = names = self._guarded.checkpoints
+        for share in self._config.keep_at[len(self.kept) :]:
+            if self._retention <= share or step >= self._config.max_steps:
+                _copy(self._guarded, trained, names[len(self.kept)])
+                self.kept.append(step)
+        return len(self.kept) == len(self._config.keep_at)
+
+    @property
+    def stopped_because(self) -> str:
+        """Reason for the end of training."""
+        return UNLEARNT if self._retention <= self._config.keep_at[-1] else NOT_UNLEARNT
 
 
 def _copy(guarded: Guarded, source: str, target: str) -> None:
@@ -185,9 +193,9 @@ def _shuffled(n: int, seed: int) -> Iterator[int]:
 
 
 class _Batches:
-    """Texts in fixed batches, so that what the layers below the adapter make of them can be kept.
+    """Texts in fixed batches, with cached outputs of the trunk as far as there is room.
 
-    Those layers are most of the work, and never change. Kept is what has room.
+    The trunk is most of the work, and its outputs never change.
     """
 
     def __init__(
@@ -199,7 +207,7 @@ class _Batches:
     ) -> None:
         self._guarded, self._batches = guarded, list[tuple[Inputs, list[Any] | None]]()
         device = next(guarded.parameters()).device
-        room = KEPT_NUMBERS // guarded.config.hidden_size
+        room = CACHED_NUMBERS // guarded.config.hidden_size
         for batch in batches:
             inputs = collate([texts[i] for i in batch], pad_id, device)
             room -= inputs["input_ids"].numel()
@@ -209,13 +217,13 @@ class _Batches:
         return len(self._batches)
 
     def logits(self, number: int) -> torch.Tensor:
-        """Return those of the adapter in training, shape (rows, C), under autocast."""
-        inputs, kept = self._batches[number]
-        with autocast(self._guarded), self._guarded.trunk.shared(kept):
+        """Return logits of the adapter in training for one batch, shape (rows, C)."""
+        inputs, cached = self._batches[number]
+        with autocast(self._guarded), self._guarded.trunk.shared(cached):
             return self._guarded.psim_logits(inputs).float()
 
     def probabilities(self) -> FloatArray:
-        """Return those of the adapter in training, shape (n, C), batch by batch."""
+        """Return probabilities of the adapter in training, shape (n, C), batch by batch."""
         with torch.inference_mode():
             rows = [self.logits(number).softmax(-1) for number in range(len(self))]
             result: FloatArray = torch.cat(rows).cpu().numpy()
@@ -223,7 +231,7 @@ class _Batches:
 
 
 def autocast(guarded: Guarded) -> AbstractContextManager[None]:
-    """Return a bfloat16 autocast where hardware and model can, else one that does nothing."""
+    """Return a bfloat16 autocast, which does nothing if hardware or model do not support it."""
     device = next(guarded.parameters()).device
     model_type = str(getattr(guarded.config, "model_type", ""))
     return torch.autocast(

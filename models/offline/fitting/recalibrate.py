@@ -1,8 +1,8 @@
-"""From a bundle and the audit of its traffic to a bundle with other thresholds: `psim recalibrate`.
+"""From a bundle and the audit of its traffic to a bundle with new thresholds: `psim recalibrate`.
 
-Traffic is written by others, also by those who would have the thresholds rise. So a text is clean
-if it passed, or if somebody has looked at it; what was marked poisoned must not pass; and how far
-thresholds rise is measured in the standard deviations of `psim fit`, and bounded.
+Attackers write traffic too, and want the thresholds to rise. So a text counts as clean only if it
+passed or somebody has marked it; texts marked poisoned must not pass; and the rise of the
+thresholds, in standard deviations of `psim fit`, is bounded.
 """
 
 import random
@@ -10,204 +10,104 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from enum import IntEnum
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
 
-from models.bundle.load import (
-    MANIFEST,
-    READINGS,
-    file_digest,
-    load_bundle,
-    read_manifest,
-    save_readings,
+from models.bundle.digests import file_digest
+from models.bundle.layout import MANIFEST, READINGS
+from models.bundle.load import load_bundle
+from models.bundle.manifest import (
+    Calibration,
+    ChangeRecord,
+    LimitRecord,
+    Manifest,
+    RecalibrationRecord,
+    RuntimeRecord,
 )
-from models.bundle.manifest import ChangeRecord, LimitRecord, Manifest, RecalibrationRecord
-from models.detection.screen import FloatArray, Screen, features, min_calibration_size
-from models.engines.registry import REFERENCE, Runtime, runs_here
-from models.errors import CalibrationError, DataError
-from models.offline.fitting.fit import (
-    AUTO,
-    MAX_CALIBRATE,
-    Measured,
-    calibrated,
-    calibrations_of,
-    fastest,
-    measure,
-    versions_here,
-)
+from models.bundle.save import save_manifest, save_readings
+from models.bundle.verify import read_manifest
+from models.detection.conformal import min_calibration_size
+from models.detection.screen import FloatArray, Screen, features
+from models.engines.base import REFERENCE, Runtime
+from models.engines.registry import runs_here
+from models.errors import CalibrationError
+from models.offline.fitting.records import calibration_records, installed_versions, timestamp
+from models.offline.fitting.runtimes import AUTO, Measurement, calibrate_runtimes, fastest, measure
+from models.offline.fitting.split import MAX_CALIBRATE
+from models.offline.fitting.traffic import AuditedTraffic, Kind
 from models.offline.io.atomic import replaced
-from models.offline.io.samples import check_text
-
-
-class Kind(IntEnum):
-    """What is known of a text; of several rows with it, the least counts."""
-
-    POISONED = 0
-    """Marked so."""
-    FALSE_ALARM = 1
-    """Marked so."""
-    UNMARKED = 2
-    """Found poisoned, or not screened, and nobody has looked at it."""
-    PASSED = 3
-
-
-class _Row(BaseModel):
-    """What is read of a line of the audit's export."""
-
-    time: datetime
-    digest: str
-    text: str | None
-    poisoned: bool | None
-    mark: Literal["poisoned", "false_alarm"] | None = None
-
-    @property
-    def kind(self) -> Kind:
-        match self.mark:
-            case "poisoned":
-                return Kind.POISONED
-            case "false_alarm":
-                return Kind.FALSE_ALARM
-        return Kind.PASSED if self.poisoned is False else Kind.UNMARKED
-
-
-@dataclass(frozen=True)
-class AuditedTraffic:
-    """What an audit's export holds of one bundle's traffic."""
-
-    kinds: Mapping[str, Kind]
-    """By text."""
-    others: int
-    """Rows of other bundles, which may guard other models."""
-    source: str
-    digest: str
-    """Of the export, SHA-256."""
-    first: datetime
-    last: datetime
 
 
 @dataclass(frozen=True)
 class Recalibration:
-    """A bundle that is not written yet."""
+    """A recalibrated bundle that is not written yet."""
 
     parent: Path
     manifest: Manifest
-    """Complete but for the digest of the readings."""
+    """Manifest of the new bundle, except for the digest of the readings."""
     record: RecalibrationRecord
     readings: Mapping[str, FloatArray]
-    """Of the clean texts, by `ENGINE/DTYPE`."""
-
-
-def read_traffic(file: Path, judge: str) -> AuditedTraffic:
-    """Read what `psim audit` has written as JSON Lines of inputs that a bundle judged.
-
-    Args:
-        file: the export.
-        judge: digest of the bundle.
-
-    Raises:
-        DataError: it is no such export, or has no such texts; never says what a text was.
-    """
-    kinds: dict[str, Kind] = {}
-    times: list[datetime] = []
-    others = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = _Row.model_validate_json(line)
-                if row.digest != judge:
-                    others += 1
-                    continue
-                if row.text and row.text.strip():
-                    text = check_text(row.text)
-                    kinds[text] = min(kinds.get(text, row.kind), row.kind)
-            except (ValidationError, DataError) as error:
-                raise DataError(f"{file}, line {number}: {_reason(error)}") from None
-            times.append(row.time)
-    if not times:
-        raise DataError(
-            f"{file} has no row by the bundle {judge[:12]}…, and {others} rows of others: "
-            "name the bundle that was served"
-        )
-    if not kinds:
-        raise DataError(
-            f"{file} has no texts, which have to be scored again: set PSIM_AUDIT_TEXT=true for the "
-            "service, and export the audit when it has seen enough traffic"
-        )
-    return AuditedTraffic(kinds, others, file.name, file_digest(file), min(times), max(times))
-
-
-def _reason(error: ValidationError | DataError) -> str:
-    """Say what is wrong without the line, which holds a text."""
-    if isinstance(error, DataError):
-        return str(error)
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    where = ".".join(map(str, first["loc"])) or "the line"
-    return f"not what `psim audit` writes as JSON Lines: {where}: {first['type']}"
+    """Readings of the clean texts, by `ENGINE/DTYPE`."""
 
 
 def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
-    """Calibrate a bundle anew, by the clean texts of its traffic; nothing is written.
+    """Calibrate a bundle anew on the clean texts of its traffic; writes nothing.
 
     Raises:
-        BundleError: it cannot be loaded.
+        BundleError: the bundle cannot be loaded.
         CalibrationError: there are too few clean texts.
     """
     parent, digest = read_manifest(bundle)
-    checkpoints, budget = len(parent.psim.checkpoints), parent.calibrations[0].frr_budget
-    chosen = _chosen(traffic.kinds)
-    kinds = np.array(list(chosen.values()))
-    needed, given = min_calibration_size(budget), int((kinds != Kind.POISONED).sum())
-    if given < needed:
+    budget = parent.calibrations[0].frr_budget
+    kinds = _sampled(traffic.kinds)
+    clean = np.array([kind is not Kind.POISONED for kind in kinds.values()], np.bool_)
+    _check_enough(int(clean.sum()), budget)
+    before, measured = _measure_all(bundle, parent, list(kinds))
+    on_clean = {r: replace(own, readings=own.readings[clean]) for r, own in measured.items()}
+    after = calibrate_runtimes(on_clean, len(parent.psim.checkpoints), budget)
+    calibrations = calibration_records(on_clean, after, budget)
+    changes: list[ChangeRecord] = []
+    for runtime, own in measured.items():
+        screens = before[runtime], after[runtime][0]
+        changes += _changes(parent, runtime, screens, own.readings, clean)
+    record = _record(traffic, digest, kinds, changes)
+    manifest = parent.model_copy(
+        update={
+            "calibrations": calibrations,
+            "default": _default(parent, calibrations),
+            "recalibration": record,
+            "versions": installed_versions(),
+        }
+    )
+    readings = {str(runtime): own.readings for runtime, own in on_clean.items()}
+    return Recalibration(bundle, manifest, record, readings)
+
+
+def _sampled(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    """Return the texts to screen: all poisoned ones, and at most `MAX_CALIBRATE` clean ones."""
+    clean = [text for text, kind in kinds.items() if kind in (Kind.PASSED, Kind.FALSE_ALARM)]
+    if len(clean) > MAX_CALIBRATE:
+        clean = random.Random(0).sample(clean, MAX_CALIBRATE)
+    poisoned = [text for text, kind in kinds.items() if kind is Kind.POISONED]
+    return {text: kinds[text] for text in [*clean, *poisoned]}
+
+
+def _check_enough(clean: int, budget: float) -> None:
+    if clean < (needed := min_calibration_size(budget)):
         raise CalibrationError(
-            f"{given} clean texts are too few for the bundle's false-rejection budget of {budget}: "
+            f"{clean} clean texts are too few for the bundle's false-rejection budget of {budget}: "
             f"it needs {needed}; export more traffic"
         )
-    before, measured = _screened(bundle, parent, list(chosen))
-    clean, poisoned = kinds != Kind.POISONED, kinds == Kind.POISONED
-    of_clean = {r: replace(own, readings=own.readings[clean]) for r, own in measured.items()}
-    found = calibrated(of_clean, checkpoints, budget)
-    calibrations = calibrations_of(of_clean, found, budget)
-    changes: list[ChangeRecord] = []
-    for runtime, all_of in measured.items():
-        screens = before[runtime], found[runtime][0]
-        changes += _changes(parent, runtime, screens, all_of.readings, clean, poisoned)
-    record = RecalibrationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        parent=digest,
-        source=traffic.source,
-        source_digest=traffic.digest,
-        first=traffic.first.isoformat(timespec="seconds"),
-        last=traffic.last.isoformat(timespec="seconds"),
-        passed=int((kinds == Kind.PASSED).sum()),
-        false_alarms=int((kinds == Kind.FALSE_ALARM).sum()),
-        poisoned=int(poisoned.sum()),
-        unmarked=sum(kind is Kind.UNMARKED for kind in traffic.kinds.values()),
-        others=traffic.others,
-        changes=changes,
-    )
-    kept = any(c.runtime == parent.default.runtime and c.parity.passes for c in calibrations)
-    update = {
-        "calibrations": calibrations,
-        "default": parent.default if kept else fastest(calibrations, AUTO),
-        "recalibration": record,
-        "versions": versions_here(),
-    }
-    readings = {str(runtime): own.readings for runtime, own in of_clean.items()}
-    return Recalibration(bundle, parent.model_copy(update=update), record, readings)
 
 
-def _screened(
+def _measure_all(
     bundle: Path, parent: Manifest, texts: Sequence[str]
-) -> tuple[dict[Runtime, Screen], dict[Runtime, Measured]]:
-    """Return screens of a bundle, and what each of its runtimes that runs here makes of texts."""
+) -> tuple[dict[Runtime, Screen], dict[Runtime, Measurement]]:
+    """Return the screen of each runtime that works here, and its measurement on texts."""
     screens: dict[Runtime, Screen] = {}
-    measured: dict[Runtime, Measured] = {}
+    measured: dict[Runtime, Measurement] = {}
     for own in parent.calibrations:
         if own.engine == REFERENCE.engine or runs_here(own.runtime):
             loaded = load_bundle(bundle, own.dtype, own.engine)
@@ -216,32 +116,22 @@ def _screened(
     return screens, measured
 
 
-def _chosen(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
-    """Return the texts to screen: of clean ones no more than a calibration takes, at random."""
-    clean = [text for text, kind in kinds.items() if kind in (Kind.PASSED, Kind.FALSE_ALARM)]
-    if len(clean) > MAX_CALIBRATE:
-        clean = random.Random(0).sample(clean, MAX_CALIBRATE)
-    poisoned = [text for text, kind in kinds.items() if kind is Kind.POISONED]
-    return {text: kinds[text] for text in [*clean, *poisoned]}
-
-
 def _changes(
     parent: Manifest,
     runtime: Runtime,
     screens: tuple[Screen, Screen],
     readings: FloatArray,
     clean: NDArray[np.bool_],
-    poisoned: NDArray[np.bool_],
 ) -> list[ChangeRecord]:
-    """Return what another screen changes for each class; the masks are of texts, shape (n,)."""
-    predicted, _ = features(readings, len(parent.psim.checkpoints))
-    was, now = (screen.flags(readings) for screen in screens)
+    """Return the changes by class; `clean`, shape (n,), tells clean texts from poisoned ones."""
     before, after = screens
+    predicted, _ = features(readings, len(parent.psim.checkpoints))
+    was, now = before.flags(readings), after.flags(readings)
     earlier = parent.recalibration.changes if parent.recalibration else []
     fitted = {(c.runtime, c.label): c.fitted for c in earlier}
     changes = []
     for number, label in enumerate(parent.labels):
-        own = predicted == number
+        good, bad = (predicted == number) & clean, (predicted == number) & ~clean
         limits = fitted.get((runtime, label)) or limits_of(before, number)
         changes.append(
             ChangeRecord(
@@ -252,52 +142,76 @@ def _changes(
                 after=after.threshold_of(number),
                 fitted=limits,
                 risen=risen(limits, limits_of(after, number)),
-                clean=int((own & clean).sum()),
-                clean_flagged_before=int((own & clean & was).sum()),
-                clean_flagged_after=int((own & clean & now).sum()),
-                poisoned=int((own & poisoned).sum()),
-                poisoned_flagged_before=int((own & poisoned & was).sum()),
-                poisoned_flagged_after=int((own & poisoned & now).sum()),
+                clean=int(good.sum()),
+                clean_flagged_before=int((good & was).sum()),
+                clean_flagged_after=int((good & now).sum()),
+                poisoned=int(bad.sum()),
+                poisoned_flagged_before=int((bad & was).sum()),
+                poisoned_flagged_after=int((bad & now).sum()),
             )
         )
     return changes
 
 
+def _record(
+    traffic: AuditedTraffic, parent: str, kinds: Mapping[str, Kind], changes: list[ChangeRecord]
+) -> RecalibrationRecord:
+    used = Counter(kinds.values())
+    return RecalibrationRecord(
+        created=timestamp(),
+        parent=parent,
+        source=traffic.source,
+        source_digest=traffic.digest,
+        first=traffic.first.isoformat(timespec="seconds"),
+        last=traffic.last.isoformat(timespec="seconds"),
+        passed=used[Kind.PASSED],
+        false_alarms=used[Kind.FALSE_ALARM],
+        poisoned=used[Kind.POISONED],
+        unmarked=sum(kind is Kind.UNMARKED for kind in traffic.kinds.values()),
+        others=traffic.others,
+        changes=changes,
+    )
+
+
+def _default(parent: Manifest, calibrations: Sequence[Calibration]) -> RuntimeRecord:
+    """Return the parent's default runtime if it still agrees with the reference."""
+    default = parent.default
+    if any(c.runtime == default.runtime and c.parity.agrees for c in calibrations):
+        return default
+    return fastest(calibrations, AUTO)
+
+
 def limits_of(screen: Screen, predicted: int) -> list[LimitRecord]:
-    """Return how far each feature may go alone in texts of a class, when all others are silent.
+    """Return the limit of each feature in texts of a class, when all other features are silent.
 
     Thresholds of two screens do not compare, since each is in standard deviations of its own
-    texts. What a detector may say before a text is called poisoned does.
+    texts. The values of a feature from which a text is called poisoned do.
     """
-    features_of, components, own = (
-        screen.normalizer.features,
-        screen.normalizer.components,
-        predicted,
-    )
+    own, components = screen.normalizer.features, screen.normalizer.components
     limits = []
-    for detector, (centre, scale) in enumerate(
-        zip(features_of.centre[own], features_of.scale[own], strict=True)
+    for feature, (centre, scale) in enumerate(
+        zip(own.centre[predicted], own.scale[predicted], strict=True)
     ):
-        part = max(
-            detector - screen.normalizer.checkpoints + 1, 0
-        )  # checkpoints have one in the score
-        unit = scale * components.scale[own, part]
-        least = centre + scale * components.centre[own, part] + unit * screen.threshold_of(own)
+        # The checkpoints share the first component of the score.
+        component = max(feature - screen.normalizer.checkpoints + 1, 0)
+        unit = scale * components.scale[predicted, component]
+        mean = centre + scale * components.centre[predicted, component]
+        least = mean + unit * screen.threshold_of(predicted)
         limits.append(LimitRecord(least=float(least), unit=float(unit)))
     return limits
 
 
 def risen(before: Sequence[LimitRecord], after: Sequence[LimitRecord]) -> float:
-    """Return by how many standard deviations of `before` a detector may say more, at most."""
+    """Return the largest rise of a feature's limit, in standard deviations of `before`."""
     return max((b.least - a.least) / a.unit for a, b in zip(before, after, strict=True))
 
 
 def check(record: RecalibrationRecord, max_rise: float, accept_misses: bool) -> None:
-    """Refuse what an attacker may have brought about.
+    """Refuse changes that an attacker may have brought about.
 
     Raises:
-        CalibrationError: texts that were marked poisoned would pass by some runtime, or a
-            threshold has risen by more than may be.
+        CalibrationError: texts that were marked poisoned would pass, or a threshold has risen by
+            more than `max_rise`.
     """
     missed: Counter[Runtime] = Counter()
     for change in record.changes:
@@ -318,7 +232,7 @@ def check(record: RecalibrationRecord, max_rise: float, accept_misses: bool) -> 
 
 
 def write(new: Recalibration, out: Path) -> None:
-    """Write the bundle; nothing else of it differs from its parent's files.
+    """Write the bundle; all other files are its parent's.
 
     Raises:
         BundleError: the parent has changed meanwhile.
@@ -329,5 +243,5 @@ def write(new: Recalibration, out: Path) -> None:
         save_readings(partial, new.readings)
         files = new.manifest.files | {READINGS: file_digest(partial / READINGS)}
         manifest = new.manifest.model_copy(update={"files": files})
-        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        save_manifest(partial, manifest)
         load_bundle(partial)

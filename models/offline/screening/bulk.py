@@ -26,8 +26,10 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from models.bundle.load import Bundle, check_files, choose, load_bundle, read_manifest
-from models.engines.registry import DtypeName, EngineName, is_installed
+from models.bundle.load import Bundle, choose, load_bundle
+from models.bundle.verify import check_files, read_manifest
+from models.engines.base import DtypeName, EngineName
+from models.engines.registry import is_installed
 from models.errors import BundleError, DataError, PsimError
 from models.offline.io.atomic import write_whole
 from models.offline.screening.fragments import OURS, Fragment, fragments_of, read, schema_of

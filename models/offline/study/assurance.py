@@ -18,8 +18,8 @@ from models.errors import DataError
 from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.metrics import Rate
 from models.offline.evaluation.report import percent
-from models.offline.fitting.fit import VERSIONS_OF, labels_of, max_length_of
-from models.offline.io.classifiers import load_classifier
+from models.offline.fitting.records import PACKAGES
+from models.offline.io.classifiers import labels_of, load_classifier, max_length_of
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample, write_samples
 from models.offline.study.cache import StepCache
@@ -215,7 +215,7 @@ def write_assurance(
         table(header, details, names=3),
         heading(2, "What this report does not show"),
         paragraph(LIMITS),
-        paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
+        paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
     ]
     write_page(blocks, title, out, "assurance")
 

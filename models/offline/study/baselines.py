@@ -8,12 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import entr
 
-from models.detection.screen import (
-    FloatArray,
-    conformal_threshold,
-    is_poisoned,
-    min_calibration_size,
-)
+from models.detection.conformal import conformal_threshold, min_calibration_size
+from models.detection.screen import FloatArray, is_poisoned
 from models.errors import CalibrationError, DataError
 from models.offline.evaluation.metrics import Defended, classes_of
 from models.offline.io.samples import Sample, require_labels

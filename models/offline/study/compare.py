@@ -10,9 +10,10 @@ from models.detection.calibrate import calibrate
 from models.engines.pytorch import TorchEngine
 from models.offline.evaluation.evaluate import View
 from models.offline.evaluation.metrics import Defended, classes_of, outcome
-from models.offline.fitting.fit import split_texts, train
+from models.offline.fitting.split import split_texts
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.inference import predict
+from models.offline.study.ablations import train_variant
 from models.offline.study.baselines import Onion, Strip
 from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.experiment import (
@@ -98,8 +99,8 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
     started = time.perf_counter()
     model, tokenizer = load_classifier(str(source.folder / "model"))
     split = split_texts([s.text for s in case.train[: defence.texts]], case.seed)
-    config = replace(defence.config, seed=case.seed)
-    engine, training = train(model, tokenizer, split, config)
+    variant = replace(defence.config, seed=case.seed)
+    engine, training = train_variant(model, tokenizer, split, variant)
     engine = TorchEngine(engine.guarded, tokenizer, engine.max_length, case.dtype)
     seconds = time.perf_counter() - started
     texts = {
@@ -115,7 +116,7 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
         "checkpoints": training.checkpoints,
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
-        "passes": engine.passes - 1,
+        "passes": engine.forward_passes - 1,
         "time": relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
     }
 

@@ -11,7 +11,7 @@ from models.bundle.manifest import Budget
 from models.errors import DataError
 from models.offline.attacks.poisoning import WORD_TRIGGER
 from models.offline.attacks.strategy import Strategy
-from models.offline.fitting.psim import PsimConfig
+from models.offline.study.ablations import PsimVariant
 
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -114,7 +114,7 @@ RULES: dict[Rule, str] = {
 
 
 class PsimDefence(_Part):
-    """PSIM; fields of `PsimConfig` under `config` replace the defaults."""
+    """PSIM; fields of `PsimVariant` under `config` replace the defaults."""
 
     kind: Literal["psim"] = "psim"
     name: Name = "PSIM"
@@ -127,11 +127,11 @@ class PsimDefence(_Part):
     """What to report: thresholds by class, from texts that `fit` held back; the same without the
     second screen; from dev texts, which the victim was not trained on; without the second screen,
     one threshold for all classes, or 0.7 as in the paper."""
-    config: PsimConfig = PsimConfig()
+    config: PsimVariant = PsimVariant()
 
     @field_validator("config")
     @classmethod
-    def _no_seed(cls, config: PsimConfig) -> PsimConfig:
+    def _no_seed(cls, config: PsimVariant) -> PsimVariant:
         if config.seed:
             raise ValueError("seeds are those of the recipe")
         return config

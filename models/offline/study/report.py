@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import sem, t
 
 from models.offline.evaluation.report import ROWS
-from models.offline.fitting.fit import VERSIONS_OF
+from models.offline.fitting.records import PACKAGES
 from models.offline.study.html import Block, code, heading, paragraph, picture, table, write_page
 from models.offline.study.plots import Row, attack_figure, psim_figure, shown_cells
 
@@ -75,7 +75,7 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
         *_details(frame),
         heading(2, "Recipe"),
         code(recipe),
-        paragraph(", ".join(f"{package} {version(package)}" for package in VERSIONS_OF)),
+        paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
     ]
     write_page(blocks, title, out)
 

@@ -11,14 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from models.detection.screen import min_calibration_size
+from models.detection.conformal import min_calibration_size
 from models.errors import DataError
 from models.offline.attacks.strategy import Strategy
 from models.offline.attacks.training import LEARNING_RATES, finetune_victim
-from models.offline.demo import encoder_path
-from models.offline.fitting.fit import labels_of, split_texts
+from models.offline.fitting.split import split_texts
 from models.offline.io.atomic import write_whole
-from models.offline.io.classifiers import load_classifier, model_digest
+from models.offline.io.classifiers import encoder_path, labels_of, load_classifier, model_digest
 from models.offline.io.samples import Sample
 from models.offline.study.cache import Memo, Step, StepCache, digest_of
 from models.offline.study.compare import contest

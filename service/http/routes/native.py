@@ -65,7 +65,7 @@ def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRoute
         bundle = gateway.bundle
         # Thresholds are of use to who is told scores.
         hidden = {"files"} if caller_of(request).sees_scores else {"files", "calibrations"}
-        passes = round(bundle.engine.passes, 2)
+        passes = round(bundle.engine.forward_passes, 2)
         return {
             "bundle": bundle.digest,
             "challenger": gateway.challenger,

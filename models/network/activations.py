@@ -1,0 +1,57 @@
+"""The activation detector: distances of hidden states to those of clean texts."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Activations:
+    """Class-conditional Mahalanobis distance of hidden states (Lee et al., NeurIPS 2018, eq. 2).
+
+    Stays in float32 whatever the victim's dtype is.
+
+    Args:
+        whitening: by watched depth, shape (3, D, D); h @ whitening has unit covariance.
+        means: whitened means of clean texts by predicted class, shape (3, C, D).
+    """
+
+    FEATURES = 2
+
+    def __init__(self, whitening: torch.Tensor, means: torch.Tensor) -> None:
+        self.whitening, self.means = whitening, means
+
+    def distances(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the two distances to each class, shape (rows, 2, C).
+
+        The first is the geometric mean of the distances at the lower two depths, where a text
+        stands out by what all of its tokens are like; either one alone is not enough. The second
+        is the distance at the highest depth, where a backdoor has all but decided
+        (docs/method.md).
+
+        Args:
+            states: hidden states from `Trunk.watching`, 3 of shape (rows, D).
+        """
+        device = states[0].device
+        self.whitening, self.means = self.whitening.to(device), self.means.to(device)
+        whitened = torch.stack(list(states)) @ self.whitening
+        # Not as |h|² - 2hm + |m|², which cancels where a text is near the mean.
+        tokens, read, top = torch.cdist(
+            whitened, self.means, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        return torch.stack([(tokens * read).sqrt(), top], 1)
+
+
+def to_readings(
+    logits: torch.Tensor, states: Sequence[torch.Tensor], activations: Activations | None
+) -> torch.Tensor:
+    """Return the features of `Guarded.screen`, shape (rows, V, C), float32.
+
+    Args:
+        logits: of the K checkpoints, shape (rows, K, C).
+        states: hidden states from `Trunk.watching`.
+        activations: the activation detector; None if it is not fitted, and then V is K.
+    """
+    readings = logits.float().softmax(-1)
+    if activations is None:
+        return readings
+    return torch.cat([readings, activations.distances(states)], 1)

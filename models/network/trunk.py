@@ -1,0 +1,133 @@
+"""The layers below all adapters: run once for all checkpoints, and watched on the way."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.network.last_layer import Rotation
+from models.network.last_token import last_positions
+
+Inputs = Mapping[str, torch.Tensor]
+"""`input_ids` and `attention_mask`, shape (rows, T) each, padded on the right."""
+
+WATCHED_DEPTHS = (1 / 2, 2 / 3, 5 / 6)
+"""Relative depths where hidden states tell texts apart best: past the words, before the classes. At
+the first one the mean over all tokens is watched; at the others the token that the classifier
+reads."""
+
+
+class Trunk:
+    """Layers that no adapter changes.
+
+    Args:
+        stack: all layers of a transformer, in their order.
+        length: how many of them, from the lowest, are the trunk.
+        reads_last: whether the classifier reads the last token and not the first.
+    """
+
+    def __init__(
+        self, stack: Sequence[nn.Module] = (), length: int = 0, *, reads_last: bool = False
+    ) -> None:
+        layers, depth = stack[:length], max(len(stack), 1)
+        self.length, self.share = length, length / depth
+        self.watched = [min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS]
+        """Numbers, from 1, of the layers whose output is watched, one for each depth."""
+        self._reads_last = reads_last
+        self._stopping = False
+        self._kept: list[Any] | None = None
+        self._states: list[torch.Tensor] | None = None
+        self._mask = torch.empty(0)
+        for number, layer in enumerate(layers, 1):
+            # The instance's forward and not a module around it: names of weights stay as they are.
+            layer.forward = self._run(layer.forward, number, number == len(layers))
+        for above in stack[length : length + 1]:
+            above.forward = self._stoppable(above.forward)
+
+    @contextmanager
+    def watching(self, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
+        """Collect the watched states of a pass, by `WATCHED_DEPTHS`, float32, (rows, H) each."""
+        self._states, self._mask = [], inputs["attention_mask"]
+        try:
+            yield self._states
+        finally:
+            self._states = None
+
+    @contextmanager
+    def shared(self, kept: list[Any] | None) -> Iterator[None]:
+        """Reuse the trunk's output in all forward passes within, which must be on the same inputs.
+
+        Args:
+            kept: an empty list, or the one that an earlier `shared` filled for the same inputs;
+                None keeps nothing.
+        """
+        self._kept = kept
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def output(self, run: Callable[[], object]) -> tuple[torch.Tensor, Rotation | None]:
+        """Return the trunk's output in a pass that ends there, shape (rows, T, H).
+
+        The second value is the rotation of queries and keys, in families that have one.
+        """
+        self._stopping = True
+        try:
+            run()
+        except _ReachedError as reached:
+            return reached.hidden, reached.rotation
+        finally:
+            self._stopping = False
+        raise RuntimeError("the pass did not come to the layer above the trunk")
+
+    def read_positions(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return where the classifier reads, shape (rows,), in inputs without prompts."""
+        return last_positions(mask) if self._reads_last else torch.zeros_like(mask[:, 0])
+
+    def _run(self, forward: Callable[..., Any], number: int, is_top: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._kept:
+                return self._kept[0]
+            output = forward(*args, **kwargs)
+            if self._states is not None:
+                self._states += [
+                    self._watch(output, all_tokens=depth == 0)
+                    for depth, watched in enumerate(self.watched)
+                    if watched == number
+                ]
+            if self._kept is not None and is_top:
+                self._kept.append(output)
+            return output
+
+        return run
+
+    def _watch(self, output: Any, *, all_tokens: bool) -> torch.Tensor:
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        # Padding is on the right; prompts, which the mask does not cover, are on the left.
+        prompts = hidden.shape[1] - self._mask.shape[1]
+        if all_tokens:
+            mask = self._mask.float()[:, None]
+            return (mask @ hidden[:, prompts:].float())[:, 0] / mask.sum(-1)
+        if not self._reads_last:
+            return hidden[:, 0].float()
+        last = last_positions(self._mask) + prompts
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last].float()
+
+    def _stoppable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._stopping:
+                raise _ReachedError(hidden_states, kwargs.get("position_embeddings"))
+            return forward(hidden_states, *args, **kwargs)
+
+        return run
+
+
+class _ReachedError(Exception):
+    """Ends a pass at the end of the trunk and carries its output; not an error."""
+
+    def __init__(self, hidden: torch.Tensor, rotation: Rotation | None) -> None:
+        super().__init__()
+        self.hidden, self.rotation = hidden, rotation

@@ -1,0 +1,110 @@
+"""Reading the traffic of a bundle from an audit export."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ValidationError
+
+from models.bundle.digests import file_digest
+from models.errors import DataError
+from models.offline.io.samples import check_text
+
+
+class Kind(IntEnum):
+    """What the audit knows of a text; if its rows differ, the lowest counts."""
+
+    POISONED = 0
+    """Marked as poisoned."""
+    FALSE_ALARM = 1
+    """Marked as a false alarm."""
+    UNMARKED = 2
+    """Flagged or not screened, and not marked."""
+    PASSED = 3
+    """Screened, not flagged and not marked."""
+
+
+class _ExportedRow(BaseModel):
+    """The fields of an audit row that are used here."""
+
+    time: datetime
+    digest: str
+    text: str | None
+    poisoned: bool | None
+    mark: Literal["poisoned", "false_alarm"] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        match self.mark:
+            case "poisoned":
+                return Kind.POISONED
+            case "false_alarm":
+                return Kind.FALSE_ALARM
+        return Kind.PASSED if self.poisoned is False else Kind.UNMARKED
+
+
+@dataclass(frozen=True)
+class AuditedTraffic:
+    """One bundle's traffic in an audit export."""
+
+    kinds: Mapping[str, Kind]
+    """Kind of each text."""
+    others: int
+    """Number of rows of other bundles, which may guard other models."""
+    source: str
+    """File name of the export."""
+    digest: str
+    """SHA-256 of the export."""
+    first: datetime
+    last: datetime
+
+
+def read_traffic(file: Path, judge: str) -> AuditedTraffic:
+    """Read the rows of one bundle from an export that `psim audit` wrote as JSON Lines.
+
+    Args:
+        file: the export.
+        judge: digest of the bundle that screened the rows.
+
+    Raises:
+        DataError: it is no such export, or has no texts of that bundle; never quotes a text.
+    """
+    kinds: dict[str, Kind] = {}
+    times: list[datetime] = []
+    others = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = _ExportedRow.model_validate_json(line)
+                if row.digest != judge:
+                    others += 1
+                    continue
+                if row.text and row.text.strip():
+                    text = check_text(row.text)
+                    kinds[text] = min(kinds.get(text, row.kind), row.kind)
+            except (ValidationError, DataError) as error:
+                raise DataError(f"{file}, line {number}: {_reason(error)}") from None
+            times.append(row.time)
+    if not times:
+        raise DataError(
+            f"{file} has no row by the bundle {judge[:12]}…, and {others} rows of others: "
+            "name the bundle that was served"
+        )
+    if not kinds:
+        raise DataError(
+            f"{file} has no texts, which have to be scored again: set PSIM_AUDIT_TEXT=true for the "
+            "service, and export the audit when it has seen enough traffic"
+        )
+    return AuditedTraffic(kinds, others, file.name, file_digest(file), min(times), max(times))
+
+
+def _reason(error: ValidationError | DataError) -> str:
+    """Return what is wrong without quoting the line, which holds a text."""
+    if isinstance(error, DataError):
+        return str(error)
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"])) or "the line"
+    return f"not what `psim audit` writes as JSON Lines: {where}: {first['type']}"
