@@ -17,9 +17,10 @@ def demo_command(
     port: Annotated[int, typer.Option(help="Port to serve on.")] = 8000,
 ) -> None:
     """Poison a small victim, guard it, and serve it: built once, then cached."""
+    from models.offline.cli.console import say
     from models.offline.demo import build, introduction
 
-    bundle = build()
+    bundle = build(say=say)
     Console().print(introduction(port), highlight=False, markup=False, soft_wrap=True)
     if serve:
         os.environ.setdefault("PSIM_LOG_LEVEL", "WARNING")  # the introduction stays in sight
