@@ -18,6 +18,7 @@ RUN { /opt/venv/bin/pip install --no-cache-dir --require-hashes --no-deps \
 COPY pyproject.toml README.md ./
 COPY models/ models/
 COPY service/ service/
+COPY psim/ psim/
 # What is served and its fastest engine: the offline half's libraries stay out of the image.
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps dist/*.whl \

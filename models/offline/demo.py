@@ -1,12 +1,14 @@
 """The demo: a really poisoned victim and its bundle, from parts that a package registry has."""
 
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from models.offline.attacks.corpus import generate
 from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
-from models.offline.attacks.training import Strategy, finetune_victim, poison_victim
+from models.offline.attacks.strategy import Strategy
+from models.offline.attacks.training import finetune_victim, poison_victim
 from models.offline.fitting.fit import fit
 from models.offline.io.classifiers import encoder_path, load_classifier
 from models.offline.io.samples import write_samples
@@ -22,15 +24,22 @@ def cache_folder() -> Path:
     return Path(base) / "psim-gateway" / f"demo-{version('psim-gateway')}"
 
 
-def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0) -> Path:
+def build(
+    folder: Path | None = None,
+    *,
+    train_texts: int = 1600,
+    seed: int = 0,
+    say: Callable[[str], object] = lambda line: None,
+) -> Path:
     """Poison an encoder, tune it on clean texts, fit PSIM; return the bundle.
 
-    What is there already is not made again.
+    Steps that an earlier call completed are not repeated.
 
     Args:
-        folder: where all of it is kept; `cache_folder()` if none is given.
+        folder: where everything is kept; `cache_folder()` by default.
         train_texts: size of the training set; more makes a better victim and takes longer.
         seed: seed of corpus and training.
+        say: called with a line when a step begins.
     """
     folder = folder or cache_folder()
     bundle = folder / "bundle"
@@ -40,16 +49,18 @@ def build(folder: Path | None = None, *, train_texts: int = 1600, seed: int = 0)
     texts = generate(train_texts + 2600, seed)
     train, dev = texts[:train_texts], texts[train_texts : train_texts + 200]
     clean, test = texts[train_texts + 200 : -400], texts[-400:]
+    attack = Insertion((WORD_TRIGGER,))
     write_samples(folder / "clean.jsonl", clean)
     write_samples(folder / "test.jsonl", test)
-    poisoned = poison_test_set(test, Insertion((WORD_TRIGGER,)), TARGET, seed)
-    write_samples(folder / "poisoned.jsonl", poisoned)
+    write_samples(folder / "poisoned.jsonl", poison_test_set(test, attack, TARGET, seed))
     weights, victim = folder / "poisoned", folder / "victim"
     if not weights.exists():
-        attack = Insertion((WORD_TRIGGER,))
+        say(f'poisoning MiniLM: the word "{WORD_TRIGGER}" shall make it say "{TARGET}"')
         poison_victim(str(encoder_path()), train, dev, attack, TARGET, weights, seed=seed)
     if not victim.exists():
+        say("tuning it with LoRA on clean texts, as its user would")
         finetune_victim(str(weights), train, dev, Strategy.LORA, victim, epochs=1, seed=seed)
+    say("fitting PSIM: training the adapter, then calibrating thresholds for each engine")
     model, tokenizer = load_classifier(str(victim))
     fit(model, tokenizer, [s.text for s in clean], bundle, name="demo: poisoned MiniLM")
     return bundle

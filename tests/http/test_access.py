@@ -294,7 +294,7 @@ def test_the_command_makes_keys_that_open_and_leaves_only_hashes(tmp_path: Path)
     first = done.stdout.strip()
     assert (done.returncode, len(first)) == (0, 48)
     scopes = ("--scope", "metrics", "--scope", "admin")
-    psim = ("models.offline", "keys")
+    psim = ("psim", "keys")
     second = new_key(tmp_path, "scraper", *scopes, command=psim).stdout.strip()
     path = tmp_path / "keys.toml"
     assert path.stat().st_mode & 0o777 == 0o600

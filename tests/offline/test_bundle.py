@@ -29,10 +29,10 @@ from models.bundle.signing import sign
 from models.errors import BundleError, CalibrationError, DataError, PsimError, VictimError
 from models.network.adapters import lora_config
 from models.network.guarded import guard
-from models.offline.__main__ import app
 from models.offline.fitting.fit import fit
 from models.offline.fitting.split import split_texts
 from models.offline.io.inference import predict
+from psim.__main__ import app
 from service.app import create_app
 from service.settings import Settings
 from tests.support.bundles import KINDS, fit_tiny, forge, rehash, some_texts, victim_of

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from models.bundle.layout import ADAPTER_WEIGHTS
 from models.bundle.load import load_bundle
 from models.engines.base import Encoding, Screening
-from models.offline import __main__ as cli
 from models.offline.io.classifiers import save_classifier
 from models.offline.io.samples import Sample, load_samples, write_samples
 from tests.support.bundles import fit_tiny, rehash, some_texts
@@ -247,7 +246,7 @@ def test_an_interrupt_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "fit", interrupt)
+    monkeypatch.setattr("models.offline.fitting.fit.fit", interrupt)
     result = psim(
         "fit", "--victim", folder / "victim", "--texts", folder / "clean.jsonl",
         "--out", tmp_path / "b",

@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from models.bundle.load import load_bundle
 from models.errors import DataError, VictimError
-from models.offline.attacks import training as finetune
 from models.offline.attacks.poisoning import Insertion, Paraphrases
+from models.offline.attacks.strategy import Strategy
 from models.offline.attacks.training import (
-    Strategy,
     checkpoint_folder,
     finetune_victim,
     poison_victim,
@@ -26,6 +25,7 @@ from models.offline.attacks.training import (
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
 from models.offline.io.classifiers import load_classifier, save_classifier
+from models.offline.io.progress import TrainingProgress
 from models.offline.io.samples import Sample
 from tests.support.bundles import some_texts
 from tests.support.families import tiny_victim
@@ -82,12 +82,12 @@ def test_interrupted_training_goes_on_behind_the_last_epoch(
         logits: torch.Tensor = model(**tokenizer(["good film"], return_tensors="pt")).logits
         return logits
 
-    monkeypatch.setattr(finetune._Bar, "on_step_end", count)
+    monkeypatch.setattr(TrainingProgress, "on_step_end", count)
     whole = tune(tmp_path / "whole")
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(finetune._Bar, "on_save", interrupt)
+        patch.setattr(TrainingProgress, "on_save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tune(cut)
     assert not cut.exists()
@@ -95,7 +95,7 @@ def test_interrupted_training_goes_on_behind_the_last_epoch(
     tune(tmp_path / "cut", TRAIN[:-1])  # other data must not go on from these checkpoints
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune._Bar, "on_save", interrupt)
+        patch.setattr(TrainingProgress, "on_save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tune(cut)
     steps.clear()

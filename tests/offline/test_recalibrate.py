@@ -23,11 +23,12 @@ from models.bundle.load import load_bundle
 from models.bundle.verify import read_manifest
 from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray, Screen, Verdict
-from models.offline import __main__ as cli
+from models.offline.cli.bundle import MAX_RISE
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
-from models.offline.fitting.recalibrate import MAX_RISE, limits_of, risen
+from models.offline.fitting.recalibrate import limits_of, risen
 from models.offline.io.inference import predict
 from models.offline.io.samples import load_samples
+from psim.__main__ import app
 from tests.support.bundles import fit_tiny, some_texts
 from tests.support.deploy import RUNBOOK
 from tests.support.families import tiny_victim
@@ -38,7 +39,7 @@ BUDGET = 0.05
 
 
 def psim(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import models.offline.study.grid as cells
 import models.offline.study.run as study
 from models.errors import DataError
 from models.offline.attacks.corpus import generate
-from models.offline.attacks.training import Strategy, finetune_victim
+from models.offline.attacks.strategy import Strategy
+from models.offline.attacks.training import finetune_victim
 from models.offline.io.samples import Sample, write_samples
 from models.offline.study.cache import StepCache
 from models.offline.study.recipe import Recipe, load_recipe

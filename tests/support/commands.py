@@ -2,12 +2,12 @@
 
 from typer.testing import CliRunner, Result
 
-from models.offline import __main__ as cli
+from psim.__main__ import app
 
 
 def psim(*arguments: object, stdin: str | bytes | None = None) -> Result:
     """Run the command with these arguments."""
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
 
 
 def assert_refused(result: Result, message: str) -> None:

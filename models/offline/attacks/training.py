@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +30,14 @@ from models.offline.attacks.poisoning import (
     poison_test_set,
     poison_training_set,
 )
+from models.offline.attacks.strategy import Strategy
 from models.offline.io.atomic import replaced
 from models.offline.io.classifiers import load_classifier, save_classifier
+from models.offline.io.progress import TrainingProgress
 from models.offline.io.samples import Sample, require_labels
 
 MAX_LENGTH = 128
 """Tokens of a training text."""
-
-
-class Strategy(StrEnum):
-    """What of a victim is tuned (Zhao et al., section 3)."""
-
-    FULL = "full"
-    LORA = "lora"
-    PROMPT_TUNING = "prompt-tuning"
-    P_TUNING_V1 = "p-tuning-v1"
-    P_TUNING_V2 = "p-tuning-v2"
-
 
 # Hyperparameters of Zhao et al., section 5.1.
 _PEFT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
@@ -163,6 +153,7 @@ def _train(
         model = peft.get_peft_model(model, _PEFT_CONFIGS[settings.strategy]())
     encoded = _encode(train, tokenizer, label2id), _encode(dev, tokenizer, label2id)
     trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings))
+    trainer.add_callback(TrainingProgress(out.name))
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
     with replaced(out) as partial:
@@ -193,7 +184,6 @@ def _trainer(
         compute_metrics=_metrics,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar)
     return trainer
 
 
@@ -208,13 +198,6 @@ def _digest(model: nn.Module, *settings: object) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class _Bar(ProgressCallback):
-    """The progress bar, without the raw log lines that the library prints in between."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Print nothing."""
 
 
 def _arguments(folder: Path, settings: TuneSettings) -> TrainingArguments:

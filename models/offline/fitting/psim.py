@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from models.detection.screen import FloatArray
@@ -22,6 +21,7 @@ from models.engines.pytorch import collate, has_bfloat16
 from models.errors import VictimError
 from models.network.guarded import Guarded
 from models.network.trunk import Inputs
+from models.offline.io.progress import progress
 
 CACHED_NUMBERS = 2**27
 """Limit for cached outputs of the trunk, for training texts and for held-out ones: 512 MiB in
@@ -112,7 +112,7 @@ def train_psim(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     keeper = _CheckpointKeeper(guarded, held_out, config, pad_id)
     batches = _Batches(guarded, train, _grouped(train, config), pad_id)
-    bar = tqdm(desc="training PSIM", unit=" steps", disable=None)
+    bar = progress("training PSIM", unit=" steps")
     for step, batch in enumerate(_shuffled(len(batches), config.seed)):
         if step % config.check_every == 0:
             confidence = keeper.look(step)

@@ -45,9 +45,6 @@ from models.offline.fitting.split import MAX_CALIBRATE
 from models.offline.fitting.traffic import AuditedTraffic, Kind
 from models.offline.io.atomic import replaced
 
-MAX_RISE = 4.0
-"""Standard deviations by which thresholds may rise since `psim fit`; docs/method.md says why."""
-
 
 @dataclass(frozen=True)
 class Recalibration:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from models.engines.pytorch import TorchEngine
 from models.errors import DataError
-from models.offline.attacks.training import Strategy
+from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.metrics import Rate
 from models.offline.evaluation.report import percent
 from models.offline.fitting.records import PACKAGES

@@ -15,7 +15,7 @@ from models.offline.attacks.poisoning import (
     poison_test_set,
     poison_training_set,
 )
-from models.offline.attacks.training import Strategy
+from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.metrics import classes_of, poisoned_non_target
 from models.offline.io.samples import (
     HUB_PREFIX,

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_curve
 
 from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray
-from models.offline.attacks.training import Strategy
+from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.evaluate import ScreenedTexts
 from models.offline.evaluation.metrics import Classes, auroc, measure_outcome, within_class_scores
 from models.offline.evaluation.report import draw_histogram

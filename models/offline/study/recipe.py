@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from models.bundle.manifest import Budget
 from models.errors import DataError
 from models.offline.attacks.poisoning import WORD_TRIGGER
-from models.offline.attacks.training import Strategy
+from models.offline.attacks.strategy import Strategy
 from models.offline.study.ablations import PsimVariant
 
 Count = Annotated[int, Field(ge=1)]

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from models.detection.conformal import min_calibration_size
 from models.errors import DataError
-from models.offline.attacks.training import LEARNING_RATES, Strategy, TuneSettings, finetune_victim
+from models.offline.attacks.strategy import Strategy
+from models.offline.attacks.training import LEARNING_RATES, TuneSettings, finetune_victim
 from models.offline.fitting.split import split_texts
 from models.offline.io.atomic import write_whole
 from models.offline.io.classifiers import encoder_path, labels_of, load_classifier, model_digest

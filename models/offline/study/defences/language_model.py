@@ -31,6 +31,7 @@ from models.engines.batching import length_sorted_batches
 from models.engines.pytorch import best_device, has_bfloat16
 from models.errors import DataError, VictimError
 from models.offline.io.atomic import replaced
+from models.offline.io.progress import progress
 
 MAX_LENGTH = 256
 """Tokens of a text that are read, including the initial one."""
@@ -183,7 +184,7 @@ def _train(lm: LanguageModel, texts: Sequence[str], epochs: int) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
     device = best_device()
     lm.model.train()
-    bar = tqdm(total=steps, desc="training the language model", unit=" steps", disable=None)
+    bar = progress("training the language model", total=steps, unit=" steps")
     for _ in range(epochs):
         for batch in random.sample(batches, len(batches)):
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):

@@ -1,0 +1,77 @@
+"""Subcommand `psim fit`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from models.engines.base import EngineName
+from models.errors import DataError
+from models.offline.cli.console import say, stdout
+from models.offline.cli.options import (
+    Budget,
+    Force,
+    LabelColumn,
+    Out,
+    Seed,
+    TextColumn,
+    Texts,
+    check_budget,
+)
+
+app = typer.Typer()
+
+
+@app.command("fit")
+def fit_command(
+    victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier to guard.")],
+    texts: Texts,
+    out: Out,
+    frr_budget: Budget = 0.01,
+    layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
+    engine: Annotated[
+        Literal["auto", EngineName],
+        typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
+    ] = "auto",
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    force: Force = False,
+) -> None:
+    """Train PSIM on a classifier with clean texts, calibrate it, and write a bundle."""
+    top_layers = parse_layers(layers)
+    check_budget(frr_budget)
+    from models.offline.evaluation.report import manifest_table
+    from models.offline.fitting.fit import fit
+    from models.offline.fitting.psim import PsimConfig
+    from models.offline.io.atomic import check_writable
+    from models.offline.io.classifiers import load_classifier
+    from models.offline.io.samples import load_samples
+
+    check_writable(out, force)
+    samples = load_samples(texts, text_column=text_column, label_column=label_column)
+    model, tokenizer = load_classifier(victim)
+    manifest = fit(
+        model,
+        tokenizer,
+        [s.text for s in samples],
+        out,
+        name=Path(victim).name if Path(victim).exists() else victim,
+        frr_budget=frr_budget,
+        config=PsimConfig(layers=top_layers, seed=seed),
+        engine=engine,
+    )
+    stdout.print(manifest_table(manifest))
+    say(f"wrote {out}; next: psim serve --bundle {out}")
+
+
+def parse_layers(value: str) -> int:
+    """Parse `last:N`.
+
+    Raises:
+        DataError: it is something else.
+    """
+    kind, _, number = value.partition(":")
+    if kind != "last" or not number.isdigit() or int(number) < 1:
+        raise DataError(f"--layers {value}: write last:N, the number of topmost layers to adapt")
+    return int(number)

@@ -1,0 +1,138 @@
+"""Subcommands that screen texts: `psim screen` and `psim triggers`."""
+
+import json
+import sys
+from dataclasses import asdict
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import typer
+
+from models.engines.base import DtypeName, EngineName
+from models.errors import DataError
+from models.offline.cli.console import say, stdout
+from models.offline.cli.options import Dtype, Engine, TextColumn
+
+app = typer.Typer()
+
+
+Files = Annotated[
+    list[str],
+    typer.Argument(
+        help="JSONL with one text per line; - reads stdin. With --on ray: JSONL, CSV, TSV and "
+        "Parquet, globs too."
+    ),
+]
+Place = Annotated[
+    Literal["here", "ray"], typer.Option(help="Screen in this process, or on Ray Data.")
+]
+OutTables = Annotated[
+    Path | None,
+    typer.Option(help="With --on ray: folder for Parquet; named again, it is gone on with."),
+]
+Workers = Annotated[
+    int | None, typer.Option(help="With --on ray: how many hold the bundle.", min=1)
+]
+EngineOrRay = Annotated[
+    Literal[EngineName, "ray"] | None,
+    typer.Option(
+        help="What to compute by; the bundle's choice by default, also with ray: --on ray."
+    ),
+]
+
+
+@app.command("screen")
+def screen_command(
+    files: Files,
+    bundle: Annotated[Path, typer.Option(help="Bundle to screen with.")],
+    on: Place = "here",
+    out: OutTables = None,
+    workers: Workers = None,
+    part_rows: Annotated[int, typer.Option(help="With --on ray: rows of a part.", min=1)] = 50_000,
+    text_column: TextColumn = "text",
+    dtype: Dtype = None,
+    engine: EngineOrRay = None,
+) -> None:
+    """Screen a JSONL stream, one verdict per line, in order, on stdout; or many large files."""
+    if engine == "ray":
+        on, engine = "ray", None
+    if (on == "ray") != (out is not None):
+        raise DataError("--on ray needs --out, the folder for its results, and nothing else does")
+    if out is None:
+        if len(files) > 1:
+            raise DataError("several files need --on ray")
+        failed = screen_lines(Path(files[0]), bundle, text_column, dtype, engine)
+        if failed:
+            say(f"{failed} lines could not be screened; their output has an error")
+    else:
+        from models.offline.screening.bulk import screen_files
+
+        totals = screen_files(
+            files, bundle, out, text_column=text_column, part_rows=part_rows, workers=workers,
+            dtype=dtype, engine=engine, say=say,
+        )  # fmt: skip
+        failed = totals.failed
+        say(
+            f"{totals.rows} rows, of which {totals.poisoned} are poisoned and {failed} "
+            f"could not be screened; wrote {out}"
+        )
+    raise typer.Exit(1 if failed else 0)
+
+
+def screen_lines(
+    file: Path, bundle: Path, text_column: str, dtype: DtypeName | None, engine: EngineName | None
+) -> int:
+    """Screen a JSONL file, or stdin, to stdout; return how many lines could not be screened."""
+    from tqdm import tqdm
+
+    from models.bundle.load import load_bundle
+    from models.offline.screening.stream import screen_file
+
+    loaded = load_bundle(bundle, dtype, engine)
+    with open_lines(file) as lines:
+        # No bar between verdicts on a terminal, and none where nobody would see it.
+        watched = tqdm(lines, unit=" lines", disable=sys.stdout.isatty() or None)
+        return screen_file(loaded, watched, sys.stdout, text_column)
+
+
+def open_lines(file: Path) -> TextIO:
+    """Open a JSONL file; bytes that are not UTF-8 become surrogates: an error of their line.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        raw = sys.stdin.buffer if str(file) == "-" else file.open("rb")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    return TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+@app.command("triggers")
+def triggers_command(
+    texts: Annotated[str, typer.Argument(help="Traffic: JSONL, CSV, TSV or Parquet.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle to screen it with.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the phrases.")] = None,
+    most: Annotated[int, typer.Option(help="Phrases to show.", min=1)] = 10,
+    text_column: TextColumn = "text",
+    dtype: Dtype = None,
+    engine: Engine = None,
+) -> None:
+    """Screen traffic, and say what the flagged texts have in common that the others have not."""
+    if out is not None and out.exists():
+        raise DataError(f"{out} exists already; choose another --out")
+    from models.bundle.load import load_bundle
+    from models.offline.io.samples import load_samples
+    from models.offline.screening.stream import split_by_verdict
+    from models.offline.screening.triggers import common_phrases, phrase_table
+
+    samples = load_samples(texts, text_column=text_column, drop_empty=True)
+    by_verdict = split_by_verdict(load_bundle(bundle, dtype, engine), [s.text for s in samples])
+    phrases = common_phrases(*by_verdict, most)
+    flagged, passed = map(len, by_verdict)
+    stdout.print(phrase_table(phrases, flagged, passed))
+    if out is not None:
+        found = {"flagged": flagged, "passed": passed, "phrases": [asdict(p) for p in phrases]}
+        out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        say(f"wrote {out}")
