@@ -30,7 +30,7 @@ BUT_FAST = {
     *("test_triggers", "test_deploy", "test_faults", "test_kubernetes", "test_scaling"),
 }
 """Modules there that do neither."""
-SLOW_FIXTURES = {"browser", "cluster", "demo_bundle", "demo_folder", "service", "shared"}
+SLOW_FIXTURES = {"both", "browser", "cluster", "demo_bundle", "demo_folder", "service", "shared"}
 """What trains, or starts a process, wherever a test is that wants it."""
 
 

@@ -289,6 +289,7 @@ def new_key(
     )
 
 
+@pytest.mark.slow
 def test_the_command_makes_keys_that_open_and_leaves_only_hashes(tmp_path: Path) -> None:
     done = new_key(tmp_path, "team-a", "--scope", "classify", "--rate", "5/second", "--no-scores")
     first = done.stdout.strip()

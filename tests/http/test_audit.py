@@ -297,6 +297,7 @@ def test_a_store_that_is_gone_is_written_to_when_it_is_back(tmp_path: Path) -> N
         assert metric(client, "psim_audit_dropped_total") == 0
 
 
+@pytest.mark.slow
 def test_a_store_that_hangs_delays_neither_requests_nor_the_end_for_long(
     cluster: tuple[str, "subprocess.Popen[bytes]"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +321,7 @@ def test_a_store_that_hangs_delays_neither_requests_nor_the_end_for_long(
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_connections_that_the_server_cuts_cost_no_row(
     cluster: tuple[str, "subprocess.Popen[bytes]"],
 ) -> None:
@@ -428,6 +430,7 @@ def test_the_export_is_what_was_written_in_the_range_that_is_asked_for(
         assert [json.loads(line)["request_id"] for line in found] == ids, arguments
 
 
+@pytest.mark.slow
 def test_the_command_works_beside_a_running_service_and_says_what_is_missing(
     tmp_path: Path,
 ) -> None:

@@ -212,6 +212,7 @@ def test_marks_end_with_the_input_that_they_are_of(url: str) -> None:
             assert connection.execute(sa.select(marks.c.input)).scalars().all() == [young.id]
 
 
+@pytest.mark.slow
 def test_marks_are_exported_alike_by_page_and_command(url: str) -> None:
     rows = [new(FLAGGED, text=HOSTILE.replace("\0", "\ufffd"), number=n) for n in range(3)]
     write(url, *rows)

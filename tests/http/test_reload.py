@@ -219,6 +219,7 @@ def test_the_admin_s_routes_are_there_only_if_a_setting_says_so(bundles: Bundles
         assert not [path for path in client.get("/openapi.json").json()["paths"] if "admin" in path]
 
 
+@pytest.mark.slow
 def test_a_real_process_reloads_its_file_of_models_on_sighup(
     bundles: Bundles, tmp_path: Path
 ) -> None:

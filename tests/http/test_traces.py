@@ -174,6 +174,7 @@ def test_a_collector_that_is_not_there_delays_neither_requests_nor_the_end(
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.modules['opentelemetry.sdk.resources'] = None\n"

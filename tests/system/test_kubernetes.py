@@ -414,6 +414,7 @@ def answers(client: httpx.Client, probe: Manifest) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_service_starts_with_what_the_manifests_give_it(demo_bundle: Path) -> None:
     """With an audit, and the screen only in front of that one."""
     with tempfile.TemporaryDirectory() as own, tempfile.TemporaryDirectory() as other:
@@ -433,6 +434,7 @@ def test_the_service_starts_with_what_the_manifests_give_it(demo_bundle: Path) -
         assert all(row.text is None and row.text_hmac for row in found)
 
 
+@pytest.mark.slow
 def test_the_service_starts_with_keys_and_limits(demo_bundle: Path) -> None:
     """Without Redis, which the service can do without."""
     with tempfile.TemporaryDirectory() as own:

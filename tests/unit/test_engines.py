@@ -43,6 +43,8 @@ from tests.support.families import (
     trained,
 )
 
+pytestmark = pytest.mark.slow  # it trains, and compiles graphs
+
 CPU = torch.device("cpu")
 LONGEST = 129
 """Tokens of the longest text; no multiple of what lengths are rounded up to."""

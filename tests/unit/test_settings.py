@@ -31,6 +31,7 @@ def test_threads_follow_the_cgroup_quota(
     assert usable_cpus(tmp_path / "cpu.max") == (cpus if expected is None else min(cpus, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
