@@ -254,7 +254,7 @@ class Run:
         self.out = out
         arguments: list[object] = [pattern, "--bundle", bundle, "--on", "ray", "--out", out]
         arguments += ["--part-rows", rows, "--workers", 2]
-        command = [sys.executable, "-m", "models.offline", "screen", *map(str, arguments)]
+        command = [sys.executable, "-m", "psim", "screen", *map(str, arguments)]
         # No pipe, which Ray's own processes would hold open when the command is killed.
         self.errors = out.with_suffix(".log")
         with self.errors.open("w") as errors:
