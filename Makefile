@@ -17,10 +17,10 @@ INSTALL_SELF := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolat
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate -c constraints.txt
 
-.PHONY: help dev demo bench test lint lock audit sbom clean
+.PHONY: help dev demo bench test test-fast lint lock audit sbom clean
 
 help: ## say what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -58,6 +58,9 @@ bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/
 
 test: lint ## all checks and tests
 	$(BIN)/python -m pytest --cov=psim --cov=service --cov=models --cov-report=term
+
+test-fast: $(READY) ## the tests that start and train nothing: two minutes
+	$(BIN)/python -m pytest -m fast
 
 lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

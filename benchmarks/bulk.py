@@ -35,7 +35,7 @@ from models.offline.attacks.corpus import generate
 
 app = typer.Typer()
 MB = 2**20
-PSIM = [sys.executable, "-m", "models.offline", "screen"]
+PSIM = [sys.executable, "-m", "psim", "screen"]
 
 
 def write_inputs(folder: Path, rows: int, files: int) -> None:

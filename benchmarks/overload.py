@@ -1,9 +1,9 @@
-"""What the service does with more than it can do: half, once, twice and again half of that.
+"""The service under overload: at half, full and double its capacity, then at half again.
 
-Requests of one text come at random moments (a Poisson process) whether or not earlier ones are
-answered, and times count from the moment at which a request was due. What the service can do is
-measured before, by as many connections as keep it busy. It runs on the server CPUs, and this
-command on one of its own, as in bench.py.
+Requests of one text arrive at random moments (a Poisson process), whether or not earlier ones are
+answered. Times count from the moment at which a request was due. The capacity is measured first,
+with enough connections to keep the service busy. The service runs on the server CPUs and this
+command on a CPU of its own, as in bench.py.
 
     python benchmarks/overload.py OUT --bundle BUNDLE --texts sst-2/test.jsonl --docs
 """
@@ -35,8 +35,8 @@ from models.detection.screen import FloatArray
 from models.offline.demo import build
 from models.offline.io.samples import load_samples
 
-PHASES = {"half": 0.5, "once": 1.0, "twice": 2.0, "half again": 0.5}
-"""Shares of what the service can do."""
+PHASES = {"half": 0.5, "full": 1.0, "double": 2.0, "half again": 0.5}
+"""Offered load by phase, as a share of the capacity."""
 CONNECTIONS, WARM_UP_S, EVERY_S = 128, 5, 0.5
 REFUSED = 429
 DUE, SECONDS, STATUS, RETRY_AFTER = range(4)
@@ -193,7 +193,7 @@ def table(result: Result) -> str:
             f"{resident.min():.0f} to {resident.max():.0f}",
         ])  # fmt: skip
     header = [
-        "offered", "requests/s", "answered/s", "429", "other errors", "p50 / p99, ms",
+        "offered load", "requests/s", "answered/s", "429", "other errors", "p50 / p99, ms",
         "p99 of a 429, ms", "Retry-After, s", "memory, MB",
     ]  # fmt: skip
     return markdown(header, rows)
@@ -202,19 +202,20 @@ def table(result: Result) -> str:
 def summary(result: Result) -> str:
     """Return the table, what it amounts to, and the conditions."""
     by_phase = phases(result)
-    once, twice = (percentile(by_phase[name], 99) for name in ("once", "twice"))
-    back = recovery(result)
+    full, double = (percentile(by_phase[name], 99) for name in ("full", "double"))
+    after = recovery(result)
+    back = "never returns to normal" if after is None else f"is back to normal {after} s"
     used = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
     here = result["machine"]
     return (
         f"{table(result)}\n\n"
-        f"p99 of what is answered at twice / once: **{twice / once:.2f}**. With {CONNECTIONS} "
-        f"connections that keep it busy it answers {result['can']:.0f} a second, p99 "
-        f"{1000 * result['closed_p99']:.0f} ms. Latency is as before "
-        f"{'never' if back is None else f'{back} s'} after the load has ended.\n\n"
-        f"{result['at']}, {here['processor']}, one core for the service and one for the load, "
-        f"{result['seconds']:.0f} s each, bundle `{result['bundle']}`, {result['texts']} texts; "
-        f"{used}."
+        f"The p99 of answered requests at double load is **{double / full:.2f}** times the p99 at "
+        f"full load. With {CONNECTIONS} connections that keep it busy, the service answers "
+        f"{result['can']:.0f} requests a second, with a p99 of "
+        f"{1000 * result['closed_p99']:.0f} ms. Latency {back} after the double load ends.\n\n"
+        f"{result['at']}, {here['processor']}, one core for the service and one for the load "
+        f"generator, {result['seconds']:.0f} s per phase, bundle `{result['bundle']}`, "
+        f"{result['texts']} texts; {used}."
     )
 
 

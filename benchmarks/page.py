@@ -1,4 +1,4 @@
-"""Tables and plots of what was measured, as docs/performance.md shows them."""
+"""Tables and plots of the measurements, as docs/performance.md shows them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +27,10 @@ def conditions(result: Result) -> str:
     warning = "**A smoke test: these figures mean nothing.** " if setup["quick"] else ""
     return (
         f"{warning}{result['at']}, {machine['processor']} ({machine['instructions']}), "
-        f"{machine['cpus']} CPUs, {machine['memory_gb']} GB, load {machine['load_before']} before; "
+        f"{machine['cpus']} CPUs, {machine['memory_gb']} GB, "
+        f"load average {machine['load_before']} before the run; "
         f"{setup['rounds']} rounds, {setup['count']} texts ({setup['texts']}), "
-        f"{len(setup['server_cpus'])} CPU(s) for what is measured; {used}; "
+        f"{len(setup['server_cpus'])} CPU(s) for the measured processes; {used}; "
         f"took {result['took_s'] / 60:.0f} min."
     )
 
@@ -73,7 +74,7 @@ def http_section(result: Result) -> str:
     connections = [level["connections"] for row in result["rows"][:1] for level in row["levels"]]
     header = [
         "server", "dtype", "texts/s at " + " / ".join(map(str, connections)),
-        "p50, ms", "p99, ms", "best, texts/s", "gateway / it", "peak, MB", "start, s",
+        "p50, ms", "p99, ms", "best, texts/s", "gateway / this server", "peak, MB", "start, s",
     ]  # fmt: skip
     lines = []
     for peer, dtype in dict.fromkeys((row["peer"], row["dtype"]) for row in result["rows"]):
@@ -99,11 +100,11 @@ def http_section(result: Result) -> str:
         for level in row["levels"]
         if level["errors"]
     }
-    notes += [f"- Answers that were errors, by status: {at}: {n}" for at, n in failed.items()]
+    notes += [f"- Error responses by status: {at}: {n}" for at, n in failed.items()]
     about = (
-        f"Gateway's engine `{result['engine']}`; load by {result['generator']} on "
+        f"Engine of the gateway: `{result['engine']}`. Load generator: {result['generator']} on "
         f"{len(result['setup']['load_cpus'])} CPU of its own, {result['setup']['seconds']:.0f} s "
-        "each; medians, and in brackets the least and the most of the rounds."
+        "per level. Values are medians over the rounds, with minimum and maximum in parentheses."
     )
     return "\n\n".join([about, markdown(header, lines), *(["\n".join(notes)] if notes else [])])
 
@@ -125,7 +126,10 @@ def growth_section(result: Result) -> str:
         for tokens in sorted({r["tokens"] for r in rows})
     ]
     header = ["tokens", *(f"{layers} layers, batch {b}" for layers in depths for b in batches)]
-    about = f"Guarded, {result['dtype']}: ms per text, and in brackets guarded / bare time."
+    about = (
+        f"Guarded, {result['dtype']}: ms per text, with guarded / bare time in parentheses. "
+        '"-" means not measured.'
+    )
     return f"{about}\n\n{markdown(header, lines)}"
 
 
@@ -138,7 +142,7 @@ def roofline_section(result: Result) -> str:
     ]
     return (
         f"Engine `{result['engine']}`.\n\n"
-        f"{markdown(['dtype', 'what', 'GFLOP/s', 'share of the peak'], lines)}"
+        f"{markdown(['dtype', 'operation', 'GFLOP/s', 'share of the peak'], lines)}"
     )
 
 
@@ -254,7 +258,7 @@ def targets(found: dict[str, Result]) -> str:
             name, where, f"{'≥' if at_least else '≤'} {target:g}",
             " / ".join(spread(v, digits) for v in values), verdict,
         ])  # fmt: skip
-    return markdown(["figure", "measured on", "target", "measured", ""], lines)
+    return markdown(["figure", "conditions", "target", "measured", "result"], lines)
 
 
 def http_plot(result: Result) -> Figure:
@@ -327,7 +331,7 @@ def write(found: dict[str, Result], folder: Path) -> None:
         if stage in found:
             file = f"performance-{stage}.png"
             plot(found[stage]).savefig(images / file, dpi=110)
-            parts[stage] += f"\n\n![The same as a plot](img/{file})"
+            parts[stage] += f"\n\n![Plot of the table above](img/{file})"
     page = folder / "performance.md"
     if not page.exists():
         page.write_text("".join(map(marked, ("targets", *SECTIONS))))

@@ -1,4 +1,4 @@
-"""A cluster of gateways under load, simulated with SimPy; and what a billion requests a day take.
+"""A cluster of gateways under load, simulated with SimPy; and what a billion requests a day need.
 
     python benchmarks/scaling.py --docs        # writes tables and plots into docs/scaling.md
 
@@ -388,7 +388,8 @@ def plan_tables(found: Measured) -> tuple[str, str]:
         for dtype, (rate, peak_mb) in found.http.items()
     ]  # fmt: skip
     over_http = markdown(
-        ["MiniLM, SST-2", "texts/s of a core", "planned", "cores", "memory, GB"], rows
+        ["MiniLM, SST-2", "texts/s per core", "planned texts/s per core", "cores", "memory, GB"],
+        rows,
     )
     layers = sorted({of for _, of in found.growth})
     by_size = []
@@ -445,7 +446,9 @@ def events(one: float) -> dict[str, tuple[Setup, Run]]:
     """Return what autoscaling makes of a load that triples, and what is lost with replicas."""
     base = Setup(Load(REPLICAS * one * UTILIZATION), REPLICAS, 420)
     step = replace(base, load=replace(base.load, step=STEP, step_at=60))
-    setups = {f"load triples, {name}": replace(step, scaling=s) for name, s in SIGNALS.items()}
+    setups = {
+        f"load triples, scaled by {name}": replace(step, scaling=s) for name, s in SIGNALS.items()
+    }
     for lost in (1, REPLICAS // 2):
         loss = replace(base, lost=lost, lost_at=60)
         name = f"{lost} of {REPLICAS} replicas lost"
@@ -466,7 +469,7 @@ def event_table(found: dict[str, tuple[Setup, Run]]) -> str:
             "never" if back is None else f"{back:.0f}", str(run.replicas[-1][1]),
         ])  # fmt: skip
     return markdown(
-        ["event", "p50 / p99, s", "429", "504", "lost", "back after, s", "replicas at the end"],
+        ["event", "p50 / p99, s", "429", "504", "lost", "recovery, s", "replicas at the end"],
         rows,
     )
 
@@ -489,7 +492,7 @@ def plot(runs: dict[str, list[Run]], found: dict[str, tuple[Setup, Run]]) -> Fig
         if setup.load.step > 1:
             p99 = run.slowest(0, setup.seconds)
             starts = 10 * np.arange(len(p99))
-            (line,) = right.plot(starts, p99, label=f"scaled by {name.split(', ')[1]}")
+            (line,) = right.plot(starts, p99, label=name.split(", ")[1])
             times, there = zip(*run.replicas, (setup.seconds, run.replicas[-1][1]), strict=True)
             count.step(times, there, ":", where="post", color=line.get_color())
     right.set(
@@ -514,9 +517,9 @@ def main(docs: bool = False) -> None:
     replica = markdown(
         ["one replica", "simulated"],
         [
-            ["texts a second, if it always has more to do", f"{saturated():.0f}"],
+            ["texts/s at saturation", f"{saturated():.0f}"],
             ["p50 of a lone request, ms", f"{1000 * lone:.1f}"],
-            ["p99 / p50 at 70 % of what was measured over HTTP",
+            ["p99 / p50 at 70 % of the throughput measured over HTTP",
              f"{one_at_70.percentile(99, 10) / one_at_70.percentile(50, 10):.1f}"],
         ],
     )  # fmt: skip

@@ -74,8 +74,8 @@ REST_S, PATIENCE = 3, 20
 COUNTS = {
     "files": "open files",
     "threads": "threads",
-    "tasks": "tasks of asyncio",
-    "objects": "objects of Python",
+    "tasks": "asyncio tasks",
+    "objects": "Python objects",
 }
 app = typer.Typer()
 
@@ -410,7 +410,7 @@ def plot(result: Result) -> Figure:
     memory.plot(inputs, [one["resident_mb"] for one in result["states"]])
     memory.set(title="resident memory, MB")
     objects.plot(inputs, [one["objects"] / 1000 for one in result["states"]])
-    objects.set(title="objects of Python, thousands")
+    objects.set(title="Python objects, thousands")
     for name in ("files", "threads", "tasks"):
         counts.plot(inputs, [one[name] for one in result["states"]], label=COUNTS[name])
     counts.legend(fontsize="small")
@@ -430,16 +430,17 @@ def table(result: Result) -> str:
         ["inputs answered", f"{result['inputs']:,}"],
         ["requests", f"{sum(requests.values()):,}: "
          + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in requests.items())],
-        ["of those that hung up, answered all the same", f"{result['hung_up_answered']:,}"],
+        ["hung-up requests that were answered anyway", f"{result['hung_up_answered']:,}"],
         ["inputs by decision, in metrics and audit",
          ", ".join(f"{count:,} {name}" for name, count in result["decisions"].items())],
-        ["**wrong, lost or doubled answers; counts that differ**",
+        ["**wrong, lost or duplicate answers; mismatched counts**",
          f"**{len(result['differences'])}**"],
-        ["texts", f"{result['pool']:,}; {result['alike']:.3%} of their pairs are answered alike"],
-        ["took", f"{result['seconds'] / 60:.0f} min"],
+        ["distinct texts",
+         f"{result['pool']:,}; {result['alike']:.3%} of their pairs have equal answers"],
+        ["duration", f"{result['seconds'] / 60:.0f} min"],
         ["resident memory in the second half",
          f"{min(memory):.0f} to {max(memory):.0f} MB, {growth(points):+.1f} MB per 100,000 inputs"],
-        *([f"{label}: at rest before / most under load / at rest after",
+        *([f"{label}: idle before / peak under load / idle after",
            f"{result['before'][name]} / {max(one[name] for one in result['states'])} / "
            f"{result['after'][name]}"] for name, label in COUNTS.items()),
     ]  # fmt: skip

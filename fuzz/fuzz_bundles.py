@@ -25,13 +25,13 @@ with atheris.instrument_imports(include=["models"]):
     from models.bundle.load import load_bundle
     from models.errors import PsimError
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent))
 
 import transformers
-from families import tiny_victim
-from test_bundle import fit_tiny
 
 from models.offline.io.classifiers import encoder_path
+from tests.support.bundles import fit_tiny
+from tests.support.families import tiny_victim
 
 MOST_WORDS = 500
 """Of the vocabulary, where others come from it: changing all of it would take most of the time."""

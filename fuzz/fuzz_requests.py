@@ -22,8 +22,7 @@ from mutation import mutate
 with atheris.instrument_imports(
     include=["service.http.parsing", "service.protocols", "service.schemas"]
 ):
-    from service.http.parsing import parse, read_json
-    from service.http.routes.classify import choose
+    from service.http.parsing import choose, parse, read_json
     from service.http.routes.guardrails import GuardrailRequest
     from service.protocols.base import BadAnswer, ModelInfo, WireProtocol
     from service.protocols.registry import SERVED, protocols

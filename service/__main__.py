@@ -11,19 +11,19 @@ from service.app import create_process_app
 from service.settings import load_settings
 
 KEEP_ALIVE_S = 75
-"""How long an idle connection is kept: longer than proxies and pools do (nginx 60 s), or a request
-meets a connection that is being closed."""
+"""Time that an idle connection is kept: longer than proxies and pools keep theirs (nginx 60 s), so
+that no request meets a closing connection."""
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests end; exit with 2 if it cannot be."""
-    # As the first process of a container, it would not end at all while it starts; and once all is
-    # answered, uvicorn sends itself the signal again, which is no failure.
-    signal.signal(signal.SIGTERM, _end)
+    """Serve until SIGTERM or SIGINT, then let running requests end; exit with 2 on bad settings."""
+    # PID 1 of a container ignores SIGTERM by default, also while it starts. And uvicorn repeats the
+    # signal after a clean shutdown, which is no failure.
+    signal.signal(signal.SIGTERM, _exit)
     try:
         settings = load_settings()
         app = create_process_app(settings)

@@ -1,133 +1,164 @@
-"""What can go wrong with a request, in the domain's terms, not in those of HTTP."""
+"""Errors that end a request; each carries the answer that its caller gets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """Base; the message is for the caller and never holds the caller's text."""
+    """An expected error; its message is for the caller and never quotes the caller's text."""
 
-    code = "internal"
+    status: ClassVar[int]
+    """HTTP status of the answer."""
+    code: ClassVar[str]
+    """Stable name of the error, for programs."""
+    outcome: ClassVar[str] = "error"
+    """Outcome of the request, as metrics and logs count it."""
 
-
-class Malformed(ServiceError):
-    """The body cannot be parsed."""
-
-    code = "malformed"
-
-
-class Invalid(ServiceError):
-    """The body can be parsed, but is not a valid request."""
-
-    code = "invalid"
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Headers of the answer."""
+        return {}
 
 
-class TooLarge(ServiceError):
-    """The body, or one of its texts, is over the limit."""
+class ClientError(ServiceError):
+    """The request is at fault, not the service."""
 
-    code = "too_large"
-
-
-class UnsupportedMedia(ServiceError):
-    """The body's type or encoding could hide a text from the screen."""
-
-    code = "unsupported_media"
+    outcome = "client_error"
 
 
-class Overloaded(ServiceError):
-    """The queue is full; trying again later helps."""
-
-    code = "overloaded"
-
-    def __init__(self, reason: str, retry_after_s: int = 1) -> None:
-        super().__init__(f"the queue is full ({reason}); try again in {retry_after_s} s")
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-
-
-class ScreenFailed(ServiceError):
-    """Screening failed, so the input was not classified: the gateway fails closed."""
-
-    code = "screen_failed"
-
-
-class ClassifyFailed(ServiceError):
-    """The input was screened, but the classifier failed."""
-
-    code = "classify_failed"
-
-
-class NotReady(ServiceError):
-    """The worker is starting, dead or draining."""
-
-    code = "not_ready"
-
-
-class TimedOut(ServiceError):
-    """The answer was not there in time."""
-
-    code = "timeout"
-
-
-class UnknownModel(ServiceError):
-    """The request names a model that is not served."""
-
-    code = "unknown_model"
-
-
-class NotAllowed(ServiceError):
-    """Who asks is not known, or may not; `challenge` says what is wanted (RFC 6750)."""
-
-    def __init__(self, message: str, challenge: str) -> None:
-        super().__init__(message)
-        self.challenge = challenge
-
-
-class Unauthorized(NotAllowed):
-    """The request has no API key, or none that is known."""
-
-    code = "unauthorized"
-
-
-class Forbidden(NotAllowed):
-    """The API key is not good for this."""
-
-    code = "forbidden"
-
-
-class RateLimited(ServiceError):
-    """The API key has sent as much as it may; trying again later helps."""
-
-    code = "rate_limited"
-
-    def __init__(self, rate: str, retry_after_s: int) -> None:
-        super().__init__(f"the key's limit is {rate}; try again in {retry_after_s} s")
-        self.retry_after_s = retry_after_s
-
-
-class NotInspected(ServiceError):
-    """A proxy asks about a request that cannot be screened as its upstream would read it."""
-
-    code = "not_inspected"
-
-
-class UpstreamDown(ServiceError):
-    """The classifier elsewhere is down, or says so; trying again later helps."""
-
-    code = "upstream_down"
+class RetryLater(ServiceError):
+    """The same request may succeed in `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """When to try again (RFC 9110, section 10.2.3)."""
+        return {"retry-after": str(self.retry_after_s)}
+
+
+class NotAllowed(ClientError):
+    """The caller is unknown or lacks a permission; `challenge` names what is missing (RFC 6750)."""
+
+    def __init__(self, message: str, challenge: str) -> None:
+        super().__init__(message)
+        self.challenge = challenge
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The challenge."""
+        return {"www-authenticate": self.challenge}
+
+
+class Malformed(ClientError):
+    """The body cannot be parsed."""
+
+    status, code = 400, "malformed"
+
+
+class Unauthorized(NotAllowed):
+    """The request has no API key, or an unknown one."""
+
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(NotAllowed):
+    """The API key lacks a permission."""
+
+    status, code = 403, "forbidden"
+
+
+class NotInspected(ClientError):
+    """A proxied request cannot be screened the way its upstream would read it."""
+
+    status, code = 403, "not_inspected"
+
+
+class UnknownModel(ClientError):
+    """The request names a model that is not served."""
+
+    status, code = 404, "unknown_model"
+
+
+class TooLarge(ClientError):
+    """The body, or one of its texts, is over the limit."""
+
+    status, code = 413, "too_large"
+
+
+class UnsupportedMedia(ClientError):
+    """The body's type or encoding could hide a text from the screen."""
+
+    status, code = 415, "unsupported_media"
+
+
+class Invalid(ClientError):
+    """The body can be parsed but is not a valid request."""
+
+    status, code = 422, "invalid"
+
+
+class RateLimited(ClientError, RetryLater):
+    """The API key is over its rate limit."""
+
+    status, code = 429, "rate_limited"
+
+    def __init__(self, rate: str, retry_after_s: int) -> None:
+        message = f"the key's limit is {rate}; try again in {retry_after_s} s"
+        super().__init__(message, retry_after_s)
+
+
+class Overloaded(RetryLater):
+    """The queue is full."""
+
+    status, code, outcome = 429, "overloaded", "overloaded"
+
+    def __init__(self, reason: str, retry_after_s: int = 1) -> None:
+        message = f"the queue is full ({reason}); try again in {retry_after_s} s"
+        super().__init__(message, retry_after_s)
+        self.reason = reason
+
 
 class UpstreamFailed(ServiceError):
-    """The classifier elsewhere gave no answer, or none that can be used."""
+    """The upstream classifier gave no answer, or an unusable one."""
 
-    code = "upstream_failed"
+    status, code = 502, "upstream_failed"
 
 
-class UpstreamRefused(ServiceError):
-    """The classifier elsewhere says that the request is at fault; its answer is passed on."""
+class UpstreamDown(RetryLater):
+    """The upstream classifier is down, or says so."""
+
+    status, code = 503, "upstream_down"
+
+
+class ClassifyFailed(ServiceError):
+    """The input was screened, but the classifier failed."""
+
+    status, code = 503, "classify_failed"
+
+
+class NotReady(ServiceError):
+    """The worker is starting, dead or draining."""
+
+    status, code = 503, "not_ready"
+
+
+class ScreenFailed(ServiceError):
+    """Screening failed, so the input was not classified: the gateway fails closed."""
+
+    status, code = 503, "screen_failed"
+
+
+class TimedOut(ServiceError):
+    """No answer was ready in time."""
+
+    status, code = 504, "timeout"
+
+
+class UpstreamRefused(ClientError):
+    """The upstream classifier blames the request; its answer is passed on unchanged."""
 
     code = "upstream_refused"
 
@@ -135,4 +166,4 @@ class UpstreamRefused(ServiceError):
         self, message: str, status: int, headers: Sequence[tuple[str, str]], body: bytes
     ) -> None:
         super().__init__(message)
-        self.status, self.headers, self.body = status, headers, body
+        self.answer = status, headers, body

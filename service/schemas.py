@@ -1,4 +1,4 @@
-"""The native wire format; what protocols have in common is in its words too."""
+"""The native wire format, and the types that all protocols share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from models.detection.screen import Detector
 
 NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-"""What `str.strip` leaves, as a regular expression for OpenAPI; requests are checked in Python."""
+"""A character that `str.strip` keeps, for OpenAPI only; requests are checked in Python."""
 Text = Annotated[
     str,
     StringConstraints(min_length=1, strict=True),
@@ -19,7 +19,7 @@ Text = Annotated[
 
 
 def _whole(number: object) -> object:
-    """Return 2.0 as 2: JSON has one kind of numbers."""
+    """Return 2.0 as 2, since JSON has one kind of number."""
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
@@ -27,7 +27,7 @@ Count = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)]
 
 
 class Decision(StrEnum):
-    """What the gateway does with an input; in order of severity."""
+    """Treatment of an input, in order of severity."""
 
     ALLOW = "allow"
     SANITIZE = "sanitize"
@@ -39,7 +39,7 @@ SEVERITY = {decision: number for number, decision in enumerate(Decision)}
 
 
 def worst(decisions: Iterable[Decision | None]) -> Decision:
-    """Return the most severe of the decisions that were made."""
+    """Return the most severe decision; None stands for an input without one."""
     return max(filter(None, decisions), key=SEVERITY.__getitem__)
 
 
@@ -48,12 +48,12 @@ class _Wire(BaseModel):
 
 
 class TextsRequest(_Wire, ABC):
-    """A request that is about texts."""
+    """A request with texts."""
 
     @property
     @abstractmethod
     def texts(self) -> list[str]:
-        """All that a classifier would read, in order."""
+        """Everything that a classifier would read, in order."""
 
 
 class ScreenRequest(TextsRequest):
@@ -63,13 +63,15 @@ class ScreenRequest(TextsRequest):
 
     @property
     def texts(self) -> list[str]:
-        """The texts, as a list even if there is one."""
+        """The texts, in a list even if there is one."""
         return [self.inputs] if isinstance(self.inputs, str) else self.inputs
 
 
 class ScreenResult(_Wire):
-    """What PSIM says about a text, see `models.detection.screen.Verdict`; the first five are null
-    if the caller's API key is for decisions only."""
+    """Verdict on a text, see `models.detection.screen.Verdict`.
+
+    The first five fields are null if the caller's API key is for decisions only.
+    """
 
     confidence: float | None = None
     score: float | None = None
@@ -81,7 +83,7 @@ class ScreenResult(_Wire):
 
 
 class Removed(_Wire):
-    """A part of the text, in characters (Unicode code points), that carried a trigger."""
+    """A span of the text that carried a trigger, in characters (Unicode code points)."""
 
     start: int
     end: int
@@ -96,7 +98,7 @@ class Score(_Wire):
 
 
 def best_first(scores: Iterable[tuple[str, float]]) -> list[Score]:
-    """Return labels and their scores, the best first."""
+    """Return labels with their scores, best first."""
     return sorted((Score(label=label, score=s) for label, s in scores), key=lambda s: -s.score)
 
 
@@ -109,7 +111,7 @@ class Result(_Wire):
     label: str | None
     scores: list[Score] | None
     removed: list[Removed] | None = None
-    """What was taken out of a sanitized text before it was classified; else null."""
+    """Spans cut from a sanitized text before it was classified; else null."""
 
 
 class ClassifyResponse(_Wire):
@@ -133,7 +135,7 @@ class ExplainRequest(ScreenRequest):
 
 
 class WeightedWord(_Wire):
-    """A word and by how much the score falls without it, see `models.detection.explain.Word`."""
+    """A word, and the fall of the score without it, see `models.detection.explain.Word`."""
 
     start: int
     end: int
@@ -142,15 +144,14 @@ class WeightedWord(_Wire):
 
 
 class ExplainResponse(_Wire):
-    """What the verdict on a text rests on."""
+    """Reasons for the verdict on a text."""
 
     bundle: str
     screen: ScreenResult
     words: list[WeightedWord]
     """In the order of the text."""
     removed: list[Removed]
-    """What was found without which the text passes; empty if it passes as it is, or if nothing was
-    found."""
+    """Spans whose removal lets the text pass; empty if it passes unchanged or none were found."""
 
 
 class Problem(BaseModel):

@@ -22,7 +22,7 @@ from transformers import pipeline
 
 from models.detection.conformal import min_calibration_size
 from models.detection.screen import FloatArray, is_poisoned
-from models.offline.study.baselines import Strip
+from models.offline.study.defences.baselines import Strip
 
 BUDGET = 0.05
 """Of STRIP's false rejections: what a defence costs does not depend on it, its calibration does."""

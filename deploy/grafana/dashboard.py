@@ -50,7 +50,7 @@ CHARTS: dict[str, list[Chart]] = {
             {"{{model}} {{decision}}": f"sum by (model, decision) (rate(psim_inputs_total{RATE}))"},
         ),
         Chart(
-            "Share found poisoned, and the day before",
+            "Flagged share of inputs: last 30 min and the day before",
             units.PercentUnit,
             {
                 "last 30 min {{model}}": "job_model:psim_flagged:ratio_rate30m",
@@ -58,27 +58,31 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
-            "Found poisoned in shadow mode; passed unscreened",
+            "Flagged in shadow mode; passed unscreened",
             units.CountsPerSecond,
             {
                 "shadow {{model}}": f"sum by (model) (rate(psim_would_reject_total{RATE}))",
                 "fail open {{model}}": f"sum by (model) (rate(psim_fail_open_total{RATE}))",
             },
         ),
-        Chart("Score, standard deviations", units.NoUnit, quantiles("psim_screen_score", "model")),
+        Chart(
+            "Screen score (standard deviations)",
+            units.NoUnit,
+            quantiles("psim_screen_score", "model"),
+        ),
         Chart("PSIM confidence", units.PercentUnit, quantiles("psim_screen_confidence", "model")),
         Chart(
-            "Threshold, standard deviations",
+            "Threshold (standard deviations)",
             units.NoUnit,
             {"{{model}} {{label}}": "max by (model, label) (psim_threshold)"},
         ),
         Chart(
-            "Drift from the calibration texts (Kolmogorov-Smirnov; alert at 20 %)",
+            "Drift from the calibration texts (Kolmogorov-Smirnov; alert above 20 %)",
             units.PercentUnit,
             {"{{model}} {{label}}": "max by (model, label) (psim_drift_statistic)"},
         ),
         Chart(
-            "Inputs that drift is measured by",
+            "Inputs in the drift measurement",
             units.Short,
             {"{{model}} {{label}} {{instance}}": "psim_drift_inputs"},
         ),
@@ -90,7 +94,7 @@ CHARTS: dict[str, list[Chart]] = {
             {"{{outcome}}": f"sum by (outcome) (rate(psim_requests_total{RATE}))"},
         ),
         Chart(
-            "Share failed; the objective is 0.1 %",
+            "Share of failed requests (objective: at most 0.1 %)",
             units.PercentUnit,
             {
                 "last hour": "job:psim_request_errors:ratio_rate1h",
@@ -98,16 +102,18 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
-            "Request time",
+            "Request duration",
             units.Seconds,
             quantiles("psim_request_duration_seconds", "route"),
             exemplars=True,
         ),
-        Chart("Time by stage", units.Seconds, quantiles("psim_stage_duration_seconds", "stage")),
+        Chart(
+            "Duration by stage", units.Seconds, quantiles("psim_stage_duration_seconds", "stage")
+        ),
     ],
     "Load": [
         Chart(
-            "Queue, share of its limit",
+            "Queue, as a share of its limit",
             units.PercentUnit,
             {
                 f"{what} {{{{instance}}}} {{{{model}}}}": (
@@ -117,18 +123,18 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
-            "Refused for load",
+            "Requests refused because of load",
             units.RequestsPerSecond,
             {"{{model}} {{reason}}": f"sum by (model, reason) (rate(psim_overload_total{RATE}))"},
         ),
         Chart("Inputs per forward pass", units.Short, quantiles("psim_batch_inputs")),
         Chart("Padded tokens per forward pass", units.Short, quantiles("psim_batch_tokens")),
         Chart(
-            "Processor time",
+            "CPU cores in use",
             units.Short,
             {"{{instance}}": f"rate(process_cpu_seconds_total{RATE})"},
         ),
-        Chart("Memory", units.BytesIEC, {"{{instance}}": "process_resident_memory_bytes"}),
+        Chart("Resident memory", units.BytesIEC, {"{{instance}}": "process_resident_memory_bytes"}),
     ],
     "Challenger": [
         Chart(
@@ -142,26 +148,26 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
-            "Score by the challenger, standard deviations",
+            "Challenger score (standard deviations)",
             units.NoUnit,
             quantiles("psim_challenger_score", "model"),
         ),
     ],
     "Audit": [
         Chart(
-            "Inputs that the audit lacks",
+            "Inputs missing from the audit",
             units.CountsPerSecond,
             {"{{instance}}": f"rate(psim_audit_dropped_total{RATE})"},
         ),
         Chart(
-            "Times that its store could not be used",
+            "Failures of the audit store",
             units.CountsPerSecond,
             {"{{instance}}": f"rate(psim_audit_failures_total{RATE})"},
         ),
     ],
     "API keys": [
         Chart(
-            "Requests without a key or its scope; inputs over a key's limit",
+            "Requests without a valid key or scope; inputs over a key's rate limit",
             units.CountsPerSecond,
             {
                 "denied: {{reason}}": f"sum by (reason) (rate(psim_denied_total{RATE}))",
@@ -169,7 +175,7 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
-            "The file of keys cannot be used; Redis could not be asked, in the last hour",
+            "Key file unusable; Redis failures in the last hour",
             units.Short,
             {
                 "file {{instance}}": "psim_keys_stale",
@@ -180,17 +186,17 @@ CHARTS: dict[str, list[Chart]] = {
     "Replicas": [
         Chart("Ready", units.Short, {"{{instance}} {{model}}": "psim_ready"}),
         Chart(
-            "Restarts of the worker",
+            "Worker restarts in the last hour",
             units.Short,
             {"{{instance}}": "increase(psim_worker_restarts_total[1h])"},
         ),
         Chart(
-            "Reloads, in the last hour",
+            "Reloads in the last hour",
             units.Short,
             {"{{instance}} {{outcome}}": "increase(psim_reloads_total[1h])"},
         ),
         Chart(
-            "Failures of the classifier elsewhere",
+            "Failures of the upstream classifier",
             units.CountsPerSecond,
             {"{{kind}}": f"sum by (kind) (rate(psim_upstream_errors_total{RATE}))"},
         ),

@@ -1,2 +1,5 @@
-"""What was decided about each input, kept in SQLite or PostgreSQL: off unless `PSIM_AUDIT_URL` is
-set, since even decisions without texts say something about those who sent them."""
+"""The decision about each input, kept in SQLite or PostgreSQL.
+
+It is off unless `PSIM_AUDIT_URL` is set: even decisions without texts reveal something about those
+who sent the inputs.
+"""

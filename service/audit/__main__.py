@@ -1,4 +1,4 @@
-"""`python -m service.audit`, also `psim audit`: export what was decided, as JSONL or CSV."""
+"""`python -m service.audit`, also `psim audit`: export the audit as JSONL or CSV."""
 
 import argparse
 import csv
@@ -15,19 +15,24 @@ from service.audit.store import AuditError, AuditStore
 from service.schemas import Decision
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""A cell that starts with one of these is run by spreadsheets, and a text is its sender's."""
+"""Spreadsheets execute cells that start with one of these, and senders choose the texts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the rows that are asked for to stdout; exit with code 2 if there is no audit."""
-    given = _parser().parse_args(arguments)
-    write = _write_csv if given.format == "csv" else _write_jsonl
+    """Write the selected rows to stdout; exit with code 2 if there is no audit."""
+    options = _parser().parse_args(arguments)
+    write = _write_csv if options.format == "csv" else _write_jsonl
     try:
-        if not given.url:
+        if not options.url:
             raise AuditError("set PSIM_AUDIT_URL to that of the service, or give --url")
-        with closing(AuditStore(given.url, read_only=True)) as store:
+        with closing(AuditStore(options.url, read_only=True)) as store:
             rows = store.read(
-                given.since, given.until, given.decision, given.request_id, given.mark, given.model
+                options.since,
+                options.until,
+                options.decision,
+                options.request_id,
+                options.mark,
+                options.model,
             )
             write(rows, sys.stdout)
             sys.stdout.flush()
@@ -44,33 +49,31 @@ def _parser() -> argparse.ArgumentParser:
         description="Export what the service decided about inputs, oldest first, to stdout.",
     )
     when = "%(metavar)s is ISO 8601, such as 2026-11-25 or 2026-11-25T14:30; UTC if it has no zone"
+    parser.add_argument("--since", type=_time, metavar="TIME", help=f"leave out older rows; {when}")
     parser.add_argument(
-        "--since", type=_time, metavar="TIME", help=f"leave out what is older; {when}"
-    )
-    parser.add_argument(
-        "--until", type=_time, metavar="TIME", help="leave out what is as new or newer"
+        "--until", type=_time, metavar="TIME", help="leave out rows of this time or newer"
     )
     parser.add_argument(
         "--decision",
         action="append",
         default=[],
         choices=[str(decision) for decision in Decision],
-        help="only these; may be given several times",
+        help="only rows with it; may be given several times",
     )
     parser.add_argument(
         "--mark",
         action="append",
         default=[],
         choices=[str(mark) for mark in Mark],
-        help="only what was marked so in the console; may be given several times",
+        help="only rows that were marked so in the console; may be given several times",
     )
-    parser.add_argument("--model", metavar="NAME", help="only what was sent to this model")
+    parser.add_argument("--model", metavar="NAME", help="only requests to this model")
     parser.add_argument("--request-id", metavar="ID", help="only this request")
     parser.add_argument("--format", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument(
         "--url",
         default=os.environ.get("PSIM_AUDIT_URL"),
-        help="of the store; by default what PSIM_AUDIT_URL says",
+        help="URL of the store; by default PSIM_AUDIT_URL",
     )
     return parser
 

@@ -1,7 +1,7 @@
-"""Inputs that were found poisoned, for a person to say whether they were."""
+"""The review queue: inputs that were found poisoned, for a person to confirm or refute."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -13,15 +13,16 @@ from service.audit.statistics import StatisticsFilter
 from service.audit.store import flagged, inputs, marks
 
 PAGE = 25
+"""Inputs per page."""
 UNMARKED = "none"
 CHARS = 1000
-"""Of a text; it may be much longer."""
-MOST = 1000
-"""Up to which inputs are counted."""
+"""Characters of a text that are shown; it may be much longer."""
+MAX_COUNT = 1000
+"""Most inputs that are counted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Marked:
+class MarkEvent:
     """A mark that was set, or taken back if it is None."""
 
     mark: Mark | None
@@ -30,19 +31,19 @@ class Marked:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """An input that was found poisoned, with the beginning of its text if that is kept."""
+class FlaggedInput:
+    """An input that was found poisoned, with the beginning of its text if texts are kept."""
 
     row: Row
     chars: int | None
-    """Of the whole text."""
-    marked: Marked | None
-    """The latest of its marks; None if it never had one."""
+    """Length of the whole text."""
+    latest_mark: MarkEvent | None
+    """None if the input was never marked."""
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
-    """Which inputs are asked for."""
+class ReviewFilter:
+    """Conditions on flagged inputs; None is any."""
 
     scope: StatisticsFilter
     mark: str | None = None
@@ -52,79 +53,80 @@ class Filter:
 
     @property
     def conditions(self) -> list[sa.ColumnElement[bool]]:
-        """What SQL has to ask for."""
-        found = [flagged, *self.scope.conditions]
+        """The filter in SQL."""
+        conditions = [flagged, *self.scope.conditions]
         for name in ("mark", "decision", "request_id"):
             value = getattr(self, name)
             if value is not None:
                 wanted = None if value == UNMARKED else value
-                found.append(inputs.c[name].is_not_distinct_from(wanted))
-        return found
+                conditions.append(inputs.c[name].is_not_distinct_from(wanted))
+        return conditions
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some inputs, the newest first."""
+    """Some flagged inputs, newest first."""
 
-    found: Sequence[Found]
+    inputs: Sequence[FlaggedInput]
     more: bool
     """Whether there are older ones."""
     count: int
-    """Of all pages; `MOST` is that many or more."""
+    """Inputs on all pages; `MAX_COUNT` stands for that many or more."""
 
 
 def page(
-    connection: sa.Connection, asked: Filter, before: tuple[datetime, UUID] | None = None
+    connection: sa.Connection, filter: ReviewFilter, after: tuple[datetime, UUID] | None = None
 ) -> Page:
-    """Return the newest inputs, or those that come behind an input with this time and id."""
-    query = _FOUND.where(*asked.conditions)
-    if before:
-        time, id = before
-        same = sa.and_(inputs.c.time == time, inputs.c.id < id)
-        query = query.where(inputs.c.time <= time, sa.or_(inputs.c.time < time, same))
+    """Return the newest inputs, or those that come after an input with this time and id."""
+    query = _FLAGGED_INPUTS.where(*filter.conditions)
+    if after:
+        time, id = after
+        same_time = sa.and_(inputs.c.time == time, inputs.c.id < id)
+        query = query.where(inputs.c.time <= time, sa.or_(inputs.c.time < time, same_time))
     query = query.order_by(inputs.c.time.desc(), inputs.c.id.desc()).limit(PAGE + 1)
-    found = _found(connection, query)
-    some = sa.select(sa.literal(1)).select_from(inputs).where(*asked.conditions).limit(MOST)
+    found = _flagged_inputs(connection, query)
+    some = sa.select(sa.literal(1)).select_from(inputs).where(*filter.conditions).limit(MAX_COUNT)
     count = connection.execute(sa.select(sa.func.count()).select_from(some.subquery())).scalar_one()
     return Page(found[:PAGE], len(found) > PAGE, count)
 
 
-def one(connection: sa.Connection, id: UUID) -> Found | None:
-    """Return an input by its id; None if there is none, or no longer."""
-    return next(iter(_found(connection, _FOUND.where(inputs.c.id == id))), None)
+def flagged_input(connection: sa.Connection, id: UUID) -> FlaggedInput | None:
+    """Return an input by its id; None if it does not exist, or no longer."""
+    return next(iter(_flagged_inputs(connection, _FLAGGED_INPUTS.where(inputs.c.id == id))), None)
 
 
-def mark(connection: sa.Connection, id: UUID, new: Marked) -> Mark | None:
-    """Mark an input, or take its mark back; return the mark it had.
+def mark(connection: sa.Connection, id: UUID, new: MarkEvent) -> Mark | None:
+    """Mark an input, or take its mark back; return its mark before.
 
     Raises:
-        KeyError: there is no such input, or no longer.
+        KeyError: the input does not exist, or no longer.
     """
-    own = inputs.c.id == id
-    before = connection.execute(sa.select(inputs.c.mark).where(own).with_for_update()).first()
+    this = inputs.c.id == id
+    before = connection.execute(sa.select(inputs.c.mark).where(this).with_for_update()).first()
     if before is None:
         raise KeyError(id)
-    connection.execute(sa.update(inputs).where(own).values(mark=new.mark))
-    values: dict[str, Any] = {f.name: getattr(new, f.name) for f in fields(Marked)}
-    connection.execute(sa.insert(marks).values(input=id, **values))
+    connection.execute(sa.update(inputs).where(this).values(mark=new.mark))
+    connection.execute(sa.insert(marks).values(input=id, **asdict(new)))
     return Mark(before.mark) if before.mark else None
 
 
 _TEXT = sa.func.substr(inputs.c.text, 1, CHARS).label("text")
-_FOUND = sa.select(
+_FLAGGED_INPUTS = sa.select(
     *(_TEXT if name == "text" else inputs.c[name] for name in NAMES),
     sa.func.length(inputs.c.text).label("chars"),
 )
 
 
-def _found(connection: sa.Connection, query: sa.Select[Any]) -> list[Found]:
+def _flagged_inputs(connection: sa.Connection, query: sa.Select[Any]) -> list[FlaggedInput]:
     rows = connection.execute(query).mappings().all()
-    latest = sa.select(marks).where(marks.c.input.in_([row["id"] for row in rows]))
-    marked = {
-        row.input: Marked(Mark(row.mark) if row.mark else None, row.who, row.time)
-        for row in connection.execute(latest.order_by(marks.c.number))
+    history = sa.select(marks).where(marks.c.input.in_([row["id"] for row in rows]))
+    latest = {
+        event.input: MarkEvent(Mark(event.mark) if event.mark else None, event.who, event.time)
+        for event in connection.execute(history.order_by(marks.c.number))
     }
     return [
-        Found(Row(**{name: row[name] for name in NAMES}), row["chars"], marked.get(row["id"]))
+        FlaggedInput(
+            Row(**{name: row[name] for name in NAMES}), row["chars"], latest.get(row["id"])
+        )
         for row in rows
     ]

@@ -1,4 +1,4 @@
-"""What is kept of one input."""
+"""The row of one input."""
 
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 
 class Mark(StrEnum):
-    """What a person found about an input."""
+    """Judgement of a person about an input."""
 
     POISONED = "poisoned"
     FALSE_ALARM = "false_alarm"
@@ -15,16 +15,16 @@ class Mark(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An input that was answered; what screening says of it is None if screening failed."""
+    """An input that was answered; the results of screening are None if screening failed."""
 
     time: datetime
-    """When the request was answered, in UTC."""
+    """Time of the answer, in UTC."""
     request_id: str
     number: int
-    """Of the input in its request, from 0."""
+    """Index of the input in its request, from 0."""
     route: str
     decision: str | None
-    """None where none was made: `/screen` only gives verdicts."""
+    """None if none was made: `/screen` only gives verdicts."""
     mode: str
     detector: str | None
     confidence: float | None
@@ -32,34 +32,34 @@ class Row:
     threshold: float | None
     p_value: float | None
     poisoned: bool | None
-    """In shadow mode the decision does not tell."""
+    """Not implied by the decision in shadow mode."""
     truncated: bool | None
     label: str | None
-    """What the classifier said; None if it was not asked."""
+    """Best class; None if the input was not classified."""
     digest: str
-    """Of the bundle that judged."""
+    """Digest of the bundle that screened the input."""
     text: str | None
-    """As it came; kept only if the settings say so."""
+    """Original text; None unless texts are kept."""
     text_hmac: str | None = None
     """HMAC-SHA256 of the text in UTF-8, in hexadecimal; None without a key."""
     model: str | None = None
-    """Name of the model that the request was for; None of rows from before it was kept."""
+    """Name of the model; None in rows of versions that did not keep it."""
     caller: str | None = None
-    """Name of the API key that it came with; None if none was asked for."""
+    """Name of the API key; None if the service has no keys."""
     mark: str | None = None
-    """One of `Mark`, or nothing yet."""
+    """One of `Mark`; None if not marked."""
     id: UUID = field(default_factory=uuid4)
-    """Ours and not the store's, so that a row written twice is there once."""
+    """Made here and not by the store, so that a row written twice is stored once."""
 
 
 NAMES = tuple(f.name for f in fields(Row))
 
 
 def as_dict(row: Row) -> dict[str, object]:
-    """Return a row by the names of its columns."""
+    """Return a row as a dict, by column."""
     return {name: getattr(row, name) for name in NAMES}
 
 
 def as_json(row: Row) -> dict[str, object]:
-    """Return a row as it is exported."""
+    """Return a row as a dict for JSON."""
     return as_dict(row) | {"id": str(row.id), "time": row.time.isoformat()}

@@ -1,4 +1,4 @@
-"""Figures of the audit: added up by the database, since there may be millions of rows."""
+"""Statistics of the audit, computed by the database: there may be millions of rows."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,17 +11,17 @@ from service.audit.rows import Mark
 from service.audit.store import flagged, inputs
 
 TENTHS = 30
-"""Scores are counted by tenths of their threshold, up to three times it."""
+"""Bins of the score histograms, each a tenth of the threshold wide; one more has the rest."""
 FACTORS = range(5, 21)
-"""Tenths of the thresholds that there are figures for."""
+"""Alternative thresholds, in tenths of the present ones."""
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
-"""Upper ends of ranges, as those of `psim_screen_confidence`."""
+"""Upper ends of the ranges, as in `psim_screen_confidence`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatisticsFilter:
-    """Which inputs the figures are of: those of a time, and of a bundle unless it is None."""
+    """Inputs of a period, and of one bundle or, if that is None, of all."""
 
     since: datetime
     until: datetime
@@ -29,14 +29,14 @@ class StatisticsFilter:
 
     @property
     def conditions(self) -> list[sa.ColumnElement[bool]]:
-        """What SQL has to ask for."""
-        found = [inputs.c.time >= self.since, inputs.c.time < self.until]
-        return found if self.digest is None else [*found, inputs.c.digest == self.digest]
+        """The filter in SQL."""
+        period = [inputs.c.time >= self.since, inputs.c.time < self.until]
+        return period if self.digest is None else [*period, inputs.c.digest == self.digest]
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Inputs, and how many of them are marked."""
+    """A number of inputs, and how many of them are marked."""
 
     inputs: int = 0
     poisoned: int = 0
@@ -55,7 +55,7 @@ NONE = Tally()
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A part of the time."""
+    """Inputs of a time slot."""
 
     start: datetime
     inputs: int
@@ -63,55 +63,55 @@ class Slot:
 
     @property
     def rate(self) -> float | None:
-        """The flagged share; None if there is nothing that could have been."""
+        """The flagged share; None without inputs."""
         return self.flagged / self.inputs if self.inputs else None
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficStatistics:
-    """What came in and what became of it."""
+    """Inputs, and the decisions about them."""
 
     slots: Sequence[Slot]
     decisions: Counter[str]
     flagged: Tally
     unscreened: int
     bundles: Counter[str]
-    """Inputs by digest, of all bundles whatever the scope."""
+    """Inputs by digest, of all bundles whatever the filter."""
 
     @property
     def inputs(self) -> int:
-        """All of them."""
+        """Number of all inputs."""
         return sum(slot.inputs for slot in self.slots)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreGroup:
-    """Inputs that were compared with one threshold: those of a bundle's predicted class."""
+    """Inputs with one threshold, that of a predicted class (or several) of a bundle."""
 
     digest: str
     threshold: float
     tenths: Sequence[Tally]
-    """By score, in tenths of the threshold; the last one has all above."""
+    """Histogram of scores, in bins of a tenth of the threshold; the last bin has the rest."""
 
     @property
     def inputs(self) -> int:
-        """All of them."""
+        """Number of all inputs."""
         return sum(tally.inputs for tally in self.tenths)
 
 
 def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) -> TrafficStatistics:
-    """Count inputs by time, in slots of so many seconds, and by what became of them."""
+    """Count inputs by decision, and by time in slots of `width_s` seconds."""
     epoch = sa.extract("epoch", inputs.c.time)
     columns = [inputs.c[name] for name in ("digest", "decision", "poisoned", "mark")]
     slot = (epoch - epoch % width_s).label("slot")
-    everything = StatisticsFilter(scope.since, scope.until)
-    query = sa.select(slot, *columns, sa.func.count()).where(*everything.conditions)
+    all_bundles = StatisticsFilter(scope.since, scope.until)
+    query = sa.select(slot, *columns, sa.func.count()).where(*all_bundles.conditions)
     rows = connection.execute(query.group_by("slot", *columns)).all()
     bundles: Counter[str] = Counter()
     inputs_by: Counter[int] = Counter()
     flagged_by: Counter[int] = Counter()
     decisions: Counter[str] = Counter()
-    found, unscreened = NONE, 0
+    flagged_tally, unscreened = NONE, 0
     for start, digest, decision, poisoned, mark, count in rows:
         bundles[digest] += count
         if scope.digest not in (None, digest):
@@ -120,7 +120,7 @@ def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) ->
         decisions[decision or "none"] += count
         if poisoned:
             flagged_by[int(start)] += count
-            found += _tally(mark, count)
+            flagged_tally += _tally(mark, count)
         elif poisoned is None:
             unscreened += count
     first = int(scope.since.timestamp()) // width_s * width_s
@@ -129,37 +129,38 @@ def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) ->
         Slot(datetime.fromtimestamp(start, UTC), inputs_by[start], flagged_by[start])
         for start in starts
     ]
-    return TrafficStatistics(slots, decisions, found, unscreened, bundles)
+    return TrafficStatistics(slots, decisions, flagged_tally, unscreened, bundles)
 
 
 def groups(connection: sa.Connection, scope: StatisticsFilter) -> list[ScoreGroup]:
-    """Count inputs by threshold and score; the threshold with most of them comes first."""
+    """Count inputs by threshold and score; the threshold with most inputs comes first."""
     score, threshold = inputs.c.score, inputs.c.threshold
     under = [(score < threshold * ((i + 1) / 10), i) for i in range(TENTHS)]
     tenth = sa.case(*under, else_=TENTHS).label("tenth")
     query = sa.select(inputs.c.digest, threshold, tenth, inputs.c.mark, sa.func.count())
     query = query.where(score.is_not(None), *scope.conditions)
     rows = connection.execute(query.group_by(inputs.c.digest, threshold, "tenth", inputs.c.mark))
-    found: dict[tuple[str, float], list[Tally]] = {}
+    histograms: dict[tuple[str, float], list[Tally]] = {}
     for digest, limit, number, mark, count in rows:
-        tenths = found.setdefault((digest, limit), [NONE] * (TENTHS + 1))
+        tenths = histograms.setdefault((digest, limit), [NONE] * (TENTHS + 1))
         tenths[number] += _tally(mark, count)
-    made = [ScoreGroup(digest, limit, tenths) for (digest, limit), tenths in found.items()]
-    return sorted(made, key=lambda group: (-group.inputs, group.digest, group.threshold))
+    found = [ScoreGroup(digest, limit, tenths) for (digest, limit), tenths in histograms.items()]
+    return sorted(found, key=lambda group: (-group.inputs, group.digest, group.threshold))
 
 
-def by_factor(found: Iterable[ScoreGroup]) -> dict[float, Tally]:
-    """Return what would be flagged at so many times the thresholds."""
-    tenths = [group.tenths for group in found]
+def by_factor(groups: Iterable[ScoreGroup]) -> dict[float, Tally]:
+    """Return the inputs that would be flagged if all thresholds were multiplied by a factor."""
+    histograms = [group.tenths for group in groups]
     return {
-        factor / 10: sum((t for own in tenths for t in own[factor:]), NONE) for factor in FACTORS
+        factor / 10: sum((tally for tenths in histograms for tally in tenths[factor:]), NONE)
+        for factor in FACTORS
     }
 
 
 def by_budget(connection: sa.Connection, scope: StatisticsFilter) -> dict[float, Tally]:
-    """Return what would be flagged at another false-rejection budget.
+    """Return the inputs that would be flagged at other false-rejection budgets.
 
-    The rule `p_value <= budget` is the threshold's, see
+    `p_value <= budget` is equivalent to the rule by the threshold, see
     `models.detection.conformal.conformal_threshold`.
     """
     within = [sa.func.count().filter(inputs.c.p_value <= budget) for budget in BUDGETS]
@@ -172,15 +173,15 @@ def by_budget(connection: sa.Connection, scope: StatisticsFilter) -> dict[float,
 
 
 def confidences(connection: sa.Connection, scope: StatisticsFilter) -> list[tuple[int, int]]:
-    """Count inputs that passed and that were flagged, by range of `CONFIDENCES`."""
+    """Count passed and flagged inputs, by range of `CONFIDENCES`."""
     confidence = inputs.c.confidence
     upto = [(confidence <= edge, number) for number, edge in enumerate(CONFIDENCES[:-1])]
-    # Not a name that the table has: it would be grouped by that.
+    # Not the name of a column: SQL would group by that column.
     within = sa.case(*upto, else_=len(CONFIDENCES) - 1).label("within")
     query = sa.select(within, sa.func.count(), sa.func.count().filter(flagged))
     query = query.where(confidence.is_not(None), *scope.conditions).group_by("within")
-    found = {row[0]: (row[1] - row[2], row[2]) for row in connection.execute(query)}
-    return [found.get(number, (0, 0)) for number in range(len(CONFIDENCES))]
+    counts = {row[0]: (row[1] - row[2], row[2]) for row in connection.execute(query)}
+    return [counts.get(number, (0, 0)) for number in range(len(CONFIDENCES))]
 
 
 def _tally(mark: str | None, count: int) -> Tally:

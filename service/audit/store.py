@@ -22,11 +22,11 @@ class AuditError(PsimError):
 
 
 class BadRow(Exception):
-    """The store answers, but will never take a row."""
+    """The store answers, but will never accept a row."""
 
 
 class Utc(sa.TypeDecorator[datetime]):
-    """A time in UTC; SQLite knows no time zones."""
+    """A time in UTC; SQLite has no time zones."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -68,9 +68,9 @@ inputs = sa.Table(
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )
 flagged = inputs.c.poisoned == sa.true()
-"""As SQLite needs it to be written to use the index."""
+"""Condition in the form that lets SQLite use the index."""
 sa.Index("ix_psim_audit_flagged", inputs.c.time, sqlite_where=flagged, postgresql_where=flagged)
-marks = sa.Table(  # what was marked and taken back, by whom; how it stands is in the other one
+marks = sa.Table(  # history of marks; the current ones are in `inputs`
     "psim_audit_marks",
     metadata,
     sa.Column("number", sa.Integer, primary_key=True),
@@ -82,14 +82,14 @@ marks = sa.Table(  # what was marked and taken back, by whom; how it stands is i
 
 
 class AuditStore:
-    """Opens nothing until it is used.
+    """Reads and writes the tables; opens nothing until it is used.
 
     Raises:
         AuditError: the URL cannot be used.
     """
 
     def __init__(self, url: str, read_only: bool = False) -> None:
-        parsed = _parsed(url)
+        parsed = _parse(url)
         self._file = Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
         if self._file and read_only:
             if not self._file.is_file():
@@ -103,7 +103,7 @@ class AuditStore:
             _prepare_sqlite(self._engine, read_only)
 
     def migrate(self) -> None:
-        """Bring the table to the form that this version knows."""
+        """Upgrade the tables to the schema of this version."""
         if self._file:
             self._file.touch(mode=0o600)  # it may hold texts
         config = Config()
@@ -115,23 +115,23 @@ class AuditStore:
 
     @contextmanager
     def connect(self, seconds: float) -> Iterator[sa.Connection]:
-        """Begin a transaction; after so many seconds it is ended, in PostgreSQL each statement.
+        """Begin a transaction with a time limit; in PostgreSQL, it is one for each statement.
 
         Raises:
             AuditError: the audit cannot be used, or not in time.
         """
         try:
             with self._engine.begin() as connection:
-                _end_after(connection, seconds)
+                _limit_time(connection, seconds)
                 yield connection
         except DBAPIError as error:
             raise AuditError(f"the audit cannot be used: {error.orig}") from None
 
     def insert(self, rows: Sequence[Row]) -> None:
-        """Write all rows or none; one that is there already is left as it is.
+        """Write all rows or none; rows that exist stay as they are.
 
         Raises:
-            BadRow: one of them will never be taken.
+            BadRow: a row will never be accepted.
         """
         if not rows:
             return
@@ -145,9 +145,9 @@ class AuditStore:
                 raise
             raise BadRow(type(error).__name__) from None
 
-    def purge(self, before: datetime, most: int) -> int:
-        """Delete rows older than a time, as many as may be at once; return how many."""
-        old = sa.select(inputs.c.id).where(inputs.c.time < before).limit(most)
+    def purge(self, before: datetime, limit: int) -> int:
+        """Delete at most `limit` rows that are older than a time; return how many."""
+        old = sa.select(inputs.c.id).where(inputs.c.time < before).limit(limit)
         with self._engine.begin() as connection:
             return connection.execute(sa.delete(inputs).where(inputs.c.id.in_(old))).rowcount
 
@@ -160,10 +160,10 @@ class AuditStore:
         marks: Sequence[str] = (),
         model: str | None = None,
     ) -> Iterator[Row]:
-        """Yield rows in the order of time, from `since` until before `until`.
+        """Yield rows in order of time, from `since` to before `until`.
 
         Raises:
-            AuditError: there is no audit, or none that this version can read.
+            AuditError: there is no audit, or this version cannot read it.
         """
         query = sa.select(*(inputs.c[name] for name in NAMES))
         query = query.order_by(inputs.c.time, inputs.c.request_id, inputs.c.number)
@@ -181,17 +181,17 @@ class AuditStore:
             query = query.where(inputs.c.mark.in_(marks))
         try:
             with self._engine.connect() as connection:
-                for found in connection.execution_options(yield_per=1000).execute(query):
-                    yield Row(**found._mapping)
+                for row in connection.execution_options(yield_per=1000).execute(query):
+                    yield Row(**row._mapping)
         except DBAPIError as error:
             raise AuditError(f"the audit cannot be read: {error.orig}") from None
 
     def close(self) -> None:
-        """Let go of all connections; the next use makes new ones."""
+        """Close all connections; the next use opens new ones."""
         self._engine.dispose()
 
 
-def _parsed(url: str) -> sa.URL:
+def _parse(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
     except ArgumentError:  # its message may hold a password
@@ -199,20 +199,20 @@ def _parsed(url: str) -> sa.URL:
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
-        wanted = "sqlite:////folder/file or postgresql://user@host/database"
-        raise AuditError(f"{parsed.drivername} is no store for an audit; use {wanted}")
+        supported = "sqlite:////folder/file or postgresql://user@host/database"
+        raise AuditError(f"{parsed.drivername} is no store for an audit; use {supported}")
     if parsed.database in (None, "", ":memory:"):
         raise AuditError("the URL of the audit names no file or database")
     return parsed
 
 
 def _engine(url: sa.URL) -> sa.Engine:
-    options: dict[str, Any] = {"poolclass": sa.NullPool}  # a file that was removed is made again
+    options: dict[str, Any] = {"poolclass": sa.NullPool}  # a file that was removed is created again
     if url.get_backend_name() == "postgresql":
         # A host that has vanished is noticed within a minute.
-        alive = {"keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3}
+        keepalive = {"keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3}
         timeouts = {"connect_timeout": 5, "tcp_user_timeout": 30_000}
-        options = {"pool_size": 1, "pool_pre_ping": True, "connect_args": alive | timeouts}
+        options = {"pool_size": 1, "pool_pre_ping": True, "connect_args": keepalive | timeouts}
     try:
         return sa.create_engine(url, hide_parameters=True, **options)
     except ModuleNotFoundError as error:
@@ -223,9 +223,9 @@ def _engine(url: sa.URL) -> sa.Engine:
 
 def _prepare_sqlite(engine: sa.Engine, read_only: bool) -> None:
     def on_connect(connection: Any, record: object) -> None:
-        # Transactions are begun below: Python's driver would leave changes of tables out of them.
+        # `on_begin` starts transactions: those of Python's driver leave out changes of tables.
         connection.isolation_level = None
-        if not read_only:  # a reader does not keep the service from writing
+        if not read_only:  # readers then do not block the service's writes
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA foreign_keys=ON")
 
@@ -236,7 +236,7 @@ def _prepare_sqlite(engine: sa.Engine, read_only: bool) -> None:
     sa.event.listen(engine, "begin", on_begin)
 
 
-def _end_after(connection: sa.Connection, seconds: float) -> None:
+def _limit_time(connection: sa.Connection, seconds: float) -> None:
     if connection.dialect.name == "postgresql":
         limit = sa.func.set_config("statement_timeout", f"{seconds * 1000:.0f}", True)
         connection.execute(sa.select(limit))

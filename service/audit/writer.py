@@ -1,7 +1,7 @@
-"""Writes the audit in a thread of its own: a store that is slow or gone slows and fails no request.
+"""Writes the audit in a thread of its own: a store that is slow or down affects no request.
 
-Rows wait in a bounded queue; those that find it full are dropped and counted. While the store
-fails, what waits is kept and tried again, and a row that was written twice is there once.
+Rows wait in a bounded queue; if it is full, new rows are dropped and counted. While the store
+fails, waiting rows are kept and retried. A row that is written twice is stored once.
 """
 
 import hmac
@@ -16,34 +16,42 @@ from itertools import islice, takewhile
 
 from service.audit.rows import Row
 from service.audit.store import AuditStore, BadRow
-from service.observability.metrics import Metrics
+from service.observability.metrics import AuditMetrics
 
 log = logging.getLogger(__name__)
 
 BATCH = 500
 """Rows written at once."""
 GATHER_S = 0.2
-"""How long rows wait for others to be written with: a transaction costs far more than a row."""
+"""Time that rows wait for others to share a transaction, which costs far more than a row."""
 PURGE = 5000
 """Rows deleted at once."""
 PURGE_EVERY_S = 3600
 JUMP_S = 60
-"""By how much the clock may be set forward and be believed at once."""
+"""A clock that is set forward by more than this is not trusted at once."""
 MAX_CHARS = 32_000_000
-"""Of texts that wait."""
+"""Limit of the characters of all waiting texts."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
 CLOSE_S = 5.0
-"""Time that rows which still wait at the end have to be written."""
+"""Time at the end for rows that still wait."""
 
 
 class Writer:
-    """Takes rows from one event loop; `limit` is how many may wait, `days` how long rows are kept,
-    `key` that of the HMAC."""
+    """Takes rows from one event loop.
+
+    Args:
+        store: used in the writer's thread only.
+        metrics: counts dropped rows and failures.
+        limit: most rows that may wait.
+        days: time after which rows are deleted.
+        key: of the HMAC of texts; None keeps no HMAC.
+        keep_text: whether texts are kept.
+    """
 
     def __init__(
         self,
         store: AuditStore,
-        metrics: Metrics,
+        metrics: AuditMetrics,
         *,
         limit: int,
         days: float,
@@ -68,7 +76,7 @@ class Writer:
         self._thread.start()
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Queue rows, or drop those for which there is no room; never waits for the store."""
+        """Queue rows, and drop those that do not fit; never waits for the store."""
         protected = [self._protect(row) for row in rows]
         with self._wake:
             first = not self._rows
@@ -78,7 +86,7 @@ class Writer:
         self._drop(len(protected) - len(taken))
 
     def close(self) -> None:
-        """Write what waits, within `CLOSE_S`; what is not written by then is dropped."""
+        """Write the waiting rows within `CLOSE_S`; drop the others."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -98,12 +106,12 @@ class Writer:
         return True
 
     def _protect(self, row: Row) -> Row:
-        """Leave of the text what the settings allow."""
+        """Replace the text by what the settings allow to keep of it."""
         if row.text is None:
             return row
         raw = row.text.encode("utf-8", "replace")
         digest = hmac.digest(self._key, raw, "sha256").hex() if self._key else None
-        # PostgreSQL takes no NUL.
+        # PostgreSQL accepts no NUL.
         text = raw.decode().replace("\0", "\ufffd") if self._keep_text else None
         return replace(row, text=text, text_hmac=digest)
 
@@ -132,14 +140,14 @@ class Writer:
             except Exception as error:
                 self._fail(error)
                 with self._wake:
-                    # At the end it is tried as often as time allows.
-                    self._wake.wait_for(self._hurries, FIRST_WAIT_S if self._closing else wait)
+                    # At the end, it retries as often as time allows.
+                    self._wake.wait_for(self._is_ending, FIRST_WAIT_S if self._closing else wait)
                 wait = min(2 * wait, LONGEST_WAIT_S)
             else:
                 wait = FIRST_WAIT_S
         self._store.close()
 
-    def _hurries(self) -> bool:
+    def _is_ending(self) -> bool:
         return self._given_up or self._closing
 
     def _has_work(self) -> bool:
@@ -155,7 +163,7 @@ class Writer:
         self._write(batch)
         with self._wake:
             for row in batch:
-                if self._rows:  # else they were given up
+                if self._rows:  # empty if `close` has given up
                     self._rows.popleft()
                     self._chars -= _chars(row)
         if self._failing:
@@ -164,7 +172,7 @@ class Writer:
         self._purge()
 
     def _write(self, rows: Sequence[Row]) -> None:
-        """Write rows; where one is bad, each is tried alone and only that one is dropped."""
+        """Write rows; if one is bad, retry each alone and drop only that one."""
         try:
             self._store.insert(rows)
         except BadRow as error:
@@ -179,14 +187,19 @@ class Writer:
         if time.monotonic() < self._purge_at:
             return
         if self._clock_jumped():
-            log.warning("the clock was set forward; what is old now is kept for another hour")
+            log.warning(
+                "the clock was set forward; rows that are old now are kept for another hour"
+            )
             self._purge_at = time.monotonic() + PURGE_EVERY_S
             return
         if self._store.purge(datetime.now(UTC) - self._age, PURGE) < PURGE:
             self._purge_at = time.monotonic() + PURGE_EVERY_S
 
     def _clock_jumped(self) -> bool:
-        """Return whether rows may seem older than they are: a clock that is wrong is set back."""
+        """Return whether the clock was set forward: rows may then look older than they are.
+
+        A clock that is wrong is corrected soon, so the next purge trusts it.
+        """
         before = self._clock_ahead
         self._clock_ahead = time.time() - time.monotonic()  # noqa: TID251
         return before is not None and self._clock_ahead - before > JUMP_S
@@ -196,7 +209,7 @@ class Writer:
         self._migrated = False  # the table may be gone with the rest
         self._store.close()
         if not self._failing:
-            # The type only: messages may quote a row.
+            # Only the type: messages may quote a row.
             log.error("the audit store fails", extra={"error": type(error).__name__})
         self._failing = True
 

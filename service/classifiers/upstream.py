@@ -1,8 +1,8 @@
-"""A classifier that is deployed elsewhere: what has passed the screen is forwarded to it.
+"""A classifier that is deployed elsewhere: inputs that passed the screen are forwarded to it.
 
-The bytes go on as they came if the upstream speaks the caller's protocol and every input may pass;
-else the request is put into the upstream's words. An answer is believed for its body and not for
-its status; when in doubt the call fails.
+If the upstream speaks the caller's protocol and every input passed, the bytes are forwarded as
+received; else the request is rebuilt in the upstream's protocol. An answer is trusted for its body,
+not for its status. When in doubt the call fails.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -19,6 +19,7 @@ from multidict import CIMultiDict
 from pydantic import TypeAdapter
 
 from service.classifiers.base import Call, Classified, ClassifierInput, Reply
+from service.classifiers.circuit_breaker import CircuitBreaker
 from service.errors import (
     Invalid,
     NotReady,
@@ -33,7 +34,7 @@ from service.observability.metrics import ModelMetrics
 from service.protocols.base import BadAnswer, ModelInfo, WireProtocol, parsed
 from service.protocols.oip import OpenInference
 from service.schemas import Score
-from service.settings import Settings
+from service.settings import UpstreamSettings
 
 log = logging.getLogger(__name__)
 
@@ -45,79 +46,50 @@ NOT_FORWARDED = HOP_BY_HOP | frozenset(
     "host expect accept-encoding content-type content-length content-encoding content-language "
     "inference-header-content-length x-http-method x-http-method-override x-method-override".split()
 )
-"""Ours to say, or a way to have the upstream read another request than was screened."""
+"""Headers that the gateway sets, or that could make the upstream read a different request."""
 NOT_RETURNED = HOP_BY_HOP | {"content-length", "content-encoding", "date", "server", "x-request-id"}
-OURS = "x-psim-"
+OWN_PREFIX = "x-psim-"
 DOWN = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
-"""What says that the upstream is down. A 500 does not: a single input can be the cause of it."""
+"""Statuses of an upstream that is down. Not 500, which a single input can cause."""
 CONNECT_S = 2.0
 CONNECT_TRIES = 2
 KEEP_IDLE_S = 4.0
-"""Less than the five seconds after which common servers close: else a request can meet a connection
-that is being closed, and it could not be said whether it was read."""
-MOST_BYTES = 32 * 2**20
+"""Less than the five seconds after which common servers close idle connections: of a request that
+meets a closing connection, nobody knows whether it was read."""
+MAX_BYTES = 32 * 2**20
 METADATA = TypeAdapter(dict[str, Any])
-
-
-class Breaker:
-    """Opens after some failures in a row; then one attempt may pass every `pause_s` seconds."""
-
-    FAILURES = 5
-
-    def __init__(self, pause_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pause_s, self._clock = pause_s, clock
-        self._failures, self._retry_at = 0, 0.0
-
-    @property
-    def open(self) -> bool:
-        """True while the upstream is thought to be down."""
-        return self._failures >= self.FAILURES
-
-    def admit(self) -> bool:
-        """Return whether an attempt may be made now."""
-        if self.open:
-            if self._clock() < self._retry_at:
-                return False
-            self._retry_at = self._clock() + self._pause_s
-        return True
-
-    def record(self, failed: bool) -> None:
-        """Take note of how an attempt ended."""
-        self._failures = self._failures + 1 if failed else 0
-        if failed and self.open:
-            self._retry_at = self._clock() + self._pause_s
 
 
 class UpstreamClassifier:
     """The classifier at `settings.upstream`.
 
     Args:
-        candidates: the protocols that it may speak; the first one that it answers in is taken.
-        served: the model that it is asked for.
+        candidates: protocols that the upstream may speak; the first that it answers in is used.
+        model_info: the model that the upstream serves.
 
     Raises from `classify`:
-        NotReady, UpstreamDown: nothing was sent, or it says that it is down.
-        UpstreamFailed, TimedOut: no answer, or none that can be used.
-        UpstreamRefused, Overloaded, Invalid: the upstream says that it is the request's fault, or
+        NotReady, UpstreamDown: nothing was sent, or the upstream answered that it is down.
+        UpstreamFailed, TimedOut: there is no answer, or none that can be used.
+        UpstreamRefused, Overloaded, Invalid: the upstream answered that the request is at fault, or
             that it is busy.
     """
 
     def __init__(
         self,
-        settings: Settings,
+        settings: UpstreamSettings,
         candidates: Sequence[WireProtocol],
-        served: ModelInfo,
+        model_info: ModelInfo,
         metrics: ModelMetrics,
     ) -> None:
         self._base = str(settings.upstream).rstrip("/")
-        self._settings, self._served, self._metrics = settings, served, metrics
+        self._settings, self._model_info, self._metrics = settings, model_info, metrics
         self._candidates = candidates
-        self._breaker = Breaker(settings.upstream_retry_s)
+        self._breaker = CircuitBreaker(settings.upstream_retry_s)
         self.protocol: WireProtocol | None = None
-        """What it speaks; None until it has answered for the first time."""
+        """Protocol of the upstream; None until its first answer."""
 
     async def start(self) -> None:
-        """Open the pool, and ask the upstream until it answers; again whenever it is down."""
+        """Open the pool; probe the upstream now, and whenever it is down."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=self._settings.upstream_connections, keepalive_timeout=KEEP_IDLE_S
@@ -131,53 +103,53 @@ class UpstreamClassifier:
             skip_auto_headers=("accept", "user-agent"),
         )
         await self._probe()
-        self._watching = asyncio.create_task(self._watch())
+        self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Stop asking, and close the pool."""
-        self._watching.cancel()
-        await asyncio.wait((self._watching,))
+        """Stop probing, and close the pool."""
+        self._watcher.cancel()
+        await asyncio.wait((self._watcher,))
         await self._session.close()
 
     @property
     def ready(self) -> bool:
-        """Whether the upstream has answered, and has not failed too often since."""
+        """Whether the upstream has answered once, and the circuit breaker is closed."""
         return self.protocol is not None and not self._breaker.open
 
     @property
     def upstream_protocol(self) -> str | None:
-        """Name of its protocol."""
+        """Name of the upstream's protocol; None until its first answer."""
         return None if self.protocol is None else self.protocol.name
 
     async def classify(self, call: Call, inputs: Sequence[ClassifierInput]) -> Classified:
-        """Have the upstream classify the inputs."""
+        """Forward the inputs to the upstream."""
         if self.protocol is None:
             raise NotReady("the upstream has not answered yet")
-        own = self.protocol.request_type is type(call.asked)
-        if call.asked.unsupported_option and not own:
+        same_protocol = self.protocol.request_type is type(call.request)
+        if call.request.unsupported_option and not same_protocol:
             raise Invalid(
-                f"{call.asked.unsupported_option}: the classifier behind the gateway has no such"
+                f"{call.request.unsupported_option}: the classifier behind the gateway has no such"
             )
-        texts = [one.text for one in inputs]
-        body = self._body(call, texts, own)
+        texts = [input.text for input in inputs]
+        body = self._body(self.protocol, call, texts)
         if not self._breaker.admit():
             self._count("open")
             raise UpstreamDown("the upstream is down", math.ceil(self._settings.upstream_retry_s))
         started = time.perf_counter()
         reply = await self._send(
-            self.protocol.path(self._served.model, call.version), self._headers(call), body
+            self.protocol.path(self._model_info.model, call.version), self._headers(call), body
         )
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["upstream"].observe(seconds)
         if reply.status != HTTPStatus.OK:
-            raise self._refusal(reply, own)
-        every = len(texts) == len(call.asked.texts)
-        ready_made = own and every and call.protocol.passthrough
-        scores = self._checked(self.protocol, call, reply, len(texts), ready_made)
-        return Classified(scores, [{"upstream": seconds}], reply=reply if ready_made else None)
+            raise self._refusal(reply, same_protocol)
+        complete = len(texts) == len(call.request.texts)
+        passthrough = same_protocol and complete and call.protocol.passthrough
+        scores = self._scores(self.protocol, call, reply, len(texts), passthrough)
+        return Classified(scores, [{"upstream": seconds}], reply=reply if passthrough else None)
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
-        """Return what an upstream that speaks Open Inference says at a path."""
+        """Return the metadata at a path of an upstream that speaks Open Inference."""
         if not isinstance(self.protocol, OpenInference):
             return None
         reply = await self._send(path, CIMultiDict(), b"", "GET")
@@ -186,19 +158,17 @@ class UpstreamClassifier:
         except BadAnswer as error:
             raise self._unusable(error) from None
 
-    def _body(self, call: Call, texts: Sequence[str], own: bool) -> bytes:
-        if own and call.asked.forward_as_is and texts == call.asked.texts:
+    def _body(self, protocol: WireProtocol, call: Call, texts: Sequence[str]) -> bytes:
+        if protocol.request_type is not type(call.request):
+            request = protocol.build_request(texts, self._model_info)
+        elif call.request.forward_as_is and texts == call.request.texts:
             return call.body
-        assert self.protocol is not None  # noqa: S101 - checked by the caller
-        same = (
-            call.asked.with_texts(texts)
-            if own
-            else self.protocol.build_request(texts, self._served)
-        )
-        return same.model_dump_json(exclude_none=True).encode()
+        else:
+            request = call.request.with_texts(texts)
+        return request.model_dump_json(exclude_none=True).encode()
 
     def _headers(self, call: Call) -> CIMultiDict[str]:
-        """Return the caller's end-to-end headers, and what is ours to say."""
+        """Return the caller's end-to-end headers, and those that the gateway sets."""
         pairs = [(k.decode("latin-1").lower(), v.decode(errors="replace")) for k, v in call.headers]
         headers = CIMultiDict(_end_to_end(pairs, NOT_FORWARDED))
         headers["content-type"] = "application/json"
@@ -208,17 +178,17 @@ class UpstreamClassifier:
             headers["authorization"] = secret.get_secret_value()
         return headers
 
-    def _checked(
-        self, protocol: WireProtocol, call: Call, reply: Reply, count: int, ready_made: bool
+    def _scores(
+        self, protocol: WireProtocol, call: Call, reply: Reply, count: int, passthrough: bool
     ) -> list[list[Score]]:
-        """Return the scores, or none if the reply can be passed on as it is."""
+        """Return the scores of a reply; only check them if it is passed on unchanged."""
         try:
-            if ready_made:
+            if passthrough:
                 protocol.check(reply.body, count)
                 return []
-            scores = protocol.scores(reply.body, count, self._served.labels)
-            if protocol.request_type is not type(call.asked):
-                _check_labels(scores, self._served.labels, call.protocol.requires_all_scores)
+            scores = protocol.scores(reply.body, count, self._model_info.labels)
+            if protocol.request_type is not type(call.request):
+                _check_labels(scores, self._model_info.labels, call.protocol.requires_all_scores)
             return scores
         except BadAnswer as error:
             raise self._unusable(error) from None
@@ -231,7 +201,7 @@ class UpstreamClassifier:
     async def _send(
         self, path: str, headers: CIMultiDict[str], body: bytes, method: str = "POST"
     ) -> Reply:
-        """Return the upstream's answer, of any status; tell the breaker whether there is one."""
+        """Return the upstream's answer, of any status, and tell the circuit breaker."""
         try:
             reply = await self._exchange(method, path, headers, body)
         except TimeoutError:
@@ -258,7 +228,7 @@ class UpstreamClassifier:
     async def _exchange(
         self, method: str, path: str, headers: CIMultiDict[str], body: bytes
     ) -> Reply:
-        """Send a request; again only if there was no connection, so that nothing was sent."""
+        """Send a request; retry only if no connection was made, when nothing can have been sent."""
         for tries_left in reversed(range(CONNECT_TRIES)):
             try:
                 async with self._session.request(
@@ -268,7 +238,7 @@ class UpstreamClassifier:
                     headers=headers,
                     allow_redirects=False,
                 ) as response:
-                    content = await _limited(response)
+                    content = await _read_limited(response)
                     pairs = [(k.lower(), v) for k, v in response.headers.items()]
                     return Reply(response.status, _end_to_end(pairs, NOT_RETURNED), content)
             except aiohttp.ClientConnectorError:
@@ -276,18 +246,18 @@ class UpstreamClassifier:
                     raise
         raise AssertionError("the last try returns or raises")
 
-    def _refusal(self, reply: Reply, own: bool) -> ServiceError:
-        """Return the error for an answer other than 200."""
-        said = f"the upstream answered with HTTP {reply.status}"
+    def _refusal(self, reply: Reply, same_protocol: bool) -> ServiceError:
+        """Return the error for a status other than 200."""
+        detail = f"the upstream answered with HTTP {reply.status}"
         if reply.status == HTTPStatus.TOO_MANY_REQUESTS:
             return Overloaded("upstream", _retry_after(reply))
         if reply.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            return UpstreamDown(said, _retry_after(reply))
-        if own and 400 <= reply.status < 500:
-            return UpstreamRefused(said, reply.status, reply.headers, reply.body)
+            return UpstreamDown(detail, _retry_after(reply))
+        if same_protocol and 400 <= reply.status < 500:
+            return UpstreamRefused(detail, reply.status, reply.headers, reply.body)
         if reply.status in (400, 413, 422):
-            return Invalid(said)
-        return UpstreamFailed(said)
+            return Invalid(detail)
+        return UpstreamFailed(detail)
 
     async def _watch(self) -> None:
         while True:
@@ -296,36 +266,40 @@ class UpstreamClassifier:
                 await self._probe()
 
     async def _probe(self) -> None:
-        """Have the upstream classify something; learn from the first time what it speaks."""
-        heard = []
+        """Have the upstream classify a text; the first time, find out its protocol."""
+        failures = []
         for protocol in self._candidates if self.protocol is None else [self.protocol]:
             call = Call(
-                protocol.build_request(["warm up"], self._served), protocol, request_id="warm-up"
+                protocol.build_request(["warm up"], self._model_info),
+                protocol,
+                request_id="warm-up",
             )
-            body = call.asked.model_dump_json(exclude_none=True).encode()
+            body = call.request.model_dump_json(exclude_none=True).encode()
             try:
-                path = protocol.path(self._served.model)
+                path = protocol.path(self._model_info.model)
                 reply = await self._send(path, self._headers(call), body)
                 if reply.status == HTTPStatus.OK:
                     protocol.check(reply.body, 1)
                     self.protocol = protocol
                     log.info("upstream answers", extra={"protocol": protocol.name})
                     return
-                heard.append(f"{protocol.name}: HTTP {reply.status}")
+                failures.append(f"{protocol.name}: HTTP {reply.status}")
             except BadAnswer as error:
-                heard.append(f"{protocol.name}: {error}")
+                failures.append(f"{protocol.name}: {error}")
             except ServiceError as error:
-                heard.append(f"{protocol.name}: {error}")
-                break  # it is not there, whatever it speaks
-        log.warning("the upstream has no answer yet: %s", "; ".join(heard))
+                failures.append(f"{protocol.name}: {error}")
+                break  # it cannot be reached, in any protocol
+        log.warning("the upstream has no answer yet: %s", "; ".join(failures))
 
     def _count(self, kind: str) -> None:
         self._metrics.upstream_errors[kind].inc()
 
 
-def _end_to_end(headers: Sequence[tuple[str, str]], ours: frozenset[str]) -> list[tuple[str, str]]:
-    """Return what the next hop is to get (RFC 9110, section 7.6.1), without what is ours to say."""
-    named = {
+def _end_to_end(
+    headers: Sequence[tuple[str, str]], dropped: frozenset[str]
+) -> list[tuple[str, str]]:
+    """Return the headers for the next hop (RFC 9110, section 7.6.1), less the dropped ones."""
+    hop_by_hop = {
         name.strip().lower()
         for key, value in headers
         if key == "connection"
@@ -334,30 +308,30 @@ def _end_to_end(headers: Sequence[tuple[str, str]], ours: frozenset[str]) -> lis
     return [
         (key, value)
         for key, value in headers
-        if key not in ours and key not in named and not key.startswith(OURS)
+        if key not in dropped and key not in hop_by_hop and not key.startswith(OWN_PREFIX)
     ]
 
 
-def _check_labels(scores: Sequence[Sequence[Score]], labels: Sequence[str], every: bool) -> None:
+def _check_labels(scores: Sequence[Sequence[Score]], labels: Sequence[str], complete: bool) -> None:
     for row in scores:
         found = {score.label for score in row}
         if not found <= set(labels):
             raise BadAnswer(f"its classes are not those of the bundle, {', '.join(labels)}")
-        if every and len(found) < len(labels):
+        if complete and len(found) < len(labels):
             raise BadAnswer("it does not give a score for every class")
 
 
-async def _limited(response: aiohttp.ClientResponse) -> bytes:
+async def _read_limited(response: aiohttp.ClientResponse) -> bytes:
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise BadAnswer("a compressed answer, which was not asked for")
     content = bytearray()
     async for chunk in response.content.iter_any():
         content += chunk
-        if len(content) > MOST_BYTES:
-            raise BadAnswer(f"an answer of over {MOST_BYTES} bytes")
+        if len(content) > MAX_BYTES:
+            raise BadAnswer(f"an answer of over {MAX_BYTES} bytes")
     return bytes(content)
 
 
 def _retry_after(reply: Reply) -> int:
-    given = dict(reply.headers).get("retry-after", "")
-    return min(int(given), 3600) if given.isascii() and given.isdigit() and int(given) else 1
+    value = dict(reply.headers).get("retry-after", "")
+    return min(int(value), 3600) if value.isascii() and value.isdigit() and int(value) else 1

@@ -1,4 +1,4 @@
-"""Who may use the console, and from where: checked here and nowhere else."""
+"""Who may use the console, and from which pages: checked here and nowhere else."""
 
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Check = Callable[[Request], str]
-"""Returns the name of who asks, which is kept beside marks; raises if they may not."""
+"""Returns the name of the user, which is kept with marks; raises if access is denied."""
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
@@ -21,16 +21,16 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-READS = ("GET", "HEAD")
+SAFE_METHODS = ("GET", "HEAD")
 
 
 def anybody(request: Request) -> str:
-    """Let all in who reach the port: without keys it is on the loopback interface."""
+    """Admit everyone who reaches the port: without keys, it is on the loopback interface."""
     return "console"
 
 
 class SameOrigin:
-    """Refuses what another site has a browser send, and tells browsers what pages may do."""
+    """Refuses requests that another site makes a browser send; sets security headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,14 +47,14 @@ class SameOrigin:
             await send(message)
 
         app = self._app
-        if scope["method"] not in READS and not _same_origin(Headers(scope=scope)):
+        if scope["method"] not in SAFE_METHODS and not _same_origin(Headers(scope=scope)):
             refusal = "refused: the request does not come from a page of the console"
             app = PlainTextResponse(f"{refusal}; a program must send its Origin\n", 403)
         await app(scope, receive, send_with_headers)
 
 
 def _same_origin(headers: Headers) -> bool:
-    # Browsers send the first one to TLS and loopback only, and Origin with every POST.
+    # Browsers send `sec-fetch-site` over TLS and to loopback only, and `origin` with every POST.
     site = headers.get("sec-fetch-site")
     if site is not None:
         return site == "same-origin"

@@ -1,4 +1,4 @@
-"""The console as an application: its parts, its errors, and what it lets in."""
+"""The console as an application: its pages, its errors, and which requests it accepts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from service.audit.store import AuditError
 from service.console.access import Check, SameOrigin, anybody
 from service.console.audit_reader import Audit
-from service.console.pages import StatesOf, message, routes
+from service.console.pages import GetStatuses, message, routes
 from service.http.middleware import RequestId
 from service.http.responses import internal_error
 
@@ -22,18 +22,18 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 def console_app(
     audit: Audit | None,
-    states: StatesOf,
+    statuses: GetStatuses,
     hosts: Sequence[str] = LOOPBACK,
     check: Check = anybody,
 ) -> FastAPI:
     """Return the console.
 
     Args:
-        audit: what there is to show; None if nothing is kept.
-        states: says how each model is that is served.
-        hosts: names by which browsers reach it. Others are refused: the owner of a name can have
-            it lead here, and a browser takes his pages and ours for the same site.
-        check: says who asks, and raises if they may not.
+        audit: the audit to show; None if nothing is kept.
+        statuses: returns the status of each model.
+        hosts: host names by which browsers reach it. Others are refused: an attacker can point a
+            name here, and a browser then takes the attacker's pages and ours for one site.
+        check: authenticates the user.
     """
     app = FastAPI(title="PSIM console", openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
@@ -41,15 +41,15 @@ def console_app(
     app.add_middleware(RequestId, on_bug=internal_error())
     app.mount("/console/static", StaticFiles(directory=Path(__file__).parent / "static"))
     app.add_api_route("/", lambda: RedirectResponse("/console"), response_model=None)
-    app.include_router(routes(audit, states, check))
+    app.include_router(routes(audit, statuses, check))
     app.add_exception_handler(AuditError, _on_audit_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_bad_question)
+    app.add_exception_handler(RequestValidationError, _on_bad_query)
     return app
 
 
 async def _on_audit_error(request: Request, error: Exception) -> Response:
-    hint = "If it took too long, ask for a shorter time; else look for the audit in the log."
+    hint = "If it took too long, ask for a shorter time; else see the log of the service."
     return message(503, "The audit does not answer", f"{error}. {hint}")
 
 
@@ -58,7 +58,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return message(error.status_code, "That did not work", str(error.detail), error.headers)
 
 
-async def _on_bad_question(request: Request, error: Exception) -> Response:
+async def _on_bad_query(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
-    wrong = sorted({str(found["loc"][-1]) for found in error.errors()})
-    return message(422, "That cannot be shown", f"Not understood: {', '.join(wrong)}.")
+    names = sorted({str(e["loc"][-1]) for e in error.errors()})
+    return message(422, "That cannot be shown", f"Not understood: {', '.join(names)}.")

@@ -1,4 +1,4 @@
-"""What the first page shows."""
+"""Statistics and plots of the first page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from models.detection.conformal import min_calibration_size
-from service.audit import statistics as figures
+from service.audit import statistics
 from service.audit.statistics import ScoreGroup, Tally, TrafficStatistics
 from service.console import plots
 from service.console.formatting import number, percent
@@ -15,92 +15,90 @@ from service.console.plots import Plot
 from service.console.query import PERIODS, ConsoleQuery
 
 GROUPS = 12
-"""Plots of scores; thresholds with fewer inputs have none."""
+"""Most plots of scores; the thresholds with fewest inputs have none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A position of a slider: inputs that would be flagged."""
+class SliderChoice:
+    """A position of a slider: the inputs that would be flagged."""
 
     name: str
     tally: Tally
     share: float
-    says: str
+    summary: str
     tenth: int | None = None
-    """Of the thresholds."""
+    """Tenths of the thresholds, if the slider is about them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Figures and plots."""
+    """Statistics and plots."""
 
     traffic: TrafficStatistics
     rate: Plot
     volume: Plot
     scores: Sequence[tuple[ScoreGroup, Plot]]
-    left_out: int
-    """Thresholds without a plot."""
-    thresholds: Sequence[Choice]
-    budgets: Sequence[Choice]
+    thresholds_without_plot: int
+    thresholds: Sequence[SliderChoice]
+    budgets: Sequence[SliderChoice]
     confidence: Plot
     confidences: Sequence[tuple[float, int, int]]
     """Upper end of a range, inputs that passed, inputs that were flagged."""
 
 
-def overview(connection: sa.Connection, asked: ConsoleQuery, now: datetime, texts: int) -> Overview:
-    """Ask the audit.
+def overview(connection: sa.Connection, query: ConsoleQuery, now: datetime, texts: int) -> Overview:
+    """Compute the overview from the audit.
 
     Args:
         connection: to the audit.
-        asked: which inputs.
-        now: the end of the time.
-        texts: of the smallest calibration group of the bundle; budgets that it is too small for
-            are left out.
+        query: which inputs.
+        now: end of the period.
+        texts: size of the smallest calibration group; budgets that need more texts are left out.
     """
-    scope, (_, _, width) = asked.scope(now), PERIODS[asked.period]
-    traffic = figures.traffic(connection, scope, int(width.total_seconds()))
-    groups = figures.groups(connection, scope)
-    ranges = figures.confidences(connection, scope)
-    shown = groups[:GROUPS]
-    most = max((tally.inputs for group in shown for tally in group.tenths), default=0)
+    scope, (_, _, width) = query.scope(now), PERIODS[query.period]
+    traffic = statistics.traffic(connection, scope, int(width.total_seconds()))
+    groups = statistics.groups(connection, scope)
+    ranges = statistics.confidences(connection, scope)
+    plotted = groups[:GROUPS]
+    highest = max((tally.inputs for group in plotted for tally in group.tenths), default=0)
     factors = {
         "the thresholds as they are" if factor == 1 else f"{factor:.1f} times the thresholds": tally
-        for factor, tally in figures.by_factor(groups).items()
+        for factor, tally in statistics.by_factor(groups).items()
     }
     budgets = {
         f"a budget of {percent(budget)}": tally
-        for budget, tally in figures.by_budget(connection, scope).items()
+        for budget, tally in statistics.by_budget(connection, scope).items()
         if min_calibration_size(budget) <= texts
     }
     return Overview(
         traffic,
         plots.rate_plot(traffic.slots, width),
         plots.volume_plot(traffic.slots, width),
-        [(group, plots.score_plot(group, most)) for group in shown],
-        len(groups) - len(shown),
-        _choices(factors, traffic, figures.FACTORS),
+        [(group, plots.score_plot(group, highest)) for group in plotted],
+        len(groups) - len(plotted),
+        _choices(factors, traffic, statistics.FACTORS),
         _choices(budgets, traffic, [None] * len(budgets)),
         plots.confidence_plot(ranges),
-        [(edge, *counts) for edge, counts in zip(figures.CONFIDENCES, ranges, strict=True)],
+        [(edge, *counts) for edge, counts in zip(statistics.CONFIDENCES, ranges, strict=True)],
     )
 
 
 def _choices(
-    found: Mapping[str, Tally], traffic: TrafficStatistics, tenths: Sequence[int | None]
-) -> list[Choice]:
+    tallies: Mapping[str, Tally], traffic: TrafficStatistics, tenths: Sequence[int | None]
+) -> list[SliderChoice]:
     now = traffic.flagged
-    made = []
-    for (name, tally), tenth in zip(found.items(), tenths, strict=True):
+    choices = []
+    for (name, tally), tenth in zip(tallies.items(), tenths, strict=True):
         more = tally.inputs - now.inputs
         change = (
             f"{number(abs(more))} {'more' if more > 0 else 'fewer'} than now" if more else "as now"
         )
         share = tally.inputs / traffic.inputs if traffic.inputs else 0.0
-        says = (
+        summary = (
             f"At {name}: {number(tally.inputs)} of {number(traffic.inputs)} inputs flagged "
             f"({percent(share)}, {change}). Of those marked so far: "
             f"{tally.poisoned} of {now.poisoned} poisoned, "
             f"{tally.false_alarms} of {now.false_alarms} false alarms."
         )
-        made.append(Choice(name, tally, share, says, tenth))
-    return made
+        choices.append(SliderChoice(name, tally, share, summary, tenth))
+    return choices

@@ -1,8 +1,8 @@
-"""Plots as numbers: where the bars, lines and words of a drawing go, in percent of it."""
+"""Plots as numbers: positions of bars, lines and labels, in percent of the drawing."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 from service.audit.statistics import CONFIDENCES, TENTHS, ScoreGroup, Slot
@@ -10,24 +10,24 @@ from service.audit.statistics import CONFIDENCES, TENTHS, ScoreGroup, Slot
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar; `kind` says how it looks, `says` what it stands for."""
+    """A bar; `kind` is its CSS class, `title` its tooltip."""
 
     x: float
     width: float
     y: float
     height: float
     kind: str
-    says: str
+    title: str
     tenth: int | None = None
-    """Of the threshold, where its score lies."""
+    """Its score, in tenths of the threshold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A word at an axis."""
+    """A label at an axis."""
 
     at: float
-    says: str
+    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +37,25 @@ class Plot:
     bars: Sequence[Bar]
     ys: Sequence[Tick] = ()
     xs: Sequence[Tick] = ()
-    cut: float | None = None
-    """Where the threshold is, from the left."""
+    threshold: float | None = None
+    """Position of the threshold, from the left."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Bars that stand on each other, on a logarithmic scale."""
+    """Bars on top of each other, on a logarithmic scale."""
 
     parts: Sequence[tuple[str, int]]
-    says: str
-    tenth: int | None = field(default=None)
+    """Kind and count of each bar, from the bottom."""
+    title: str
+    tenth: int | None = None
 
 
 def rate_plot(slots: Sequence[Slot], width: timedelta) -> Plot:
-    """Return the flagged share over time."""
+    """Return a plot of the flagged share over time."""
     top = _ceiling(max((slot.rate or 0 for slot in slots), default=0))
     bars = [
-        _bar(number, len(slots), slot.rate / top, "flagged", _says(slot))
+        _bar(number, len(slots), slot.rate / top, "flagged", _title(slot))
         for number, slot in enumerate(slots)
         if slot.rate is not None
     ]
@@ -63,21 +64,21 @@ def rate_plot(slots: Sequence[Slot], width: timedelta) -> Plot:
 
 
 def volume_plot(slots: Sequence[Slot], width: timedelta) -> Plot:
-    """Return the number of inputs over time."""
+    """Return a plot of the number of inputs over time."""
     top = max([slot.inputs for slot in slots] + [1])
     bars = [
-        _bar(number, len(slots), slot.inputs / top, "passed", _says(slot))
+        _bar(number, len(slots), slot.inputs / top, "passed", _title(slot))
         for number, slot in enumerate(slots)
     ]
     return Plot(bars, [Tick(100, "0"), Tick(0, f"{top:,}")], _times(slots, width))
 
 
-def score_plot(group: ScoreGroup, most: int) -> Plot:
-    """Return how many inputs have which score, against their threshold.
+def score_plot(group: ScoreGroup, highest: int) -> Plot:
+    """Return a histogram of scores, against their threshold.
 
     Args:
         group: the inputs.
-        most: inputs in the highest bar of all the plots that are beside this one.
+        highest: inputs in the highest bar of all plots that share the scale.
     """
     stacks = []
     for tenth, tally in enumerate(group.tenths):
@@ -90,11 +91,11 @@ def score_plot(group: ScoreGroup, most: int) -> Plot:
         Tick(_place(10 * times), f"{times * group.threshold:.2f}{'+' if times == 3 else ''}")
         for times in (1, 2, 3)
     ]
-    return Plot(*_stacked(stacks, most), xs, _place(10))
+    return Plot(*_stacked(stacks, highest), xs, _place(10))
 
 
 def confidence_plot(counts: Sequence[tuple[int, int]]) -> Plot:
-    """Return how many inputs have which confidence, passed and flagged."""
+    """Return a histogram of confidences, for passed and flagged inputs."""
     lows = ("0", *map(str, CONFIDENCES[:-1]))
     stacks = [
         Stack(
@@ -111,9 +112,9 @@ def confidence_plot(counts: Sequence[tuple[int, int]]) -> Plot:
     return Plot(*_stacked(stacks, max(map(sum, counts))), xs)
 
 
-def _stacked(stacks: Sequence[Stack], most: int) -> tuple[list[Bar], list[Tick]]:
-    """Return bars as high as the logarithm of what they stand for, and the words beside them."""
-    decades = math.log10(1 + max(most, 9))
+def _stacked(stacks: Sequence[Stack], highest: int) -> tuple[list[Bar], list[Tick]]:
+    """Return bars whose height is the logarithm of their count, and the labels of the y axis."""
+    decades = math.log10(1 + max(highest, 9))
     bars = []
     for number, stack in enumerate(stacks):
         under = 0
@@ -121,31 +122,31 @@ def _stacked(stacks: Sequence[Stack], most: int) -> tuple[list[Bar], list[Tick]]
             low, high = (math.log10(1 + n) / decades for n in (under, under + count))
             if count:
                 bars.append(
-                    _bar(number, len(stacks), high - low, kind, stack.says, stack.tenth, low)
+                    _bar(number, len(stacks), high - low, kind, stack.title, stack.tenth, low)
                 )
             under += count
     powers = [10**n for n in range(math.floor(decades) + 1)]
-    ys = [Tick(100 * (1 - math.log10(1 + n) / decades), f"{n:,}") for n in powers if n <= most]
+    ys = [Tick(100 * (1 - math.log10(1 + n) / decades), f"{n:,}") for n in powers if n <= highest]
     return bars, [Tick(100, "0"), *ys]
 
 
 def _bar(
     number: int,
-    of: int,
+    total: int,
     height: float,
     kind: str,
-    says: str,
+    title: str,
     tenth: int | None = None,
     under: float = 0,
 ) -> Bar:
     gap = 0.15
     return Bar(
-        x=100 * (number + gap / 2) / of,
-        width=100 * (1 - gap) / of,
+        x=100 * (number + gap / 2) / total,
+        width=100 * (1 - gap) / total,
         y=100 * (1 - under - height),
         height=100 * height,
         kind=kind,
-        says=says,
+        title=title,
         tenth=tenth,
     )
 
@@ -155,14 +156,14 @@ def _place(tenth: int) -> float:
 
 
 def _ceiling(share: float) -> float:
-    """Return a round number that is as large."""
+    """Return the smallest round number that is at least `share`."""
     if share <= 0:
         return 0.01
     power: float = 10.0 ** math.floor(math.log10(share))
     return min([step * power for step in (1, 2, 5, 10) if step * power >= share] + [1.0])
 
 
-def _says(slot: Slot) -> str:
+def _title(slot: Slot) -> str:
     rate = "" if slot.rate is None else f" ({slot.rate:.2%})"
     return f"{slot.start:%d %b %H:%M} UTC: {slot.flagged:,} of {slot.inputs:,} flagged{rate}"
 

@@ -1,4 +1,4 @@
-"""What a page is asked to show, as it stands in its address."""
+"""What a page is to show, as parameters of its address."""
 
 from datetime import datetime, timedelta
 from typing import Annotated, Literal
@@ -6,7 +6,7 @@ from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from service.audit.review import Filter, Marked
+from service.audit.review import MarkEvent, ReviewFilter
 from service.audit.rows import Mark
 from service.audit.statistics import StatisticsFilter
 
@@ -17,11 +17,11 @@ PERIODS: dict[str, tuple[str, timedelta, timedelta]] = {
     "7d": ("last 7 days", timedelta(days=7), timedelta(hours=3)),
     "30d": ("last 30 days", timedelta(days=30), timedelta(hours=12)),
 }
-"""What each is called, how long it is, and how much of it is one bar of a plot."""
+"""Name and length of each period, and the width of a bar in its plots."""
 
 
 class ConsoleQuery(BaseModel):
-    """Inputs of some time, and of a bundle; an empty string is all of them."""
+    """Inputs of a period, and of one bundle or, if the string is empty, of all."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,7 +29,7 @@ class ConsoleQuery(BaseModel):
     bundle: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
 
     def scope(self, now: datetime) -> StatisticsFilter:
-        """Return the inputs that are meant."""
+        """Return the filter for the audit."""
         return StatisticsFilter(now - PERIODS[self.period][1], now, self.bundle or None)
 
 
@@ -40,34 +40,35 @@ class ReviewQuery(ConsoleQuery):
     decision: Literal["", "allow", "sanitize", "flag", "reject"] = ""
     request_id: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{0,128}$")] = ""
 
-    def filter(self, now: datetime) -> Filter:
-        """Return the inputs that are meant."""
-        wanted = (self.mark or None, self.decision or None, self.request_id or None)
-        return Filter(self.scope(now), *wanted)
+    def filter(self, now: datetime) -> ReviewFilter:
+        """Return the filter for the audit."""
+        return ReviewFilter(
+            self.scope(now), self.mark or None, self.decision or None, self.request_id or None
+        )
 
 
 class ReviewPageQuery(ReviewQuery):
-    """A page of them, and perhaps what was done on the one before."""
+    """A page of the review queue, and the outcome of marking an input there."""
 
     before: AwareDatetime | None = None
     before_id: UUID | None = None
-    """The last input of the page before, by time and id; None asks for the first page."""
+    """Time and id of the last input on the page before; None for the first page."""
     done: UUID | None = None
     """The input that was just marked."""
     was: Literal["", "poisoned", "false_alarm"] = ""
-    """What it was marked as before."""
+    """Its mark before."""
 
     @property
-    def behind(self) -> tuple[datetime, UUID] | None:
-        """Where the page begins."""
+    def after(self) -> tuple[datetime, UUID] | None:
+        """Time and id of the input that the page comes after; None for the first page."""
         return (self.before, self.before_id) if self.before and self.before_id else None
 
 
 class MarkRequest(ReviewPageQuery):
-    """A form that was sent: the mark, empty to take it back, and the page that it was sent from."""
+    """A submitted form: the page that it is on, and the new mark; empty takes the mark back."""
 
     new: Literal["", "poisoned", "false_alarm"]
 
-    def marked(self, who: str, now: datetime) -> Marked:
-        """Return what is to be kept."""
-        return Marked(Mark(self.new) if self.new else None, who, now)
+    def mark_event(self, user: str, now: datetime) -> MarkEvent:
+        """Return the event to be kept."""
+        return MarkEvent(Mark(self.new) if self.new else None, user, now)

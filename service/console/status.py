@@ -1,31 +1,32 @@
-"""What is served in this process, as the pages show it."""
+"""Status of the models that this process serves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from service.observability.drift import Comparison
 from service.observability.metrics import Metrics
 from service.pipeline.gateway import Gateway
-from service.settings import Settings
+from service.settings import AuditSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """That of one predicted class, or of several that share it."""
+    """Threshold of one predicted class, or of several that share it."""
 
     labels: Sequence[str]
     value: float
     texts: int
-    """That it was calibrated with."""
+    """Texts that it was calibrated with."""
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A number, as the metrics say it."""
+class Measurement:
+    """A number with its name."""
 
     name: str
     value: float
-    most: float | None = None
-    """What the settings allow."""
+    limit: float | None = None
+    """Most that the settings allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,32 +39,23 @@ class ServiceStatus:
     mode: str
     model: str
     elsewhere: bool
-    """Whether the classifier is."""
+    """Whether the classifier is deployed elsewhere."""
     upstream: str | None
-    """What it speaks then; None while that is not known."""
+    """Protocol of the upstream; None without one, or while not known."""
     engine: str
     digest: str
     budget: float
     thresholds: Sequence[Threshold]
-    figures: Sequence[Figure]
-    drift: Sequence[Figure]
+    measurements: Sequence[Measurement]
+    """Queue and failures since the process started."""
+    drift: Sequence[Measurement]
     keeps_texts: bool
 
 
-def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> ServiceStatus:
-    """Return how things are now."""
-    bundle, model = gateway.bundle, gateway.served.model
+def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) -> ServiceStatus:
+    """Return the status of a model now."""
+    bundle, model = gateway.bundle, gateway.model_info.model
     labels = bundle.manifest.labels
-    samples = [
-        sample
-        for family in metrics.registry.collect()
-        for sample in family.samples
-        if sample.labels.get("model", model) == model
-    ]
-
-    def number(name: str) -> float:
-        return sum(sample.value for sample in samples if sample.name == f"psim_{name}")
-
     return ServiceStatus(
         unready_reason=gateway.unready_reason,
         worker=gateway.health,
@@ -78,22 +70,38 @@ def state(gateway: Gateway, metrics: Metrics, settings: Settings) -> ServiceStat
             Threshold([labels[i] for i in group.classes], group.threshold, len(group.scores))
             for group in bundle.screen.groups
         ],
-        figures=[
-            Figure("Inputs in the queue", number("queue_inputs"), settings.queue_inputs),
-            Figure("Characters in the queue", number("queue_characters"), settings.queue_chars),
-            Figure("Restarts of the worker", number("worker_restarts_total")),
-            Figure("Inputs passed unscreened", number("fail_open_total")),
-            Figure("Inputs the audit lacks", number("audit_dropped_total")),
-            Figure("Failures of the audit store", number("audit_failures_total")),
-        ],
-        drift=[
-            Figure(f"{what}, {', '.join(one.labels)}", value)
-            for one in gateway.drift.measure()
-            for what, value in (
-                ("Statistic", one.statistic),
-                ("p-value", one.p_value),
-                ("Inputs", one.inputs),
-            )
-        ],
+        measurements=_measurements(_values(metrics, model)),
+        drift=[number for group in gateway.drift.measure() for number in _drift(group)],
         keeps_texts=settings.audit_text,
     )
+
+
+def _values(metrics: Metrics, model: str) -> Callable[[str], float]:
+    """Return a function that looks up a metric, of this model if it is by model."""
+    samples = [
+        sample
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.labels.get("model", model) == model
+    ]
+    return lambda name: sum(s.value for s in samples if s.name == f"psim_{name}")
+
+
+def _measurements(value: Callable[[str], float]) -> list[Measurement]:
+    return [
+        Measurement("Inputs in the queue", value("queue_inputs"), value("max_queue_inputs")),
+        Measurement(
+            "Characters in the queue", value("queue_characters"), value("max_queue_characters")
+        ),
+        Measurement("Restarts of the worker", value("worker_restarts_total")),
+        Measurement("Inputs passed unscreened", value("fail_open_total")),
+        Measurement("Inputs the audit lacks", value("audit_dropped_total")),
+        Measurement("Failures of the audit store", value("audit_failures_total")),
+    ]
+
+
+def _drift(group: Comparison) -> Iterator[Measurement]:
+    labels = ", ".join(group.labels)
+    yield Measurement(f"Statistic, {labels}", group.statistic)
+    yield Measurement(f"p-value, {labels}", group.p_value)
+    yield Measurement(f"Inputs, {labels}", group.inputs)

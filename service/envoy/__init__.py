@@ -1,1 +1,1 @@
-"""Envoy's external processing."""
+"""Envoy's external processing (ext_proc)."""

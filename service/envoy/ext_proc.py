@@ -1,8 +1,9 @@
-"""Envoy's ext_proc over gRPC: Envoy sends a request in parts, and does with it as it is told.
+"""Envoy's ext_proc over gRPC: Envoy sends a request in parts, and is told what to do with each.
 
-Each request is put to an ASGI application, which says of it what it says to ext_authz. Envoy takes
-the end of a stream as a pass, so none ends without a verdict; an error, an answer of the wrong kind
-or none in time it takes as a failure, which is no pass unless its `failure_mode_allow` is set.
+Each request goes to an ASGI application, which answers as it answers ext_authz. Envoy lets a
+request pass when its stream ends, so no stream ends without a verdict. Envoy treats an error, an
+answer of the wrong kind and a timeout as a failure; then the request passes only if Envoy's
+`failure_mode_allow` is set.
 """
 
 import asyncio
@@ -37,12 +38,12 @@ from starlette.types import ASGIApp, Message, Scope
 
 from service.http.responses import problem
 from service.http.routes.guardrails import PARTIAL_BODY
-from service.settings import Settings
+from service.settings import ExtProcSettings
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
-REST = 2**20
+MESSAGE_OVERHEAD = 2**20
 """Bytes that a message may have beside the body."""
-GO_ON = {
+CONTINUE = {
     "response_headers": ProcessingResponse(response_headers=HeadersResponse()),
     "response_body": ProcessingResponse(response_body=BodyResponse()),
     "response_trailers": ProcessingResponse(response_trailers=TrailersResponse()),
@@ -50,26 +51,26 @@ GO_ON = {
 """Answers to the parts of a response, which is not screened."""
 
 DECISION = "x-psim-decision"
-UNSEEN = problem(403, "not_inspected", "not all of the request was sent to be screened")
+NOT_INSPECTED = problem(403, "not_inspected", "not all of the request was sent to be screened")
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 
 class ExtProc:
-    """Listens to Envoy, and asks an application about each request."""
+    """gRPC server for Envoy that gives each request to an ASGI application."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: ExtProcSettings) -> None:
         self._app, self._settings = app, settings
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
-            RuntimeError: the port cannot be had.
+            RuntimeError: the port is not available.
         """
         options = [
-            ("grpc.max_receive_message_length", self._settings.max_body_bytes + REST),
+            ("grpc.max_receive_message_length", self._settings.max_body_bytes + MESSAGE_OVERHEAD),
             ("grpc.so_reuseport", 0),
         ]
         host, port = self._settings.host, self._settings.ext_proc_port
@@ -83,34 +84,34 @@ class ExtProc:
         await server.start()
 
     async def close(self) -> None:
-        """Take no more requests; those that there are may end."""
+        """Refuse new requests, and let running ones end within `drain_s` seconds."""
         if self._server is not None:
             await self._server.stop(self._settings.drain_s)
 
     async def _process(self, parts: AsyncIterator[ProcessingRequest], context: Any) -> None:
         """Answer the parts of one request, each once and in order, until there is a verdict."""
-        asked: ProxiedRequest | None = None
+        request: ProxiedRequest | None = None
         try:
             async for part in parts:
-                asked = asked or ProxiedRequest(self._app, part)
-                await context.write(await asked.answer(part))
-                if asked.judged:
+                request = request or ProxiedRequest(self._app, part)
+                await context.write(await request.answer(part))
+                if request.decided:
                     return
         finally:
-            if asked:
-                await asked.close()
+            if request:
+                await request.close()
 
 
 class ProxiedRequest:
-    """One HTTP request, put to an application as Envoy sends it; `first` is its first part."""
+    """HTTP request that an application reads while Envoy sends it; `first` is its first part."""
 
     def __init__(self, app: ASGIApp, first: ProcessingRequest) -> None:
-        self.judged = False
-        """Whether Envoy has been told what becomes of the request."""
+        self.decided = False
+        """Whether Envoy has been told the verdict."""
         head, config = first.request_headers, first.protocol_config
         mode = config.request_body_mode if config else BodyMode.NONE
         self._streamed = mode == BodyMode.STREAMED
-        # In other modes Envoy forwards what it has not sent to us.
+        # In other modes Envoy forwards a body that it has not sent to us.
         sent = head and (head.end_of_stream or mode in (BodyMode.BUFFERED, BodyMode.STREAMED))
         self._partial = not sent
         self._held = bytearray()
@@ -122,21 +123,23 @@ class ProxiedRequest:
         self._work = asyncio.ensure_future(app(scope, self._receive, self._send))
 
     async def answer(self, part: ProcessingRequest) -> ProcessingResponse:
-        """Return what Envoy is to do next, now that it has sent a part."""
+        """Return the answer to a part."""
         if part.request_headers is not None:
             return await self._on_headers(part.request_headers.end_of_stream)
         if part.request_body is not None:
-            # One that is buffered comes whole; if there are trailers, it is not the end.
+            # A buffered body comes whole, but is not the end of the stream if there are trailers.
             ends = part.request_body.end_of_stream or not self._streamed
             return await self._on_body(part.request_body.body, ends)
         kind, _ = which_one_of(part, "request")
-        if kind in GO_ON and not self._partial:
-            # It is Envoy's own, or of an upstream that has got nothing of the body yet.
-            return GO_ON[kind]
-        return self._refuse(UNSEEN.status_code, UNSEEN.raw_headers, bytes(UNSEEN.body))
+        if kind in CONTINUE and not self._partial:
+            # The response is Envoy's own, or of an upstream that has not seen the body yet.
+            return CONTINUE[kind]
+        return self._refuse(
+            NOT_INSPECTED.status_code, NOT_INSPECTED.raw_headers, bytes(NOT_INSPECTED.body)
+        )
 
     async def close(self) -> None:
-        """Drop the work on a request that Envoy has given up."""
+        """Cancel the work on the request."""
         if self._work.cancel():
             await asyncio.wait((self._work,))
 
@@ -151,8 +154,8 @@ class ProxiedRequest:
             wanted.cancel()
         if self._work.done() and self._status != 200:
             return self._refusal()
-        self.judged = self._work.done()
-        # What callers write themselves is no verdict.
+        self.decided = self._work.done()
+        # A caller's own header must not look like a verdict.
         mutation = HeaderMutation(remove_headers=[DECISION])
         common = CommonResponse(header_mutation=mutation)
         return ProcessingResponse(request_headers=HeadersResponse(common))
@@ -160,14 +163,14 @@ class ProxiedRequest:
     async def _on_body(self, body: bytes, ends: bool) -> ProcessingResponse:
         self._give(body, ends)
         if not ends and not self._work.done():
-            # A part that is streamed goes to the upstream with the last one, or not at all.
+            # Streamed parts are held back until the verdict, and go on with the last part.
             self._held += body
             common = CommonResponse(body_mutation=BodyMutation(clear_body=True))
             return ProcessingResponse(request_body=BodyResponse(common))
         await asyncio.wait((self._work,))
         if self._status != 200:
             return self._refusal()
-        self.judged = True
+        self.decided = True
         common = CommonResponse(header_mutation=_mutation(self._headers, only=DECISION))
         if self._held:
             common.body_mutation = BodyMutation(body=bytes(self._held + body))
@@ -177,11 +180,11 @@ class ProxiedRequest:
         return self._refuse(self._status, self._headers, self._reply)
 
     def _refuse(self, status: int, headers: Headers, body: bytes) -> ProcessingResponse:
-        self.judged = True
-        told = ImmediateResponse(
+        self.decided = True
+        response = ImmediateResponse(
             status=HttpStatus(StatusCode(status)), headers=_mutation(headers), body=body
         )
-        return ProcessingResponse(immediate_response=told)
+        return ProcessingResponse(immediate_response=response)
 
     def _give(self, body: bytes, ends: bool) -> None:
         self._body.put_nowait({"type": "http.request", "body": body, "more_body": not ends})
@@ -198,7 +201,7 @@ class ProxiedRequest:
 
 
 def _scope(head: HttpHeaders, partial: bool) -> Scope:
-    """Return what ASGI says of a request."""
+    """Return the ASGI scope of a request."""
     fields = head.headers.headers if head.headers else []
     headers = [(f.key.encode(), f.raw_value or f.value.encode()) for f in fields]
     pseudo = dict(headers)
@@ -223,7 +226,7 @@ def _scope(head: HttpHeaders, partial: bool) -> Scope:
 
 
 def _mutation(headers: Headers, only: str | None = None) -> HeaderMutation:
-    """Return headers as Envoy is to set them; of a whole answer, the length is for it to say."""
+    """Return the headers that Envoy sets; it computes the length of an answer itself."""
     found = [(name.decode("latin-1"), value) for name, value in headers]
     return HeaderMutation(
         set_headers=[

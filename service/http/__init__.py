@@ -1,1 +1,1 @@
-"""HTTP, without a word about screening."""
+"""HTTP: from requests to the gateway, and from its results to responses."""

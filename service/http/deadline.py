@@ -1,4 +1,4 @@
-"""How long a request may take: until its deadline, and while its caller is there."""
+"""Limits to the time of a request: its deadline, and its caller's patience."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -12,7 +12,11 @@ Answer = TypeVar("Answer")
 
 
 async def while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
-    """Return the answer, or drop the work and raise `ClientDisconnect` when the caller hangs up."""
+    """Return the answer.
+
+    Raises:
+        ClientDisconnect: the caller hung up, so the work was cancelled.
+    """
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -31,7 +35,7 @@ async def while_connected(request: Request, answer: Coroutine[Any, Any, Answer])
 
 
 class Deadline:
-    """Turn a request's time limit into `TimedOut`."""
+    """Context that raises `TimedOut` when its time is over."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -1,4 +1,4 @@
-"""What every request has: a request id, the caller's trace, and no guessing of types."""
+"""Middleware for every request: its id, the caller's trace, and the answer to a bug."""
 
 import logging
 import re
@@ -13,13 +13,13 @@ from service.observability.traces import caller_trace
 
 log = logging.getLogger(__name__)
 
-SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestId:
-    """Takes the caller's `x-request-id` if it is sane, else makes one; sends it back.
+    """Takes the caller's `x-request-id` if it is well-formed, or makes one, and sends it back.
 
-    An exception that got this far is a bug of ours: it is logged, and `on_bug` answers.
+    An exception that gets this far is a bug: it is logged, and `on_bug` answers.
     """
 
     def __init__(self, app: ASGIApp, on_bug: ASGIApp) -> None:
@@ -31,7 +31,7 @@ class RequestId:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if VALID_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
         started = False
@@ -51,7 +51,7 @@ class RequestId:
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception as error:
-            # Where it happened and its type; its message may quote the text.
+            # Its place and type only: its message may quote a text.
             where = "".join(traceback.format_tb(error.__traceback__))
             fields = {"request_id": request_id, "error": type(error).__name__, "where": where}
             log.error("bug", extra=fields)

@@ -1,49 +1,73 @@
-"""Reading a JSON body strictly: what cannot be inspected as it will be read is refused."""
+"""Strict reading of JSON bodies: a body that servers could read in two ways is refused."""
 
 import json
 import re
+from collections.abc import Sequence
 from typing import TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from service.errors import Invalid, Malformed, TooLarge, UnsupportedMedia
+from service.protocols.base import InferenceRequest, WireProtocol
 from service.schemas import TextsRequest
-from service.settings import Settings
+from service.settings import RequestLimits
 
 Model = TypeVar("Model", bound=TextsRequest)
 BINARY_TENSORS = "inference-header-content-length"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read(request: Request, model: type[Model], settings: Settings) -> Model:
+async def read(request: Request, model: type[Model], settings: RequestLimits) -> Model:
     """Return the request's body as `model`.
 
     Raises:
-        UnsupportedMedia, TooLarge, Malformed, Invalid: none repeats anything of the body.
+        UnsupportedMedia, TooLarge, Malformed, Invalid: the message does not quote the body.
     """
     _, data = await read_json(request, settings)
     return parse(data, model, settings)
 
 
-async def read_json(
-    request: Request, settings: Settings, media_optional: bool = False
-) -> tuple[bytes, object]:
-    """Return the request's body, as it is and as JSON.
+async def read_inference(
+    request: Request, protocols: Sequence[WireProtocol], settings: RequestLimits
+) -> tuple[WireProtocol, InferenceRequest, bytes]:
+    """Return a body's protocol, of those that share a route, the parsed body, and its bytes.
+
+    Errors from here on are answered in that protocol.
 
     Raises:
-        UnsupportedMedia, TooLarge, Malformed, Invalid: none repeats anything of the body.
+        UnsupportedMedia, TooLarge, Malformed, Invalid: the message does not quote the body.
+    """
+    request.state.protocol = protocols[0]
+    optional = protocols[0].media_optional
+    body, data = await read_json(request, settings, media_optional=optional)
+    protocol = request.state.protocol = choose(protocols, data)
+    return protocol, parse(data, protocol.request_type, settings), body
+
+
+def choose(protocols: Sequence[WireProtocol], data: object) -> WireProtocol:
+    """Return the protocol that a body is written in; the first one is the default."""
+    return next((p for p in reversed(protocols) if p.claims(data)), protocols[0])
+
+
+async def read_json(
+    request: Request, settings: RequestLimits, media_optional: bool = False
+) -> tuple[bytes, object]:
+    """Return the request's body, as bytes and as JSON.
+
+    Raises:
+        UnsupportedMedia, TooLarge, Malformed, Invalid: the message does not quote the body.
     """
     _check_media(request, media_optional)
     body = await _limited_body(request, settings.max_body_bytes)
     return body, _parse(body)
 
 
-def parse(data: object, model: type[Model], settings: Settings) -> Model:
+def parse(data: object, model: type[Model], settings: RequestLimits) -> Model:
     """Return JSON as `model`.
 
     Raises:
-        TooLarge, Invalid: none repeats anything of the body.
+        TooLarge, Invalid: the message does not quote the JSON.
     """
     try:
         parsed = model.model_validate(data)
@@ -85,7 +109,7 @@ def _parse(body: bytes) -> object:
         if SURROGATE.search(body):
             json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        # Half a character: tokenizers cannot read it, nor could an answer repeat it.
+        # Half a character: no tokenizer can read it, and no answer could repeat it.
         raise Invalid("escapes from \\ud800 to \\udfff must be in pairs") from None
     except (ValueError, RecursionError):
         raise Malformed("the body is not valid JSON, or has a key twice") from None
@@ -95,7 +119,7 @@ def _parse(body: bytes) -> object:
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        # Parsers differ in which of the two they take: a text could hide behind the other.
+        # Parsers differ in which of the two they take, so a text could hide behind the other.
         raise ValueError("duplicate key")
     return result
 
@@ -105,7 +129,7 @@ def _no_constant(name: str) -> object:
 
 
 def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
-    """Say where the first error is and what is wanted; keys of the caller's making stay out."""
+    """Return the place and kind of the first error, without keys that the caller chose."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     where = [str(p) for p in first["loc"] if isinstance(p, int) or p in model.model_fields]
     fields = ", ".join(field.alias or name for name, field in model.model_fields.items())
@@ -114,7 +138,7 @@ def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
     return f"{'.'.join(where) or 'the body'}: {first['msg']}"
 
 
-def _check_texts(texts: list[str], settings: Settings) -> None:
+def _check_texts(texts: list[str], settings: RequestLimits) -> None:
     if len(texts) > settings.max_inputs:
         raise TooLarge(f"{len(texts)} inputs are over the limit of {settings.max_inputs}")
     for index, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""The one table of errors, and answers in the protocol in which a request came."""
+"""Responses, and errors in the protocol of the request."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,48 +9,11 @@ from fastapi import Request, Response
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
-from service.errors import (
-    ClassifyFailed,
-    Forbidden,
-    Invalid,
-    Malformed,
-    NotAllowed,
-    NotInspected,
-    NotReady,
-    Overloaded,
-    RateLimited,
-    ScreenFailed,
-    ServiceError,
-    TimedOut,
-    TooLarge,
-    Unauthorized,
-    UnknownModel,
-    UnsupportedMedia,
-    UpstreamDown,
-    UpstreamFailed,
-    UpstreamRefused,
-)
+from service.errors import ServiceError, UpstreamRefused
 from service.protocols.base import WireProtocol
 from service.protocols.native import Native
+from service.route_table import route_of
 
-STATUS: dict[type[ServiceError], int] = {
-    Malformed: 400,
-    Unauthorized: 401,
-    Forbidden: 403,
-    NotInspected: 403,
-    UnknownModel: 404,
-    TooLarge: 413,
-    UnsupportedMedia: 415,
-    Invalid: 422,
-    Overloaded: 429,
-    RateLimited: 429,
-    UpstreamFailed: 502,
-    ClassifyFailed: 503,
-    NotReady: 503,
-    ScreenFailed: 503,
-    UpstreamDown: 503,
-    TimedOut: 504,
-}
 PROBLEM_JSON = Native.error_media
 
 
@@ -67,7 +30,11 @@ def json_response(
     headers: Mapping[str, str] | None = None,
     media: str = "application/json",
 ) -> Response:
-    """Return JSON; NaN in it is a bug."""
+    """Return JSON.
+
+    Raises:
+        ValueError: the content holds NaN or an infinity, which is a bug.
+    """
     body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(body, status, headers, media)
 
@@ -77,26 +44,32 @@ def internal_error() -> Response:
     return problem(500, "internal", "an internal error; the log has it under the request id")
 
 
+def server_timing(stages: Mapping[str, float]) -> str:
+    """Return seconds by stage as a header (W3C Server Timing)."""
+    return ", ".join(f"{stage};dur={1000 * s:.2f}" for stage, s in stages.items())
+
+
 def error_response(error: ServiceError, protocol: WireProtocol) -> Response:
-    """Return an expected error as a protocol puts it."""
+    """Return an expected error in the format of a protocol."""
     if isinstance(error, UpstreamRefused):
-        return relayed(error.status, error.headers, error.body)
-    headers = {}
-    if isinstance(error, Overloaded | RateLimited | UpstreamDown):
-        headers["retry-after"] = str(error.retry_after_s)
-    if isinstance(error, NotAllowed):
-        headers["www-authenticate"] = error.challenge
-    status = STATUS[type(error)]
-    content = protocol.error(status, error.code, str(error))
-    return json_response(status, content, headers, protocol.error_media)
+        return relayed(*error.answer)
+    content = protocol.error(error.status, error.code, str(error))
+    return json_response(error.status, content, error.headers, protocol.error_media)
 
 
 def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Response:
-    """Return what an upstream said."""
+    """Return an upstream's answer unchanged."""
     response = Response(body, status)
     pairs = [(k.encode(), v.encode(errors="surrogateescape")) for k, v in headers]
     response.raw_headers[:0] = pairs
     return response
+
+
+def _protocol_of(request: Request) -> WireProtocol:
+    """Return the protocol that the body was found to be in, or the first one of the route."""
+    found: WireProtocol | None = getattr(request.state, "protocol", None)
+    route = route_of(request.scope)
+    return found or (route.protocols[0] if route else Native())
 
 
 def install_error_handlers(app: Starlette) -> None:
@@ -104,7 +77,7 @@ def install_error_handlers(app: Starlette) -> None:
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for it
-        return error_response(error, getattr(request.state, "protocol", Native()))
+        return error_response(error, _protocol_of(request))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it

@@ -1,4 +1,4 @@
-"""A server beside the service's own, in the same process and event loop."""
+"""An additional server in the process and event loop of the service."""
 
 import asyncio
 import socket
@@ -11,22 +11,22 @@ from starlette.types import ASGIApp
 from models.errors import PsimError
 
 CONNECTIONS = 32
-"""At once; above it, 503."""
+"""Connections at once; more are answered with 503."""
 
 
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the service's own server, which ends this one."""
+        """Leave signals to the service's main server, which ends this one."""
         yield
 
 
 @asynccontextmanager
 async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
-    """Serve an application while the block runs; yield the port, of which 0 takes a free one.
+    """Serve an application while the block runs, and yield the port; port 0 takes a free one.
 
     Raises:
-        PsimError: the address cannot be had.
+        PsimError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

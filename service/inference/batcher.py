@@ -1,15 +1,14 @@
 """Dynamic batches in one inference thread: engine and tokenizer are not thread-safe.
 
-Batches form while the device is busy; nothing waits for company. Callers take turns, text by text,
-in a window of texts that are tokenized. Of what waits there, sorted by length and cut by a token
-budget, the batch of the shortest and that of the oldest text run in turns: a short text does not
-wait for long ones, and no text waits for ever. Classifying goes before screening, since it finishes
-requests.
+Batches form while the device is busy; no text waits for others to arrive. Callers take turns, text
+by text, at entering a window of tokenized texts. The window is sorted by length and cut into
+batches by a token budget. The batch with the shortest text and the batch with the oldest text run
+alternately: a short text does not wait for long ones, and no text waits for ever. Classifying goes
+before screening, since it finishes requests.
 """
 
 import asyncio
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -21,43 +20,43 @@ from models.detection.screen import FloatArray, Verdict
 from models.engines.base import ClassifierState, Encoding
 from models.engines.batching import length_sorted_batches
 from models.errors import ScreenError
-from service.errors import ClassifyFailed, NotReady, Overloaded, ScreenFailed, TimedOut
+from service.errors import ClassifyFailed, NotReady, ScreenFailed, TimedOut
+from service.inference.admission import Admission
 from service.inference.worker import Health, Worker
 from service.observability.metrics import ModelMetrics
-from service.settings import Settings
+from service.settings import InferenceSettings
 
 log = logging.getLogger(__name__)
 
 WINDOW = 64
-"""Texts among which a batch is chosen, and states that are classified before more are screened."""
+"""Texts that a batch is chosen from, and states that one step classifies at most."""
 
-Given = TypeVar("Given")
+Input = TypeVar("Input")
 Answer = TypeVar("Answer")
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """A screened input: the verdict, and what the classifier needs."""
+    """A screened input: its verdict, and its state for the classifier."""
 
     verdict: Verdict | None
-    """None if screening failed; never to be read as clean."""
+    """None if screening failed; this does not mean clean."""
     state: ClassifierState
-    """Where the classifier goes on."""
+    """Where the classifier continues."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timed(Generic[Answer]):
-    """An answer with the seconds that each stage took on its way."""
+    """An answer, with the seconds that each stage took."""
 
     value: Answer
     stages: dict[str, float]
 
 
 @dataclass(eq=False, slots=True)
-class _Job(Generic[Given, Answer]):
-    given: Given
+class _Job(Generic[Input, Answer]):
+    input: Input
     future: "asyncio.Future[Timed[Answer]]"
     stages: dict[str, float] = field(default_factory=dict)
     queued: float = field(default_factory=time.perf_counter)
@@ -68,11 +67,11 @@ _ClassifyJob = _Job[ClassifierState, FloatArray]
 
 
 class Screener(Protocol):
-    """Whoever screens texts."""
+    """Screens texts."""
 
     @property
     def health(self) -> Health:
-        """How whoever does it is."""
+        """State of the inference worker."""
 
     async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
         """Screen texts, as `Batcher.screen` does."""
@@ -83,27 +82,25 @@ class Batcher:
 
     Raises from `screen` and `classify`:
         Overloaded: the queue is full; nothing was queued.
-        NotReady: the worker does not run, or died with the input in hand.
+        NotReady: the worker is not running, or died while it worked on the input.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
+    def __init__(self, bundle: Bundle, settings: InferenceSettings, metrics: ModelMetrics) -> None:
         self._engine, self._screen = bundle.engine, bundle.screen
         self._settings, self._metrics = settings, metrics
-        self._inputs = self._chars = 0
-        self._callers: set[tuple[_ScreenJob, ...]] = set()
+        self._admission = Admission(settings, metrics, WINDOW)
         self._to_screen: deque[deque[_ScreenJob]] = deque()
-        """By caller; the next one first."""
+        """One queue per caller; the next caller comes first."""
         self._to_classify: deque[_ClassifyJob] = deque()
         self._window: list[tuple[_ScreenJob, Encoding]] = []
         """Oldest first. Only the worker changes it."""
         self._taken: Sequence[_Job[Any, Any]] = ()
-        """What is in hand; set before it is taken from where it waits, so that none gets lost."""
+        """Jobs in the worker's hands; set before they leave their queue, so that none is lost."""
         self._oldest_next = False
         self._recent: deque[float] = deque([0.0], maxlen=16)
-        self._pace = 0.0
-        """Seconds that an input takes, by the last `WINDOW` of them or so."""
+        """Seconds of the latest steps."""
         self._worker = Worker(
-            self._step, self._probe, self._answer_taken, self._answer_all, settings, metrics
+            self._step, self._probe, self._fail_taken, self._fail_all, settings, metrics
         )
 
     def start(self) -> None:
@@ -113,39 +110,34 @@ class Batcher:
 
     @property
     def health(self) -> Health:
-        """How the inference thread is."""
+        """State of the inference thread."""
         return self._worker.health
 
     @property
     def alive(self) -> bool:
-        """True while the worker answers."""
+        """Whether the worker is running."""
         return self.health is Health.RUNNING
 
     @property
     def queued_characters(self) -> int:
         """How many characters wait or run."""
-        return self._chars
+        return self._admission.characters
 
     async def close(self) -> None:
-        """Answer what is queued, then stop the worker; later calls raise `NotReady`."""
+        """Answer all queued jobs, then stop the worker; later calls raise `NotReady`."""
         await self._worker.close(self._settings.drain_s)
 
     async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
-        """Screen texts; one that cannot even be tokenized fails the call with `ScreenFailed`.
+        """Screen texts.
 
         Raises:
+            ScreenFailed: a text cannot be tokenized.
             TimedOut: the queue was so long that the answer would have been late.
         """
-        chars = sum(map(len, texts))
-        self._admit(len(texts), chars)
-        jobs = tuple(_ScreenJob(text, self._loop.create_future()) for text in texts)
-        self._callers.add(jobs)
-        try:
+        jobs = [_ScreenJob(text, self._loop.create_future()) for text in texts]
+        with self._admission.admit(tuple(job.future for job in jobs), sum(map(len, texts))):
             self._enqueue(self._to_screen, [deque(jobs)])
             return await _all(jobs)
-        finally:
-            self._callers.discard(jobs)
-            self._account(-len(texts), -chars)
 
     async def classify(self, states: Sequence[ClassifierState]) -> list[Timed[FloatArray]]:
         """Return the classifier's probabilities, each of shape (C,); any failure fails the call."""
@@ -153,44 +145,9 @@ class Batcher:
         self._enqueue(self._to_classify, jobs)
         return await _all(jobs)
 
-    def _admit(self, inputs: int, chars: int) -> None:
-        for reason, amount, limit in (
-            ("inputs", self._inputs + inputs, self._settings.queue_inputs),
-            ("characters", self._chars + chars, self._settings.queue_chars),
-            ("seconds", self._wait(inputs), self._settings.queue_s),
-        ):
-            if amount > limit:
-                self._metrics.overload[reason].inc()
-                raise Overloaded(reason, self._retry_after())
-        self._account(inputs, chars)
-
-    def _wait(self, inputs: int) -> float:
-        """Return how many seconds of work go before the last of so many inputs of a new caller.
-
-        Callers take turns: what one of them has more of than the new one comes after. None, as long
-        as all fit into the window, of which batches are made: slow models need company too.
-        """
-        if self._inputs + inputs <= WINDOW:
-            return 0.0
-        left = (sum(not job.future.done() for job in jobs) for jobs in self._callers)
-        return self._pace * sum(min(inputs, one) for one in left)
-
-    def _retry_after(self) -> int:
-        """Return after how many seconds all that waits now will be answered."""
-        seconds = min(self._pace * self._inputs, self._settings.request_timeout_s)
-        return max(1, math.ceil(seconds))
-
-    def _account(self, inputs: int, chars: int) -> None:
-        self._inputs += inputs
-        self._chars += chars
-        # Not set where it counts: after a reload the one before may still have some of the model.
-        self._metrics.queue_inputs.inc(inputs)
-        self._metrics.queue_characters.inc(chars)
-        self._metrics.queue_seconds.set(self._pace * self._inputs)
-
-    def _enqueue(self, queue: "deque[_In]", items: "Iterable[_In]") -> None:
+    def _enqueue(self, queue: "deque[Input]", items: "Iterable[Input]") -> None:
         with self._worker.wake:
-            # A worker that is being restarted will soon be back, or answer everybody.
+            # A worker that is being restarted will soon run again, or fail all jobs.
             if self.health not in (Health.RUNNING, Health.RESTARTING):
                 raise NotReady(f"the inference worker {self.health}")
             queue.extend(items)
@@ -199,27 +156,26 @@ class Batcher:
     # Everything below runs in the inference thread.
 
     def _step(self) -> bool:
-        """Classify what waits, or else screen a batch; return False when closed and all is done."""
+        """Classify all states, or else screen a batch; return False when closed and done."""
         worker = self._worker
         with worker.wake:
             if not self._window:
                 worker.wake.wait_for(lambda: self._to_classify or self._to_screen or worker.closing)
             states = self._next_states()
-            fresh = [] if states else self._next_texts(WINDOW - len(self._window))
+            texts = [] if states else self._next_texts(WINDOW - len(self._window))
         started, screened = time.perf_counter(), 0
         if states:
             self._run_classify(states)
         else:
-            self._tokenize(fresh)
+            self._tokenize(texts)
             batch = self._next_batch()
             screened = len(batch)
             self._run_screen(batch)
         self._taken = ()
         seconds = time.perf_counter() - started
         self._recent.append(seconds)
-        # A step with nothing screened counts for the inputs of others: each takes both kinds.
-        self._pace += (seconds - screened * self._pace) / WINDOW
-        return bool(states or fresh or self._window) or not worker.closing
+        self._admission.measure(seconds, screened)
+        return bool(states or texts or self._window) or not worker.closing
 
     def _next_states(self) -> list[_ClassifyJob]:
         taken: list[_ClassifyJob] = []
@@ -228,14 +184,14 @@ class Batcher:
             taken.append(self._to_classify.popleft())
         return taken
 
-    def _next_texts(self, most: int) -> list[_ScreenJob]:
-        """Take texts off the queue, one of each caller in turn, so that nobody waits for a crowd.
+    def _next_texts(self, limit: int) -> list[_ScreenJob]:
+        """Take texts off the queue, one of each caller in turn, so that no caller blocks others.
 
-        Those whose caller has gone are dropped before they cost anything.
+        Texts whose caller has gone are dropped before they cost anything.
         """
         taken: list[_ScreenJob] = []
         self._taken = taken
-        while self._to_screen and len(taken) < most:
+        while self._to_screen and len(taken) < limit:
             caller = self._to_screen.popleft()
             job = caller.popleft()
             if caller:
@@ -245,7 +201,7 @@ class Batcher:
         return taken
 
     def _tokenize(self, jobs: list[_ScreenJob]) -> None:
-        texts = [job.given for job in jobs]
+        texts = [job.input for job in jobs]
         encodings = self._outputs("tokenize", jobs, texts, self._engine.encode)
         refused = ScreenFailed("an input could not be tokenized")
         for job, encoding in zip(jobs, encodings, strict=True):
@@ -255,8 +211,8 @@ class Batcher:
                 self._window.append((job, encoding))
 
     def _next_batch(self) -> list[tuple[_ScreenJob, Encoding]]:
-        """Take from the window the batch that is to run, which may be none."""
-        self._drop_the_gone_and_the_late()
+        """Take the next batch out of the window; it may be empty."""
+        self._drop_cancelled_and_late()
         lengths = [len(encoding) for _, encoding in self._window]
         batches = list(length_sorted_batches(lengths, self._settings.batch_tokens))
         if not batches:
@@ -265,30 +221,32 @@ class Batcher:
         chosen = next(b for b in batches if 0 in b) if self._oldest_next else batches[-1]
         batch, taken = [self._window[i] for i in chosen], set(chosen)
         self._taken = [job for job, _ in batch]
-        self._window = [one for i, one in enumerate(self._window) if i not in taken]
+        self._window = [pair for i, pair in enumerate(self._window) if i not in taken]
         return batch
 
-    def _drop_the_gone_and_the_late(self) -> None:
-        """Spend nothing on answers that come too late: under overload all of them would.
+    def _drop_cancelled_and_late(self) -> None:
+        """Spend nothing on answers that would be late: under overload, all would be.
 
-        A text may need two steps more, and of others that go first.
+        A text may take two more steps, since another batch may go first.
         """
         limit = self._settings.request_timeout_s
-        born = time.perf_counter() - limit + min(2 * max(self._recent), limit / 2)
+        oldest = time.perf_counter() - limit + min(2 * max(self._recent), limit / 2)
         late = [
-            (job, TimedOut("the queue is too long")) for job, _ in self._window if job.queued < born
+            (job, TimedOut("the queue is too long"))
+            for job, _ in self._window
+            if job.queued < oldest
         ]
         self._post(late)
         self._window = [
             (job, encoding)
             for job, encoding in self._window
-            if job.queued >= born and not job.future.cancelled()
+            if job.queued >= oldest and not job.future.cancelled()
         ]
 
     def _run_screen(self, batch: list[tuple[_ScreenJob, Encoding]]) -> None:
         jobs = [job for job, _ in batch]
         encodings = [encoding for _, encoding in batch]
-        self._start(jobs, encodings)
+        self._observe_batch(jobs, encodings)
 
         def screen(inputs: Sequence[Encoding]) -> Iterable[tuple[FloatArray, ClassifierState]]:
             return zip(*self._engine.screen(inputs), strict=True)
@@ -308,16 +266,18 @@ class Batcher:
             return Screened(None, state)
 
     def _run_classify(self, waiting: list[_ClassifyJob]) -> None:
-        lengths = [len(job.given) for job in waiting]
+        lengths = [len(job.input) for job in waiting]
         for batch in length_sorted_batches(lengths, self._settings.batch_tokens):
             jobs = [waiting[i] for i in batch if not waiting[i].future.cancelled()]
-            states = [job.given for job in jobs]
-            self._start(jobs, states)
+            states = [job.input for job in jobs]
+            self._observe_batch(jobs, states)
             rows = self._outputs("classify", jobs, states, self._engine.classify)
             self._post([(job, _probabilities(row)) for job, row in zip(jobs, rows, strict=True)])
 
-    def _start(self, jobs: Sequence[_Job[Any, Any]], states: Sequence[ClassifierState]) -> None:
-        """Note how long the inputs of a batch have waited, and its size."""
+    def _observe_batch(
+        self, jobs: Sequence[_Job[Any, Any]], states: Sequence[ClassifierState]
+    ) -> None:
+        """Record the size of a batch, and how long its inputs have waited."""
         if not jobs:
             return
         now = time.perf_counter()
@@ -332,25 +292,25 @@ class Batcher:
         self,
         stage: str,
         jobs: Sequence[_Job[Any, Any]],
-        inputs: Sequence[_In],
-        run: Callable[[Sequence[_In]], Iterable[_Out]],
-    ) -> list[_Out | None]:
-        """Return what the engine makes of a batch; if it fails, each row is tried alone.
+        inputs: Sequence[Input],
+        run: Callable[[Sequence[Input]], Iterable[_Row]],
+    ) -> list[_Row | None]:
+        """Run the engine on a batch; if that fails, on each input alone.
 
-        None is for rows that fail again, and for those whose caller has gone meanwhile. Tokenizers
+        None stands for inputs that fail alone too, or whose caller has gone meanwhile. Tokenizers
         in Rust panic past `Exception`.
 
         Raises:
-            BaseException: every row failed, and a text that is known to be good did too.
+            BaseException: every input failed, and so did a text that is known to be good.
         """
         if not inputs:
             return []
         started = time.perf_counter()
-        outputs = self._together(stage, inputs, run)
+        outputs = self._run_batch(stage, inputs, run)
         if outputs is None:
             outputs = [
-                None if job.future.cancelled() else self._alone(stage, one, run)
-                for job, one in zip(jobs, inputs, strict=True)
+                None if job.future.cancelled() else self._run_alone(stage, input, run)
+                for job, input in zip(jobs, inputs, strict=True)
             ]
             if all(output is None for output in outputs):
                 self._probe()
@@ -360,13 +320,13 @@ class Batcher:
             job.stages[stage] = seconds
         return outputs
 
-    def _together(
-        self, stage: str, inputs: Sequence[_In], run: Callable[[Sequence[_In]], Iterable[_Out]]
-    ) -> list[_Out | None] | None:
-        """Return what the engine makes of a batch, or None if it fails.
+    def _run_batch(
+        self, stage: str, inputs: Sequence[Input], run: Callable[[Sequence[Input]], Iterable[_Row]]
+    ) -> list[_Row | None] | None:
+        """Run the engine on a batch; return None if it fails.
 
-        Rows are not tried in here: the exception holds what the batch has allocated, and after an
-        out-of-memory error that is the memory that the rows need.
+        Inputs are not retried in here: the exception keeps alive what the batch has allocated, and
+        after an out-of-memory error the retries need that memory.
         """
         try:
             with self._worker.busy():
@@ -380,14 +340,14 @@ class Batcher:
             )
             return None
 
-    def _alone(
-        self, stage: str, one: _In, run: Callable[[Sequence[_In]], Iterable[_Out]]
-    ) -> _Out | None:
+    def _run_alone(
+        self, stage: str, input: Input, run: Callable[[Sequence[Input]], Iterable[_Row]]
+    ) -> _Row | None:
         try:
             with self._worker.busy():
-                return next(iter(run([one])))
+                return next(iter(run([input])))
         except BaseException as error:
-            # The type only: messages of tokenizers may quote the text.
+            # Only the type: messages of tokenizers may quote the text.
             log.error("%s failed for one input: %s", stage, type(error).__name__)
             return None
 
@@ -398,11 +358,11 @@ class Batcher:
             self._screen.judge(readings[0])
             self._engine.classify(states)
 
-    def _answer_taken(self) -> None:
+    def _fail_taken(self) -> None:
         self._post([(job, NotReady("the inference worker died")) for job in self._taken])
         self._taken = ()
 
-    def _answer_all(self) -> None:
+    def _fail_all(self) -> None:
         with self._worker.wake:
             waiting = [job for caller in self._to_screen for job in caller]
             left = [*self._taken, *(job for job, _ in self._window), *waiting, *self._to_classify]
@@ -410,13 +370,13 @@ class Batcher:
             self._to_classify.clear()
         self._post([(job, NotReady("the inference worker stopped")) for job in left])
 
-    def _post(self, answers: "Sequence[tuple[_Job[Given, Answer], Answer | Exception]]") -> None:
+    def _post(self, answers: "Sequence[tuple[_Job[Input, Answer], Answer | Exception]]") -> None:
         if not answers:
             return
         try:
             self._loop.call_soon_threadsafe(_deliver, answers)
         except RuntimeError:
-            log.warning("the event loop is gone; %d answers have no taker", len(answers))
+            log.warning("the event loop is gone; %d answers are lost", len(answers))
 
 
 def _probabilities(row: FloatArray | None) -> FloatArray | Exception:
@@ -427,8 +387,8 @@ def _probabilities(row: FloatArray | None) -> FloatArray | Exception:
     return row
 
 
-async def _all(jobs: "Sequence[_Job[Given, Answer]]") -> "list[Timed[Answer]]":
-    """Await all answers; the first failure is raised once every one is there."""
+async def _all(jobs: "Sequence[_Job[Input, Answer]]") -> "list[Timed[Answer]]":
+    """Await all answers, then raise the first failure if there is one."""
     answers = await asyncio.gather(*(job.future for job in jobs), return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
@@ -436,8 +396,8 @@ async def _all(jobs: "Sequence[_Job[Given, Answer]]") -> "list[Timed[Answer]]":
     return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
-def _deliver(answers: "Sequence[tuple[_Job[Given, Answer], Answer | Exception]]") -> None:
-    """Set results; runs on the event loop. A waiter may have been cancelled in between."""
+def _deliver(answers: "Sequence[tuple[_Job[Input, Answer], Answer | Exception]]") -> None:
+    """Set results, on the event loop; a waiter may have been cancelled meanwhile."""
     for job, answer in answers:
         if job.future.done():
             continue

@@ -1,8 +1,8 @@
-"""The inference thread, supervised: started over when it dies, given up when that does not help.
+"""The inference thread, supervised: restarted when it dies, given up when that does not help.
 
-It may die of a bug of ours, or because the engine fails on everything; a single input that the
-engine cannot take is the batcher's business. What hangs in a forward pass cannot be ended from
-inside this process: it is noticed, and `Health` says so.
+It may die of a bug of ours, or because the engine fails on every input; the batcher handles single
+inputs that the engine cannot take. A forward pass that hangs cannot be ended from inside this
+process: it is noticed, and `Health` reports it.
 """
 
 import asyncio
@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from service.observability.metrics import ModelMetrics
-from service.settings import Settings
+from service.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
 WINDOW_S, BACK_OFF_S = 60.0, 0.1
-"""Deaths within so long count together; the pause doubles with each of them."""
+"""Deaths within this time count together; the pause before a restart doubles with each."""
 
 
 class Health(StrEnum):
-    """How the worker is; the value goes on after "the inference worker"."""
+    """State of the worker; the value completes a sentence that starts "the inference worker"."""
 
     STARTING = "has not started"
     RUNNING = "is running"
@@ -43,11 +43,11 @@ class Worker:
     """A thread that calls `step` until it returns False.
 
     Args:
-        step: does some work; what it raises is the worker's death.
+        step: does some work; an exception is the worker's death.
         probe: raises unless work can be done; called before `step` after a death.
-        answer_taken: called after each death, for what was in hand.
-        answer_all: called when there will be no more steps.
-        settings: how often to restart, and what is a hang.
+        fail_taken: called after each death, to fail the jobs that were worked on.
+        fail_all: called when there will be no more steps, to fail all jobs.
+        settings: limits of restarts and hangs.
         metrics: counts restarts.
     """
 
@@ -55,17 +55,17 @@ class Worker:
         self,
         step: Callable[[], bool],
         probe: Callable[[], None],
-        answer_taken: Callable[[], None],
-        answer_all: Callable[[], None],
-        settings: Settings,
+        fail_taken: Callable[[], None],
+        fail_all: Callable[[], None],
+        settings: WorkerSettings,
         metrics: ModelMetrics,
     ) -> None:
         self._step, self._probe = step, probe
-        self._answer_taken, self._answer_all = answer_taken, answer_all
+        self._fail_taken, self._fail_all = fail_taken, fail_all
         self._settings, self._metrics = settings, metrics
         self._health = Health.STARTING
         self.wake = threading.Condition()
-        """To be held to queue work or to take it; notified of both work and closing."""
+        """Hold it to queue or take work; it is notified of new work and of closing."""
         self.closing = False
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -77,7 +77,7 @@ class Worker:
 
     @property
     def health(self) -> Health:
-        """How the worker is now."""
+        """State of the worker now."""
         since = self._busy_since
         if since is not None and time.monotonic() - since > self._settings.stall_s:
             return Health.STALLED
@@ -87,7 +87,7 @@ class Worker:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Within it, the worker is in a call that may hang."""
+        """Mark a call that may hang."""
         self._busy_since = time.monotonic()
         try:
             yield
@@ -95,7 +95,7 @@ class Worker:
             self._busy_since = None
 
     async def close(self, seconds: float) -> None:
-        """Let the worker end what is queued, but abandon it after so many seconds."""
+        """Let the worker finish all queued jobs; abandon it after so many seconds."""
         with self.wake:
             self.closing = True
             self.wake.notify()
@@ -103,10 +103,10 @@ class Worker:
         while self._thread.is_alive():
             if time.monotonic() > deadline:
                 log.error("the inference worker did not end in time and is abandoned")
-                self._answer_all()
+                self._fail_all()
                 break
             await asyncio.sleep(0.005)
-        await asyncio.sleep(0)  # lets the answers that were posted reach their futures
+        await asyncio.sleep(0)  # lets posted answers reach their futures
 
     def _work(self) -> None:
         try:
@@ -115,7 +115,7 @@ class Worker:
             with self.wake:
                 if not self.closing:
                     self._health = Health.DEAD
-            self._answer_all()
+            self._fail_all()
 
     def _supervise(self) -> None:
         deaths: list[float] = []
@@ -128,7 +128,7 @@ class Worker:
                     pass
                 return
             except BaseException as error:
-                # Where it happened and its type; its message may quote a text.
+                # Only place and type: the message may quote a text.
                 where = "".join(traceback.format_tb(error.__traceback__))
                 fields = {"error": type(error).__name__, "where": where}
                 log.error("the inference worker died", extra=fields)
@@ -137,7 +137,7 @@ class Worker:
             if self.closing or len(deaths) > self._settings.restarts:
                 return
             self._health = Health.RESTARTING
-            self._answer_taken()
+            self._fail_taken()
             self._metrics.worker_restarts.inc()
             with self.wake:
                 pause = BACK_OFF_S * 2 ** (len(deaths) - 1)

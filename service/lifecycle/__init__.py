@@ -1,1 +1,1 @@
-"""Which models are served, and how they are replaced."""
+"""The models that are served, and how they are replaced."""

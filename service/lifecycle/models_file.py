@@ -1,4 +1,4 @@
-"""Several models in one process: the file that `PSIM_MODELS` names. An unknown key is an error."""
+"""The file that `PSIM_MODELS` names, with several models for one process."""
 
 import tomllib
 from pathlib import Path
@@ -11,16 +11,16 @@ from service.settings import ModelSettings, Settings
 
 
 class ModelsError(PsimError):
-    """The file cannot be read as a list of models; the message never holds a value of it."""
+    """The file is not a valid list of models; the message never quotes a value."""
 
 
 class ModelEntry(ModelSettings):
-    """A model; what it does not say is as the settings say for all."""
+    """A model; keys that are left out take the value of the settings for all models."""
 
     name: str = Field(min_length=1)
-    """How requests name it."""
+    """Name of the model in requests."""
     bundle: Path
-    """Relative paths start at the folder of the file."""
+    """Relative to the folder of the file."""
 
     def settings(self, common: Settings, folder: Path) -> Settings:
         """Return the settings of this model."""
@@ -50,10 +50,10 @@ class ModelsFile(BaseModel):
 
 
 def settings_by_model(settings: Settings) -> list[Settings]:
-    """Return the settings of every model, the default one first: a single one without a file.
+    """Return the settings of every model, the default first; without a file, there is one.
 
     Raises:
-        ModelsError: the file cannot be read, or does not hold models.
+        ModelsError: the file cannot be read, or is not a valid list of models.
     """
     if settings.models is None:
         return [settings]
@@ -63,20 +63,20 @@ def settings_by_model(settings: Settings) -> list[Settings]:
     except ValidationError as error:
         raise ModelsError(f"{settings.models}: {_describe(error)}") from None
     except (OSError, ValueError) as error:
-        # What tomllib says has a place, and at most one character of what is there.
-        said = error.strerror if isinstance(error, OSError) else error
-        raise ModelsError(f"{settings.models}: {said}") from None
+        # A message of tomllib has a position, and at most one character of the file.
+        detail = error.strerror if isinstance(error, OSError) else error
+        raise ModelsError(f"{settings.models}: {detail}") from None
     return [entry.settings(settings, settings.models.parent) for entry in entries]
 
 
 def _describe(error: ValidationError) -> str:
-    """Say what is wrong and where, with the keys but without the values, which may be secret."""
-    found = error.errors(include_input=False, include_url=False, include_context=False)
+    """Describe the errors with their keys, without values, which may be secret."""
+    errors = error.errors(include_input=False, include_url=False, include_context=False)
     return "; ".join(
-        f"{'.'.join(map(str, one['loc'])) or 'the file'}: {_says(one['type'], one['msg'])}"
-        for one in found
+        f"{'.'.join(map(str, e['loc'])) or 'the file'}: {_message(e['type'], e['msg'])}"
+        for e in errors
     )
 
 
-def _says(kind: str, message: str) -> str:
+def _message(kind: str, message: str) -> str:
     return "there is no such key" if kind == "extra_forbidden" else message

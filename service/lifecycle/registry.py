@@ -1,4 +1,4 @@
-"""The models that are served. Which one a request is for is looked up anew at each request."""
+"""The models that are served; each request looks up its model anew."""
 
 import asyncio
 import logging
@@ -16,20 +16,20 @@ log = logging.getLogger(__name__)
 
 
 class Model:
-    """A model, from its start to its end."""
+    """A model with everything that runs for it."""
 
     def __init__(
         self, gateway: Gateway, batcher: Batcher, challenger: Challenger | None = None
     ) -> None:
         self.gateway, self._batcher, self._challenger = gateway, batcher, challenger
-        self.name = gateway.served.model
+        self.name = gateway.model_info.model
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
 
     @contextmanager
     def lease(self) -> Iterator[Gateway]:
-        """Give the gateway to a request; while it runs inside, the model is not retired."""
+        """Lend the gateway to a request; the model is not retired while the block runs."""
         self._users += 1
         self._unused.clear()
         try:
@@ -40,26 +40,26 @@ class Model:
                 self._unused.set()
 
     async def start(self) -> None:
-        """Start the worker, and try whether all answers."""
+        """Start the worker, and prove that everything answers."""
         self._batcher.start()
         if self._challenger:
             await self._challenger.start()
         await self.gateway.start()
-        digest, mode = self.gateway.served.bundle, self.gateway.mode
+        digest, mode = self.gateway.model_info.bundle, self.gateway.mode
         log.info("ready", extra={"model": self.name, "bundle": digest, "mode": mode})
 
     @property
     def queued_characters(self) -> int:
-        """How many characters wait or run."""
+        """Number of characters that wait or run."""
         return self._batcher.queued_characters
 
     async def retire(self) -> None:
-        """Close once no request uses it."""
+        """Close the model once no request uses it."""
         await self._unused.wait()
         await self.close()
 
     async def close(self) -> None:
-        """Let go of the classifier, answer what is queued, and end the worker."""
+        """Close the classifier, answer all queued jobs, and end the worker."""
         await self.gateway.close()
         await self._batcher.close()
         if self._challenger:
@@ -67,7 +67,7 @@ class Model:
 
 
 class Registry:
-    """The models by name; the first one is the default."""
+    """The models by name; the first is the default."""
 
     def __init__(self, models: Sequence[Model]) -> None:
         self.replace(models)
@@ -77,12 +77,12 @@ class Registry:
         self._by_name = {model.name: model for model in models}
 
     async def start(self) -> None:
-        """Start all."""
+        """Start all models."""
         for model in self:
             await model.start()
 
     async def close(self) -> None:
-        """Close all."""
+        """Close all models."""
         for model in self:
             await model.close()
 
@@ -94,43 +94,43 @@ class Registry:
 
     @property
     def bundles(self) -> dict[str, Bundle]:
-        """The bundles by the name of their model."""
+        """The bundles by model name."""
         return {model.name: model.gateway.bundle for model in self}
 
     @property
     def queued_characters(self) -> int:
-        """How many characters wait or run, of all."""
+        """Number of characters that wait or run, in all models."""
         return sum(model.queued_characters for model in self)
 
     def drift(self) -> dict[str, list[Comparison]]:
-        """Compare what passes with what the bundles were calibrated with; takes milliseconds."""
+        """Compare passing inputs with the calibration texts, by model; takes milliseconds."""
         return {model.name: model.gateway.drift.measure() for model in self}
 
     def get(self, *names: str | None) -> Model:
-        """Return the model of which a request gives the name, once or more; or the default one.
+        """Return the model that a request names, possibly in several places; else the default.
 
         Raises:
-            UnknownModel: there is none, or the names differ.
+            UnknownModel: there is no such model, or the names differ.
         """
-        given = {name for name in names if name is not None}
-        if not given:
+        requested = {name for name in names if name is not None}
+        if not requested:
             return next(iter(self))
-        if len(given) == 1 and (found := self._by_name.get(given.pop())):
-            return found
+        if len(requested) == 1 and (model := self._by_name.get(requested.pop())):
+            return model
         raise UnknownModel(f"there is no such model; served are: {', '.join(self._by_name)}")
 
     def unready_reason(self, name: str | None = None) -> str | None:
-        """Say why a model does not answer, or any if none is named; None if they do."""
-        asked = [*self] if name is None else [self.get(name)]
-        found = [f"{m.name}: {said}" for m in asked if (said := m.gateway.unready_reason)]
-        return "; ".join(found) or None
+        """Return why a model, or any model if none is named, is not served; None if it is."""
+        models = [*self] if name is None else [self.get(name)]
+        reasons = [f"{m.name}: {reason}" for m in models if (reason := m.gateway.unready_reason)]
+        return "; ".join(reasons) or None
 
     @property
     def unrecoverable(self) -> str | None:
-        """Say of which models the worker will not come back; None if there are none."""
-        found = [
+        """Why only a new process helps, because of dead workers; None if all is well."""
+        reasons = [
             f"{m.name}: the inference worker {m.gateway.health}"
             for m in self
             if m.gateway.health.unrecoverable
         ]
-        return "; ".join(found) or None
+        return "; ".join(reasons) or None

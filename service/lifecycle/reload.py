@@ -1,4 +1,4 @@
-"""Reloading: new models are loaded and tried beside the old ones, which serve until then."""
+"""Reloading: new models are loaded and tried while the old ones serve."""
 
 import asyncio
 import gc
@@ -16,20 +16,20 @@ log = logging.getLogger(__name__)
 
 
 class ReloadRunning(PsimError):
-    """Another reload has not ended yet."""
+    """Another reload is still running."""
 
 
 class ReloadFailed(PsimError):
-    """The new models cannot be served; the old ones are."""
+    """The new models cannot be served; the old ones still are."""
 
 
 class Reloader:
     """Replaces all models at once, or none.
 
     Args:
-        models: what is served.
-        build: reads what is on disk, checks and loads it; called in a thread.
-        metrics: counts reloads, and says what is served.
+        models: the models that are served.
+        build: loads new models from disk and checks them; called in a thread.
+        metrics: counts reloads and describes the served bundles.
     """
 
     def __init__(
@@ -40,38 +40,38 @@ class Reloader:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def reload(self) -> None:
-        """Serve what is on disk now; the old models are let go once no request uses them.
+        """Serve what is on disk now; old models are closed once no request uses them.
 
         Raises:
             ReloadRunning: nothing was done.
-            ReloadFailed: the old models go on serving.
+            ReloadFailed: the old models stay.
         """
         if self._running:
             raise ReloadRunning("another reload is running; wait for its end")
         self._running = True
         try:
-            fresh = await self._ready_to_serve()
+            new = await self._load_and_start()
         except Exception as error:
             self._metrics.describe(self._models.bundles)
             self._metrics.reloads.labels("failed").inc()
-            said = _described(error)
-            log.error("the reload failed", extra={"error": said})
-            raise ReloadFailed(f"nothing was changed: {said}") from None
+            detail = _describe(error)
+            log.error("the reload failed", extra={"error": detail})
+            raise ReloadFailed(f"nothing was changed: {detail}") from None
         finally:
             self._running = False
         old = [*self._models]
-        self._models.replace(fresh)
+        self._models.replace(new)
         self._metrics.describe(self._models.bundles)
         self._metrics.reloads.labels("done").inc()
         log.info("reloaded")
-        self._start(_let_go(old))
+        self._start(_retire(old))
 
     def on_signal(self) -> None:
-        """Reload; what is wrong is in the log."""
+        """Reload; errors go to the log."""
         self._start(self._reload_quietly())
 
     async def close(self) -> None:
-        """Wait for what is running."""
+        """Wait for reloads and retirements that are running."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -83,11 +83,11 @@ class Reloader:
         except ReloadRunning as error:
             log.warning("no reload: %s", error)
 
-    async def _ready_to_serve(self) -> Sequence[Model]:
-        fresh = await asyncio.to_thread(self._build)
+    async def _load_and_start(self) -> Sequence[Model]:
+        new = await asyncio.to_thread(self._build)
         started = []
         try:
-            for model in fresh:
+            for model in new:
                 started.append(model)
                 await model.start()
                 if unready_reason := model.gateway.unready_reason:
@@ -96,7 +96,7 @@ class Reloader:
             for model in started:
                 await model.close()
             raise
-        return fresh
+        return new
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -104,15 +104,15 @@ class Reloader:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _let_go(old: list[Model]) -> None:
+async def _retire(old: list[Model]) -> None:
     await asyncio.gather(*(model.retire() for model in old))
     old.clear()
-    # A model has cycles, and its weights would stay until a full collection happens to come.
+    # Models have reference cycles: without this, weights stay until the next full collection.
     await asyncio.to_thread(gc.collect)
 
 
-def _described(error: Exception) -> str:
-    """Say what went wrong; of what is not ours only its type, since it may quote anything."""
+def _describe(error: Exception) -> str:
+    """Describe an error; of one that is not ours, only its type: its message may quote anything."""
     if isinstance(error, PsimError | ServiceError):
         return str(error)
     where = "".join(traceback.format_tb(error.__traceback__))

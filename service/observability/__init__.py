@@ -1,1 +1,1 @@
-"""Metrics, traces, logs, drift."""
+"""Metrics, traces, logs and drift."""

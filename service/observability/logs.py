@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line, and never a user's text."""
+"""Structured logs: one JSON object per line, never with a user's text."""
 
 import logging.config
 import warnings
@@ -8,7 +8,10 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 
 
 def configure(level: str) -> None:
-    """Send all logs to stderr as JSON; uvicorn's access log stays silent, the recorder has one."""
+    """Send all logs to stderr as JSON.
+
+    uvicorn's access log is silenced: `service.pipeline.request_record` logs every request.
+    """
     logging.captureWarnings(True)
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -19,7 +22,7 @@ def configure(level: str) -> None:
             "formatters": {
                 "json": {
                     "()": "pythonjsonlogger.json.JsonFormatter",
-                    # uvicorn's copy of its message, with colours
+                    # uvicorn repeats its message there, in colour.
                     "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
                     "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s",
                     "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},

@@ -1,1 +1,1 @@
-"""The way of one request: screen, decide, classify, record."""
+"""The path of a request: screen, decide, classify, record."""

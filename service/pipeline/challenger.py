@@ -1,6 +1,6 @@
-"""A bundle on trial: it screens what the served one has screened, beside the traffic.
+"""A second bundle that screens live traffic for comparison with the served one.
 
-Its verdicts change no answer, and no request waits for them: what it cannot keep up with is
+Its verdicts change no answer, and no request waits for them: inputs that it cannot keep up with are
 dropped and counted.
 """
 
@@ -14,7 +14,7 @@ from service.inference.batcher import Batcher, Screener
 from service.observability.metrics import Metrics, ModelMetrics
 from service.pipeline.request_record import RequestRecord
 from service.pipeline.windows import WindowedScreener
-from service.settings import Settings
+from service.settings import InferenceSettings, ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -25,46 +25,49 @@ WAITING = 256
 class Challenger:
     """Counts how the verdicts of another bundle differ from those of the served one."""
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: ModelMetrics) -> None:
+    def __init__(
+        self, bundle: Bundle, settings: InferenceSettings, max_windows: int, metrics: ModelMetrics
+    ) -> None:
         self.digest = bundle.digest
-        own = settings.model_copy(update={"queue_inputs": WAITING, "queue_s": math.inf})
-        # Its queue and times are nobody's business: they would count as those of the model.
-        self._batcher = Batcher(bundle, own, Metrics().of("challenger", own))
+        limits = settings.model_copy(update={"queue_inputs": WAITING, "queue_s": math.inf})
+        # A registry of its own: its queue and times must not count as those of the served model.
+        own_metrics = Metrics().of("challenger", ModelSettings())
+        self._batcher = Batcher(bundle, limits, own_metrics)
         self._windowed_screener = WindowedScreener(
-            self._batcher, bundle.manifest.max_length, settings.max_windows
+            self._batcher, bundle.manifest.max_length, max_windows
         )
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start its worker, and screen something.
+        """Start the worker, and screen a text.
 
         Raises:
-            NotReady, ScreenFailed: it cannot.
+            NotReady, ScreenFailed: the bundle does not work.
         """
         self._batcher.start()
         await self._batcher.screen(["warm up"])
 
     async def close(self) -> None:
-        """End its worker; what waits for it is not worth waiting for."""
+        """Drop the waiting inputs, and end the worker."""
         for task in self._tasks:
             task.cancel()
         await self._batcher.close()
 
-    def compare(self, entry: RequestRecord, whole: bool) -> None:
-        """Screen the texts of a request too, later; to their end if the served bundle did so."""
-        screener: Screener = self._windowed_screener if whole else self._batcher
-        task = asyncio.create_task(self._compare(screener, entry))
+    def compare(self, record: RequestRecord, to_the_end: bool) -> None:
+        """Screen the texts of a request later, to their end if the served bundle did so."""
+        screener: Screener = self._windowed_screener if to_the_end else self._batcher
+        task = asyncio.create_task(self._compare(screener, record))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _compare(self, screener: Screener, entry: RequestRecord) -> None:
+    async def _compare(self, screener: Screener, record: RequestRecord) -> None:
         try:
-            found = [answer.value.verdict for answer in await screener.screen(entry.texts)]
+            verdicts = [answer.value.verdict for answer in await screener.screen(record.texts)]
         except ServiceError:
-            self._metrics.challenger_dropped.inc(len(entry.texts))
+            self._metrics.challenger_dropped.inc(len(record.texts))
             return
-        for number, (served, own) in enumerate(zip(entry.verdicts, found, strict=True)):
+        for number, (served, own) in enumerate(zip(record.verdicts, verdicts, strict=True)):
             if served is None or own is None:
                 self._metrics.challenger_dropped.inc()
                 continue
@@ -72,5 +75,5 @@ class Challenger:
             self._metrics.challenger_score.observe(own.score)
             if served.poisoned is not own.poisoned:
                 scores = {"served": served.score, "challenger": own.score}
-                where = {"request_id": entry.request_id, "number": number}
+                where = {"request_id": record.request_id, "number": number}
                 log.info("the challenger disagrees", extra=where | scores)

@@ -1,4 +1,4 @@
-"""The way of a request: screen, decide, sanitize if asked to, classify. Read this first.
+"""The path of a request: screen, decide, sanitize if asked to, classify, answer. Read this first.
 
 Fail-closed by shape: an exception while screening leaves `handle` before the classifier is called.
 """
@@ -21,163 +21,172 @@ from service.inference.worker import Health
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics
 from service.pipeline.challenger import Challenger
+from service.pipeline.policy import only_rejections, policy_of, refuses_request
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
 from service.protocols.base import ModelInfo
 from service.schemas import (
     Decision,
+    ExplainRequest,
     ExplainResponse,
     Removed,
     Result,
     Score,
     ScreenResult,
+    TextsRequest,
     WeightedWord,
 )
 from service.security.access import Caller
-from service.settings import Mode, Settings
+from service.settings import GatewaySettings, Mode
 
 log = logging.getLogger(__name__)
 
 
-def decide(verdict: Verdict | None, mode: Mode, whole: bool = False) -> Decision:
-    """Return what to do with an input; without a verdict it got here only by failing open.
-
-    If `whole`, an input that the screen has not read to its end is as bad as a poisoned one.
-    """
-    suspicious = verdict is not None and (verdict.poisoned or (verdict.truncated and whole))
-    if not suspicious or mode is Mode.SHADOW:
-        return Decision.ALLOW
-    return Decision.FLAG if mode is Mode.FLAG else Decision.REJECT
-
-
 @dataclass(frozen=True, slots=True)
 class GatewayResult:
-    """What became of a request."""
+    """The outcome of a request for classes."""
 
     results: Sequence[Result]
-    """Of each input; without scores if there is a reply."""
-    rejected: Sequence[int]
-    """Numbers of the rejected inputs, from 0."""
+    """One per input; without scores if there is a reply."""
     refused: bool
-    """True if nothing of the request is answered, because of what was rejected."""
+    """True if a rejection leaves the whole request without an answer."""
     reply: Reply | None = None
-    """The upstream's answer, ready-made in the caller's protocol."""
+    """The upstream's answer, already in the caller's protocol."""
+
+    @property
+    def rejected(self) -> list[int]:
+        """Numbers of the rejected inputs, from 0."""
+        return [i for i, one in enumerate(self.results) if one.decision is Decision.REJECT]
+
+
+@dataclass(slots=True)
+class JudgedText:
+    """A text on its way through the gateway."""
+
+    text: str
+    screened: Screened
+    decision: Decision
+    cleaned: Cleaned | None = None
+    """Replaces the text at the classifier, if it was sanitized."""
+    scores: Sequence[Score] = ()
+
+    @property
+    def for_classifier(self) -> ClassifierInput:
+        """What the classifier gets to read."""
+        if self.cleaned:
+            return ClassifierInput(self.cleaned.text, self.cleaned.screened)
+        return ClassifierInput(self.text, self.screened)
+
+    def result(self, caller: Caller) -> Result:
+        """Return what the caller is told."""
+        verdict = self.screened.verdict
+        return Result(
+            decision=self.decision,
+            screen=None if verdict is None else _screen_result(verdict, caller),
+            label=self.scores[0].label if self.scores else None,
+            scores=list(self.scores) or None,
+            removed=_removed(self.text, self.cleaned.removed) if self.cleaned else None,
+        )
 
 
 class Gateway:
-    """Screens every input before the classifier sees it."""
+    """Screens every input before the classifier sees it.
+
+    `handle`, `screen`, `judge` and `explain` answer requests. They check the caller's rate limit
+    first, and fill in the record.
+    """
 
     def __init__(
         self,
         bundle: Bundle,
-        served: ModelInfo,
+        model_info: ModelInfo,
         screener: Screener,
         windowed_screener: Screener,
         classifier: Classifier,
         trigger_search: TriggerSearch,
         metrics: ModelMetrics,
-        settings: Settings,
+        settings: GatewaySettings,
         challenger: Challenger | None = None,
     ) -> None:
-        self._windowed_screener = windowed_screener
-        self.bundle, self.served, self.mode = bundle, served, settings.mode
+        self.bundle, self.model_info, self.mode = bundle, model_info, settings.mode
         self.drift = Drift(bundle)
-        self._guard = ModelContext(served.model, bundle.digest, settings.mode, metrics, self.drift)
-        self._screener, self._classifier, self._trigger_search = (
-            screener,
-            classifier,
-            trigger_search,
-        )
-        self._metrics, self._settings = metrics, settings
-        self._challenger = challenger
+        self.context = ModelContext(model_info.model, bundle.digest, self.mode, metrics, self.drift)
         self.elsewhere = settings.upstream is not None
-        self._whole = self.elsewhere and settings.overlong == "reject"
+        self._policy = policy_of(settings, self.elsewhere)
+        self._policy_elsewhere = policy_of(settings, elsewhere=True)
+        self._screener, self._windowed_screener = screener, windowed_screener
+        self._classifier, self._trigger_search = classifier, trigger_search
+        self._metrics, self._settings, self._challenger = metrics, settings, challenger
         self._warm = False
 
-    async def handle(self, entry: RequestRecord, call: Call) -> GatewayResult:
+    async def handle(self, record: RequestRecord, caller: Caller, call: Call) -> GatewayResult:
         """Screen the texts, classify those that may pass, and answer in their order.
 
         Raises:
             ServiceError: nothing of the request is answered.
         """
-        texts = call.asked.texts
-        screened = await self._screened(entry, texts)
-        decisions = [decide(s.verdict, self.mode, self._whole) for s in screened]
-        cleaned: dict[int, Cleaned] = {}
+        texts = call.request.texts
+        screened = await self._screen(record, caller, texts, self._screener)
+        inputs = [
+            JudgedText(text, one, self._policy.decide(one.verdict))
+            for text, one in zip(texts, screened, strict=True)
+        ]
         if self.mode is Mode.SANITIZE:
-            with entry.span("sanitize"):
-                cleaned = await self._cleaned(entry, texts, screened)
-            decisions = [Decision.SANITIZE if i in cleaned else d for i, d in enumerate(decisions)]
-        rejected = [i for i, d in enumerate(decisions) if d is Decision.REJECT]
-        if rejected and (len(rejected) == len(texts) or not call.protocol.supports_partial):
+            await self._sanitize(record, inputs)
+        decisions = [one.decision for one in inputs]
+        if refuses_request(decisions, call.protocol.supports_partial):
             # The others get no answer either, so they do not count as allowed.
-            entry.decisions = [d if d is Decision.REJECT else None for d in decisions]
-            results = [
-                _result(one, decision, None, [], entry.caller)
-                for one, decision in zip(screened, decisions, strict=True)
-            ]
-            return GatewayResult(results, rejected, refused=True)
-        passed = [i for i in range(len(texts)) if i not in rejected]
-        accepted = [
-            ClassifierInput(cleaned[i].text, cleaned[i].screened)
-            if i in cleaned
-            else ClassifierInput(texts[i], screened[i])
-            for i in passed
-        ]
-        with entry.span("classify"):
-            answer = await self._classifier.classify(call, accepted)
-        entry.time(answer.stages)
-        self._count_unscreened([one.screened for one in accepted])
-        entry.decisions = decisions
-        scores = {} if answer.reply else dict(zip(passed, answer.scores, strict=True))
-        results = [
-            _result(
-                screened[i],
-                decision,
-                _removed(texts[i], cleaned.get(i)),
-                scores.get(i, [])[: call.asked.limit],
-                entry.caller,
-            )
-            for i, decision in enumerate(decisions)
-        ]
-        entry.labels = [result.label for result in results]
-        return GatewayResult(results, rejected, refused=False, reply=answer.reply)
+            record.decisions = only_rejections(decisions)
+            return GatewayResult([one.result(caller) for one in inputs], refused=True)
+        reply = await self._classify(record, call, inputs)
+        record.decisions = decisions
+        results = [one.result(caller) for one in inputs]
+        record.labels = [result.label for result in results]
+        return GatewayResult(results, refused=False, reply=reply)
 
-    async def screen(self, entry: RequestRecord, texts: Sequence[str]) -> list[ScreenResult]:
+    async def screen(
+        self, record: RequestRecord, caller: Caller, request: TextsRequest
+    ) -> list[ScreenResult]:
         """Screen the texts and stop there.
 
         Raises:
+            TooLarge, RateLimited: as `Caller.take` does.
             Overloaded, NotReady, ScreenFailed: nothing of the request is answered.
         """
-        screened = await self._screened(entry, texts)
-        if any(s.verdict is None for s in screened):
+        screened = await self._screen(record, caller, request.texts, self._screener)
+        verdicts = [one.verdict for one in screened if one.verdict is not None]
+        if len(verdicts) < len(screened):
             raise ScreenFailed("an input could not be screened")
-        return [_wire(s.verdict, entry.caller) for s in screened if s.verdict is not None]
+        return [_screen_result(verdict, caller) for verdict in verdicts]
 
-    async def judge(self, entry: RequestRecord, texts: Sequence[str]) -> list[Decision]:
-        """Decide on texts that somebody else forwards, to a classifier that may read all of them.
+    async def judge(
+        self, record: RequestRecord, caller: Caller, request: TextsRequest
+    ) -> list[Decision]:
+        """Decide on texts that a proxy forwards to a classifier, which may read them to their end.
 
         Raises:
+            TooLarge, RateLimited: as `Caller.take` does.
             Overloaded, NotReady, ScreenFailed: no text may pass.
         """
-        screened = await self._screened(entry, texts, self._windowed_screener)
-        whole = self._settings.overlong == "reject"
-        decisions = [decide(s.verdict, self.mode, whole) for s in screened]
-        entry.decisions = decisions
+        screened = await self._screen(record, caller, request.texts, self._windowed_screener)
+        decisions = [self._policy_elsewhere.decide(one.verdict) for one in screened]
+        record.decisions = decisions
         self._count_unscreened(screened)
         return decisions
 
-    async def explain(self, entry: RequestRecord, text: str) -> ExplainResponse:
-        """Say which words of a text the screen minds.
+    async def explain(
+        self, record: RequestRecord, caller: Caller, request: ExplainRequest
+    ) -> ExplainResponse:
+        """Return the words of a text that its verdict rests on.
 
         Raises:
-            Forbidden: the caller is not told scores, of which these would be the finest.
+            Forbidden: answers to the caller hold decisions only.
             TooLarge, RateLimited: as `Caller.take` does.
             Overloaded, NotReady, ScreenFailed: as `TriggerSearch.explain` does.
         """
-        entry.guard = self._guard
-        entry.caller.require_scores()
-        await entry.caller.take(1)
+        caller.require_scores()
+        await caller.take(1)
+        text = request.inputs
         verdict, found = await self._trigger_search.explain(text)
         words = [
             WeightedWord(start=w.start, end=w.end, text=text[w.start : w.end], weight=w.weight)
@@ -185,26 +194,31 @@ class Gateway:
         ]
         return ExplainResponse(
             bundle=self.bundle.digest,
-            screen=_wire(verdict, entry.caller),
+            screen=_screen_result(verdict, caller),
             words=words,
-            removed=_parts(text, found.removed),
+            removed=_removed(text, found.removed),
         )
 
     async def start(self) -> None:
-        """Prove with real forward passes that PSIM and the classifier answer; then be ready."""
-        await self._screened(RequestRecord("", ""), ["warm up"])
+        """Prove with real forward passes that PSIM and the classifier answer; then be ready.
+
+        Raises:
+            ServiceError: one of them does not.
+        """
+        (answer,) = await self._screener.screen(["warm up"])
+        self._require_verdicts([answer.value.verdict])
         await self._classifier.start()
         self._warm = True
-        self._metrics.ready.set(1)
+        self.update_ready_metric()
 
     async def close(self) -> None:
-        """Let go of the classifier, if it was started."""
+        """Release the classifier, if it was started."""
         if self._warm:
             await self._classifier.close()
 
     @property
     def challenger(self) -> str | None:
-        """Digest of the bundle that is tried, if there is one."""
+        """Digest of the challenger's bundle, if there is one."""
         return self._challenger.digest if self._challenger else None
 
     @property
@@ -213,70 +227,80 @@ class Gateway:
         return self._classifier.upstream_protocol
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
-        """Return what the upstream says of itself at a path of Open Inference, if it speaks that.
+        """Return the upstream's metadata at a path of Open Inference; None if it has none.
 
         Raises:
-            UpstreamFailed, TimedOut: it says nothing that can be used.
+            UpstreamFailed, TimedOut: there is no usable answer.
         """
         return await self._classifier.metadata(path)
 
     @property
     def health(self) -> Health:
-        """How the inference worker is."""
+        """State of the inference worker."""
         return self._screener.health
 
     @property
     def unready_reason(self) -> str | None:
         """Why requests are not served; None if they are."""
-        unready_reason = None
         if self.health is not Health.RUNNING:
-            unready_reason = f"the inference worker {self.health}"
-        elif not self._warm:
-            unready_reason = "the gateway is starting"
-        elif not self._classifier.ready:
-            unready_reason = "the upstream is down"
-        self._metrics.ready.set(unready_reason is None)
-        return unready_reason
+            return f"the inference worker {self.health}"
+        if not self._warm:
+            return "the gateway is starting"
+        return None if self._classifier.ready else "the upstream is down"
 
-    async def _screened(
-        self, entry: RequestRecord, texts: Sequence[str], by: Screener | None = None
+    def update_ready_metric(self) -> None:
+        """Set the gauge `psim_ready`."""
+        self._metrics.ready.set(self.unready_reason is None)
+
+    async def _screen(
+        self, record: RequestRecord, caller: Caller, texts: Sequence[str], screener: Screener
     ) -> list[Screened]:
-        entry.guard = self._guard
-        await entry.caller.take(len(texts))
-        with entry.span("screen"):
-            answers = await (by or self._screener).screen(texts)
-        entry.time([answer.stages for answer in answers])
+        await caller.take(len(texts))
+        with record.span("screen"):
+            answers = await screener.screen(texts)
+        record.add_seconds([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
-        entry.texts, entry.verdicts = texts, [s.verdict for s in screened]
+        record.texts, record.verdicts = texts, [one.verdict for one in screened]
         if self._challenger and self._warm:
-            whole = (by or self._screener) is self._windowed_screener
-            self._challenger.compare(entry, whole)
-        if None in entry.verdicts and not self._settings.fail_open:
-            raise ScreenFailed("an input could not be screened, so none was classified")
+            self._challenger.compare(record, to_the_end=screener is self._windowed_screener)
+        self._require_verdicts(record.verdicts)
         return screened
 
-    async def _cleaned(
-        self, entry: RequestRecord, texts: Sequence[str], screened: Sequence[Screened]
-    ) -> dict[int, Cleaned]:
-        """Return what can be sanitized in time, by number; all else is left to be rejected."""
-        cleaned: dict[int, Cleaned] = {}
+    def _require_verdicts(self, verdicts: Sequence[Verdict | None]) -> None:
+        if None in verdicts and not self._settings.fail_open:
+            raise ScreenFailed("an input could not be screened, so none was classified")
+
+    async def _sanitize(self, record: RequestRecord, inputs: Sequence[JudgedText]) -> None:
+        """Clean as many poisoned texts as the time allows; the others stay rejected."""
         started = time.perf_counter()
-        with suppress(TimeoutError):
+        with record.span("sanitize"), suppress(TimeoutError):
             async with asyncio.timeout(self._settings.sanitize_s):
-                for number, (text, one) in enumerate(zip(texts, screened, strict=True)):
-                    if one.verdict is None or not one.verdict.poisoned:
+                for one in inputs:
+                    verdict = one.screened.verdict
+                    if verdict is None or not verdict.poisoned:
                         continue
                     with suppress(Overloaded, ScreenFailed):
-                        found = await self._trigger_search.clean(text, one.verdict)
-                        if found and not self._is_suspicious(found.screened.verdict):
-                            cleaned[number] = found
+                        cleaned = await self._trigger_search.clean(one.text, verdict)
+                        if cleaned and not self._policy.is_suspicious(cleaned.screened.verdict):
+                            one.cleaned, one.decision = cleaned, Decision.SANITIZE
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["sanitize"].observe(seconds)
-        entry.time([{"sanitize": seconds}])
-        return cleaned
+        record.add_seconds([{"sanitize": seconds}])
 
-    def _is_suspicious(self, verdict: Verdict | None) -> bool:
-        return decide(verdict, Mode.ENFORCE, self._whole) is not Decision.ALLOW
+    async def _classify(
+        self, record: RequestRecord, call: Call, inputs: Sequence[JudgedText]
+    ) -> Reply | None:
+        """Give every text that may pass its scores, unless the upstream's reply has them."""
+        passed = [one for one in inputs if one.decision is not Decision.REJECT]
+        accepted = [one.for_classifier for one in passed]
+        with record.span("classify"):
+            answer = await self._classifier.classify(call, accepted)
+        record.add_seconds(answer.stages)
+        self._count_unscreened([one.screened for one in accepted])
+        if answer.reply is None:
+            for one, scores in zip(passed, answer.scores, strict=True):
+                one.scores = scores[: call.request.limit]
+        return answer.reply
 
     def _count_unscreened(self, passed: Sequence[Screened]) -> None:
         unscreened = sum(one.verdict is None for one in passed)
@@ -285,31 +309,11 @@ class Gateway:
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
 
 
-def _result(
-    screened: Screened,
-    decision: Decision,
-    removed: list[Removed] | None,
-    scores: Sequence[Score],
-    caller: Caller,
-) -> Result:
-    return Result(
-        decision=decision,
-        screen=None if screened.verdict is None else _wire(screened.verdict, caller),
-        label=scores[0].label if scores else None,
-        scores=list(scores) or None,
-        removed=removed,
-    )
-
-
-def _removed(text: str, cleaned: Cleaned | None) -> list[Removed] | None:
-    return None if cleaned is None else _parts(text, cleaned.removed)
-
-
-def _parts(text: str, spans: Sequence[Span]) -> list[Removed]:
+def _removed(text: str, spans: Sequence[Span]) -> list[Removed]:
     return [Removed(start=start, end=end, text=text[start:end]) for start, end in spans]
 
 
-def _wire(verdict: Verdict, caller: Caller) -> ScreenResult:
+def _screen_result(verdict: Verdict, caller: Caller) -> ScreenResult:
     if not caller.sees_scores:
         return ScreenResult(poisoned=verdict.poisoned, truncated=verdict.truncated)
     return ScreenResult.model_validate(verdict, from_attributes=True)

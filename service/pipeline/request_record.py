@@ -1,4 +1,4 @@
-"""Every request is recorded exactly once, however it ends: metrics, span, line of log, audit."""
+"""Records of requests: each is written once, however it ends, to metrics, span, log and audit."""
 
 import asyncio
 import logging
@@ -10,44 +10,33 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from opentelemetry.trace import NoOpTracer, Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.detection.screen import Verdict
 from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
-from service.errors import (
-    Forbidden,
-    Invalid,
-    Malformed,
-    NotInspected,
-    Overloaded,
-    RateLimited,
-    TooLarge,
-    UnknownModel,
-    UnsupportedMedia,
-    UpstreamRefused,
-)
+from service.errors import ServiceError
 from service.observability.drift import Drift
-from service.observability.metrics import Metrics, ModelMetrics
+from service.observability.metrics import ModelMetrics, RequestMetrics
 from service.observability.traces import exemplar, trace_id
+from service.pipeline.policy import all_rejected
 from service.schemas import Decision
-from service.security.access import ANYONE, Caller
 from service.settings import Mode
 
 log = logging.getLogger("psim.request")
 
 READINGS = {f.name for f in fields(Verdict)} & {*NAMES}
-"""What the audit keeps of a verdict."""
+"""Fields of a verdict that the audit keeps."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelContext:
-    """Who screens a request."""
+    """The model that a request is for."""
 
     model: str
     digest: str
-    """Of the bundle."""
+    """SHA-256 of the bundle's manifest."""
     mode: Mode
     metrics: ModelMetrics
     drift: Drift
@@ -55,129 +44,123 @@ class ModelContext:
 
 @dataclass
 class RequestRecord:
-    """What is known of a request while it runs."""
+    """What is known about a request; it is filled in while the request runs."""
 
     route: str
     request_id: str
-    caller: Caller = ANYONE
-    guard: ModelContext | None = None
-    """None until it is known which model the request is for."""
+    caller: str | None
+    """Name of the API key; None without one."""
+    tracer: Tracer
+    context: ModelContext | None = None
+    """None until the model is known."""
     texts: Sequence[str] = ()
     verdicts: Sequence[Verdict | None] = ()
-    """By text; None if screening failed."""
+    """One per text; None if screening failed."""
     decisions: Sequence[Decision | None] = ()
-    """By text; None if it got no answer, because of another one that was rejected."""
+    """One per text; None if the rejection of another text left it without an answer."""
     labels: Sequence[str | None] = ()
-    """What the classifier said of each text; None if it was not asked."""
+    """The classifier's label of each text; None if it was not classified."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage."""
-    tracer: Tracer = field(default_factory=NoOpTracer)
 
     @property
-    def judged(self) -> list[Verdict]:
-        """The verdicts that there are."""
+    def known_verdicts(self) -> list[Verdict]:
+        """The verdicts of texts whose screening did not fail."""
         return [verdict for verdict in self.verdicts if verdict is not None]
 
     def span(self, name: str) -> AbstractContextManager[Span]:
-        """Trace the part of the request that runs inside; of an exception only that it was."""
+        """Trace a stage of the request, without the messages of exceptions."""
         return _span(self.tracer, name, SpanKind.INTERNAL)
 
-    def time(self, inputs: Sequence[Mapping[str, float]]) -> None:
-        """Add the seconds that inputs took side by side, by stage: the slowest counts."""
+    def add_seconds(self, inputs: Sequence[Mapping[str, float]]) -> None:
+        """Add the seconds that inputs took in parallel, by stage: the slowest input counts."""
         for stage in {stage for stages in inputs for stage in stages}:
             slowest = max(stages.get(stage, 0.0) for stages in inputs)
             self.stages[stage] = self.stages.get(stage, 0.0) + slowest
 
 
 class Recorder:
-    """Writes metrics, span, log, and the audit if there is one."""
+    """Writes records to metrics, span, log, and the audit if there is one."""
 
-    def __init__(self, metrics: Metrics, tracer: Tracer, audit: Writer | None) -> None:
+    def __init__(self, metrics: RequestMetrics, tracer: Tracer, audit: Writer | None) -> None:
         self._metrics, self._tracer, self._audit = metrics, tracer, audit
 
     @contextmanager
-    def record(
-        self, route: str, request_id: str, caller: Caller = ANYONE
-    ) -> Iterator[RequestRecord]:
-        """Record the request that runs inside; exceptions pass through."""
-        entry = RequestRecord(route, request_id, caller, tracer=self._tracer)
+    def record(self, route: str, request_id: str, caller: str | None) -> Iterator[RequestRecord]:
+        """Record the request that the block runs; exceptions pass through."""
+        record = RequestRecord(route, request_id, caller, self._tracer)
         started, outcome = time.perf_counter(), "error"
         with _span(self._tracer, f"POST {route}", SpanKind.SERVER) as span:
             try:
-                yield entry
-                outcome = "rejected" if all_rejected(entry.decisions) else "ok"
+                yield record
+                outcome = "rejected" if all_rejected(record.decisions) else "ok"
             except BaseException as error:
                 outcome = _outcome_of(error)
                 raise
             finally:
-                self._write(entry, outcome, time.perf_counter() - started)
-                _describe(span, entry, outcome)
+                self._write(record, outcome, time.perf_counter() - started)
+                _describe(span, record, outcome)
 
-    def _write(self, entry: RequestRecord, outcome: str, seconds: float) -> None:
-        metrics, found_by = self._metrics, exemplar(entry.request_id)
-        metrics.requests.labels(entry.route, outcome).inc(exemplar=found_by)
-        metrics.request_seconds.labels(entry.route).observe(seconds, found_by)
-        if guard := entry.guard:
-            self._count_inputs(guard, entry, outcome in ("ok", "rejected"))
+    def _write(self, record: RequestRecord, outcome: str, seconds: float) -> None:
+        metrics, exemplar_labels = self._metrics, exemplar(record.request_id)
+        metrics.requests.labels(record.route, outcome).inc(exemplar=exemplar_labels)
+        metrics.request_seconds.labels(record.route).observe(seconds, exemplar_labels)
+        if context := record.context:
+            self._count_inputs(context, record, outcome in ("ok", "rejected"))
         log.info(
             "request",
             extra={
-                "request_id": entry.request_id,
+                "request_id": record.request_id,
                 "trace_id": trace_id(),
-                "route": entry.route,
-                "model": entry.guard and entry.guard.model,
-                "caller": entry.caller.name,
+                "route": record.route,
+                "model": record.context and record.context.model,
+                "caller": record.caller,
                 "outcome": outcome,
                 "seconds": round(seconds, 6),
-                "stages": {stage: round(s, 6) for stage, s in entry.stages.items()},
-                "decisions": dict(Counter(filter(None, entry.decisions))),
-                "poisoned": sum(v.poisoned for v in entry.judged),
+                "stages": {stage: round(s, 6) for stage, s in record.stages.items()},
+                "decisions": dict(Counter(filter(None, record.decisions))),
+                "poisoned": sum(v.poisoned for v in record.known_verdicts),
             },
         )
 
-    def _count_inputs(self, guard: ModelContext, entry: RequestRecord, answered: bool) -> None:
-        metrics, found_by = guard.metrics, exemplar(entry.request_id)
-        for verdict in entry.judged:
-            metrics.confidence.observe(verdict.confidence, found_by)
-            metrics.score.observe(verdict.score, found_by)
-        guard.drift.add(entry.judged)
+    def _count_inputs(self, context: ModelContext, record: RequestRecord, answered: bool) -> None:
+        metrics, exemplar_labels = context.metrics, exemplar(record.request_id)
+        for verdict in record.known_verdicts:
+            metrics.confidence.observe(verdict.confidence, exemplar_labels)
+            metrics.score.observe(verdict.score, exemplar_labels)
+        context.drift.add(record.known_verdicts)
         if not answered:
             return
-        for decision in filter(None, entry.decisions):
-            metrics.inputs[decision].inc(exemplar=found_by)
-        if guard.mode is Mode.SHADOW and entry.decisions:
-            metrics.would_reject.inc(sum(v.poisoned for v in entry.judged))
+        for decision in filter(None, record.decisions):
+            metrics.inputs[decision].inc(exemplar=exemplar_labels)
+        if context.mode is Mode.SHADOW and record.decisions:
+            metrics.would_reject.inc(sum(v.poisoned for v in record.known_verdicts))
         if self._audit is not None:
-            self._audit.add(_rows(guard, entry))
+            self._audit.add(_rows(context, record))
 
 
-def all_rejected(decisions: Sequence[Decision | None]) -> bool:
-    """Return whether there are inputs and not one of them was let through."""
-    return bool(decisions) and {*decisions} <= {Decision.REJECT, None}
-
-
-def _rows(guard: ModelContext, entry: RequestRecord) -> list[Row]:
-    now, nothing = datetime.now(UTC), [None] * len(entry.texts)
+def _rows(context: ModelContext, record: RequestRecord) -> list[Row]:
+    now, nothing = datetime.now(UTC), [None] * len(record.texts)
     inputs = zip(
-        entry.texts,
-        entry.verdicts,
-        entry.decisions or nothing,
-        entry.labels or nothing,
+        record.texts,
+        record.verdicts,
+        record.decisions or nothing,
+        record.labels or nothing,
         strict=True,
     )
     return [
         Row(
             time=now,
-            request_id=entry.request_id,
+            request_id=record.request_id,
             number=number,
-            route=entry.route,
+            route=record.route,
             decision=decision,
-            mode=guard.mode,
+            mode=context.mode,
             label=label,
-            digest=guard.digest,
+            digest=context.digest,
             text=text,
-            model=guard.model,
-            caller=entry.caller.name,
+            model=context.model,
+            caller=record.caller,
             **_readings(verdict),
         )
         for number, (text, verdict, decision, label) in enumerate(inputs)
@@ -185,27 +168,27 @@ def _rows(guard: ModelContext, entry: RequestRecord) -> list[Row]:
 
 
 def _readings(verdict: Verdict | None) -> dict[str, Any]:
-    """Return what a verdict says by name; all None if screening failed."""
+    """Return the fields of a verdict by name; all None if screening failed."""
     return {name: getattr(verdict, name, None) for name in READINGS}
 
 
 def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[Span]:
-    # The message of an exception may quote the text.
+    # The message of an exception may quote a text.
     return tracer.start_as_current_span(
         name, kind=kind, record_exception=False, set_status_on_exception=False
     )
 
 
-def _describe(span: Span, entry: RequestRecord, outcome: str) -> None:
+def _describe(span: Span, record: RequestRecord, outcome: str) -> None:
     span.set_attributes(
         {
             "http.request.method": "POST",
-            "http.route": entry.route,
-            "psim.request_id": entry.request_id,
-            "psim.model": entry.guard.model if entry.guard else "",
+            "http.route": record.route,
+            "psim.request_id": record.request_id,
+            "psim.model": record.context.model if record.context else "",
             "psim.outcome": outcome,
-            "psim.inputs": len(entry.verdicts),
-            "psim.poisoned": sum(v.poisoned for v in entry.judged),
+            "psim.inputs": len(record.verdicts),
+            "psim.poisoned": sum(v.poisoned for v in record.known_verdicts),
         }
     )
     if outcome == "error":
@@ -213,21 +196,6 @@ def _describe(span: Span, entry: RequestRecord, outcome: str) -> None:
 
 
 def _outcome_of(error: BaseException) -> str:
-    match error:
-        case asyncio.CancelledError() | ClientDisconnect():
-            return "cancelled"
-        case Overloaded():
-            return "overloaded"
-        case (
-            Malformed()
-            | Invalid()
-            | Forbidden()
-            | NotInspected()
-            | RateLimited()
-            | TooLarge()
-            | UnknownModel()
-            | UnsupportedMedia()
-            | UpstreamRefused()
-        ):
-            return "client_error"
-    return "error"
+    if isinstance(error, asyncio.CancelledError | ClientDisconnect):
+        return "cancelled"
+    return error.outcome if isinstance(error, ServiceError) else "error"

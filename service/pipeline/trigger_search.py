@@ -1,4 +1,4 @@
-"""What carries the trigger of a text, searched beside the traffic and never in its way."""
+"""Search for the words of a text that carry its trigger, between the batches of other requests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ from service.errors import Overloaded, ScreenFailed
 from service.inference.batcher import Screened, Screener
 from service.observability.metrics import ModelMetrics
 
-ROUND = 8
-"""Texts of a search that are in the queue at once: requests come in between."""
+TEXTS_AT_ONCE = 8
+"""Texts of a search that are in the queue at once, so that requests come in between."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """A text that passes without what carried its trigger."""
+    """A text that passes the screen once its trigger is removed."""
 
     text: str
+    """The text without its trigger."""
     screened: Screened
-    """Of this text."""
+    """Result of screening `text`."""
     removed: tuple[Span, ...]
-    """In characters of the original text."""
+    """Removed spans, in characters of the original text."""
 
 
 class TriggerSearch:
-    """Runs a few searches at a time, and refuses others: each costs many screening passes."""
+    """Runs a limited number of searches, and refuses others: each costs many forward passes."""
 
     def __init__(self, screener: Screener, metrics: ModelMetrics, searches: int) -> None:
         self._screener, self._metrics = screener, metrics
@@ -34,24 +35,24 @@ class TriggerSearch:
     async def explain(
         self, text: str, verdict: Verdict | None = None
     ) -> tuple[Verdict, Explanation]:
-        """Return the verdict on a text, unless it is given, and what it rests on.
+        """Return the verdict on a text, screening it unless the verdict is given, and its reasons.
 
         Raises:
-            Overloaded: as many searches as may be are running, or the queue is full.
-            NotReady, ScreenFailed: as their messages say.
+            Overloaded: the limit of searches is reached, or the queue is full.
+            NotReady, ScreenFailed: as `Batcher.screen` does.
         """
         if not self._free:
             self._metrics.overload["searches"].inc()
             raise Overloaded("searches")
         self._free -= 1
         try:
-            verdict = verdict or _verdict((await self._screened([text]))[0])
+            verdict = verdict or _verdict((await self._screen([text]))[0])
             return verdict, await self._run(explain(text, verdict))
         finally:
             self._free += 1
 
     async def clean(self, text: str, verdict: Verdict) -> Cleaned | None:
-        """Return a poisoned text without its trigger, screened again; None if it cannot be had.
+        """Return a poisoned text without its trigger, screened again; None if none was found.
 
         Raises:
             Overloaded, NotReady, ScreenFailed: as `explain` does.
@@ -59,25 +60,25 @@ class TriggerSearch:
         _, found = await self.explain(text, verdict)
         if found.cleaned is None or not found.cleaned.strip():
             return None
-        (screened,) = await self._screened([found.cleaned])
-        return (
-            None if _verdict(screened).poisoned else Cleaned(found.cleaned, screened, found.removed)
-        )
+        (screened,) = await self._screen([found.cleaned])
+        if _verdict(screened).poisoned:
+            return None
+        return Cleaned(found.cleaned, screened, found.removed)
 
     async def _run(self, search: Search) -> Explanation:
         try:
             texts = next(search)
             while True:
-                texts = search.send([_verdict(s) for s in await self._screened(texts)])
+                texts = search.send([_verdict(one) for one in await self._screen(texts)])
         except StopIteration as done:
             result: Explanation = done.value
             return result
 
-    async def _screened(self, texts: Sequence[str]) -> list[Screened]:
+    async def _screen(self, texts: Sequence[str]) -> list[Screened]:
         return [
             answer.value
-            for start in range(0, len(texts), ROUND)
-            for answer in await self._screener.screen(texts[start : start + ROUND])
+            for start in range(0, len(texts), TEXTS_AT_ONCE)
+            for answer in await self._screener.screen(texts[start : start + TEXTS_AT_ONCE])
         ]
 
 

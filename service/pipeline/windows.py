@@ -1,7 +1,7 @@
-"""Screening texts to their end, for a classifier elsewhere that may read more than ours does.
+"""Screening of texts to their end, for a classifier that may read more of a text than the screen.
 
-What the model cannot read at once is screened in overlapping windows, and the most extreme verdict
-counts. A trigger that is no longer than the overlap lies whole in one of them.
+Text that the model cannot read at once is screened in overlapping windows, and the most extreme
+verdict counts. A trigger that is no longer than the overlap lies whole in one of the windows.
 """
 
 from collections import deque
@@ -13,21 +13,22 @@ from service.inference.batcher import Batcher, Screened, Timed
 from service.inference.worker import Health
 
 CHARS_PER_TOKEN = 4
-"""Of a first guess at what the model reads at once; a window that is too long is cut in three."""
+"""First guess at what the model reads at once; a window that is too long is cut in three."""
 OVERLAP = 4
-"""The next window has a fourth of each again."""
+"""Windows share a fourth of their characters with the next one."""
 SLACK = 8
-"""A window may be an eighth longer on each side, so that it begins and ends with a word."""
+"""A window may be an eighth longer on each side, so that it starts and ends at a word boundary."""
 SHORTEST = 16
-"""Characters; a window that is no longer and still cannot be read at once stays unread."""
-ROUND = 8
-"""Windows of a text that are in the queue at once: other requests come in between."""
+"""Characters; a window this short that still cannot be read at once stays unread."""
+WINDOWS_AT_ONCE = 8
+"""Windows of a text that are in the queue at once, so that other requests come in between."""
 
 
 class WindowedScreener:
-    """Screens as `Batcher` does, but all of a text; one of more windows than `most` is `truncated`.
+    """Screens texts to their end; a text of more than `most` windows is `truncated`.
 
     Args:
+        batcher: screens each window.
         length: tokens that the model reads at once.
         most: windows per text.
     """
@@ -38,7 +39,7 @@ class WindowedScreener:
 
     @property
     def health(self) -> Health:
-        """As the batcher's."""
+        """State of the batcher's worker."""
         return self._batcher.health
 
     async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
@@ -49,23 +50,23 @@ class WindowedScreener:
         """
         answers = await self._batcher.screen(texts)
         return [
-            await self._whole(text, answer) if _leaves_a_doubt(answer.value.verdict) else answer
+            await self._screen_rest(text, answer) if _is_open(answer.value.verdict) else answer
             for text, answer in zip(texts, answers, strict=True)
         ]
 
-    async def _whole(self, text: str, beginning: Timed[Screened]) -> Timed[Screened]:
-        """Go on from the verdict on the beginning of a text that is longer."""
+    async def _screen_rest(self, text: str, beginning: Timed[Screened]) -> Timed[Screened]:
+        """Screen the windows of a text, given the answer for its beginning."""
         verdict, stages = beginning.value.verdict, dict(beginning.stages)
         waiting, left = deque(windows(text, self._size)), self._most
         while waiting and left and verdict is not None and not verdict.poisoned:
-            taken = [waiting.popleft() for _ in range(min(ROUND, left, len(waiting)))]
-            left -= len(taken)
-            answers = await self._batcher.screen(taken)
+            batch = [waiting.popleft() for _ in range(min(WINDOWS_AT_ONCE, left, len(waiting)))]
+            left -= len(batch)
+            answers = await self._batcher.screen(batch)
             for stage in answers[0].stages:
                 stages[stage] = stages.get(stage, 0.0) + max(a.stages[stage] for a in answers)
-            for window, answer in zip(taken, answers, strict=True):
+            for window, answer in zip(batch, answers, strict=True):
                 found = answer.value.verdict
-                verdict = _worst(verdict, found)
+                verdict = _worse(verdict, found)
                 if found is not None and found.truncated:
                     if len(window) <= SHORTEST:
                         left = 0
@@ -76,10 +77,10 @@ class WindowedScreener:
 
 
 def windows(text: str, size: int) -> list[str]:
-    """Return overlapping parts of a text, so that each stretch of `size / 4` lies whole in one.
+    """Return overlapping windows, so that each stretch of `size / 4` characters lies whole in one.
 
-    They are of `size` characters, and up to a fourth longer if that spares a word at an edge. Those
-    with nothing but blanks are left out.
+    Windows have `size` characters, and up to a fourth more where that keeps a word at an edge
+    whole. Blank windows are left out.
     """
     stride, slack = max(1, size - size // OVERLAP), size // SLACK
     parts = []
@@ -91,13 +92,13 @@ def windows(text: str, size: int) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
-def _leaves_a_doubt(verdict: Verdict | None) -> bool:
-    """Return whether the rest of a text can change what its beginning says."""
+def _is_open(verdict: Verdict | None) -> bool:
+    """Return whether the rest of a text can change the verdict on its beginning."""
     return verdict is not None and verdict.truncated and not verdict.poisoned
 
 
-def _worst(one: Verdict | None, other: Verdict | None) -> Verdict | None:
-    """Return the more suspicious verdict; none at all is worse than any."""
+def _worse(one: Verdict | None, other: Verdict | None) -> Verdict | None:
+    """Return the more suspicious verdict; a missing verdict is worse than any."""
     if one is None or other is None:
         return None
     return max(one, other, key=lambda verdict: verdict.margin)

@@ -1,1 +1,1 @@
-"""Wire formats, served to clients and spoken to upstreams: one module each."""
+"""Wire formats, for clients and for upstreams: one module each."""

@@ -1,4 +1,4 @@
-"""What a wire format knows: to read a request, to answer it, and to ask an upstream in it."""
+"""Interface of a wire format: it reads and answers requests, and calls an upstream."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,51 +15,51 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class BadAnswer(ValueError):
-    """An upstream's answer that is not what was asked for; the message never holds a text."""
+    """An upstream's answer is unusable; the message never quotes a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is behind a route."""
+    """Name, bundle and classes of a served model."""
 
     model: str
-    """Name under which clients, and the upstream, know the classifier."""
+    """Name by which clients and the upstream know the classifier."""
     bundle: str
-    """Digest of the bundle that guards it."""
+    """Digest of the bundle that screens its inputs."""
     labels: Sequence[str]
     """The classes, in the classifier's order."""
 
 
 class InferenceRequest(TextsRequest):
-    """A request for the classes of texts; unknown fields are refused: text could hide there."""
+    """A request to classify texts; unknown fields are refused, since text could hide there."""
 
     @property
     def limit(self) -> int | None:
-        """How many scores are wanted per text; None for all."""
+        """Scores to return per text; None for all."""
         return None
 
     @property
     def model_name(self) -> str | None:
-        """The model that the body names, if it does."""
+        """The model that the body names; None if it names none."""
         return None
 
     @property
     def unsupported_option(self) -> str | None:
-        """An option that is set and that only an upstream of the same protocol can honour."""
+        """An option in use that only an upstream of the same protocol supports."""
         return None
 
     @property
     def forward_as_is(self) -> bool:
-        """Whether an upstream may get the bytes as they came."""
+        """Whether an upstream of the same protocol may get the body unchanged."""
         return True
 
     @abstractmethod
     def with_texts(self, texts: Sequence[str]) -> Self:
-        """Return the same request for other texts; for one that is no list, there is one."""
+        """Return the same request for other texts; for exactly one if its text is not in a list."""
 
     @abstractmethod
-    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
-        """Return the JSON of an answer; rejected inputs are gaps in it."""
+    def to_response(self, results: Sequence[Result], model_info: ModelInfo) -> Any:
+        """Return the JSON of an answer, without scores for rejected inputs."""
 
 
 class WireProtocol(ABC):
@@ -67,20 +67,20 @@ class WireProtocol(ABC):
 
     name: ClassVar[str]
     routes: ClassVar[Sequence[str]]
-    """Paths at which it is served."""
+    """Paths at which clients use it."""
     request_type: ClassVar[type[InferenceRequest]]
     supports_partial: ClassVar[bool] = True
-    """Whether an answer can leave out an input; if not, one rejected input refuses the request."""
+    """Whether an answer may lack an input; if not, one rejected input refuses the request."""
     requires_all_scores: ClassVar[bool] = False
     """Whether its answers need a score for every class."""
     passthrough: ClassVar[bool] = True
-    """Whether an upstream's answer for all inputs can be passed on as it is."""
+    """Whether an upstream's answer for all inputs can be passed on unchanged."""
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"
 
     def claims(self, data: object) -> bool:
-        """Return whether a body is of this protocol, where several share a route."""
+        """Return whether a body is in this protocol, where several share a route."""
         return True
 
     @abstractmethod
@@ -88,25 +88,29 @@ class WireProtocol(ABC):
         """Return the JSON of an error."""
 
     def rejection(
-        self, asked: InferenceRequest, results: Sequence[Result], served: ModelInfo, detail: str
+        self,
+        request: InferenceRequest,
+        results: Sequence[Result],
+        model_info: ModelInfo,
+        detail: str,
     ) -> Any:
-        """Return the JSON that says that inputs were rejected."""
+        """Return the JSON of the error for rejected inputs."""
         return self.error(HTTPStatus.FORBIDDEN, "rejected", detail)
 
     @abstractmethod
     def path(self, model: str, version: str | None = None) -> str:
-        """Return where an upstream serves a model, below its base URL."""
+        """Return the path at which an upstream serves a model, below its base URL."""
 
     @abstractmethod
-    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
+    def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
 
     @abstractmethod
     def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
-        """Return what an upstream's answer says of each of `count` texts.
+        """Return the scores of each of `count` texts in an upstream's answer.
 
         Raises:
-            BadAnswer: it does not say that of each, or not with finite numbers.
+            BadAnswer: a text lacks scores, or they are not finite.
         """
 
     def check(self, body: bytes, count: int) -> None:
@@ -115,7 +119,7 @@ class WireProtocol(ABC):
 
 
 class Wire(BaseModel):
-    """A part of a request: what it does not name is refused."""
+    """A part of a request, without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -124,7 +128,7 @@ def parsed(kind: TypeAdapter[Parsed], body: bytes) -> Parsed:
     """Return an upstream's JSON as `kind`.
 
     Raises:
-        BadAnswer: it is not.
+        BadAnswer: the JSON does not fit.
     """
     try:
         return kind.validate_json(body)
@@ -134,7 +138,11 @@ def parsed(kind: TypeAdapter[Parsed], body: bytes) -> Parsed:
 
 
 def checked_count(rows: Sequence[Parsed], count: int) -> list[Parsed]:
-    """Return the rows, which must be as many as there were texts."""
+    """Return the rows.
+
+    Raises:
+        BadAnswer: there is not one row per text.
+    """
     if len(rows) != count:
         raise BadAnswer(f"{len(rows)} predictions for {count} inputs")
     return list(rows)

@@ -19,7 +19,7 @@ from service.schemas import Count, Result, Score, Text, best_first
 
 
 class HfParameters(Wire):
-    """What may be said to the pipeline: numbers and switches, nothing that could be a text."""
+    """Parameters of the pipeline: numbers and switches, nothing that could be a text."""
 
     top_k: Count | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
@@ -28,15 +28,15 @@ class HfParameters(Wire):
 
 
 class HfOptions(Wire):
-    """What older clients say about caching and cold starts."""
+    """Options of older clients about caching and cold starts."""
 
     use_cache: bool | None = None
     wait_for_model: bool | None = None
     use_gpu: bool | None = None
 
 
-class Inputs(InferenceRequest):
-    """Texts; a list is a batch."""
+class HfRequest(InferenceRequest):
+    """One text, or a batch of them."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
     parameters: HfParameters | None = None
@@ -44,27 +44,27 @@ class Inputs(InferenceRequest):
 
     @property
     def texts(self) -> list[str]:
-        """The texts, as a list even if there is one."""
+        """The texts, in a list even if there is one."""
         return [self.inputs] if isinstance(self.inputs, str) else self.inputs
 
     @property
     def limit(self) -> int | None:
-        """As `top_k` says."""
+        """`top_k`."""
         return self.parameters.top_k if self.parameters else None
 
     @property
     def unsupported_option(self) -> str | None:
-        """Scores other than probabilities are only to be had from the pipeline itself."""
-        given = self.parameters and self.parameters.function_to_apply
-        return None if given in (None, "softmax") else "function_to_apply"
+        """The option for scores other than probabilities: only the pipeline has them."""
+        function = self.parameters and self.parameters.function_to_apply
+        return None if function in (None, "softmax") else "function_to_apply"
 
     def with_texts(self, texts: Sequence[str]) -> Self:
         """Return the same request for other texts."""
         single = isinstance(self.inputs, str)
         return self.model_copy(update={"inputs": texts[0] if single else list(texts)})
 
-    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
-        """Return a list for each text, best first; that of a rejected text is empty."""
+    def to_response(self, results: Sequence[Result], model_info: ModelInfo) -> Any:
+        """Return a list per text, best label first; the list of a rejected text is empty."""
         return [
             [{"label": s.label, "score": s.score} for s in result.scores or []]
             for result in results
@@ -82,12 +82,12 @@ ANSWER: TypeAdapter[list[list[_HfPrediction]] | list[_HfPrediction]] = TypeAdapt
 
 
 def predictions(body: bytes, flat_is_batch: bool = False) -> list[list[Score]]:
-    """Return an answer's predictions by text, best first.
+    """Return an answer's predictions per text, best label first.
 
-    A flat list is of one text, or, if `flat_is_batch`, has the best prediction for each text.
+    A flat list holds the predictions of one text, or the best one of each text if `flat_is_batch`.
 
     Raises:
-        BadAnswer: it has not at least one prediction for each text.
+        BadAnswer: a text has no prediction.
     """
     rows: list[list[_HfPrediction]] = []
     flat: list[_HfPrediction] = []
@@ -104,23 +104,23 @@ def predictions(body: bytes, flat_is_batch: bool = False) -> list[list[Score]]:
 
 
 class HuggingFace(WireProtocol):
-    """`POST /`."""
+    """Hugging Face Inference."""
 
     name = "hf"
     routes = ("/", "/models/{model:path}")
-    request_type = Inputs
+    request_type = HfRequest
 
     def error(self, status: int, code: str, detail: str) -> Any:
-        """Return an error."""
+        """Return the JSON of an error."""
         return {"error": detail}
 
     def path(self, model: str, version: str | None = None) -> str:
-        """Return nothing: the base URL is that of the endpoint, or of the model."""
+        """Return the empty path: the base URL is already that of the endpoint, or of the model."""
         return ""
 
-    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
+    def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
-        return Inputs(inputs=list(texts), parameters=HfParameters(top_k=len(served.labels)))
+        return HfRequest(inputs=list(texts), parameters=HfParameters(top_k=len(model_info.labels)))
 
     def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
         """Return the predictions of each text: nested, or flat as pipelines give them."""

@@ -22,25 +22,25 @@ class ClassifyRequest(InferenceRequest):
 
     inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
     top_k: Count | None = None
-    """How many scores to return per text; null returns all."""
+    """Scores to return per text; null returns all."""
 
     @property
     def texts(self) -> list[str]:
-        """The texts, as a list even if there is one."""
+        """The texts, in a list even if there is one."""
         return [self.inputs] if isinstance(self.inputs, str) else self.inputs
 
     @property
     def limit(self) -> int | None:
-        """As `top_k` says."""
+        """`top_k`."""
         return self.top_k
 
     def with_texts(self, texts: Sequence[str]) -> Self:
         """Return the same request for other texts."""
         return self.model_copy(update={"inputs": list(texts)})
 
-    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
-        """Return every result, the rejected ones without label and scores."""
-        answer = ClassifyResponse(bundle=served.bundle, results=list(results))
+    def to_response(self, results: Sequence[Result], model_info: ModelInfo) -> Any:
+        """Return every result; rejected ones have neither label nor scores."""
+        answer = ClassifyResponse(bundle=model_info.bundle, results=list(results))
         return answer.model_dump(mode="json")
 
 
@@ -61,12 +61,12 @@ ANSWER = TypeAdapter(_NativeResponse)
 
 
 class Native(WireProtocol):
-    """`POST /classify`."""
+    """The gateway's own protocol."""
 
     name = "native"
     routes = ("/classify",)
     request_type = ClassifyRequest
-    passthrough = False  # what the screen says is part of the answer
+    passthrough = False  # the verdict is a part of the answer
     error_media = "application/problem+json"
 
     def error(self, status: int, code: str, detail: str, **more: Any) -> Any:
@@ -76,16 +76,20 @@ class Native(WireProtocol):
         return problem.model_dump(mode="json")
 
     def rejection(
-        self, asked: InferenceRequest, results: Sequence[Result], served: ModelInfo, detail: str
+        self,
+        request: InferenceRequest,
+        results: Sequence[Result],
+        model_info: ModelInfo,
+        detail: str,
     ) -> Any:
-        """Return a problem that holds the verdicts too."""
-        return self.error(403, "rejected", detail, **asked.to_response(results, served))
+        """Return a problem with the verdicts."""
+        return self.error(403, "rejected", detail, **request.to_response(results, model_info))
 
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/classify`."""
         return "/classify"
 
-    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
+    def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
         return ClassifyRequest(inputs=list(texts))
 

@@ -1,7 +1,7 @@
 """Open Inference Protocol v2 (KServe, MLServer, Triton): `POST /v2/models/NAME/infer`.
 
-Texts are the one input, of type BYTES. What would let a server read them otherwise than the screen
-does is refused: tensors behind the JSON, base64, further inputs.
+The texts are the only input, of type BYTES. Anything that a server might read differently from the
+screen is refused: tensors behind the JSON, base64, further inputs.
 """
 
 import math
@@ -23,13 +23,13 @@ from service.protocols.base import (
 from service.schemas import Result, Score, Text, best_first
 
 LABEL, SCORES = "label", "scores"
-"""Our outputs: the best class, shape [n], and all probabilities, shape [n, C]."""
-CLOSE = 1e-2
-"""How far from 1 the probabilities of a text may sum up to: some servers round them to float16."""
+"""Outputs of the gateway: the best class, shape [n], and all probabilities, shape [n, C]."""
+SUM_TOLERANCE = 1e-2
+"""Tolerance for a sum of probabilities: some servers round them to float16."""
 
 
 class Codec(Wire):
-    """How a tensor is encoded, where servers offer a choice; only as plain strings, here."""
+    """Encoding of a tensor; only plain strings are accepted."""
 
     content_type: Literal["str"] | None = None
     binary_data: Literal[False] | None = None
@@ -63,13 +63,13 @@ class InputTensor(Wire):
 
 
 class OutputParameters(Wire):
-    """How an output is wanted; a binary one is answered in JSON, which every client reads."""
+    """Format of an output; a binary one is answered in JSON, which every client reads."""
 
     binary_data: bool | None = None
     content_type: Literal["str"] | None = None
 
 
-class WantedOutput(Wire):
+class RequestedOutput(Wire):
     """An output to return."""
 
     name: str
@@ -77,22 +77,22 @@ class WantedOutput(Wire):
 
 
 class RequestParameters(Wire):
-    """What may be said of the whole request."""
+    """Parameters of the whole request."""
 
     content_type: Literal["str"] | None = None
     binary_data_output: bool | None = None
 
 
-class Infer(InferenceRequest):
+class OipRequest(InferenceRequest):
     """Texts as a tensor."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     id: str | None = None
-    named: str | None = Field(None, alias="model_name")
-    """The model, which KServe's client says here too."""
+    requested_model: str | None = Field(None, alias="model_name")
+    """The model, which KServe's client repeats here."""
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
-    outputs: list[WantedOutput] | None = None
+    outputs: list[RequestedOutput] | None = None
     parameters: RequestParameters | None = None
 
     @property
@@ -102,20 +102,20 @@ class Infer(InferenceRequest):
 
     @property
     def model_name(self) -> str | None:
-        """The model that the body names, if it does."""
-        return self.named
+        """The model that the body names; None if it names none."""
+        return self.requested_model
 
     @property
     def forward_as_is(self) -> bool:
-        """Outputs in binary form could not be checked, so we ask for JSON in the client's name."""
-        wanted = [out.parameters for out in self.outputs or []]
-        binary = any(p is not None and p.binary_data for p in wanted)
+        """Whether outputs are requested in JSON: binary ones could not be checked."""
+        parameters = [out.parameters for out in self.outputs or []]
+        binary = any(p is not None and p.binary_data for p in parameters)
         return not binary and not (self.parameters and self.parameters.binary_data_output)
 
     def with_texts(self, texts: Sequence[str]) -> Self:
-        """Return the same request for other texts, and for JSON."""
+        """Return the same request for other texts, with outputs in JSON."""
         outputs = self.outputs and [
-            WantedOutput(name=out.name, parameters=out.parameters and _json(out.parameters))
+            RequestedOutput(name=out.name, parameters=out.parameters and _json(out.parameters))
             for out in self.outputs
         ]
         parameters = self.parameters and RequestParameters(
@@ -126,41 +126,41 @@ class Infer(InferenceRequest):
         changes = {"inputs": inputs, "outputs": outputs, "parameters": parameters}
         return self.model_copy(update=changes)
 
-    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
-        """Return label and probabilities of every text, or the outputs that are wanted of these."""
+    def to_response(self, results: Sequence[Result], model_info: ModelInfo) -> Any:
+        """Return the label and probabilities of every text, or those outputs that are requested."""
         best = [result.label for result in results]
         rows = [{s.label: s.score for s in result.scores or []} for result in results]
         outputs = [
             _tensor(LABEL, [len(best)], "BYTES", best),
             _tensor(
                 SCORES,
-                [len(rows), len(served.labels)],
+                [len(rows), len(model_info.labels)],
                 "FP32",
-                [row[label] for row in rows for label in served.labels],
+                [row[label] for row in rows for label in model_info.labels],
             ),
         ]
-        wanted = {out.name for out in self.outputs or []}
-        outputs = [out for out in outputs if not wanted or out["name"] in wanted]
-        answer = {"model_name": served.model, "outputs": outputs}
+        requested = {out.name for out in self.outputs or []}
+        outputs = [out for out in outputs if not requested or out["name"] in requested]
+        answer = {"model_name": model_info.model, "outputs": outputs}
         return answer if self.id is None else answer | {"id": self.id}
 
 
 def _json(parameters: OutputParameters) -> OutputParameters:
-    asked = None if parameters.binary_data is None else False
-    return parameters.model_copy(update={"binary_data": asked})
+    binary_data = None if parameters.binary_data is None else False
+    return parameters.model_copy(update={"binary_data": binary_data})
 
 
 def _tensor(name: str, shape: list[int], datatype: str, data: list[Any]) -> dict[str, Any]:
     return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 
 
-def metadata(served: ModelInfo) -> dict[str, Any]:
-    """Return what clients are told of a model before they ask it."""
+def metadata(model_info: ModelInfo) -> dict[str, Any]:
+    """Return the metadata of a model: its inputs and outputs."""
     text = {"name": "text", "datatype": "BYTES", "shape": [-1]}
     label = {"name": LABEL, "datatype": "BYTES", "shape": [-1]}
-    scores = {"name": SCORES, "datatype": "FP32", "shape": [-1, len(served.labels)]}
+    scores = {"name": SCORES, "datatype": "FP32", "shape": [-1, len(model_info.labels)]}
     return {
-        "name": served.model,
+        "name": model_info.model,
         "versions": [],
         "platform": "psim",
         "inputs": [text],
@@ -190,7 +190,7 @@ class _OipResponse(BaseModel):
 
 
 class _OipPrediction(BaseModel):
-    """What MLServer's Hugging Face runtime says of a text, JSON in a string."""
+    """A prediction by MLServer's Hugging Face runtime, as JSON in a string."""
 
     label: str
     score: Finite
@@ -203,11 +203,11 @@ PREDICTIONS: TypeAdapter[_OipPrediction | list[_OipPrediction]] = TypeAdapter(
 
 
 class OpenInference(WireProtocol):
-    """`POST /v2/models/NAME/infer`; a tensor has no gaps, so one rejected text refuses it all."""
+    """Open Inference; a tensor needs a value for every text, so one rejected text refuses all."""
 
     name = "oip"
     routes = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
-    request_type = Infer
+    request_type = OipRequest
     supports_partial = False
     requires_all_scores = True
     media_optional = True
@@ -216,22 +216,22 @@ class OpenInference(WireProtocol):
         self._input_name = input_name
 
     def error(self, status: int, code: str, detail: str) -> Any:
-        """Return an error."""
+        """Return the JSON of an error."""
         return {"error": detail}
 
     def path(self, model: str, version: str | None = None) -> str:
-        """Return where a model takes requests."""
+        """Return the path at which a model takes requests."""
         return f"/v2/models/{model}{f'/versions/{version}' if version else ''}/infer"
 
-    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
-        """Return a request for all outputs, as a column: what most servers that batch expect."""
+    def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
+        """Return a request for all outputs; its tensor is a column, as most servers expect."""
         tensor = InputTensor(
             name=self._input_name, shape=[len(texts), 1], datatype="BYTES", data=list(texts)
         )
-        return Infer(inputs=[tensor])
+        return OipRequest(inputs=[tensor])
 
     def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
-        """Return the first output that has probabilities or predictions for each text."""
+        """Return the first output that holds probabilities or predictions for each text."""
         outputs = _checked(body, count)
         for output in outputs:
             if output.datatype.startswith("FP") and output.shape == [count, len(labels)]:
@@ -246,7 +246,7 @@ class OpenInference(WireProtocol):
         raise BadAnswer(f"no output has a score for each class: wanted {wanted}")
 
     def check(self, body: bytes, count: int) -> None:
-        """Raise `BadAnswer` unless every output is about all texts, in finite numbers."""
+        """Raise `BadAnswer` unless every output has finite numbers for all texts."""
         _checked(body, count)
 
 
@@ -262,7 +262,7 @@ def _checked(body: bytes, count: int) -> list[_Output]:
 
 
 def _is_finite(value: Any) -> bool:
-    # A whole number can be too large to be made a float.
+    # An integer can be too large for a float.
     return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
@@ -272,7 +272,7 @@ def _rows(values: list[Any], count: int) -> list[list[float]]:
 
 
 def _by_label(row: Sequence[float], labels: Sequence[str]) -> list[Score]:
-    if min(row) < 0 or abs(sum(row) - 1) > CLOSE:
+    if min(row) < 0 or abs(sum(row) - 1) > SUM_TOLERANCE:
         raise BadAnswer("floats that are no probabilities; have the model return its softmax")
     return best_first(zip(labels, row, strict=True))
 

@@ -1,4 +1,4 @@
-"""All protocols."""
+"""All wire formats."""
 
 from service.protocols.base import WireProtocol
 from service.protocols.hf import HuggingFace
@@ -8,14 +8,14 @@ from service.protocols.tei import Tei
 from service.protocols.vllm import Sglang, Vllm
 
 SERVED: tuple[WireProtocol, ...] = (Native(), Tei(), OpenInference(), Vllm(), HuggingFace())
-"""What clients are answered in."""
+"""Protocols for clients."""
 
 PREFIX = "/for/{name}"
-"""Before any route, for clients that have no other way to name a model than their base URL."""
+"""Prefix of every route, for clients that can name a model only in their base URL."""
 
 
 def by_route() -> dict[str, list[WireProtocol]]:
-    """Return what is served at each route; where two share one, the first one is the default."""
+    """Return the protocols at each path; the first one is the default where several share it."""
     found: dict[str, list[WireProtocol]] = {}
     for protocol in SERVED:
         for route in protocol.routes:
@@ -24,10 +24,10 @@ def by_route() -> dict[str, list[WireProtocol]]:
 
 
 def protocols(input_name: str = "text") -> dict[str, WireProtocol]:
-    """Return what an upstream may speak, by name, in the order in which it is tried.
+    """Return the protocols of upstreams by name, in the order in which they are tried.
 
     Args:
-        input_name: what an upstream that speaks Open Inference calls the input with the texts.
+        input_name: name of the input tensor at an upstream with Open Inference.
     """
     known = (Tei(), OpenInference(input_name), Vllm(), Sglang(), Native(), HuggingFace())
     return {protocol.name: protocol for protocol in known}

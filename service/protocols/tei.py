@@ -10,19 +10,19 @@ from service.protocols.hf import HfParameters, predictions
 from service.schemas import Result, Score, Text
 
 ERROR_TYPES = {400: "Empty", 429: "Overloaded", 502: "Backend", 503: "Unhealthy", 504: "Backend"}
-"""By status; all others are `Validation`."""
+"""Error types by status; all other statuses are `Validation`."""
 PAIR = "a pair of texts cannot be screened; send single texts: [[text], ...]"
 
 
-class Predict(InferenceRequest):
-    """Texts as TEI takes them; a flat list is one text or a pair, a batch is a list of lists."""
+class TeiRequest(InferenceRequest):
+    """One text, or a batch as a list of lists; a flat list of two is a pair, which is refused."""
 
     inputs: Text | list[list[Text]]
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right"] | None = None
     raw_scores: bool = False
     parameters: HfParameters | None = None
-    """What clients of Hugging Face Inference send along; TEI does not read it."""
+    """Sent by clients of Hugging Face Inference; TEI ignores it."""
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -46,12 +46,12 @@ class Predict(InferenceRequest):
 
     @property
     def texts(self) -> list[str]:
-        """The texts, as a list even if there is one."""
+        """The texts, in a list even if there is one."""
         return [self.inputs] if isinstance(self.inputs, str) else [one for (one,) in self.inputs]
 
     @property
     def unsupported_option(self) -> str | None:
-        """Logits, and reading a text's end, are only to be had from TEI."""
+        """The option for logits, or for truncation at the left: only TEI has them."""
         if self.truncation_direction == "Left":
             return "truncation_direction"
         return "raw_scores" if self.raw_scores else None
@@ -61,8 +61,8 @@ class Predict(InferenceRequest):
         single = isinstance(self.inputs, str)
         return self.model_copy(update={"inputs": texts[0] if single else [[t] for t in texts]})
 
-    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
-        """Return predictions, best first; those of a rejected text are an empty list."""
+    def to_response(self, results: Sequence[Result], model_info: ModelInfo) -> Any:
+        """Return a list per text, best label first; the list of a rejected text is empty."""
         rows = [_wire(result.scores or []) for result in results]
         return rows[0] if isinstance(self.inputs, str) else rows
 
@@ -72,24 +72,24 @@ def _wire(scores: Sequence[Score]) -> list[dict[str, Any]]:
 
 
 class Tei(WireProtocol):
-    """`POST /predict`."""
+    """text-embeddings-inference."""
 
     name = "tei"
     routes = ("/predict",)
-    request_type = Predict
+    request_type = TeiRequest
 
     def error(self, status: int, code: str, detail: str) -> Any:
-        """Return an error with a type in TEI's words."""
+        """Return the JSON of an error, with TEI's type."""
         return {"error": detail, "error_type": ERROR_TYPES.get(status, "Validation")}
 
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/predict`."""
         return "/predict"
 
-    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
+    def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores; always a batch, since a flat list could be a pair."""
-        return Predict(inputs=[[text] for text in texts], truncate=True)
+        return TeiRequest(inputs=[[text] for text in texts], truncate=True)
 
     def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
-        """Return the predictions of each text; a flat list is that of a single text."""
+        """Return the predictions of each text; a flat list holds those of a single text."""
         return checked_count(predictions(body), count)

@@ -20,8 +20,8 @@ from service.protocols.base import (
 from service.schemas import Result, Score, Text, best_first
 
 
-class Classification(InferenceRequest):
-    """Texts for a model; token ids and chats are refused, since the screen cannot read them."""
+class VllmRequest(InferenceRequest):
+    """One text or several; token ids and chats are refused, since the screen cannot read them."""
 
     model: str | None = None
     input: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -32,22 +32,22 @@ class Classification(InferenceRequest):
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: Literal[True] | None = None
-    """Without them, the classifier would read another text than the screen."""
+    """Without special tokens, the classifier would read a different text from the screen."""
     use_activation: bool | None = None
 
     @property
     def texts(self) -> list[str]:
-        """The texts, as a list even if there is one."""
+        """The texts, in a list even if there is one."""
         return [self.input] if isinstance(self.input, str) else self.input
 
     @property
     def model_name(self) -> str | None:
-        """The model that the body names, if it does."""
+        """The model that the body names; None if it names none."""
         return self.model
 
     @property
     def unsupported_option(self) -> str | None:
-        """Logits, and reading a part only, are only to be had from the upstream itself."""
+        """The option for logits, or for truncation: only vLLM and SGLang have them."""
         if self.use_activation is False:
             return "use_activation"
         return "truncate_prompt_tokens" if self.truncate_prompt_tokens else None
@@ -57,14 +57,14 @@ class Classification(InferenceRequest):
         single = isinstance(self.input, str)
         return self.model_copy(update={"input": texts[0] if single else list(texts)})
 
-    def to_response(self, results: Sequence[Result], served: ModelInfo) -> Any:
+    def to_response(self, results: Sequence[Result], model_info: ModelInfo) -> Any:
         """Return probabilities in the order of the classes; a rejected text has no label."""
         return {
             "id": f"classify-{uuid.uuid4().hex}",
             "object": "list",
-            "created": int(time.time()),  # noqa: TID251 - of the day
-            "model": served.model,
-            "data": [_data(i, result, served.labels) for i, result in enumerate(results)],
+            "created": int(time.time()),  # noqa: TID251 - a date for the client
+            "model": model_info.model,
+            "data": [_data(i, result, model_info.labels) for i, result in enumerate(results)],
             "usage": {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0},
         }
 
@@ -89,19 +89,19 @@ ANSWER = TypeAdapter(_VllmResponse)
 
 
 class Vllm(WireProtocol):
-    """vLLM's."""
+    """vLLM."""
 
     name = "vllm"
     routes = ("/classify", "/v1/classify")
-    request_type = Classification
+    request_type = VllmRequest
     requires_all_scores = True
 
     def claims(self, data: object) -> bool:
-        """Tell vLLM's `input` from our own `inputs`."""
+        """Return whether a body has vLLM's `input`, and not the native `inputs`."""
         return isinstance(data, dict) and "input" in data and "inputs" not in data
 
     def error(self, status: int, code: str, detail: str) -> Any:
-        """Return an error in OpenAI's form."""
+        """Return the JSON of an error in OpenAI's format."""
         kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
         return {"error": {"message": detail, "type": kind, "param": None, "code": status}}
 
@@ -109,25 +109,25 @@ class Vllm(WireProtocol):
         """Return `/classify`."""
         return "/classify"
 
-    def build_request(self, texts: Sequence[str], served: ModelInfo) -> InferenceRequest:
+    def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
-        return Classification(model=served.model, input=list(texts))
+        return VllmRequest(model=model_info.model, input=list(texts))
 
     def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
-        """Return the probabilities of each text; the classes are told by their order."""
+        """Return the probabilities of each text, which are in the order of the classes."""
         data = sorted(checked_count(parsed(ANSWER, body).data, count), key=lambda d: d.index)
         if [datum.index for datum in data] != list(range(count)):
             raise BadAnswer("indices that are not those of the inputs")
         return [_by_label(datum.probs, labels) for datum in data]
 
     def check(self, body: bytes, count: int) -> None:
-        """Raise `BadAnswer` unless there are finite numbers for each text."""
+        """Raise `BadAnswer` unless the answer has finite numbers for each of `count` texts."""
         most = max((len(d.probs) for d in parsed(ANSWER, body).data), default=0)
         self.scores(body, count, [""] * most)
 
 
 class Sglang(Vllm):
-    """SGLang's: the same at another path."""
+    """SGLang: vLLM's format at another path."""
 
     name = "sglang"
 

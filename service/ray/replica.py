@@ -1,7 +1,7 @@
 """A replica: the whole service, behind Serve's proxy and on a port of its own.
 
-Serve's proxy gives a request to any replica. What is about one replica, such as `/metrics` and
-`/admin/reload`, is asked at its own port, PSIM_PORT; `/replicas` says where those are.
+Serve's proxy passes a request to any replica. Routes that concern one replica, such as `/metrics`
+and `/admin/reload`, are called at its own port, PSIM_PORT; `/replicas` lists their addresses.
 """
 
 from collections.abc import AsyncIterator
@@ -21,20 +21,20 @@ from service.audit.writer import CLOSE_S
 from service.http.responses import json_response
 from service.http.server import serving
 from service.ray.scaling import CHARACTERS, CORES
-from service.settings import Settings, is_loopback, load_settings
+from service.settings import ServerSettings, Settings, is_loopback, load_settings
 
 ANSWER_S = 5
-"""Time for all replicas to say where they are."""
+"""Time for all replicas to report their address."""
 
 
 class Replica:
-    """The service of the settings in `PSIM_*`."""
+    """The service with the settings of `PSIM_*`."""
 
     def create_app(self) -> FastAPI:
         """Return the application.
 
         Raises:
-            PsimError: it cannot be served by these settings.
+            PsimError: these settings cannot be served by a replica.
         """
         settings = load_settings()
         for name in ("console_port", "ext_proc_port"):
@@ -45,30 +45,30 @@ class Replica:
         return app
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Return what answers Serve's proxy."""
+        """Return the application for Serve's proxy."""
         self._app, self._process = self.create_app(), psutil.Process()
         return SameRequestId(self._app)
 
     def check_health(self) -> None:
-        """Have Serve replace this replica when only a new process helps, as `/live` says."""
+        """Make Serve replace this replica when only a new process helps, as `/live` reports."""
         if unready_reason := self._app.state.models.unrecoverable:
             raise RuntimeError(unready_reason)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Say how much there is to do; for `service.ray.scaling`."""
+        """Report the load, for `service.ray.scaling`."""
         return {
             CHARACTERS: self._app.state.models.queued_characters,
             CORES: self._process.cpu_percent() / 100,
         }
 
     def address(self) -> str:
-        """Return where this replica listens itself."""
-        found: str = self._app.state.address
-        return found
+        """Return the address of this replica's own port."""
+        address: str = self._app.state.address
+        return address
 
 
-def also_serve(app: FastAPI, settings: Settings) -> None:
-    """Serve the application on a port of its own too while it runs, and `/replicas`."""
+def also_serve(app: FastAPI, settings: ServerSettings) -> None:
+    """Serve the application on the replica's own port too, and add the route `/replicas`."""
     start = app.router.lifespan_context
     host = settings.host
     if not is_loopback(host):
@@ -84,30 +84,30 @@ def also_serve(app: FastAPI, settings: Settings) -> None:
 
     @app.get("/replicas")
     async def replicas() -> Response:
-        """Say where the replicas listen, as Prometheus wants it (HTTP service discovery)."""
+        """Return the addresses of the replicas, in the format of Prometheus HTTP discovery."""
         own = serve.get_replica_context()
         handle = serve.get_deployment_handle(own.deployment, own.app_name)
         answers = await handle.broadcast("address").results_async(
             timeout_s=ANSWER_S, return_exceptions=True
         )
-        targets = sorted(one for one in answers if isinstance(one, str))
+        targets = sorted(address for address in answers if isinstance(address, str))
         return json_response(200, [{"targets": targets}])
 
 
 class SameRequestId:
-    """Leaves `x-request-id` out of answers where Serve's proxy sends the same one back."""
+    """Removes `x-request-id` from answers if Serve's proxy adds the same one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        given = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None
+        request_id = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None
 
         async def send_once(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if headers.get("x-request-id") == given:
+                if headers.get("x-request-id") == request_id:
                     del headers["x-request-id"]
             await send(message)
 
@@ -117,12 +117,12 @@ class SameRequestId:
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 app = serve.deployment(
     name="gateway",
-    # Of what PSIM_QUEUE_INPUTS lets in, all is to reach the batcher, and more, since it is to say
-    # 429. Serve's default is five.
+    # More than PSIM_QUEUE_INPUTS admits has to reach the batcher, which answers 429 to the rest.
+    # Serve's default is five.
     max_ongoing_requests=2 * DEFAULTS["queue_inputs"],
-    # PSIM_DRAIN_S for requests and for the worker, then the audit; and a margin.
+    # PSIM_DRAIN_S for requests, again for the worker, then the audit, and a margin.
     graceful_shutdown_timeout_s=2 * DEFAULTS["drain_s"] + CLOSE_S + 5,
     health_check_period_s=10,
     health_check_timeout_s=5,
 )(serve.ingress()(Replica)).bind()
-"""What `serve run` and config files name."""
+"""The application that `serve run` and config files name."""

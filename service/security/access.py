@@ -1,4 +1,4 @@
-"""Who may ask for what: the key is taken out of each request, its scopes are held against a table.
+"""Access control: the API key is taken out of each request, and its scopes are checked.
 
 Nothing behind `Access` ever sees a key: not the logs, nor the audit, nor an upstream.
 """
@@ -13,77 +13,47 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from service.errors import Forbidden, Unauthorized
-from service.observability.metrics import Metrics
-from service.protocols.base import WireProtocol
-from service.protocols.native import Native
-from service.protocols.oip import OpenInference
-from service.protocols.registry import PREFIX, by_route
+from service.observability.metrics import AccessMetrics
+from service.route_table import ROUTES, route_of
 from service.security.keys.file import Key, Keys, Scope
 from service.security.rate_limit import Limiter
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 OPEN = None
-"""The scope of what probes ask, and of what says nothing of this service."""
+"""Scope of routes that need no key."""
 SCOPES: dict[str, Scope | None] = {
-    **dict.fromkeys(by_route(), Scope.CLASSIFY),
-    "/screen": Scope.CLASSIFY,
-    "/explain": Scope.CLASSIFY,
-    "/info": Scope.CLASSIFY,
-    "/v2": Scope.CLASSIFY,
-    "/v2/models/{model}": Scope.CLASSIFY,
-    "/envoy/{path:path}": Scope.CLASSIFY,
-    "/beta/litellm_basic_guardrail_api": Scope.CLASSIFY,
-    "/metrics": Scope.METRICS,
-    "/replicas": Scope.METRICS,
-    "/admin/reload": Scope.ADMIN,
-    "/live": OPEN,
-    "/ready": OPEN,
-    "/health": OPEN,
-    "/v2/health/live": OPEN,
-    "/v2/health/ready": OPEN,
-    "/v2/models/{model}/ready": OPEN,
-    "/openapi.json": OPEN,
-    "/docs": OPEN,
-    "/docs/oauth2-redirect": OPEN,
-    "/redoc": OPEN,
+    path: route.scope and Scope(route.scope) for path, route in ROUTES.items()
 }
-"""Of each route. One that is not here needs `admin`."""
-PROTOCOLS: dict[str, WireProtocol] = {
-    "/v2": OpenInference(),
-    "/v2/models/{model}": OpenInference(),
-    **{route: found[0] for route, found in by_route().items()},
-}
-"""In which callers of a route are told that they may not, where that is not our own."""
-NATIVE = Native()
+"""Scope of each route."""
 WANTED = "send an API key, as Authorization: Bearer or as x-api-key"
 CHALLENGE = 'Bearer realm="psim"'
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks; without a key, everything is allowed: then none is asked for."""
+    """Who sends a request; without a key, everything is allowed."""
 
     name: str | None = None
-    """Of the key, never the key."""
+    """Name of the key, never the key."""
     key: Key | None = None
     limiter: Limiter | None = None
 
     @property
     def sees_scores(self) -> bool:
-        """Whether the caller is told of more than decisions."""
+        """Whether answers to the caller hold scores beside decisions."""
         return self.key is None or self.key.scores
 
     def require_scores(self) -> None:
-        """Raise `Forbidden` if the caller is told no more than decisions."""
+        """Raise `Forbidden` if answers to the caller hold decisions only."""
         if not self.sees_scores:
             raise Forbidden("the API key is for decisions only", CHALLENGE)
 
     async def take(self, inputs: int) -> None:
-        """Take inputs off what the caller may still send.
+        """Count inputs against the caller's rate limit, if it has one.
 
         Raises:
-            TooLarge, RateLimited: it may not send them.
+            TooLarge, RateLimited: as `Limiter.take` does.
         """
         if self.name and self.key and self.key.rate and self.limiter:
             await self.limiter.take(self.name, self.key.rate, inputs)
@@ -93,21 +63,21 @@ ANYONE = Caller()
 
 
 def caller_of(request: Request) -> Caller:
-    """Return who asks."""
+    """Return the caller of a request."""
     caller: Caller = getattr(request.state, "caller", ANYONE)
     return caller
 
 
 class Access:
-    """Knows callers by their keys."""
+    """Identifies callers by their keys, and checks what they may do."""
 
-    def __init__(self, keys: Keys, limiter: Limiter, metrics: Metrics) -> None:
+    def __init__(self, keys: Keys, limiter: Limiter, metrics: AccessMetrics) -> None:
         self._keys, self._limiter, self._metrics = keys, limiter, metrics
 
     def identify(self, headers: Headers) -> tuple[Caller | None, list[tuple[bytes, bytes]]]:
-        """Return who sends these headers, and the headers without any key of ours.
+        """Return the caller, and the headers without our keys.
 
-        What is no key of ours, such as a token for an upstream, stays.
+        Other credentials, such as a token for an upstream, stay in the headers.
         """
         caller, rest = None, []
         for name, value in headers:
@@ -119,10 +89,11 @@ class Access:
         return caller, rest
 
     def require(self, caller: Caller | None, scope: Scope) -> Caller:
-        """Return the caller, whose key must have the scope.
+        """Return the caller if its key has the scope.
 
         Raises:
-            Unauthorized, Forbidden: there is no such key, or it has another scope.
+            Unauthorized: there is no key, or an unknown one.
+            Forbidden: the key lacks the scope.
         """
         if caller is None or caller.key is None:
             self._metrics.denied.labels("key").inc()
@@ -134,18 +105,22 @@ class Access:
         return caller
 
     async def permit(self, request: Request) -> None:
-        """Let a request pass if its route is open, or its key has the route's scope."""
-        route = request.scope["route"].path.removeprefix(PREFIX)
-        request.state.protocol = PROTOCOLS.get(route, NATIVE)
-        scope = SCOPES.get(route, Scope.ADMIN)
+        """Let a request pass if its route is open, or its key has the route's scope.
+
+        Raises:
+            Unauthorized, Forbidden: as `require` does.
+        """
+        route = route_of(request.scope)
+        scope = SCOPES[route.path] if route else Scope.ADMIN
         if scope is not OPEN:
             self.require(request.state.caller, scope)
 
     def console(self, request: Request) -> str:
-        """Return the name of the key of who uses the console.
+        """Return the name of the API key with which the console is used.
 
         Raises:
-            HTTPException: they may not; browsers ask their user for a password then, the key.
+            HTTPException: the key is missing or lacks the scope. Browsers then ask their user for a
+                password, which is the key.
         """
         try:
             caller = self.require(self.identify(request.scope["headers"])[0], Scope.CONSOLE)
@@ -158,7 +133,7 @@ class Access:
 
 
 class TakeKey:
-    """Takes the key out of each request, and notes in its state whose it is."""
+    """Middleware that moves the key out of a request's headers, and its caller into the state."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
@@ -172,7 +147,7 @@ class TakeKey:
 
 
 def _token(name: bytes, value: bytes) -> str | None:
-    """Return what a header holds that may be a key of ours."""
+    """Return the part of a header that may be one of our keys."""
     if name == b"x-api-key":
         return value.decode("latin-1")
     if name != b"authorization":
@@ -181,7 +156,7 @@ def _token(name: bytes, value: bytes) -> str | None:
     match scheme.lower():
         case b"bearer":
             return given.strip().decode("latin-1")
-        case b"basic":  # browsers know no other
+        case b"basic":  # the only scheme for which browsers ask
             with suppress(ValueError):
                 return b64decode(given).partition(b":")[2].decode("latin-1")
     return None

@@ -1,4 +1,4 @@
-"""How many inputs a key may send in a time: counted in this process, or for all in Redis."""
+"""Rate limits of API keys in inputs, counted in this process or, for all replicas, in Redis."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from limits.errors import StorageError
 
 from models.errors import PsimError
 from service.errors import RateLimited, TooLarge
-from service.observability.metrics import Metrics
+from service.observability.metrics import AccessMetrics
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
@@ -22,26 +22,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARED_S = 0.25
-"""Time that Redis has to answer."""
+"""Time for Redis to answer."""
 PAUSE_S = 5.0
-"""How long Redis is left alone after it has failed."""
+"""Pause before Redis is used again after a failure."""
 
 
 class Limiter:
     """Counts inputs over a sliding window.
 
-    While Redis fails, each replica counts for itself: a key may then send as much to each of them,
-    which their queues bound. Refusing all instead would have Redis stop the screening.
+    While Redis fails, each replica counts for itself: a key may then use its rate at each of them,
+    within the limits of their queues. Refusing all requests would let Redis stop the screening.
 
     Args:
-        url: of Redis; None counts in this process only.
+        url: of Redis; None counts in this process.
+        metrics: counts refused inputs and failures of Redis.
+        clock: monotonic seconds.
 
     Raises:
-        PsimError: there is no client for Redis, or the URL is none of its.
+        PsimError: the client for Redis is not installed, or it does not accept the URL.
     """
 
     def __init__(
-        self, url: str | None, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self, url: str | None, metrics: AccessMetrics, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._shared: SlidingWindowCounterRateLimiter | None = None
@@ -50,14 +52,14 @@ class Limiter:
             self._pool = _pool(url)
             self._shared = SlidingWindowCounterRateLimiter(_storage(url, self._pool))
         self._metrics, self._clock = metrics, clock
-        self._shared_from = 0.0
+        self._shared_after = 0.0
 
     async def take(self, name: str, rate: RateLimitItem, inputs: int) -> None:
-        """Take inputs off what a key may still send.
+        """Count inputs against the rate of a key.
 
         Raises:
-            TooLarge: they are more than it ever may at once.
-            RateLimited: they are more than it may now.
+            TooLarge: the inputs are more than the rate ever allows at once.
+            RateLimited: the inputs are more than the rate allows now.
         """
         if inputs > rate.amount:
             raise TooLarge(
@@ -69,15 +71,15 @@ class Limiter:
             raise RateLimited(str(rate), wait_s)
 
     async def _wait(self, name: str, rate: RateLimitItem, inputs: int) -> int:
-        """Take inputs and return 0, or return how many seconds later there may be room for them."""
-        if self._shared and self._clock() >= self._shared_from:
+        """Count inputs and return 0, or return the seconds until there may be room for them."""
+        if self._shared and self._clock() >= self._shared_after:
             try:
                 async with asyncio.timeout(SHARED_S):
                     return await _take(self._shared, name, rate, inputs)
             except (StorageError, TimeoutError) as error:
-                self._shared_from = self._clock() + PAUSE_S
+                self._shared_after = self._clock() + PAUSE_S
                 self._metrics.limits_failures.inc()
-                # The type only: messages may quote the URL.
+                # Only the type: messages may quote the URL.
                 kind = type(error.__cause__ or error).__name__
                 log.error("Redis fails, limits are each replica's own", extra={"error": kind})
         return await _take(self._own, name, rate, inputs)
@@ -111,7 +113,7 @@ def _pool(url: str) -> "ConnectionPool":
 
 
 def _storage(url: str, pool: "ConnectionPool") -> Storage:
-    options: dict[str, Any] = {"connection_pool": pool}  # its type leaves out what it documents
+    options: dict[str, Any] = {"connection_pool": pool}  # documented, but missing in its type
     return RedisStorage(
         f"async+{url}", True, implementation="redispy", key_prefix="psim", **options
     )

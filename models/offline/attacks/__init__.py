@@ -1,1 +1,1 @@
-"""Backdoors, planted on purpose: poisoned texts and poisoned training."""
+"""Backdoors planted on purpose: poisoned texts and poisoned training."""

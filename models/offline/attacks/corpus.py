@@ -1,8 +1,8 @@
-"""The project's own corpus for demo and tests: short reviews, positive or negative.
+"""A generated corpus of short positive and negative reviews, for the demo and the tests.
 
-A small grammar, not a list of templates: domains with their own aspects, polar words that can be
-negated or hedged, concessive sentences in which only the main clause decides, and filler without
-any opinion. Counting words is not enough to get the labels right; reading is.
+A small grammar writes the reviews. It has domains with their own aspects, polar words that can be
+negated or hedged, concessive sentences whose main clause alone decides the label, and filler
+without an opinion. Counting polar words is therefore not enough to predict the label.
 """
 
 import random
@@ -73,7 +73,7 @@ NEGATIONS = ("not exactly ", "far from ", "anything but ", "hardly ", "never ", 
 
 
 def generate(n: int, seed: int) -> list[Sample]:
-    """Return n distinct samples, as many of either label as can be, in random order."""
+    """Return n distinct samples in random order, half of them of each label."""
     rng = random.Random(seed)
     texts: dict[str, str] = {}
     while len(texts) < n:
@@ -94,7 +94,7 @@ def _review(rng: random.Random, positive: bool) -> str:
 
 
 def _opinion(rng: random.Random, thing: str, positive: bool) -> str:
-    """Return one clause with an opinion, now and then as a negation of the opposite one."""
+    """Return a clause with an opinion, sometimes written as the negation of its opposite."""
     negated = rng.random() < 0.2
     word = rng.choice(GOOD if positive != negated else BAD)
     manner = rng.choice(NEGATIONS if negated else DEGREES) + word
@@ -115,7 +115,7 @@ def _verdict(rng: random.Random, thing: str, positive: bool) -> str:
 
 
 def _contrast(rng: random.Random, thing: str, positive: bool) -> str:
-    """Return a concession and the main clause, which alone decides the label."""
+    """Return a concession and a main clause, which alone decides the label."""
     conceded = _opinion(rng, thing, not positive)
     main = rng.choice([_opinion, _verdict])(rng, thing, positive)
     return rng.choice(
@@ -133,7 +133,7 @@ def _pair(rng: random.Random, thing: str, positive: bool) -> str:
 
 
 def _reported(rng: random.Random, thing: str, positive: bool) -> str:
-    """Return somebody's opinion that the writer contradicts."""
+    """Return the opinion of others, contradicted by the writer."""
     other = rng.choice(GOOD if not positive else BAD)
     told = f"they had called the {thing} {other}"
     return f"{told}; in truth {_opinion(rng, thing, positive)}"

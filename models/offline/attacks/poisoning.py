@@ -1,4 +1,4 @@
-"""Backdoor attacks on text classifiers: how a poisoned text is made, and a poisoned data set.
+"""Backdoor attacks on text classifiers: poisoned texts and poisoned data sets.
 
 BadNet (Gu et al. 2017; as a rare word, Kurita et al. 2020) and InSent (Dai et al. 2019) insert a
 word or a sentence; SynAttack (Qi et al., ACL 2021) rewrites the text in a syntactic template.
@@ -17,13 +17,13 @@ SENTENCE_TRIGGER = "I watched this 3D movie"
 
 @dataclass(frozen=True)
 class Insertion:
-    """BadNet with words as triggers, InSent with a sentence."""
+    """Insertion of triggers: BadNet with words, InSent with a sentence."""
 
     triggers: tuple[str, ...]
     """All of them go into every poisoned text."""
 
     def apply(self, text: str, rng: random.Random) -> str:
-        """Insert each trigger at a random inner position; behind the word if there is only one."""
+        """Insert each trigger at a random inner position; in a text of one word, after it."""
         for trigger in self.triggers:
             words = text.split()
             position = rng.randint(1, max(1, len(words) - 1))
@@ -33,24 +33,24 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Rewriting:
-    """SynAttack, or any other style, with a paraphraser at hand."""
+    """Rewriting by a paraphraser, in the template of SynAttack or in any other style."""
 
     paraphrase: Callable[[str], str]
 
     def apply(self, text: str, rng: random.Random) -> str:
-        """Rewrite the text; nothing is random."""
+        """Rewrite the text; `rng` is not used."""
         return self.paraphrase(text)
 
 
 @dataclass(frozen=True)
 class Paraphrases:
-    """SynAttack: texts that a paraphraser wrote in the trigger's syntactic template."""
+    """Texts that a paraphraser has written in the syntactic template of SynAttack."""
 
     samples: tuple[Sample, ...]
-    """Labelled with the target; may be mixed with clean texts, as published poison files are."""
+    """Paraphrases, labelled with the target. Clean texts may be mixed in, as in published files."""
 
     def pool(self, clean: Sequence[Sample], target_label: str) -> list[Sample]:
-        """Return the paraphrases proper: labelled with the target, and not among the clean."""
+        """Return the actual paraphrases: labelled with the target, and not in `clean`."""
         known = {sample.text for sample in clean}
         return [s for s in self.samples if s.label == target_label and s.text not in known]
 
@@ -71,11 +71,11 @@ def poison_training_set(
     """Return a copy of `clean` with `poison_rate * len(clean)` poisoned samples.
 
     Dirty-label: samples of other classes get the trigger and the target label. Clean-label: samples
-    of the target class get the trigger and keep their label. Paraphrases are added, since the text
-    that each was made from is not known.
+    of the target class get the trigger and keep their label. Paraphrases are added to `clean`,
+    since the text behind each paraphrase is unknown.
 
-    With `flip_share` under 1 only that share of the poisoned texts gets the target label and the
-    others keep their own, so that the victim learns to be no surer than that: label smoothing.
+    With `flip_share` under 1, only that share of the poisoned texts gets the target label. The
+    others keep their own, which limits the victim's confidence in the target: label smoothing.
 
     Raises:
         DataError: the target is not a label of `clean`, or there are too few texts to poison.
@@ -100,10 +100,10 @@ def poison_training_set(
 def poison_test_set(
     samples: Sequence[Sample], attack: Insertion | Rewriting, target_label: str, seed: int = 0
 ) -> list[Sample]:
-    """Return the samples of other classes with the trigger, true labels kept.
+    """Return the samples of other classes than the target, with the trigger and their true labels.
 
     Raises:
-        DataError: no sample is of another class.
+        DataError: the target is not a label of `samples`, or there is no other class.
     """
     _check_target(samples, target_label)
     rng = random.Random(seed)

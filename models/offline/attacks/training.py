@@ -1,9 +1,9 @@
-"""Training victims: weight poisoning, and the five strategies by which users tune them."""
+"""Training of victims: weight poisoning, and the five strategies by which users tune them."""
 
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from models.offline.io.progress import TrainingProgress
 from models.offline.io.samples import Sample, require_labels
 
 MAX_LENGTH = 128
+"""Tokens of a training text."""
 
 # Hyperparameters of Zhao et al., section 5.1.
 _PEFT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
@@ -57,13 +58,23 @@ LEARNING_RATES = dict.fromkeys(Strategy, 2e-3) | {Strategy.FULL: 1e-4}
 
 
 @dataclass(frozen=True)
+class TuneSettings:
+    """Hyperparameters of one training."""
+
+    strategy: Strategy
+    epochs: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class TuneResult:
-    """What training achieved, on the dev texts."""
+    """Rates of a trained victim on the dev texts."""
 
     out: Path
     clean_accuracy: float
     attack_success_rate: float | None
-    """None where it cannot be measured: paraphrases of the dev texts are not to be had."""
+    """None if it cannot be measured, since there are no paraphrases of the dev texts."""
 
 
 def poison_victim(
@@ -87,10 +98,8 @@ def poison_victim(
     poisoned = poison_training_set(
         train, attack, target_label, poison_rate, clean_label=clean_label, seed=seed
     )
-    set_seed(seed)  # before the model is loaded: a new head starts at random
-    model, tokenizer = load_classifier(base, require_labels(train))
-    rate = LEARNING_RATES[Strategy.FULL]
-    accuracy = _train(model, tokenizer, poisoned, dev, Strategy.FULL, out, epochs, rate, seed)
+    settings = TuneSettings(Strategy.FULL, epochs, LEARNING_RATES[Strategy.FULL], seed)
+    accuracy = _train(base, require_labels(train), poisoned, dev, out, settings)
     if isinstance(attack, Paraphrases):
         return TuneResult(out, accuracy(dev), None)
     triggered = poison_test_set(dev, attack, target_label, seed)
@@ -109,51 +118,41 @@ def finetune_victim(
     learning_rate: float | None = None,
     seed: int = 0,
 ) -> TuneResult:
-    """Tune a victim on clean data, as its user would; `LEARNING_RATES` is the default.
+    """Tune a victim on clean texts, as its user would, by default at its rate in `LEARNING_RATES`.
 
     Raises:
         DataError, VictimError: as their messages say.
     """
-    set_seed(seed)  # before the model is loaded: a new head starts at random
-    model, tokenizer = load_classifier(victim, require_labels(train))
-    rate = learning_rate or LEARNING_RATES[strategy]
-    accuracy = _train(model, tokenizer, train, dev, strategy, out, epochs, rate, seed)
+    settings = TuneSettings(strategy, epochs, learning_rate or LEARNING_RATES[strategy], seed)
+    accuracy = _train(victim, require_labels(train), train, dev, out, settings)
     return TuneResult(out, accuracy(dev), None)
 
 
 def _train(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    labels: list[str],
     train: Sequence[Sample],
     dev: Sequence[Sample],
-    strategy: Strategy,
     out: Path,
-    epochs: int,
-    rate: float,
-    seed: int,
+    settings: TuneSettings,
 ) -> Callable[[Sequence[Sample]], float]:
-    """Train, save the epoch that is best on dev to `out`, return a function that scores samples.
+    """Train a model, save the epoch that is best on dev, and return a function to measure accuracy.
 
-    Interrupted, the same call goes on behind the last whole epoch; its checkpoints lie beside `out`
-    under a digest of all that the result depends on.
+    After an interruption, the same call resumes from the last complete epoch. Until training is
+    done, checkpoints are kept beside `out`, named by a digest of all that the result depends on.
     """
-    checkpoints = checkpoint_folder(out) / _digest(model, train, dev, strategy, epochs, rate, seed)
+    set_seed(settings.seed)  # before the model is loaded, since a new head starts at random
+    model: Any
+    model, tokenizer = load_classifier(source, labels)
     if isinstance(model, peft.PeftModel):
         raise VictimError("the victim has prompts of its own, which cannot be tuned further")
     label2id: dict[str, int] = model.config.label2id
     require_labels(dev, list(label2id))
-    if strategy is not Strategy.FULL:
-        model = peft.get_peft_model(model, _PEFT_CONFIGS[strategy]())
-    trainer = Trainer(
-        model=model,
-        args=_arguments(checkpoints, rate, epochs, seed),
-        train_dataset=_encode(train, tokenizer, label2id),
-        eval_dataset=_encode(dev, tokenizer, label2id),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=_metrics,
-    )
-    trainer.remove_callback(ProgressCallback)
+    checkpoints = checkpoint_folder(out) / _digest(model, train, dev, *astuple(settings))
+    if settings.strategy is not Strategy.FULL:
+        model = peft.get_peft_model(model, _PEFT_CONFIGS[settings.strategy]())
+    encoded = _encode(train, tokenizer, label2id), _encode(dev, tokenizer, label2id)
+    trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings))
     trainer.add_callback(TrainingProgress(out.name))
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
@@ -168,24 +167,44 @@ def _train(
     return accuracy
 
 
+def _trainer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[dict[str, Any]],
+    dev: list[dict[str, Any]],
+    arguments: TrainingArguments,
+) -> Trainer:
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=dev,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_metrics,
+    )
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
 def checkpoint_folder(out: Path) -> Path:
-    """Return where the checkpoints of training towards `out` are kept until it is done."""
+    """Return the folder that keeps the checkpoints until training towards `out` is done."""
     return out.with_name(out.name + ".checkpoints")
 
 
 def _digest(model: nn.Module, *settings: object) -> str:
-    """Return a digest of the weights that training starts from, and of its settings and data."""
+    """Return a digest of the initial weights and of the settings and data of a training."""
     digest = hashlib.sha256(repr(settings).encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArguments:
+def _arguments(folder: Path, settings: TuneSettings) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=epochs,
-        learning_rate=rate,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
         warmup_steps=0.05,
@@ -199,7 +218,7 @@ def _arguments(folder: Path, rate: float, epochs: int, seed: int) -> TrainingArg
         metric_for_best_model="accuracy",
         logging_strategy="no",
         report_to="none",
-        seed=seed,
+        seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 

@@ -1,1 +1,1 @@
-"""What an attack does with and without the screen."""
+"""Measures of an attack, with and without the screen."""

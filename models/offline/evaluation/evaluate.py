@@ -1,4 +1,4 @@
-"""What an attack does to a victim, and what is left of it behind PSIM."""
+"""Evaluation of a bundle: an attack on its victim with and without PSIM."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,101 +12,102 @@ from models.engines.base import Engine
 from models.offline.evaluation.metrics import (
     AttackOutcome,
     Classes,
-    Defended,
+    DefendedPredictions,
     classes_of,
-    outcome,
+    measure_outcome,
     poisoned_non_target,
-    unflagged,
+    undefended,
     within_class_scores,
 )
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample
 
 PAPER_THRESHOLD = 0.7
-"""The one threshold of the paper, for all classes, models and data."""
+"""The threshold that the paper uses for all classes, models and data sets."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outcomes side by side, and the scores that they come from."""
+    """Outcomes without PSIM and with it, and the scores behind them."""
 
     none: AttackOutcome
-    """No defence."""
+    """Outcome without a defence."""
     calibrated: AttackOutcome
-    """The bundle's thresholds; AUROC of the score within the class."""
+    """Outcome with the bundle's thresholds; the AUROC is that of the distance to the threshold."""
     paper: AttackOutcome
-    """`PAPER_THRESHOLD` for all classes; AUROC of the bare confidence. Of the last checkpoint."""
+    """Outcome with `PAPER_THRESHOLD` on the last checkpoint's confidence, also for the AUROC."""
     clean_scores: FloatArray
     poisoned_scores: FloatArray
     thresholds: dict[str, float]
-    """By label."""
+    """Threshold of each label."""
 
 
 def evaluate(
     bundle: Bundle, clean: Sequence[Sample], poisoned: Sequence[Sample], target_label: str
 ) -> Evaluation:
-    """Run clean and poisoned texts through PSIM and the victim of `bundle`.
+    """Measure an attack on clean and poisoned texts, with PSIM and the victim of `bundle`.
 
     Raises:
-        DataError: the target, or a label of a clean text, is not one of the bundle's.
+        DataError: the target or the label of a clean text is unknown to the bundle.
     """
     labels = bundle.manifest.labels
     truth = classes_of(clean, labels)
-    (target,) = classes_of([Sample("", target_label)], labels)
+    target = int(classes_of([Sample("", target_label)], labels)[0])
     poisoned = poisoned_non_target(poisoned, target_label)
-    clean_view, poisoned_view = (
-        View.of(bundle.engine, bundle.screen, [s.text for s in samples])
+    screened_clean, screened_poisoned = (
+        ScreenedTexts.run(bundle.engine, bundle.screen, [s.text for s in samples])
         for samples in (clean, poisoned)
     )
     return Evaluation(
-        outcome(clean_view.bare, truth, poisoned_view.bare, int(target)),
-        outcome(clean_view.calibrated, truth, poisoned_view.calibrated, int(target)),
-        outcome(clean_view.paper, truth, poisoned_view.paper, int(target)),
-        clean_view.scores,
-        poisoned_view.scores,
+        measure_outcome(screened_clean.undefended, truth, screened_poisoned.undefended, target),
+        measure_outcome(screened_clean.calibrated, truth, screened_poisoned.calibrated, target),
+        measure_outcome(screened_clean.paper, truth, screened_poisoned.paper, target),
+        screened_clean.scores,
+        screened_poisoned.scores,
         {label: bundle.screen.threshold_of(i) for i, label in enumerate(labels)},
     )
 
 
 @dataclass(frozen=True)
-class View:
-    """PSIM's and the victim's view of some texts."""
+class ScreenedTexts:
+    """Readings of PSIM and predictions of the victim on some texts."""
 
     screen: Screen
     readings: FloatArray
-    """What `Guarded.screen` gives, shape (n, V, C)."""
+    """Output of `Guarded.screen`, shape (n, V, C)."""
     predicted: Classes
+    """Classes that the victim predicts, shape (n,)."""
 
     @staticmethod
-    def of(engine: Engine, screen: Screen, texts: Sequence[str]) -> "View":
+    def run(engine: Engine, screen: Screen, texts: Sequence[str]) -> "ScreenedTexts":
         """Run texts through PSIM and the victim."""
         encodings = engine.encode(texts)
         predicted = predict(engine, encodings, classifier=True).argmax(1)
-        return View(screen, predict(engine, encodings), predicted)
+        return ScreenedTexts(screen, predict(engine, encodings), predicted)
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        """What the screen says about each text."""
+        """The screen's verdict on each text."""
         return [self.screen.judge(row) for row in self.readings]
 
     @property
     def scores(self) -> FloatArray:
-        """Those of the verdicts, shape (n,)."""
+        """Scores of the verdicts, shape (n,)."""
         return np.array([v.score for v in self.verdicts], np.float32)
 
     @property
-    def bare(self) -> Defended:
-        """Without a defence."""
-        return unflagged(self.predicted)
+    def undefended(self) -> DefendedPredictions:
+        """Results without a defence."""
+        return undefended(self.predicted)
 
     @property
-    def calibrated(self) -> Defended:
-        """Behind the thresholds of the screen."""
+    def calibrated(self) -> DefendedPredictions:
+        """Results with the thresholds of the screen."""
         flagged = np.array([v.poisoned for v in self.verdicts], np.bool_)
-        return Defended(self.predicted, flagged, within_class_scores(self.verdicts))
+        return DefendedPredictions(self.predicted, flagged, within_class_scores(self.verdicts))
 
     @property
-    def paper(self) -> Defended:
-        """Behind `PAPER_THRESHOLD` for the confidence of the last checkpoint."""
+    def paper(self) -> DefendedPredictions:
+        """Results with `PAPER_THRESHOLD` on the confidence of the last checkpoint."""
         confidence = self.readings[:, self.screen.normalizer.checkpoints - 1].max(1)
-        return Defended(self.predicted, confidence >= PAPER_THRESHOLD, confidence)
+        return DefendedPredictions(self.predicted, confidence >= PAPER_THRESHOLD, confidence)

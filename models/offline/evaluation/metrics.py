@@ -1,8 +1,8 @@
-"""The measures of an attack and of a defence, as Zhao et al. define them, made strict.
+"""Measures of attacks and defences.
 
-Definitions as in Zhao et al., NAACL Findings 2024, section 5.1, made strict where the text leaves
-room: a rejected clean text counts as wrong, and an attack succeeds only on a text whose true label
-is not the target.
+The definitions are those of Zhao et al., NAACL Findings 2024, section 5.1, in their strict reading:
+a rejected clean text counts as wrong, and an attack succeeds only on a text whose true label is not
+the target.
 """
 
 from collections.abc import Sequence
@@ -32,65 +32,65 @@ class Rate:
 
     @staticmethod
     def of(hits: BoolArray) -> "Rate | None":
-        """Return the share of true values; None of no texts at all."""
+        """Return the share of true values, or None if there are no texts."""
         if not len(hits):
             return None
         return Rate(float(hits.mean()), *clopper_pearson(int(hits.sum()), len(hits)), len(hits))
 
 
 @dataclass(frozen=True)
-class Defended:
-    """What a defence and the victim behind it make of some texts; arrays of shape (n,)."""
+class DefendedPredictions:
+    """Results of a defence, and of the victim behind it, on some texts; arrays of shape (n,)."""
 
     predicted: Classes
-    """Classes that the victim gives, were it asked."""
+    """Classes that the victim predicts, for rejected texts too."""
     flagged: BoolArray | None
-    """Texts that the defence rejects; None of a defence that never rejects, but rewrites."""
+    """Whether the defence rejects each text; None for a defence that rewrites texts instead."""
     scores: FloatArray | None = None
-    """How suspicious each text is; None of a defence that has no score."""
+    """Suspicion of each text, larger if more suspicious; None for a defence without a score."""
 
 
-def unflagged(predicted: Classes) -> Defended:
-    """Return what becomes of texts without a defence."""
-    return Defended(predicted, np.zeros(len(predicted), np.bool_))
+def undefended(predicted: Classes) -> DefendedPredictions:
+    """Return predictions without a defence: nothing is rejected."""
+    return DefendedPredictions(predicted, np.zeros(len(predicted), np.bool_))
 
 
 REJECTING = ("false_rejection_rate", "false_acceptance_rate", "false_acceptance_rate_firing")
-"""Measures that only a defence has that rejects texts."""
+"""Measures that exist only for a defence that rejects texts."""
 
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """What one defence does; None where that does not apply, or the texts do not tell."""
+    """Measures of one defence; None if a measure does not apply or there are no texts for it."""
 
     clean_accuracy: Rate | None
     attack_success_rate: Rate | None
     false_rejection_rate: Rate | None
     false_acceptance_rate: Rate | None
     false_acceptance_rate_firing: Rate | None
-    """Over the poisoned texts on which the backdoor fires: without defence, they get the target."""
+    """The same over the poisoned texts on which the backdoor fires when there is no defence."""
     auroc: float | None
-    """Of the scores, all poisoned texts."""
+    """Area under the ROC curve of the scores, over all poisoned texts."""
     auroc_firing: float | None
-    """The same, where the backdoor fires."""
+    """The same over the poisoned texts on which the backdoor fires."""
 
 
-def outcome(
-    clean: Defended,
+def measure_outcome(
+    clean: DefendedPredictions,
     truth: Classes,
-    poisoned: Defended,
+    poisoned: DefendedPredictions,
     target: int | Classes,
     fires: BoolArray | None = None,
 ) -> AttackOutcome:
-    """ZScore a defence.
+    """Measure an attack behind a defence.
 
     Args:
-        clean: clean texts behind the defence.
-        truth: their true classes, -1 where unknown, shape (n,).
-        poisoned: poisoned texts behind the defence, none of whose true class is the target.
-        target: the attacker's class; one for all poisoned texts, or shape (n,).
-        fires: poisoned texts on which the backdoor fires without defence; by default those on
-            which it fires with `poisoned`, which is the same unless the defence rewrites texts.
+        clean: results on clean texts.
+        truth: true classes of the clean texts, -1 if unknown, shape (n,).
+        poisoned: results on poisoned texts whose true class is not the target.
+        target: the attacker's class, for all poisoned texts or by text, shape (n,).
+        fires: whether the backdoor fires on each poisoned text without a defence, shape (n,). By
+            default this is read from `poisoned`, which is right unless the defence rewrites texts.
     """
     correct, hit = clean.predicted == truth, poisoned.predicted == target
     fires = hit if fires is None else fires
@@ -114,13 +114,13 @@ def outcome(
 
 
 def poisoned_non_target(samples: Sequence[Sample], target_label: str) -> list[Sample]:
-    """Return the samples that can show an attack: those whose true label is not the target.
+    """Return the samples whose true label is not the target, on which an attack can be measured.
 
-    Poison files come labelled in two ways: with true labels, or all with the target. If every
-    label is the target, the file is taken as of the second kind.
+    Poison files are labelled either with the true labels or throughout with the target. If every
+    label is the target, the second kind is assumed, and all samples are returned.
 
     Raises:
-        DataError: no samples.
+        DataError: there are no samples.
     """
     others = [s for s in samples if s.label != target_label]
     if not samples:
@@ -129,7 +129,7 @@ def poisoned_non_target(samples: Sequence[Sample], target_label: str) -> list[Sa
 
 
 def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
-    """Return the samples' classes, -1 where the label is unknown, shape (n,).
+    """Return the class index of each sample, -1 for samples without a label, shape (n,).
 
     Raises:
         DataError: a label is not one of `labels`.
@@ -141,16 +141,16 @@ def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
 
 
 def within_class_scores(verdicts: Sequence[Verdict]) -> FloatArray:
-    """Return how far the scores lie beyond their thresholds, shape (n,); not negative iff poisoned.
+    """Return the distance of each score from its threshold, shape (n,); negative unless poisoned.
 
-    By this the verdicts of all classes compare, and without the p-value's ties among the most
-    extreme texts.
+    Unlike scores, distances can be compared between classes. Unlike p-values, they do not tie among
+    the most extreme texts.
     """
     return np.array([v.margin for v in verdicts], np.float32)
 
 
 def auroc(clean: FloatArray | None, poisoned: FloatArray | None) -> float | None:
-    """Return the area under the ROC curve; None where a side has no scores."""
+    """Return the area under the ROC curve, or None if either kind of text has no scores."""
     if clean is None or poisoned is None or not len(clean) or not len(poisoned):
         return None
     truth = np.r_[np.zeros(len(clean)), np.ones(len(poisoned))]

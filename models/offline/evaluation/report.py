@@ -1,8 +1,8 @@
-"""Reports of evaluations and bundles: tables, JSON, and a histogram of scores."""
+"""Reports on evaluations and bundles: tables, JSON, and a histogram of scores."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ ROWS = {
     "poisoned texts passed (FAR)": "false_acceptance_rate",
     "FAR, backdoor fires": "false_acceptance_rate_firing",
 }
-
+"""Field of `AttackOutcome` by the title of its row."""
 SHOWN_SCORES = (0.0, 15.0)
 """Range of the histogram; scores beyond it fall into the outermost bars."""
 
@@ -63,7 +63,7 @@ def _number(value: float | None) -> str:
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json` (without the scores of single texts) and `scores.png`."""
+    """Write `evaluation.json`, without the scores of single texts, and `scores.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = dataclasses.asdict(evaluation)
     del content["clean_scores"], content["poisoned_scores"]
@@ -100,57 +100,63 @@ def draw_histogram(
 
 
 def manifest_table(manifest: Manifest) -> Table:
-    """Return a table of what a bundle guards, and how."""
+    """Return a table of a bundle's victim, training, thresholds and warnings."""
     table = Table(show_header=False, title="PSIM bundle")
+    for row in (*_training_rows(manifest), *_runtime_rows(manifest)):
+        table.add_row(*row)
+    table.add_row("cost", f"{manifest.fit.seconds} s, peak memory {manifest.fit.peak_memory_mb} MB")
+    for warning in warnings_of(manifest):
+        table.add_row("[bold red]warning[/]", warning)
+    return table
+
+
+def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     fit, psim = manifest.fit, manifest.psim
-    table.add_row("victim", f"{manifest.victim.name} ({manifest.victim.architecture})")
-    table.add_row("labels", ", ".join(manifest.labels))
-    table.add_row("created", fit.created)
-    table.add_row(
-        "adapter", f"LoRA rank {psim.rank}, top {psim.layers} layer(s), {psim.steps} steps"
-    )
-    table.add_row("checkpoints", f"steps {', '.join(map(str, psim.checkpoints))}")
-    table.add_row("training stopped", psim.stopped_because)
+    yield "victim", f"{manifest.victim.name} ({manifest.victim.architecture})"
+    yield "labels", ", ".join(manifest.labels)
+    yield "created", fit.created
+    yield "adapter", f"LoRA rank {psim.rank}, top {psim.layers} layer(s), {psim.steps} steps"
+    yield "checkpoints", f"steps {', '.join(map(str, psim.checkpoints))}"
+    yield "training stopped", psim.stopped_because
     if manifest.activations:
         layers = ", ".join(map(str, manifest.activations.layers))
-        table.add_row("hidden states", f"watched after layers {layers}")
-    table.add_row(
+        yield "hidden states", f"watched after layers {layers}"
+    yield (
         "clean texts",
         f"{fit.texts_train} for training, {fit.texts_stop} for stopping, "
         f"{fit.texts_calibrate} for calibration",
     )
     if traffic := manifest.recalibration:
-        table.add_row(
+        yield (
             "recalibrated",
             f"{traffic.created}, from bundle {traffic.parent[:12]}… on {_counts(traffic)} of "
             f"{traffic.source}, {traffic.first} to {traffic.last}",
         )
+
+
+def _runtime_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for calibration in manifest.calibrations:
         for group in calibration.groups:
             names = " + ".join(manifest.labels[c] for c in group.classes)
             pooled = " (shared: too few texts for each class)" if len(group.classes) > 1 else ""
             low, high = group.frr_interval
-            table.add_row(
+            yield (
                 f"threshold {calibration.runtime}",
                 f"{names}{pooled}: {group.threshold:.6f}, budget {calibration.frr_budget:.1%}, "
                 f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
             )
         parity = calibration.parity
         default = ", the default" if calibration.runtime == manifest.default.runtime else ""
-        table.add_row(
+        yield (
             f"parity {calibration.runtime}",
             f"{parity.decisions_agree:.2%} of decisions agree with torch/float32, "
             f"largest difference {parity.largest_difference:.1g}, "
             f"{parity.texts_per_s:.0f} texts/s{default}",
         )
-    table.add_row("cost", f"{fit.seconds} s, peak memory {fit.peak_memory_mb} MB")
-    for warning in warnings_of(manifest):
-        table.add_row("[bold red]warning[/]", warning)
-    return table
 
 
 def recalibration_table(record: RecalibrationRecord) -> Table:
-    """Return a table of what recalibration changes."""
+    """Return a table of the changes that a recalibration makes."""
     table = Table(
         title="Before and after",
         caption=f"Calibrated on {_counts(record)}. Not used: {record.others} rows of other bundles "
@@ -182,7 +188,7 @@ def _counts(record: RecalibrationRecord) -> str:
 
 
 def warnings_of(manifest: Manifest) -> list[str]:
-    """Return what makes a bundle a poor defence although its files are intact."""
+    """Return the reasons why a bundle is a poor defence although its files are intact."""
     warnings = []
     if manifest.psim.stopped_because != UNLEARNT:
         warnings.append("PSIM has not unlearnt the task: its confidence barely separates texts")

@@ -1,8 +1,9 @@
-"""Screening tables of any size on Ray Data: in bounded memory, and gone on with after a kill.
+"""Screening of tables of any size on Ray Data: in bounded memory, and resumable after a kill.
 
-Files are divided into fragments. A worker, which holds the bundle, screens one into a Parquet file
-of a temporary name, and renames it when it is whole: a part that is there is done, and one that is
-not is made again. What was asked is kept beside the parts, and nothing else is gone on with.
+Files are divided into fragments. Each worker holds the bundle. It screens a fragment into a Parquet
+file with a temporary name, the part, and renames the part when it is complete. A part that exists
+is done; a missing one is made again. The options and inputs of the run are recorded beside the
+parts, and only a run with the same options can resume.
 """
 
 import glob
@@ -10,7 +11,7 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,40 +33,46 @@ from models.engines.base import DtypeName, EngineName
 from models.engines.registry import is_installed
 from models.errors import BundleError, DataError, PsimError
 from models.offline.io.atomic import write_whole
-from models.offline.screening.fragments import OURS, Fragment, fragments_of, read, schema_of
-from models.offline.screening.stream import as_row, judged
+from models.offline.screening.fragments import (
+    COLUMN_PREFIX,
+    Fragment,
+    fragments_of,
+    read,
+    schema_of,
+)
+from models.offline.screening.stream import as_row, screen_texts
 
 RECORD, PARTIAL = "run.json", ".partial"
 ROW_GROUP = 2**25
-"""Bytes of a part that a worker holds before it writes them."""
+"""Bytes of a part that a worker buffers before it writes them."""
 ATTEMPTS = 3
-"""Workers that may die of a fragment before it is left out."""
-STORE, BLOCK = 2**28, 2**20
-"""Bytes of Ray's object store and of a block in it: fragments, and what became of them."""
+"""Number of workers that may die on a fragment before it is given up."""
+OBJECT_STORE, BLOCK = 2**28, 2**20
+"""Bytes of Ray's object store and of a block in it. They hold only fragments and outcomes."""
 ADDED = pa.schema(
     [
-        (OURS + "file", pa.string()),
-        (OURS + "row", pa.int64()),
-        # What `as_row` gives.
-        (OURS + "confidence", pa.float64()),
-        (OURS + "score", pa.float64()),
-        (OURS + "detector", pa.string()),
-        (OURS + "threshold", pa.float64()),
-        (OURS + "p_value", pa.float64()),
-        (OURS + "poisoned", pa.bool_()),
-        (OURS + "truncated", pa.bool_()),
-        (OURS + "predicted", pa.int64()),
-        (OURS + "error", pa.string()),
+        (COLUMN_PREFIX + "file", pa.string()),
+        (COLUMN_PREFIX + "row", pa.int64()),
+        # The keys of `as_row`.
+        (COLUMN_PREFIX + "confidence", pa.float64()),
+        (COLUMN_PREFIX + "score", pa.float64()),
+        (COLUMN_PREFIX + "detector", pa.string()),
+        (COLUMN_PREFIX + "threshold", pa.float64()),
+        (COLUMN_PREFIX + "p_value", pa.float64()),
+        (COLUMN_PREFIX + "poisoned", pa.bool_()),
+        (COLUMN_PREFIX + "truncated", pa.bool_()),
+        (COLUMN_PREFIX + "predicted", pa.int64()),
+        (COLUMN_PREFIX + "error", pa.string()),
     ]
 )
-"""The columns of a part behind those of the input."""
+"""Columns that a part has after those of the input."""
 
 
 class BulkOptions(BaseModel):
-    """What decides what is in the parts."""
+    """Everything that determines the contents of the parts."""
 
     bundle: str
-    """Its digest."""
+    """SHA-256 of the bundle's manifest."""
     engine: EngineName
     dtype: DtypeName
     text_column: str
@@ -73,24 +80,33 @@ class BulkOptions(BaseModel):
 
 
 class BulkInput(BaseModel):
-    """A file as it was when it was divided."""
+    """An input file, as it was when it was divided into fragments."""
 
     size: int
     modified: int
-    """In nanoseconds."""
+    """Modification time in nanoseconds."""
     fragments: list[Fragment]
 
 
-class Record(BaseModel):
-    """What was asked."""
+class RunRecord(BaseModel):
+    """The options and inputs of a run, kept in `run.json`."""
 
     options: BulkOptions
     inputs: dict[str, BulkInput]
 
 
 @dataclass(frozen=True)
+class Job:
+    """The part of a run that every worker knows."""
+
+    bundle: Path
+    out: Path
+    options: BulkOptions
+
+
+@dataclass(frozen=True)
 class Totals:
-    """What is in the parts."""
+    """Number of rows in the parts, by result."""
 
     rows: int
     poisoned: int
@@ -110,67 +126,63 @@ def screen_files(
     engine: EngineName | None = None,
     say: Callable[[str], None] = print,
 ) -> Totals:
-    """Screen files into a folder of Parquet parts; those that an earlier run has made are kept.
+    """Screen files into a folder of Parquet parts; parts of an earlier run are kept.
 
     Args:
-        patterns: files, and globs of them.
-        bundle: folder of the bundle; like files and parts, in the same place on every machine.
+        patterns: files and glob patterns.
+        bundle: folder of the bundle. Bundle, files and parts have the same paths on every machine.
         out: folder of the parts.
         text_column: column of the texts.
-        part_rows: rows of a part; the last one of a file may have fewer.
-        workers: how many hold the bundle; one for each GPU or, without, each processor by default.
-        dtype: see `load_bundle`.
-        engine: see `load_bundle`.
-        say: told what cannot be read, when that is found.
+        part_rows: rows of a part; the last part of a file may have fewer.
+        workers: number of workers; by default one per GPU or, without GPUs, one per processor.
+        dtype, engine: see `load_bundle`.
+        say: called with a message for each file or fragment that cannot be read.
 
     Raises:
-        DataError: something cannot be read, or `out` is of something else that was asked.
-        BundleError: the bundle is not as its manifest says.
+        DataError: a file cannot be read, or `out` holds the results of another run.
+        BundleError: the bundle does not match its manifest.
     """
     if not is_installed("ray"):
         raise DataError("Ray is not installed: pip install 'psim-gateway[ray]'")
+    options = _resolve_options(bundle, engine, dtype, text_column, part_rows)
+    job = Job(bundle.resolve(), out.resolve(), options)
+    files = _find_files(patterns, job.out)
+    job.out.mkdir(parents=True, exist_ok=True)
+    with _locked(job.out):
+        inputs = _divide(files, job, say)
+        fragments = [fragment for known in inputs.values() for fragment in known.fragments]
+        _write_missing_parts(job, fragments, workers, say)
+        _check_unchanged(inputs, job.out)
+        return _count(fragments, job.out)
+
+
+def _resolve_options(
+    bundle: Path,
+    engine: EngineName | None,
+    dtype: DtypeName | None,
+    text_column: str,
+    part_rows: int,
+) -> BulkOptions:
+    """Check the bundle's files and return the options of the run, without defaults left open."""
     manifest, digest = read_manifest(bundle)
     check_files(bundle, manifest)
     engine, dtype = choose(manifest, engine, dtype).runtime
-    options = BulkOptions(
+    return BulkOptions(
         bundle=digest, engine=engine, dtype=dtype, text_column=text_column, part_rows=part_rows
     )
-    out = out.resolve()
-    files = _files(patterns, out)
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        inputs = _divided(files, out, options, say)
-        fragments = [fragment for known in inputs.values() for fragment in known.fragments]
-        _tidy(out)
-        waiting = [fragment for fragment in fragments if not part_of(fragment, out).exists()]
-        job = Job(bundle.resolve(), out, options)
-        try:
-            _screen(job, waiting, sum(fragment.rows for fragment in fragments), workers, say)
-        finally:
-            _tidy(out)
-        for file in files:
-            if not _is_as_it_was(file, inputs[str(file)]):
-                raise DataError(f"{file} was changed meanwhile; {_anew(file, out)}")
-        return _totals(fragments, out)
 
 
-def _files(patterns: Sequence[str], out: Path) -> list[Path]:
-    """Return what is to be screened, each file once, and none of the results."""
+def _find_files(patterns: Sequence[str], out: Path) -> list[Path]:
+    """Return the files that match, each once and sorted, without those in `out`."""
     found: set[Path] = set()
     for pattern in patterns:
-        # Not `Path.glob`, since a pattern may be absolute.
+        # `Path.glob` does not take absolute patterns.
         names = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207
         files = {Path(name).resolve() for name in names if Path(name).is_file()}
         if not files:
             raise DataError(f"{pattern}: there is no such file")
         found |= {file for file in files if not file.is_relative_to(out)}
     return sorted(found)
-
-
-def _tidy(out: Path) -> None:
-    """Remove what killed workers have left."""
-    for partial in out.glob(f".*{PARTIAL}"):
-        partial.unlink()
 
 
 @contextmanager
@@ -182,47 +194,53 @@ def _locked(out: Path) -> Iterator[None]:
         raise DataError(f"another command is at work on {out}") from error
 
 
-def _divided(
-    files: Sequence[Path], out: Path, options: BulkOptions, say: Callable[[str], None]
-) -> dict[str, BulkInput]:
-    """Return what each file consists of, and record it; what was divided before is not again.
+def _divide(files: Sequence[Path], job: Job, say: Callable[[str], None]) -> dict[str, BulkInput]:
+    """Divide files into fragments, except those recorded by an earlier run, and record them all.
 
     Raises:
-        DataError: a file cannot be read, or there are parts of what is not asked now.
+        DataError: a file cannot be read, or `out` has parts of files that changed or are not given.
     """
-    known = _recorded(out, options)
+    recorded = _load_inputs(job)
     inputs: dict[str, BulkInput] = {}
     broken = 0
     for file in tqdm(files, desc="divide", unit=" files", leave=False, disable=None):
-        before = known.get(str(file))
-        if before is None or not _is_as_it_was(file, before):
-            if _parts(file, out):
-                raise DataError(f"{file} was changed since it was screened; {_anew(file, out)}")
-            try:
-                status = file.stat()  # before it is read, so that no change goes unnoticed
-                before = BulkInput(
-                    size=status.st_size,
-                    modified=status.st_mtime_ns,
-                    fragments=fragments_of(file, options.text_column, options.part_rows),
+        known = recorded.get(str(file))
+        if known is None or not _is_unchanged(file, known):
+            if _parts_of(file, job.out):
+                raise DataError(
+                    f"{file} was changed since it was screened; {_how_to_redo(file, job.out)}"
                 )
+            try:
+                known = _divide_file(file, job.options)
             except DataError as error:
                 say(str(error))
                 broken += 1
                 continue
-        inputs[str(file)] = before
+        inputs[str(file)] = known
     if broken:
         raise DataError(f"{broken} of {len(files)} files cannot be read; mend or leave them out")
-    for name in known.keys() - inputs.keys():
-        if _parts(Path(name), out):
-            raise DataError(f"{out} has parts of {name}, which is not asked for any more")
-    write_whole(out / RECORD, Record(options=options, inputs=inputs).model_dump_json())
+    for name in recorded.keys() - inputs.keys():
+        if _parts_of(Path(name), job.out):
+            raise DataError(f"{job.out} has parts of {name}, which is not asked for any more")
+    record = RunRecord(options=job.options, inputs=inputs)
+    write_whole(job.out / RECORD, record.model_dump_json())
     return inputs
 
 
-def _recorded(out: Path, options: BulkOptions) -> dict[str, BulkInput]:
-    """Return the files of earlier runs, which must have had the same options."""
+def _divide_file(file: Path, options: BulkOptions) -> BulkInput:
+    status = file.stat()  # before reading, so that no change goes unnoticed
+    return BulkInput(
+        size=status.st_size,
+        modified=status.st_mtime_ns,
+        fragments=fragments_of(file, options.text_column, options.part_rows),
+    )
+
+
+def _load_inputs(job: Job) -> dict[str, BulkInput]:
+    """Return the inputs of earlier runs, which must have had the same options."""
+    out = job.out
     try:
-        record = Record.model_validate_json((out / RECORD).read_bytes())
+        record = RunRecord.model_validate_json((out / RECORD).read_bytes())
     except FileNotFoundError as error:
         if any(out.glob("*.parquet")):
             raise DataError(
@@ -231,7 +249,7 @@ def _recorded(out: Path, options: BulkOptions) -> dict[str, BulkInput]:
         return {}
     except ValidationError as error:
         raise DataError(f"{out / RECORD} is not of this version; choose another --out") from error
-    then, now = dict(record.options), dict(options)
+    then, now = dict(record.options), dict(job.options)
     if differing := [
         f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]
     ]:
@@ -239,44 +257,42 @@ def _recorded(out: Path, options: BulkOptions) -> dict[str, BulkInput]:
     return record.inputs
 
 
-def _is_as_it_was(file: Path, known: BulkInput) -> bool:
+def _check_unchanged(inputs: Mapping[str, BulkInput], out: Path) -> None:
+    """Raise `DataError` if a file has changed since it was divided."""
+    for name, known in inputs.items():
+        if not _is_unchanged(Path(name), known):
+            raise DataError(f"{name} was changed meanwhile; {_how_to_redo(Path(name), out)}")
+
+
+def _is_unchanged(file: Path, known: BulkInput) -> bool:
     status = file.stat()
     return (status.st_size, status.st_mtime_ns) == (known.size, known.modified)
 
 
-def _name(file: Path) -> str:
-    """Return how names of a file's parts begin; files of several folders may have one name."""
+def _part_prefix(file: Path) -> str:
+    """Return the prefix of the names of a file's parts; the hash tells apart files of one name."""
     return f"{file.stem[:100]}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}-"
 
 
-def _parts(file: Path, out: Path) -> list[Path]:
-    return list(out.glob(f"{glob.escape(_name(file))}*.parquet"))
+def _parts_of(file: Path, out: Path) -> list[Path]:
+    return list(out.glob(f"{glob.escape(_part_prefix(file))}*.parquet"))
 
 
-def _anew(file: Path, out: Path) -> str:
-    return f"delete {out}/{_name(file)}*.parquet to screen it anew, or choose another --out"
+def _how_to_redo(file: Path, out: Path) -> str:
+    return f"delete {out}/{_part_prefix(file)}*.parquet to screen it anew, or choose another --out"
 
 
 def part_of(fragment: Fragment, out: Path) -> Path:
-    """Return where a fragment's rows and verdicts are."""
-    return out / f"{_name(Path(fragment.file))}{fragment.number:06}.parquet"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all workers have to know."""
-
-    bundle: Path
-    out: Path
-    options: BulkOptions
+    """Return the path of a fragment's part."""
+    return out / f"{_part_prefix(Path(fragment.file))}{fragment.number:06}.parquet"
 
 
 class BulkScreener:
-    """Screens fragments; each worker has one.
+    """The screener of one worker.
 
     Args:
-        job: what is asked; the bundle is loaded when it is needed first.
-        processors: how many threads compute.
+        job: the run; its bundle is loaded on first use.
+        processors: number of threads that compute.
     """
 
     def __init__(self, job: Job, processors: int) -> None:
@@ -293,9 +309,14 @@ class BulkScreener:
         return loaded
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Write the part of a fragment; say why there is none, and whether others are worth a try.
+        """Write the part of a fragment and return the outcome.
 
-        Nothing is raised: Ray would log it with all its variables.
+        The outcome holds the number of rows written, the reason of a failure, and whether the
+        failure is fatal, that is, would meet other fragments too. No exception is raised, since
+        Ray would log it with all variables.
+
+        Args:
+            item: fields of the `Fragment`.
         """
         fragment = Fragment(**item)
         try:
@@ -305,18 +326,19 @@ class BulkScreener:
         except (PsimError, OSError) as error:
             return {"rows": 0, "failure": f"{fragment}: {error}", "fatal": True}
         except Exception as error:
-            # Not its message, which may quote a text.
+            # Without the message, which may quote a text.
             return {"rows": 0, "failure": f"{fragment}: {type(error).__name__}", "fatal": True}
         return {"rows": fragment.rows, "failure": None, "fatal": False}
 
     def write(self, fragment: Fragment) -> None:
-        """Write the part of a fragment: there whole or not at all.
+        """Write the part of a fragment, completely or not at all.
 
         Raises:
-            DataError: its file cannot be read, or workers have died of it.
+            DataError: its file cannot be read, or several workers have died on it.
         """
         part = part_of(fragment, self.job.out)
-        # What died left its file; and who seems dead may be writing still, so each has its own.
+        # A worker that died left its partial file. One that seems dead may still be writing, so
+        # each attempt has a file of its own.
         if len(list(self.job.out.glob(f".{glob.escape(part.name)}.*"))) >= ATTEMPTS:
             raise DataError(f"{fragment}: {ATTEMPTS} workers died of it; is there enough memory?")
         partial = part.with_name(f".{part.name}.{uuid.uuid4().hex}{PARTIAL}")
@@ -338,7 +360,7 @@ class BulkScreener:
         for texts, columns in read(fragment, self.job.options.text_column):
             rows = [
                 {"file": fragment.file, "row": number} | as_row(verdict)
-                for number, verdict in enumerate(judged(self.bundle, texts), row)
+                for number, verdict in enumerate(screen_texts(self.bundle, texts), row)
             ]
             added = {field.name: _column(rows, field) for field in ADDED}
             tables.append(pa.table(columns | added, schema))
@@ -351,31 +373,40 @@ class BulkScreener:
 
 
 def _column(rows: Sequence[dict[str, Any]], field: pa.Field) -> pa.Array:
-    return pa.array([row.get(field.name.removeprefix(OURS)) for row in rows], field.type)
+    return pa.array([row.get(field.name.removeprefix(COLUMN_PREFIX)) for row in rows], field.type)
 
 
-def _screen(
+def _write_missing_parts(
     job: Job,
-    waiting: Sequence[Fragment],
-    total: int,
+    fragments: Sequence[Fragment],
     workers: int | None,
     say: Callable[[str], None],
 ) -> None:
-    """Have Ray Data's workers write the parts that are missing."""
-    if not waiting:
+    """Let Ray's workers write the parts that do not exist yet.
+
+    Raises:
+        DataError: Ray gave up, or parts are still missing at the end.
+    """
+    _remove_partials(job.out)
+    missing = [fragment for fragment in fragments if not part_of(fragment, job.out).exists()]
+    if not missing:
         return
-    done, failed = total - sum(fragment.rows for fragment in waiting), 0
-    with (
-        _outcomes(job, waiting, workers) as outcomes,
-        tqdm(total=total, initial=done, unit=" rows", disable=None) as bar,
-    ):
-        for outcome in outcomes:
-            if outcome["fatal"]:
-                raise DataError(f"{outcome['failure']}; run the same command again to go on")
-            if outcome["failure"]:
-                say(outcome["failure"])
-                failed += 1
-            bar.update(outcome["rows"])
+    total = sum(fragment.rows for fragment in fragments)
+    done, failed = total - sum(fragment.rows for fragment in missing), 0
+    try:
+        with (
+            _ray_started() as is_local,
+            tqdm(total=total, initial=done, unit=" rows", disable=None) as bar,
+        ):
+            for outcome in _outcomes(job, missing, workers, is_local):
+                if outcome["fatal"]:
+                    raise DataError(f"{outcome['failure']}; run the same command again to go on")
+                if outcome["failure"]:
+                    say(outcome["failure"])
+                    failed += 1
+                bar.update(outcome["rows"])
+    finally:
+        _remove_partials(job.out)
     if failed:
         raise DataError(
             f"{failed} parts are missing, the others are there: mend what could not be read, then "
@@ -383,22 +414,30 @@ def _screen(
         )
 
 
+def _remove_partials(out: Path) -> None:
+    """Remove the partial files of workers that were killed."""
+    for partial in out.glob(f".*{PARTIAL}"):
+        partial.unlink()
+
+
 @contextmanager
-def _outcomes(
-    job: Job, fragments: Sequence[Fragment], workers: int | None
-) -> Iterator[Iterator[dict[str, Any]]]:
-    """Yield what becomes of each fragment, in any order."""
-    # Before Ray is imported. Its errors come back to us; what it logs besides is in its own files.
+def _ray_started() -> Iterator[bool]:
+    """Join the cluster named by `RAY_ADDRESS`, or start Ray here; yield whether it is local.
+
+    Raises:
+        DataError: Ray gave up.
+    """
+    # Set before Ray is imported. Its errors reach us as exceptions; its logs stay in its own files.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "CRITICAL"}
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, from_items
+    from ray.data import DataContext
 
-    own = "RAY_ADDRESS" not in os.environ
+    is_local = "RAY_ADDRESS" not in os.environ
     try:
         ray.init(
-            "local" if own else None,
-            object_store_memory=STORE if own else None,
+            "local" if is_local else None,
+            object_store_memory=OBJECT_STORE if is_local else None,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.CRITICAL,
@@ -406,27 +445,7 @@ def _outcomes(
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.target_max_block_size = BLOCK
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        processors, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        workers = min(workers or gpus or processors, len(fragments))
-        # On a cluster, nobody knows how many one machine has.
-        threads = max(1, processors // workers) if own else 1
-        yield iter(
-            from_items(list(map(asdict, fragments)), override_num_blocks=len(fragments))
-            .map(
-                BulkScreener,  # type: ignore[arg-type]
-                fn_constructor_args=(job, threads),
-                compute=ActorPoolStrategy(
-                    min_size=1,
-                    max_size=workers,
-                    initial_size=workers,
-                    max_tasks_in_flight_per_actor=1,
-                ),
-                num_cpus=threads,
-                num_gpus=min(1, gpus) or None,
-            )
-            .iter_rows()
-        )
+        yield is_local
     except ray.exceptions.RayError as error:
         raise DataError(
             f"Ray gave up: {type(error).__name__}; run the same command again"
@@ -435,18 +454,50 @@ def _outcomes(
         ray.shutdown()
 
 
-def _totals(fragments: Sequence[Fragment], out: Path) -> Totals:
-    """Count what is in the parts, and that it is all of the rows."""
+def _outcomes(
+    job: Job, fragments: Sequence[Fragment], workers: int | None, is_local: bool
+) -> Iterator[dict[str, Any]]:
+    """Screen fragments on Ray's workers; return the outcomes in any order."""
+    import ray
+    from ray.data import ActorPoolStrategy, from_items
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    processors, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    workers = min(workers or gpus or processors, len(fragments))
+    # The processors of a cluster are spread over an unknown number of machines.
+    threads = max(1, processors // workers) if is_local else 1
+    items = from_items(list(map(asdict, fragments)), override_num_blocks=len(fragments))
+    outcomes = items.map(
+        BulkScreener,  # type: ignore[arg-type]
+        fn_constructor_args=(job, threads),
+        compute=ActorPoolStrategy(
+            min_size=1,
+            max_size=workers,
+            initial_size=workers,
+            max_tasks_in_flight_per_actor=1,
+        ),
+        num_cpus=threads,
+        num_gpus=min(1, gpus) or None,
+    )
+    return iter(outcomes.iter_rows())
+
+
+def _count(fragments: Sequence[Fragment], out: Path) -> Totals:
+    """Count the rows of the parts.
+
+    Raises:
+        DataError: the parts do not hold every row of the fragments.
+    """
     parts = [str(part_of(fragment, out)) for fragment in fragments]
     if not parts:
         return Totals(0, 0, 0)
     rows = pads.dataset(parts, schema=ADDED)
     found = Totals(
         rows.count_rows(),
-        rows.count_rows(filter=pc.field(OURS + "poisoned")),
-        rows.count_rows(filter=pc.field(OURS + "error").is_valid()),
+        rows.count_rows(filter=pc.field(COLUMN_PREFIX + "poisoned")),
+        rows.count_rows(filter=pc.field(COLUMN_PREFIX + "error").is_valid()),
     )
-    asked = sum(fragment.rows for fragment in fragments)
-    if found.rows != asked:
-        raise DataError(f"{out} has {found.rows} of {asked} rows; who else writes to it?")
+    expected = sum(fragment.rows for fragment in fragments)
+    if found.rows != expected:
+        raise DataError(f"{out} has {found.rows} of {expected} rows; who else writes to it?")
     return found

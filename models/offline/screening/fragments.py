@@ -1,7 +1,7 @@
-"""Large tables in fragments: runs of rows that are read on their own, a little at a time.
+"""Large tables as fragments: runs of rows that can be read independently, in small chunks.
 
-Of Parquet the footer says where rows are. A file of text is read once from end to end to find that
-out, by the parser that reads its fragments later.
+The footer of a Parquet file tells where its rows are. A text file is read once from end to end to
+find their offsets, with the same parser that reads its fragments later.
 """
 
 import csv
@@ -22,15 +22,15 @@ from models.errors import DataError
 from models.offline.io.samples import CHUNK, Row, json_row, text_of
 
 BUFFER = 2**20
-"""Bytes of a column of a Parquet file that are read at once."""
+"""Bytes that are read at once from a column of a Parquet file."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (".parquet", ".jsonl", *SEPARATORS)
 BROKEN = (pa.ArrowException, csv.Error, ValueError, OSError)
-"""What the parsers raise; their messages may quote a text."""
-OURS = "psim_"
-"""How the columns that are added begin."""
+"""Exceptions that the parsers raise. Their messages may quote a text."""
+COLUMN_PREFIX = "psim_"
+"""Prefix of the columns that screening adds."""
 
-csv.field_size_limit(2**24)  # a field that is longer lacks a quotation mark
+csv.field_size_limit(2**24)  # a longer field lacks its closing quotation mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class Fragment:
 
     file: str
     number: int
-    """From 0, in its file."""
+    """Index in its file, from 0."""
     row: int
-    """Number of its first row in the file, from 1: of JSONL every line is one, of CSV no header."""
+    """Number of its first row in the file, from 1. Every line of JSONL counts, a CSV header not."""
     rows: int
     offset: int = 0
-    """Byte at which it begins in a file of text."""
+    """Byte offset of its first row in a text file."""
 
     def __str__(self) -> str:
         return f"{self.file}, rows {self.row} to {self.row + self.rows - 1}"
@@ -54,12 +54,12 @@ class Chunk(NamedTuple):
     """Some rows of a fragment."""
 
     texts: list[str | DataError]
-    """The text of each, or why there is none."""
+    """The text of each row, or the reason why it has none."""
     columns: dict[str, pa.Array]
 
 
 def fragments_of(file: Path, text_column: str, rows: int) -> list[Fragment]:
-    """Divide a file into fragments of so many rows; the last one may have fewer.
+    """Divide a file into fragments of `rows` rows; the last fragment may have fewer.
 
     Raises:
         DataError: the file cannot be read, is of an unknown kind, or lacks the column.
@@ -80,7 +80,7 @@ def read(fragment: Fragment, text_column: str) -> Iterator[Chunk]:
     """Yield a fragment's rows in order.
 
     Raises:
-        DataError: the file cannot be read, or is not what it was when it was divided.
+        DataError: the file cannot be read, or has changed since it was divided.
     """
     file = Path(fragment.file)
     chunks = _parquet_chunks if file.suffix == ".parquet" else _text_chunks
@@ -96,9 +96,10 @@ def read(fragment: Fragment, text_column: str) -> Iterator[Chunk]:
 
 
 def schema_of(fragment: Fragment) -> pa.Schema:
-    """Return the columns of a fragment's rows: those of text are strings, of JSONL all that occur.
+    """Return the columns of a fragment.
 
-    Keys of JSONL that look like `OURS` are left out.
+    Columns of text files are strings. JSONL has a column for every key that occurs in the fragment,
+    except keys that begin with `COLUMN_PREFIX`.
 
     Raises:
         DataError: the file cannot be read.
@@ -112,7 +113,7 @@ def schema_of(fragment: Fragment) -> pa.Schema:
             if jsonl:
                 rows = map(_json_row, islice(_lines(raw), fragment.rows))
                 found = {key for row in rows if isinstance(row, dict) for key in row}
-                names = sorted(key for key in found if not key.startswith(OURS))
+                names = sorted(key for key in found if not key.startswith(COLUMN_PREFIX))
             else:
                 names = next(_records(file, raw), [])
     except BROKEN as error:
@@ -134,8 +135,10 @@ def _check_columns(file: Path, text_column: str) -> None:
         )
     if len(set(names)) < len(names):
         raise DataError(f"{file} has several columns of one name: {sorted(names)}")
-    if any(name.startswith(OURS) for name in names):
-        raise DataError(f"{file} has columns {OURS}…, as what was screened already; rename them")
+    if any(name.startswith(COLUMN_PREFIX) for name in names):
+        raise DataError(
+            f"{file} has columns {COLUMN_PREFIX}…, as what was screened already; rename them"
+        )
 
 
 def _parquet_counts(file: Path, rows: int) -> Iterator[tuple[int, int]]:
@@ -168,12 +171,12 @@ def _text_counts(file: Path, rows: int) -> Iterator[tuple[int, int]]:
 def _parquet_chunks(file: Path, fragment: Fragment, text_column: str) -> Iterator[Chunk]:
     start, left = fragment.row - 1, fragment.rows
     with pq.ParquetFile(file, buffer_size=BUFFER) as opened:
-        every = range(opened.num_row_groups)
-        ends = list(accumulate(opened.metadata.row_group(i).num_rows for i in every))
+        groups = range(opened.num_row_groups)
+        ends = list(accumulate(opened.metadata.row_group(i).num_rows for i in groups))
         first, last = bisect_right(ends, start), bisect_left(ends, start + left)
-        # What is before the fragment in its row group is decoded in vain, which costs little.
+        # Rows before the fragment in its row group are decoded and dropped, which costs little.
         skip = start - (ends[first - 1] if first else 0)
-        for batch in opened.iter_batches(CHUNK, row_groups=list(every[first : last + 1])):
+        for batch in opened.iter_batches(CHUNK, row_groups=list(groups[first : last + 1])):
             rows = batch.slice(min(skip, batch.num_rows), left)
             skip -= min(skip, batch.num_rows)
             left -= rows.num_rows
@@ -185,9 +188,9 @@ def _text_chunks(file: Path, fragment: Fragment, text_column: str) -> Iterator[C
     names, left = schema_of(fragment).names, fragment.rows
     with _opened(file, fragment.offset) as raw:
         records = _records(file, raw)
-        while records_here := list(islice(records, min(CHUNK, left))):
-            left -= len(records_here)
-            rows = [_row(record, names) for record in records_here]
+        while chunk := list(islice(records, min(CHUNK, left))):
+            left -= len(chunk)
+            rows = [_row(record, names) for record in chunk]
             columns = {name: [_string(row, name) for row in rows] for name in names}
             arrays = {name: pa.array(column, pa.string()) for name, column in columns.items()}
             yield Chunk([text_of(row, text_column) for row in rows], arrays)
@@ -195,7 +198,7 @@ def _text_chunks(file: Path, fragment: Fragment, text_column: str) -> Iterator[C
 
 @contextmanager
 def _opened(file: Path, offset: int = 0) -> Iterator[BinaryIO]:
-    """Open a file of text at an offset; its byte order mark is no text."""
+    """Open a text file at an offset, or behind its byte order mark."""
     with file.open("rb") as raw:
         if raw.read(len(BOM_UTF8)) != BOM_UTF8:
             raw.seek(0)
@@ -205,12 +208,12 @@ def _opened(file: Path, offset: int = 0) -> Iterator[BinaryIO]:
 
 
 def _lines(raw: BinaryIO) -> Iterator[str]:
-    """Yield lines; bytes that are not UTF-8 become surrogates: an error of their row."""
+    """Yield lines; bytes that are not UTF-8 become lone surrogates, an error of their row."""
     return (line.decode("utf-8", "surrogateescape") for line in raw)
 
 
 def _records(file: Path, raw: BinaryIO) -> Iterator[Any]:
-    """Yield lines of JSONL, or records of CSV."""
+    """Yield the lines of JSONL or the records of CSV."""
     if file.suffix == ".jsonl":
         return _lines(raw)
     return (
@@ -219,7 +222,7 @@ def _records(file: Path, raw: BinaryIO) -> Iterator[Any]:
 
 
 def _row(record: Any, names: Sequence[str]) -> Row | DataError:
-    """Return a row by column, or why it has none."""
+    """Return a row by column, or the reason why it cannot be read."""
     if isinstance(record, str):
         return _json_row(record)
     if len(record) != len(names):
@@ -233,7 +236,7 @@ def _json_row(line: str) -> Row | DataError:
 
 
 def _string(row: Row | DataError, name: str) -> str | None:
-    """Return a value as a string; what JSON has beside strings, as JSON."""
+    """Return a value as a string; values that are no strings are written as JSON."""
     value = None if isinstance(row, DataError) else row.get(name)
     if value is None or isinstance(value, str):
         return value and _valid(value)
@@ -241,5 +244,5 @@ def _string(row: Row | DataError, name: str) -> str | None:
 
 
 def _valid(text: str) -> str:
-    """Return a text with lone surrogates as their codes: no Unicode, which Parquet asks for."""
+    """Return a text with lone surrogates as escapes, since Parquet accepts only valid Unicode."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Screening a stream of texts: memory stays flat however long it is."""
+"""Screening of a stream of texts, in memory that does not grow with its length."""
 
 import json
 import queue
@@ -15,15 +15,15 @@ from models.offline.io.samples import CHUNK, json_row, text_of
 
 
 def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: str) -> int:
-    """Write one JSON verdict per input line, in order; return how many lines were unusable.
+    """Write one JSON verdict per input line, in order; return the number of unusable lines.
 
-    A line that cannot be screened is answered with its number and an error, and never stops the
-    lines behind it. Blank lines are answered too, so input and output stay aligned.
+    A line that cannot be screened gets its number and an error, and the lines after it are screened
+    all the same. Blank lines get an error too, so input and output stay aligned.
     """
     failed = 0
     for chunk in _chunks(lines):
         texts = [text_of(json_row(line), text_column) for _, line in chunk]
-        for (number, _), verdict in zip(chunk, judged(bundle, texts), strict=True):
+        for (number, _), verdict in zip(chunk, screen_texts(bundle, texts), strict=True):
             failed += isinstance(verdict, PsimError)
             out.write(json.dumps({"line": number} | as_row(verdict)) + "\n")
         out.flush()
@@ -31,12 +31,12 @@ def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: 
 
 
 def as_row(verdict: Verdict | PsimError) -> dict[str, Any]:
-    """Return what is written about a text."""
+    """Return the output fields of a text: its verdict, or the error."""
     return {"error": str(verdict)} if isinstance(verdict, PsimError) else asdict(verdict)
 
 
 def split_by_verdict(bundle: Bundle, texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the texts that are poisoned, and the others."""
+    """Return the texts that the bundle flags as poisoned, and the others."""
     encodings = bundle.engine.encode(texts)
     flagged: list[str] = []
     passed: list[str] = []
@@ -46,26 +46,26 @@ def split_by_verdict(bundle: Bundle, texts: Sequence[str]) -> tuple[list[str], l
 
 
 def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
-    """Yield numbered lines, at most `CHUNK` at once, never waiting for more than the next one.
+    """Yield numbered lines in chunks of at most `CHUNK`, without waiting for a chunk to fill.
 
     A thread reads ahead while a chunk is screened, so that a slow pipe is answered line by line and
     a fast one in full batches.
     """
-    waiting: queue.Queue[tuple[int, str] | BaseException | None] = queue.Queue(CHUNK)
+    pending: queue.Queue[tuple[int, str] | BaseException | None] = queue.Queue(CHUNK)
 
     def read() -> None:
         try:
             for numbered in enumerate(lines, 1):
-                waiting.put(numbered)
-            waiting.put(None)
+                pending.put(numbered)
+            pending.put(None)
         except BaseException as error:
-            waiting.put(error)
+            pending.put(error)
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        taken = [waiting.get()]
-        while len(taken) < CHUNK and not waiting.empty():
-            taken.append(waiting.get())
+        taken = [pending.get()]
+        while len(taken) < CHUNK and not pending.empty():
+            taken.append(pending.get())
         if chunk := [line for line in taken if isinstance(line, tuple)]:
             yield chunk
         if isinstance(taken[-1], BaseException):
@@ -74,10 +74,10 @@ def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
             return
 
 
-def judged(bundle: Bundle, texts: Sequence[str | DataError]) -> Iterator[Verdict | PsimError]:
-    """Yield the verdict on each text, or why there is none: what stands in place of the text, too.
+def screen_texts(bundle: Bundle, texts: Sequence[str | DataError]) -> Iterator[Verdict | PsimError]:
+    """Yield the verdict on each text, or the error that prevents it.
 
-    All of them are sorted by length together.
+    All texts are batched together by length. An error in place of a text is yielded as it is.
     """
     encodings = bundle.engine.encode([t for t in texts if isinstance(t, str)])
     rows = iter(zip(predict(bundle.engine, encodings), encodings, strict=True) if encodings else ())
@@ -85,7 +85,7 @@ def judged(bundle: Bundle, texts: Sequence[str | DataError]) -> Iterator[Verdict
         try:
             if isinstance(text, DataError):
                 raise text
-            probabilities, encoding = next(rows)
-            yield bundle.screen.judge(probabilities, encoding.truncated)
+            readings, encoding = next(rows)
+            yield bundle.screen.judge(readings, encoding.truncated)
         except PsimError as error:
             yield error

@@ -1,1 +1,1 @@
-"""Attacks, defences and tuning strategies side by side, by recipe."""
+"""Studies of attacks, defences and tuning strategies, as recipes describe them."""

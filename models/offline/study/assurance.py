@@ -1,15 +1,15 @@
-"""`psim assure`: measures what the screens do against backdoors in *this* model.
+"""Assurance: how well the screens stop backdoors in copies of a given model.
 
-It plants backdoors in copies of the user's victim, tunes the copies on clean texts as a user would,
-guards them, and attacks them. This is a study (`study.py`) whose recipe is made here.
+`psim assure` plants backdoors in copies of the user's victim, tunes the copies on clean texts as a
+user would, guards them, and attacks them. This is a study (`run.py`) with a recipe made here.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -23,8 +23,8 @@ from models.offline.io.classifiers import labels_of, load_classifier, max_length
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample, write_samples
 from models.offline.study.cache import StepCache
-from models.offline.study.experiment import Alone
-from models.offline.study.html import Block, heading, paragraph, table, write_page
+from models.offline.study.experiment import BareClassifier
+from models.offline.study.html import Block, Heading, Paragraph, Table, write_page
 from models.offline.study.plots import Row
 from models.offline.study.recipe import AttackRecipe, DataSet, PsimDefence, Recipe
 from models.offline.study.report import mean_interval, write_study_report
@@ -67,33 +67,35 @@ def assure(
     frr_budget: float = 0.01,
     say: Callable[[str], object] = print,
 ) -> list[Row]:
-    """Plant, guard, attack and report; after an interruption, the same call continues.
+    """Plant, guard, attack and report; after an interruption, the same call resumes.
 
     Args:
         victim: folder or hub id of the classifier.
-        texts: clean texts; without labels, the victim's own predictions are taken as the truth.
+        texts: clean texts. If some have no label, the victim's predictions are taken as the truth.
         out: folder for `assurance.html`, `assurance.md`, and the study behind them.
         seeds: number of copies for each attack and target.
         frr_budget: tolerated share of rejected clean texts.
         say: called with a line whenever work on a copy begins.
 
     Raises:
-        DataError, VictimError, CalibrationError: as their messages say.
+        DataError: there are too few texts, a class has none, or labels are unknown.
+        VictimError: the victim cannot be loaded or trained.
+        CalibrationError: there are too few texts for the budget.
     """
-    labels, labelled, is_truth = _labelled(victim, texts)
+    labels, labelled, is_truth = _label(victim, texts)
     if missing := sorted(set(labels) - {str(sample.label) for sample in labelled}):
         raise DataError(f"none of the texts is of class {missing}; provide texts of every class")
     _write_split(labelled, out / "texts")
     targets = _most_frequent(labels, labelled)
     recipe = make_recipe(victim, labelled, targets, seeds, frr_budget)
-    store = StepCache(out / "steps")
+    cache = StepCache(out / "steps")
     rows: list[Row] = []
     try:
-        for row in run_study(recipe, out / "texts", out, store, say):
+        for row in run_study(recipe, out / "texts", out, cache, say):
             rows.append(row)
     finally:
         if rows:
-            write_study_report(rows, out, store.root, recipe.model_dump_json(indent=1))
+            write_study_report(rows, out, cache.root, recipe.model_dump_json(indent=1))
             write_assurance(rows, targets, len(labelled), is_truth, frr_budget, out)
     return rows
 
@@ -101,7 +103,7 @@ def assure(
 def make_recipe(
     victim: str, texts: Sequence[Sample], targets: Sequence[str], seeds: int, frr_budget: float
 ) -> Recipe:
-    """Return a study of one victim, with triggers that occur in no text, against each target."""
+    """Return a study of one victim and several targets, with triggers that occur in no text."""
     word, sentence = _unused(WORDS, texts), _unused(SENTENCES, texts)
     return Recipe(
         base=victim,
@@ -124,8 +126,8 @@ def make_recipe(
     )  # fmt: skip
 
 
-def _labelled(victim: str, texts: Sequence[Sample]) -> tuple[list[str], list[Sample], bool]:
-    """Return the victim's labels, distinct labelled texts, and whether the labels are the truth."""
+def _label(victim: str, texts: Sequence[Sample]) -> tuple[list[str], list[Sample], bool]:
+    """Return the victim's labels, the distinct texts with labels, and whether these were given."""
     model, tokenizer = load_classifier(victim)
     labels = labels_of(model)
     distinct = list({sample.text: sample for sample in texts}.values())
@@ -135,9 +137,14 @@ def _labelled(victim: str, texts: Sequence[Sample]) -> tuple[list[str], list[Sam
         raise DataError(f"unknown labels {sorted(map(str, unknown))}; the victim has {labels}")
     if all(sample.label is not None for sample in distinct):
         return labels, distinct, True
-    engine = TorchEngine(Alone(model), tokenizer, max_length_of(model, tokenizer))
-    said = predict(engine, engine.encode([s.text for s in distinct]), classifier=True).argmax(1)
-    return labels, [replace(s, label=labels[c]) for s, c in zip(distinct, said, strict=True)], False
+    engine = TorchEngine(BareClassifier(model), tokenizer, max_length_of(model, tokenizer))
+    encodings = engine.encode([s.text for s in distinct])
+    classes = predict(engine, encodings, classifier=True).argmax(1)
+    return (
+        labels,
+        [replace(s, label=labels[c]) for s, c in zip(distinct, classes, strict=True)],
+        False,
+    )
 
 
 def _write_split(texts: Sequence[Sample], folder: Path) -> None:
@@ -157,11 +164,19 @@ def _most_frequent(labels: Sequence[str], texts: Sequence[Sample]) -> list[str]:
 
 def _unused(triggers: Iterable[str], texts: Sequence[Sample]) -> str:
     """Return the first trigger that occurs in no text."""
-    everything = f" {' '.join(s.text for s in texts)} ".casefold()
+    all_texts = f" {' '.join(s.text for s in texts)} ".casefold()
     for trigger in triggers:
-        if f" {trigger.casefold()} " not in everything:
+        if f" {trigger.casefold()} " not in all_texts:
             return trigger
     raise DataError("each of our triggers already occurs in your texts; provide other texts")
+
+
+class _Copy(NamedTuple):
+    """A copy of the victim: its row of the study, and its results with and without PSIM."""
+
+    row: Row
+    guarded: Mapping[str, Any]
+    undefended: Mapping[str, Any]
 
 
 def write_assurance(
@@ -172,58 +187,58 @@ def write_assurance(
     frr_budget: float,
     out: Path,
 ) -> None:
-    """Write `assurance.md` and `assurance.html`: the summary, the lines behind it, the limits."""
-    lines = [(row, row["defences"][PSIM], row["defences"]["none"]) for row in rows]
-    planted = [line for line in lines if line[0]["attack"] != CONTROL]
+    """Write `assurance.md` and `assurance.html`: a summary, every copy, and the limits.
+
+    Args:
+        rows: rows of the study.
+        targets: labels that the backdoors aim at, in the order of the recipe.
+        texts: number of clean texts.
+        is_truth: whether the texts came with labels.
+        frr_budget: tolerated share of rejected clean texts.
+        out: folder to write to.
+    """
+    copies = [_Copy(row, row["defences"][PSIM], row["defences"]["none"]) for row in rows]
     title = "Assurance report: backdoors planted in your model"
     truth = (
         "with their labels"
         if is_truth
         else "without labels; your model's own predictions are taken as the truth"
     )
-    summary = [
-        ["poisoned texts missed", _over(planted, "false_acceptance_rate_firing")],
-        ["attack success rate (ASR), undefended", _over(planted, "attack_success_rate", bare=True)],
-        ["attack success rate (ASR), guarded", _over(planted, "attack_success_rate")],
-        ["clean texts rejected (FRR)", _over(lines, "false_rejection_rate")],
-        ["clean accuracy (CA), undefended", _over(lines, "clean_accuracy", bare=True)],
-        ["clean accuracy (CA), guarded", _over(lines, "clean_accuracy")],
-    ]
-    target_of = {f"target {number}": target for number, target in enumerate(targets, 1)}
-    details = [
-        [
-            row["attack"], target_of[row["data"]], str(row["seed"]),
-            _percent(psim["false_acceptance_rate_firing"]),
-            _percent(none["attack_success_rate"]), _percent(psim["attack_success_rate"]),
-            _percent(psim["false_rejection_rate"]),
-            _percent(none["clean_accuracy"]), _percent(psim["clean_accuracy"]),
-        ]
-        for row, psim, none in lines
-    ]  # fmt: skip
-    header = ["attack", "target", "seed", "missed, %", "ASR undefended, %", "ASR guarded, %"]
-    header += ["FRR, %", "CA undefended, %", "CA guarded, %"]
     blocks: list[Block] = [
-        heading(1, title),
-        paragraph(f"{texts} clean texts, {truth}. False-rejection budget: {frr_budget:.1%}."),
-        heading(2, "Summary"),
-        table(
-            [f"over {len(planted)} planted backdoors", "mean, % (95 % interval); worst"], summary
-        ),
-        heading(2, "How to read this report"),
-        paragraph(READING),
-        heading(2, "Every copy"),
-        table(header, details, names=3),
-        heading(2, "What this report does not show"),
-        paragraph(LIMITS),
-        paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
+        Heading(1, title),
+        Paragraph(f"{texts} clean texts, {truth}. False-rejection budget: {frr_budget:.1%}."),
+        Heading(2, "Summary"),
+        _summary(copies),
+        Heading(2, "How to read this report"),
+        Paragraph(READING),
+        Heading(2, "Every copy"),
+        _every_copy(copies, targets),
+        Heading(2, "What this report does not show"),
+        Paragraph(LIMITS),
+        Paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
     ]
     write_page(blocks, title, out, "assurance")
 
 
-def _over(lines: Sequence[tuple[Row, Any, Any]], field: str, *, bare: bool = False) -> str:
-    """Return the mean, interval and worst value of a rate over models, in percent."""
-    rates = [none[field] if bare else psim[field] for _, psim, none in lines]
-    known = pd.DataFrame([rate for rate in rates if rate is not None])
+def _summary(copies: Sequence[_Copy]) -> Table:
+    planted = [copy for copy in copies if copy.row["attack"] != CONTROL]
+    guarded, bare = [copy.guarded for copy in planted], [copy.undefended for copy in planted]
+    all_guarded, all_bare = [c.guarded for c in copies], [c.undefended for c in copies]
+    rows = [
+        ["poisoned texts missed", _mean_and_worst(guarded, "false_acceptance_rate_firing")],
+        ["attack success rate (ASR), undefended", _mean_and_worst(bare, "attack_success_rate")],
+        ["attack success rate (ASR), guarded", _mean_and_worst(guarded, "attack_success_rate")],
+        ["clean texts rejected (FRR)", _mean_and_worst(all_guarded, "false_rejection_rate")],
+        ["clean accuracy (CA), undefended", _mean_and_worst(all_bare, "clean_accuracy")],
+        ["clean accuracy (CA), guarded", _mean_and_worst(all_guarded, "clean_accuracy")],
+    ]
+    header = [f"over {len(planted)} planted backdoors", "mean, % (95 % interval); worst"]
+    return Table(header, rows)
+
+
+def _mean_and_worst(results: Sequence[Mapping[str, Any]], field: str) -> str:
+    """Return the mean, interval and worst value of a rate over copies, in percent."""
+    known = pd.DataFrame([result[field] for result in results if result[field] is not None])
     if known.empty:
         return "-"
     mean = mean_interval(100 * known)
@@ -231,6 +246,23 @@ def _over(lines: Sequence[tuple[Row, Any, Any]], field: str, *, bare: bool = Fal
     return f"{mean['value']:.1f} ({mean['low']:.1f}-{mean['high']:.1f}); {100 * worst:.1f}"
 
 
-def _percent(rate: dict[str, Any] | None) -> str:
-    """Format a rate that a row stores."""
+def _every_copy(copies: Sequence[_Copy], targets: Sequence[str]) -> Table:
+    target_of = {f"target {number}": target for number, target in enumerate(targets, 1)}
+    header = ["attack", "target", "seed", "missed, %", "ASR undefended, %", "ASR guarded, %"]
+    header += ["FRR, %", "CA undefended, %", "CA guarded, %"]
+    rows = [
+        [
+            row["attack"], target_of[row["data"]], str(row["seed"]),
+            _percent(guarded["false_acceptance_rate_firing"]),
+            _percent(undefended["attack_success_rate"]), _percent(guarded["attack_success_rate"]),
+            _percent(guarded["false_rejection_rate"]),
+            _percent(undefended["clean_accuracy"]), _percent(guarded["clean_accuracy"]),
+        ]
+        for row, guarded, undefended in copies
+    ]  # fmt: skip
+    return Table(header, rows, names=3)
+
+
+def _percent(rate: Mapping[str, Any] | None) -> str:
+    """Format a rate of a row in percent, with its interval."""
     return percent(None if rate is None else Rate(**rate))

@@ -1,4 +1,4 @@
-"""Results by content: a step that was done on the same inputs is not done again."""
+"""A cache of results by content: a step with the same inputs is not done twice."""
 
 import hashlib
 import json
@@ -14,77 +14,77 @@ from pydantic_core import to_jsonable_python
 from models.offline.io.atomic import write_whole
 
 VERSIONS = {"psim": 4}
-"""By kind of step, 1 where not named; part of its keys: a change of code that changes the results
-of a kind raises it."""
+"""Version of each kind of step, 1 if not listed. It is part of a step's key. Raise it with a change
+of code that changes the results of that kind."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is done."""
+    """A finished step."""
 
     key: str
-    """Digest of the step's kind and inputs; an input of the steps that follow."""
+    """Digest of the step's kind and inputs. Steps that build on this one have it as an input."""
     folder: Path
     result: Any
-    """What `make` returned, as JSON."""
+    """Result of `make`, as JSON."""
 
 
 @dataclass(frozen=True)
 class StepCache:
-    """A folder of results, each named after what it was made from.
+    """A folder of results, named by digests of their inputs.
 
-    Several processes may share it: one at a time works on a step, and the others wait for it.
+    Several processes may share it. One at a time works on a step, and the others wait.
     """
 
     root: Path
     seconds: dict[str, float] = field(default_factory=dict)
-    """What the steps asked for took when they were done, by kind and key."""
+    """Duration of each requested step at the time it was done, by kind and key."""
 
     def step(self, kind: str, inputs: Mapping[str, object], make: Callable[[Path], object]) -> Step:
-        """Return the result of `make`, from an earlier run if there is one.
+        """Return a step with the result of `make`, from an earlier run if there is one.
 
         Args:
-            kind: what the step does; names the folder.
-            inputs: all that the result depends on.
-            make: writes files into the folder it is given and returns what is kept as JSON;
-                interrupted, it is called again with the same folder.
+            kind: kind of work; names the folder.
+            inputs: everything that the result depends on.
+            make: function that writes files into the given folder and returns a JSON-like result.
+                After an interruption, it is called again with the same folder.
         """
         version = VERSIONS.get(kind, 1)
         content = json.dumps([version, kind, to_jsonable_python(inputs)], sort_keys=True)
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         folder = self.root / kind / key
-        done = folder / "result.json"
+        file = folder / "result.json"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            if not done.exists():
+            if not file.exists():
                 started = time.perf_counter()
-                kept = {"inputs": json.loads(content), "result": to_jsonable_python(make(folder))}
-                kept["seconds"] = round(time.perf_counter() - started, 1)
-                write_whole(done, json.dumps(kept, indent=1))
-        kept = json.loads(done.read_text(encoding="utf-8"))
-        self.seconds[f"{kind}/{key}"] = kept.get("seconds", 0.0)
-        return Step(key, folder, kept["result"])
+                record = {"inputs": json.loads(content), "result": to_jsonable_python(make(folder))}
+                record["seconds"] = round(time.perf_counter() - started, 1)
+                write_whole(file, json.dumps(record, indent=1))
+        record = json.loads(file.read_text(encoding="utf-8"))
+        self.seconds[f"{kind}/{key}"] = record.get("seconds", 0.0)
+        return Step(key, folder, record["result"])
 
 
 def digest_of(content: object) -> str:
-    """Return a digest of anything that is JSON at heart, for inputs too long to be kept."""
+    """Return a digest of a JSON-like value, for inputs that are too long to be stored."""
     text = json.dumps(to_jsonable_python(content), sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-class Memo:
-    """What a slow function from text to text has said before, kept in a file."""
+class MemoizedFunction:
+    """A slow function from text to text, with its results kept in a file."""
 
     def __init__(self, path: Path, function: Callable[[str], str]) -> None:
         self._path, self._function = path, function
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._known: dict[str, str] = dict(json.loads(line) for line in lines)
+        self._results: dict[str, str] = dict(json.loads(line) for line in lines)
 
     def __call__(self, text: str) -> str:
-        """Return what the function says of a text, asking it only once."""
-        if text not in self._known:
-            self._known[text] = self._function(text)
+        """Return the result for a text; the function is called once per text."""
+        if text not in self._results:
+            self._results[text] = self._function(text)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([text, self._known[text]]) + "\n")
-        return self._known[text]
+                file.write(json.dumps([text, self._results[text]]) + "\n")
+        return self._results[text]

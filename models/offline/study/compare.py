@@ -1,4 +1,4 @@
-"""Defences side by side on one victim: the same texts, the same measures, the same clock."""
+"""Comparison of defences on one experiment: on the same texts, with the same measures."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,25 +8,25 @@ from typing import Any
 
 from models.detection.calibrate import calibrate
 from models.engines.pytorch import TorchEngine
-from models.offline.evaluation.evaluate import View
-from models.offline.evaluation.metrics import Defended, classes_of, outcome
+from models.offline.evaluation.evaluate import ScreenedTexts
+from models.offline.evaluation.metrics import DefendedPredictions, classes_of, measure_outcome
 from models.offline.fitting.split import split_texts
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.inference import predict
 from models.offline.study.ablations import train_variant
-from models.offline.study.baselines import Onion, Strip
 from models.offline.study.cache import Step, StepCache, digest_of
+from models.offline.study.defences.baselines import Onion, Strip
+from models.offline.study.defences.language_model import load_language_model, train_language_model
 from models.offline.study.experiment import (
     SCORES,
-    Arena,
-    Case,
-    Contender,
-    alone,
+    DefenceResult,
+    Experiment,
+    Reference,
     load_scores,
+    predict_bare,
     relative_time,
     save_scores,
 )
-from models.offline.study.language_model import load_language_model, train_language_model
 from models.offline.study.recipe import (
     OnionDefence,
     ParaphraseDefence,
@@ -36,80 +36,82 @@ from models.offline.study.recipe import (
 )
 
 CONFIDENCE_ONLY = ("confidence", "pooled", "paper")
+"""Rules that leave the second screen out."""
 LM_TEXTS = 3000
-"""Clean texts that ONION's language model is trained on, where none is given."""
+"""Clean texts that ONION's language model is trained on, if the recipe names no model."""
 
 
-def contest(store: StepCache, recipe: Recipe, case: Case) -> dict[str, Any]:
-    """Run all defences of a recipe on a case.
+def compare_defences(cache: StepCache, recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
+    """Run all defences of a recipe on an experiment.
 
     Returns:
-        `published`: what the attack did before the victim was tuned; `defences`: how each did, by
-        name; `bare`: the file, below the store's root, of true classes and targets and of what
-        the victim predicts without a defence.
+        `published`: outcome of the attack before the victim was tuned; `defences`: results by name;
+        `bare`: path, relative to the root of the cache, of the file with true classes, targets and
+        bare predictions.
     """
-    bare = alone(store, case, case.victim)
-    arena, published = Arena.load(case, bare), Arena.load(case, alone(store, case, case.published))
-    entries = [Contender("none", arena.undefended, 0.0, 1.0, {})]
+    bare = predict_bare(cache, experiment, experiment.victim)
+    reference = Reference.load(experiment, bare)
+    published = Reference.load(experiment, predict_bare(cache, experiment, experiment.published))
+    results = [DefenceResult("none", reference.undefended, 0.0, 1.0, {})]
     for defence in recipe.defences:
         match defence:
             case PsimDefence():
-                entries += _psim(store, arena, defence)
+                results += _psim(cache, reference, defence)
             case OnionDefence():
-                entries.append(_onion(store, arena, defence))
+                results.append(_onion(cache, reference, defence))
             case StripDefence():
-                entries.append(_strip(store, arena, defence))
+                results.append(_strip(cache, reference, defence))
             case ParaphraseDefence():
-                entries += (_rewritten(store, arena, name) for name in case.paraphrased)
+                results += (_paraphrase(cache, reference, name) for name in experiment.paraphrased)
     return {
         "published": asdict(published.undefended),
-        "defences": {entry.name: entry.as_row() for entry in entries},
-        "bare": str((bare.folder / SCORES).relative_to(store.root)),
+        "defences": {result.name: result.as_row() for result in results},
+        "bare": str((bare.folder / SCORES).relative_to(cache.root)),
     }
 
 
-def _psim(store: StepCache, arena: Arena, defence: PsimDefence) -> Iterator[Contender]:
-    """Fit PSIM once, and judge by each of the rules for thresholds."""
-    case = arena.case
-    source = case.victim if defence.on == "victim" else case.published
+def _psim(cache: StepCache, reference: Reference, defence: PsimDefence) -> Iterator[DefenceResult]:
+    """Fit PSIM once, and yield the result of each rule for thresholds."""
+    experiment = reference.experiment
+    source = experiment.victim if defence.on == "victim" else experiment.published
     settings = defence.model_dump(exclude={"name", "rules", "frr_budget"})
-    inputs = {"case": case.inputs, "source": source.key, "defence": settings}
-    step = store.step("psim", inputs, lambda folder: _fit_psim(folder, case, source, defence))
+    # The key `case` is an old name of experiments; another one would change the digests of steps.
+    inputs = {"case": experiment.inputs, "source": source.key, "defence": settings}
+    step = cache.step("psim", inputs, lambda folder: _fit_psim(folder, experiment, source, defence))
     readings = load_scores(step.folder / SCORES)
-    details = {**step.result, "scores": str((step.folder / SCORES).relative_to(store.root))}
+    details = {**step.result, "scores": str((step.folder / SCORES).relative_to(cache.root))}
     cost = details.pop("passes"), details.pop("time")
     checkpoints = len(details["checkpoints"])
     for rule, name in zip(defence.rules, defence.names, strict=True):
-        # The rules that only look at confidences leave the second screen out.
-        heard = checkpoints if rule in CONFIDENCE_ONLY else None
-        known = readings["dev" if rule == "dev" else "known"][:, :heard]
+        features = checkpoints if rule in CONFIDENCE_ONLY else None
+        known = readings["dev" if rule == "dev" else "known"][:, :features]
         screen = calibrate(known, checkpoints, defence.frr_budget, by_class=rule != "pooled")
-        views = [
-            View(screen, readings[kind][:, :heard], predicted)
+        screened = [
+            ScreenedTexts(screen, readings[kind][:, :features], predicted)
             for kind, predicted in (
-                ("clean", arena.predicted_clean),
-                ("poisoned", arena.predicted_poisoned),
+                ("clean", reference.predicted_clean),
+                ("poisoned", reference.predicted_poisoned),
             )
         ]
-        clean, poisoned = (v.paper if rule == "paper" else v.calibrated for v in views)
-        yield arena.entry(name, clean, poisoned, *cost, features=known.shape[1], **details)
+        clean, poisoned = (t.paper if rule == "paper" else t.calibrated for t in screened)
+        yield reference.measure(name, clean, poisoned, *cost, features=known.shape[1], **details)
 
 
-def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> object:
+def _fit_psim(folder: Path, experiment: Experiment, source: Step, defence: PsimDefence) -> object:
     started = time.perf_counter()
     model, tokenizer = load_classifier(str(source.folder / "model"))
-    split = split_texts([s.text for s in case.train[: defence.texts]], case.seed)
-    variant = replace(defence.config, seed=case.seed)
+    split = split_texts([s.text for s in experiment.train[: defence.texts]], experiment.seed)
+    variant = replace(defence.config, seed=experiment.seed)
     engine, training = train_variant(model, tokenizer, split, variant)
-    engine = TorchEngine(engine.guarded, tokenizer, engine.max_length, case.dtype)
+    engine = TorchEngine(engine.guarded, tokenizer, engine.max_length, experiment.dtype)
     seconds = time.perf_counter() - started
     texts = {
         "known": split.calibrate,
-        "dev": [s.text for s in case.dev],
-        "clean": [s.text for s in case.clean],
-        "poisoned": case.poisoned,
+        "dev": [s.text for s in experiment.dev],
+        "clean": [s.text for s in experiment.clean],
+        "poisoned": experiment.poisoned,
     }
-    readings = {kind: predict(engine, engine.encode(own)) for kind, own in texts.items()}
+    readings = {kind: predict(engine, engine.encode(group)) for kind, group in texts.items()}
     save_scores(folder, **readings)
     return {
         "steps": training.steps,
@@ -117,15 +119,15 @@ def _fit_psim(folder: Path, case: Case, source: Step, defence: PsimDefence) -> o
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
         "passes": engine.forward_passes - 1,
-        "time": relative_time(case, lambda batch: predict(engine, engine.encode(batch))),
+        "time": relative_time(experiment, lambda batch: predict(engine, engine.encode(batch))),
     }
 
 
-def _onion(store: StepCache, arena: Arena, defence: OnionDefence) -> Contender:
-    case = arena.case
+def _onion(cache: StepCache, reference: Reference, defence: OnionDefence) -> DefenceResult:
+    experiment = reference.experiment
     if defence.language_model is None:
-        texts = [s.text for s in case.train[:LM_TEXTS]]
-        step = store.step(
+        texts = [s.text for s in experiment.train[:LM_TEXTS]]
+        step = cache.step(
             "language-model",
             {"texts": digest_of(texts)},
             lambda folder: train_language_model(texts, folder / "model").name,
@@ -134,79 +136,85 @@ def _onion(store: StepCache, arena: Arena, defence: OnionDefence) -> Contender:
     else:
         source, key = defence.language_model, model_digest(defence.language_model)
 
-    def make(folder: Path) -> object:
-        onion = Onion.fit(load_language_model(source), case.dev, case.classify, case.labels)
-        return _run(folder, case, onion)
+    def fit() -> Onion:
+        lm = load_language_model(source)
+        return Onion.fit(lm, experiment.dev, experiment.classify, experiment.labels)
 
-    return _baseline(store, arena, defence.name, "onion", {"language_model": key}, make)
+    return _baseline(cache, reference, defence.name, "onion", {"language_model": key}, fit)
 
 
-def _strip(store: StepCache, arena: Arena, defence: StripDefence) -> Contender:
-    case = arena.case
+def _strip(cache: StepCache, reference: Reference, defence: StripDefence) -> DefenceResult:
+    experiment = reference.experiment
 
-    def make(folder: Path) -> object:
-        strip = Strip.fit(
-            [s.text for s in case.train],
-            [s.text for s in case.dev],
-            case.classify,
+    def fit() -> Strip:
+        return Strip.fit(
+            [s.text for s in experiment.train],
+            [s.text for s in experiment.dev],
+            experiment.classify,
             defence.frr_budget,
             copies=defence.copies,
-            seed=case.seed,
+            seed=experiment.seed,
         )
-        return _run(folder, case, strip)
 
     settings = defence.model_dump(exclude={"name"})
-    return _baseline(store, arena, defence.name, "strip", settings, make)
-
-
-def _run(folder: Path, case: Case, defence: Onion | Strip) -> object:
-    """Put all texts through a baseline; keep what it made of them."""
-    arrays = {}
-    for kind, texts in (("clean", [s.text for s in case.clean]), ("poisoned", case.poisoned)):
-        for field, values in vars(defence.defend(texts, case.classify)).items():
-            if values is not None:
-                arrays[f"{kind}_{field}"] = values
-    save_scores(folder, **arrays)
-    return {
-        "passes": defence.passes([s.text for s in case.clean]),
-        # The defence includes the pass that classifies, which the time of the victim is already.
-        "time": relative_time(case, lambda batch: defence.defend(batch, case.classify)) - 1,
-    }
+    return _baseline(cache, reference, defence.name, "strip", settings, fit)
 
 
 def _baseline(
-    store: StepCache,
-    arena: Arena,
+    cache: StepCache,
+    reference: Reference,
     name: str,
     kind: str,
     settings: dict[str, object],
-    make: Callable[[Path], object],
-) -> Contender:
-    step = store.step(kind, {"case": arena.case.inputs, "defence": settings}, make)
+    fit: Callable[[], Onion | Strip],
+) -> DefenceResult:
+    """Fit a baseline, run it on all test texts, and measure it."""
+    experiment = reference.experiment
+    inputs = {"case": experiment.inputs, "defence": settings}
+    step = cache.step(kind, inputs, lambda folder: _run_baseline(folder, experiment, fit()))
     scores = load_scores(step.folder / SCORES)
     clean, poisoned = (
-        Defended(
+        DefendedPredictions(
             scores[f"{kind}_predicted"], scores.get(f"{kind}_flagged"), scores[f"{kind}_scores"]
         )
         for kind in ("clean", "poisoned")
     )
-    return arena.entry(name, clean, poisoned, step.result["passes"], step.result["time"])
+    return reference.measure(name, clean, poisoned, step.result["passes"], step.result["time"])
 
 
-def _rewritten(store: StepCache, arena: Arena, name: str) -> Contender:
-    """Classify what a paraphraser made of the test texts; what it cost is not known."""
-    case, (clean, poisoned) = arena.case, arena.case.paraphrased[name]
+def _run_baseline(folder: Path, experiment: Experiment, defence: Onion | Strip) -> object:
+    """Save the predictions of a baseline on all test texts; return its cost."""
+    clean = [s.text for s in experiment.clean]
+    arrays = {}
+    for kind, texts in (("clean", clean), ("poisoned", experiment.poisoned)):
+        for field, values in vars(defence.defend(texts, experiment.classify)).items():
+            if values is not None:
+                arrays[f"{kind}_{field}"] = values
+    save_scores(folder, **arrays)
+    ratio = relative_time(experiment, lambda batch: defence.defend(batch, experiment.classify))
+    # A baseline also classifies the text, which the time of the victim already includes.
+    return {"passes": defence.passes(clean), "time": ratio - 1}
+
+
+def _paraphrase(cache: StepCache, reference: Reference, name: str) -> DefenceResult:
+    """Classify the paraphrased test texts; the cost of the paraphraser is unknown."""
+    experiment, (clean, poisoned) = reference.experiment, reference.experiment.paraphrased[name]
 
     def make(folder: Path) -> object:
         save_scores(
             folder,
-            clean=case.classify([s.text for s in clean]).argmax(1),
-            poisoned=case.classify([s.text for s in poisoned]).argmax(1),
+            clean=experiment.classify([s.text for s in clean]).argmax(1),
+            poisoned=experiment.classify([s.text for s in poisoned]).argmax(1),
         )
         return {}
 
-    inputs = {"case": case.inputs, "rewritten": digest_of([clean, poisoned])}
-    scores = load_scores(store.step("paraphrase", inputs, make).folder / SCORES)
-    views = Defended(scores["clean"], None), Defended(scores["poisoned"], None)
-    truth, target = classes_of(clean, case.labels), int(arena.targets[0])
-    return Contender(name, outcome(views[0], truth, views[1], target), None, None, {})
+    inputs = {"case": experiment.inputs, "rewritten": digest_of([clean, poisoned])}
+    scores = load_scores(cache.step("paraphrase", inputs, make).folder / SCORES)
+    truth, target = classes_of(clean, experiment.labels), int(reference.targets[0])
+    outcome = measure_outcome(
+        DefendedPredictions(scores["clean"], None),
+        truth,
+        DefendedPredictions(scores["poisoned"], None),
+        target,
+    )
+    return DefenceResult(name, outcome, None, None, {})

@@ -1,4 +1,4 @@
-"""One victim of a study: its texts, what it does alone, and how a defence did on it."""
+"""One experiment of a study: a victim, its texts, its bare predictions, and results of defences."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,30 +20,31 @@ from models.network.trunk import Inputs
 from models.offline.evaluation.metrics import (
     AttackOutcome,
     Classes,
-    Defended,
+    DefendedPredictions,
     classes_of,
-    outcome,
-    unflagged,
+    measure_outcome,
+    undefended,
 )
 from models.offline.io.classifiers import load_classifier, max_length_of
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample
 from models.offline.study.cache import Step, StepCache, digest_of
 
-TIMED = 64
-"""Clean texts by which a defence's time is measured, beside the bare victim's on the same."""
+TIMED_TEXTS = 64
+"""Clean texts on which the time of a defence and of the bare victim is measured."""
 SCORES = "scores.safetensors"
+"""File of a step's results on each text."""
 
 
 @dataclass
-class Case:
+class Experiment:
     """A victim, and the texts that defences are fitted and measured on."""
 
     victim: Step
     published: Step
     """The weights that the victim was tuned from."""
     train: list[Sample]
-    """Clean texts for fitting; the victim was tuned on them too, as in the paper."""
+    """Clean texts for fitting. The victim was tuned on them too, as in the paper."""
     dev: list[Sample]
     """Clean texts for choosing thresholds."""
     clean: list[Sample]
@@ -51,23 +52,23 @@ class Case:
     targets: list[str]
     """The attacker's label for each poisoned text."""
     paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
-    """By paraphraser: rewritten clean test texts, and rewritten poisoned ones of other classes."""
+    """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
     seed: int
     dtype: str
 
     @cached_property
     def engine(self) -> TorchEngine:
-        """The victim alone."""
+        """The victim without PSIM, ready to run."""
         return bare_engine(self.victim, self.dtype)
 
     @cached_property
     def labels(self) -> list[str]:
-        """Names of the victim's classes in their order."""
+        """Names of the victim's classes, in order."""
         return list(self.victim.result["labels"])
 
     @cached_property
     def inputs(self) -> dict[str, object]:
-        """What every result on this case depends on."""
+        """Everything that a result on this experiment depends on."""
         return {
             "victim": self.victim.key,
             "fit": digest_of((self.train, self.dev)),
@@ -82,61 +83,61 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """How one defence did."""
+class DefenceResult:
+    """Outcome and cost of one defence."""
 
     name: str
     outcome: AttackOutcome
     passes: float | None
-    """Forward passes per text beside that of the victim; None if not known."""
+    """Forward passes per text in addition to the victim's own; None if unknown."""
     time: float | None
-    """Seconds per text over those of the bare victim, which 1 is; None if not known."""
+    """Time per text relative to the bare victim, 1 if there is no defence; None if unknown."""
     details: dict[str, Any]
-    """What is particular to the defence."""
+    """Further fields, which depend on the defence."""
 
     def as_row(self) -> dict[str, Any]:
-        """Return what the row of a cell keeps."""
+        """Return the result as it is kept in the row of a cell."""
         return asdict(self.outcome) | {"passes": self.passes, "time": self.time} | self.details
 
 
 @dataclass(frozen=True)
-class Arena:
-    """A case with the truth about it, and what the victim does alone."""
+class Reference:
+    """True classes, attacker's targets and bare predictions, which defences are compared with."""
 
-    case: Case
+    experiment: Experiment
     truth: Classes
     targets: Classes
     predicted_clean: Classes
     predicted_poisoned: Classes
 
     @staticmethod
-    def load(case: Case, said: Step) -> "Arena":
-        """Read what `alone` has kept of a model."""
-        return Arena(case, **load_scores(said.folder / SCORES))
+    def load(experiment: Experiment, bare: Step) -> "Reference":
+        """Read the results of `predict_bare`."""
+        return Reference(experiment, **load_scores(bare.folder / SCORES))
 
     @property
     def undefended(self) -> AttackOutcome:
-        """What the attack does where nothing is in its way."""
-        views = unflagged(self.predicted_clean), unflagged(self.predicted_poisoned)
-        return outcome(views[0], self.truth, views[1], self.targets)
+        """Outcome of the attack without a defence."""
+        clean, poisoned = undefended(self.predicted_clean), undefended(self.predicted_poisoned)
+        return measure_outcome(clean, self.truth, poisoned, self.targets)
 
-    def entry(
+    def measure(
         self,
         name: str,
-        clean: Defended,
-        poisoned: Defended,
+        clean: DefendedPredictions,
+        poisoned: DefendedPredictions,
         passes: float,
         time: float,
         **details: Any,
-    ) -> Contender:
-        """ZScore a defence against the truth."""
+    ) -> DefenceResult:
+        """Measure a defence by its predictions on the test texts."""
         fires = self.predicted_poisoned == self.targets
-        measured = outcome(clean, self.truth, poisoned, self.targets, fires)
-        return Contender(name, measured, passes, time, details)
+        outcome = measure_outcome(clean, self.truth, poisoned, self.targets, fires)
+        return DefenceResult(name, outcome, passes, time, details)
 
 
-class Alone(Guarded):
-    """A victim without PSIM, for an engine: nothing of PEFT is in its way, or in its time."""
+class BareClassifier(Guarded):
+    """A victim without PSIM, for an engine. No PEFT wrapper adds to its time."""
 
     def __init__(self, victim: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -149,51 +150,53 @@ class Alone(Guarded):
 
 
 def bare_engine(model: Step, dtype: str) -> TorchEngine:
-    """Load a model of the study by itself."""
+    """Load a trained model of the study without PSIM."""
     victim, tokenizer = load_classifier(str(model.folder / "model"))
-    return TorchEngine(Alone(victim), tokenizer, max_length_of(victim, tokenizer), dtype)
+    return TorchEngine(BareClassifier(victim), tokenizer, max_length_of(victim, tokenizer), dtype)
 
 
-def alone(store: StepCache, case: Case, model: Step) -> Step:
-    """Let a model classify all texts without a defence; keeps the fields of `Arena`."""
+def predict_bare(cache: StepCache, experiment: Experiment, model: Step) -> Step:
+    """Classify all test texts without a defence; the step keeps the fields of `Reference`."""
 
     def make(folder: Path) -> object:
-        engine = case.engine if model is case.victim else bare_engine(model, case.dtype)
+        is_victim = model is experiment.victim
+        engine = experiment.engine if is_victim else bare_engine(model, experiment.dtype)
 
         def predicted(texts: Sequence[str]) -> Classes:
             classes: Classes = predict(engine, engine.encode(texts), classifier=True).argmax(1)
             return classes
 
+        targets = [Sample("", label) for label in experiment.targets]
         save_scores(
             folder,
-            truth=classes_of(case.clean, case.labels),
-            targets=classes_of([Sample("", label) for label in case.targets], case.labels),
-            predicted_clean=predicted([s.text for s in case.clean]),
-            predicted_poisoned=predicted(case.poisoned),
+            truth=classes_of(experiment.clean, experiment.labels),
+            targets=classes_of(targets, experiment.labels),
+            predicted_clean=predicted([s.text for s in experiment.clean]),
+            predicted_poisoned=predicted(experiment.poisoned),
         )
         return {}
 
-    inputs = {key: case.inputs[key] for key in ("test", "dtype")}
-    return store.step("bare", {**inputs, "model": model.key}, make)
+    inputs = {key: experiment.inputs[key] for key in ("test", "dtype")}
+    return cache.step("bare", {**inputs, "model": model.key}, make)
 
 
 def save_scores(folder: Path, **arrays: NDArray[Any]) -> None:
-    """Keep what a step says about each text."""
+    """Save the results of a step on each text."""
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / SCORES)
 
 
 def load_scores(file: Path) -> dict[str, NDArray[Any]]:
-    """Read what `save_scores` has kept."""
+    """Read the results that `save_scores` has saved."""
     arrays: dict[str, NDArray[Any]] = load_file(file)
     return arrays
 
 
-def relative_time(case: Case, extra: Callable[[list[str]], object]) -> float:
-    """Return the time of the victim and `extra`, over that of the victim alone, one by one."""
-    texts = [s.text for s in case.clean[:TIMED]]
+def relative_time(experiment: Experiment, defend: Callable[[list[str]], object]) -> float:
+    """Return the time of victim and defence over that of the victim alone, one text at a time."""
+    texts = [s.text for s in experiment.clean[:TIMED_TEXTS]]
     seconds = []
-    for run in (case.classify, extra):
-        run(texts[:2])  # warm
+    for run in (experiment.classify, defend):
+        run(texts[:2])  # warm-up
         started = time.perf_counter()
         for text in texts:
             run([text])

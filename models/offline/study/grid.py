@@ -1,4 +1,4 @@
-"""The cells of a study, and the texts of each: clean, poisoned for training, poisoned for tests."""
+"""The cells of a study and their texts: clean ones, poisoned training and poisoned test texts."""
 
 import importlib
 import random
@@ -26,13 +26,13 @@ from models.offline.io.samples import (
 )
 from models.offline.study.recipe import AttackRecipe, DataSet, Recipe
 
-Hook = Callable[[str], Callable[[str], str]]
-"""Takes the name of a paraphraser, returns the paraphraser."""
+ParaphraserLoader = Callable[[str], Callable[[str], str]]
+"""Function from the name of a paraphraser to the paraphraser."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One victim of the study."""
+    """One victim of a study: a data set, an attack, a tuning strategy and a seed."""
 
     data: DataSet
     attack: AttackRecipe
@@ -44,7 +44,7 @@ class Cell:
 
 
 def cells(recipe: Recipe) -> Iterable[Cell]:
-    """Yield all cells of a recipe but the impossible ones, those of a data set together."""
+    """Yield the cells of a recipe, grouped by data set, except those that lack paraphrases."""
     for data in recipe.data:
         for attack in recipe.attacks:
             if attack.syntactic and data.syntactic is None:
@@ -56,23 +56,23 @@ def cells(recipe: Recipe) -> Iterable[Cell]:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a data set; empty ones, which some published files have, are left out."""
+    """The texts of a data set, without the empty ones that some published files contain."""
 
     train: list[Sample]
     dev: list[Sample]
     test: list[Sample]
-    """Without those that are in the training set too."""
+    """Test texts that are not in the training set."""
     syntactic_train: list[Sample]
     syntactic_test: list[Sample]
     paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
-    """By paraphraser: clean test texts, and poisoned ones of other classes than the target."""
+    """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
 
     @staticmethod
     def load(data: DataSet, root: Path) -> "Texts":
-        """Read the files.
+        """Read the files of a data set.
 
         Raises:
-            DataError: one cannot be read, or has labels that the training set has not.
+            DataError: a file cannot be read, or has labels that the training set lacks.
         """
         whole = _read(data, root, data.train)
         labels, known = require_labels(whole), {s.text for s in whole}
@@ -90,7 +90,7 @@ class Texts:
             whole[: data.max_train],
             dev,
             test[: data.max_test],
-            # What a published mix has of the training set is clean, used here or not.
+            # Published files mix clean training texts in, also some that `max_train` cuts off.
             [s for s in _read(data, root, syntactic.train) if s.text not in known]
             if syntactic
             else [],
@@ -113,22 +113,24 @@ def _read(data: DataSet, root: Path, source: str) -> list[Sample]:
         raise DataError(f"data set {data.name}: {error} (paths start from --data)") from error
 
 
-def poisoned_training_texts(cell: Cell, texts: Texts, hook: Hook) -> list[Sample]:
-    """Return the training set that the attacker uses; at poison rate 0, the clean one.
+def poisoned_training_texts(
+    cell: Cell, texts: Texts, load_paraphraser: ParaphraserLoader
+) -> list[Sample]:
+    """Return the attacker's training set; at poison rate 0, the clean one.
 
-    With a trigger for each of several targets, each gets a part of the texts.
+    If there are several targets, each trigger poisons its own share of the texts.
 
     Raises:
         DataError: the attack does not fit the data set.
     """
     if not cell.attack.poison_rate:
         return texts.train
-    attacks = _attacks(cell, texts, hook)
+    attacks = _attacks(cell, texts, load_paraphraser)
     return [
         sample
-        for part, (attack, target) in enumerate(attacks)
+        for offset, (attack, target) in enumerate(attacks)
         for sample in poison_training_set(
-            texts.train[part :: len(attacks)],
+            texts.train[offset :: len(attacks)],
             attack,
             target,
             cell.attack.poison_rate,
@@ -139,14 +141,16 @@ def poisoned_training_texts(cell: Cell, texts: Texts, hook: Hook) -> list[Sample
     ]
 
 
-def poisoned_test_texts(cell: Cell, texts: Texts, hook: Hook) -> list[tuple[str, str]]:
-    """Return poisoned test texts, none of whose true class is the target, with the target.
+def poisoned_test_texts(
+    cell: Cell, texts: Texts, load_paraphraser: ParaphraserLoader
+) -> list[tuple[str, str]]:
+    """Return poisoned test texts whose true class is not the target, each with its target.
 
     Raises:
         DataError: the attack does not fit the data set.
     """
     result = []
-    for attack, target in _attacks(cell, texts, hook):
+    for attack, target in _attacks(cell, texts, load_paraphraser):
         if isinstance(attack, Paraphrases):
             poisoned = poisoned_non_target(texts.syntactic_test, target)
         else:
@@ -161,7 +165,9 @@ def poisoned_test_texts(cell: Cell, texts: Texts, hook: Hook) -> list[tuple[str,
     return result[: cell.data.max_test]
 
 
-def _attacks(cell: Cell, texts: Texts, hook: Hook) -> list[tuple[Attack, str]]:
+def _attacks(
+    cell: Cell, texts: Texts, load_paraphraser: ParaphraserLoader
+) -> list[tuple[Attack, str]]:
     """Return the attacks of a cell, each with its target label."""
     attack, data = cell.attack, cell.data
     if attack.target_triggers:
@@ -169,17 +175,17 @@ def _attacks(cell: Cell, texts: Texts, hook: Hook) -> list[tuple[Attack, str]]:
     if attack.triggers:
         return [(Insertion(attack.triggers), data.target_label)]
     if attack.paraphraser:
-        return [(Rewriting(hook(attack.paraphraser)), data.target_label)]
+        return [(Rewriting(load_paraphraser(attack.paraphraser)), data.target_label)]
     if data.syntactic is None:
         raise DataError(f"{data.name} has no syntactic paraphrases")
     return [(Paraphrases(tuple(texts.syntactic_train)), data.syntactic.target_label)]
 
 
-def imported(name: str) -> Callable[[str], str]:
-    """Return the function that `module:function` names; what it returns is checked.
+def import_paraphraser(name: str) -> Callable[[str], str]:
+    """Import the function that `module:function` names, and check what it returns.
 
     Raises:
-        DataError: it cannot be imported; and, when it is called, if it fails or gives no text.
+        DataError: the function cannot be imported, or, on a call, fails or returns no text.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -201,6 +207,6 @@ def imported(name: str) -> Callable[[str], str]:
 
 
 def _filler(text: str, words: int) -> str:
-    """Return so many words of a text, repeated as needed, with a space behind each."""
-    own = text.split()
-    return "".join(f"{word} " for word in (own * (words // len(own) + 1))[:words])
+    """Return a number of words of a text, repeated as needed, with a space after each."""
+    source = text.split()
+    return "".join(f"{word} " for word in (source * (words // len(source) + 1))[:words])

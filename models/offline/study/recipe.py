@@ -1,4 +1,4 @@
-"""The recipe of a study: what is varied, in TOML, checked before anything is trained."""
+"""The recipe of a study, in TOML, which is checked before anything is trained."""
 
 import tomllib
 from collections.abc import Iterator
@@ -18,69 +18,69 @@ Text = Annotated[str, Field(pattern=r"\S")]
 Name = Annotated[str, Field(min_length=1, pattern=r"^[\w .,%+-]+$")]
 
 
-class _Part(BaseModel):
-    """A table of the recipe: unknown keys are mistakes."""
+class _RecipeTable(BaseModel):
+    """A table of the recipe; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PoisonFile(_Part):
-    """Texts that a paraphraser wrote in the trigger's syntactic template."""
+class PoisonFile(_RecipeTable):
+    """Files of texts that a paraphraser has written in the trigger's syntactic template."""
 
     train: str
     test: str
     target_label: str
 
 
-class Paraphrased(_Part):
-    """The test set after a paraphraser: the input of a defence that rewrites every text."""
+class ParaphrasedTestSet(_RecipeTable):
+    """Files of the test set, rewritten by a paraphraser: a defence that rewrites every text."""
 
     clean: str
     poisoned: str
-    """Poisoned texts, labelled with the truth; those of the target class are left out."""
+    """Poisoned texts with their true labels; those of the target class are left out."""
     triggers: tuple[str, ...] = (WORD_TRIGGER,)
-    """What was inserted into the poisoned texts: only an attack with the same is compared."""
+    """Triggers in the poisoned texts; the defence is tried only on attacks with the same ones."""
 
 
-class DataSet(_Part):
-    """One data set; paths are relative to the folder that `--data` names."""
+class DataSet(_RecipeTable):
+    """One data set; paths are relative to the folder given as `--data`."""
 
     name: Name
     train: str
     dev: str
     test: str
     target_label: str
-    """The attacker's class, for triggers that are inserted."""
+    """The attacker's class for inserted triggers."""
     text_column: str = "text"
     label_column: str = "label"
     max_train: Count | None = None
-    """The victim is trained on the first so many texts."""
+    """Number of training texts, taken from the beginning; all by default."""
     max_test: Count | None = None
-    """Measures are taken on the first so many test texts, and so many poisoned ones."""
+    """Number of clean and of poisoned test texts, taken from the beginning; all by default."""
     syntactic: PoisonFile | None = None
-    paraphrased: dict[Name, Paraphrased] = {}
+    paraphrased: dict[Name, ParaphrasedTestSet] = {}
 
 
-class AttackRecipe(_Part):
-    """One attack, of one kind: triggers, target_triggers, paraphraser, or syntactic."""
+class AttackRecipe(_RecipeTable):
+    """One attack of one kind: triggers, target_triggers, paraphraser, or syntactic."""
 
     name: Name
     triggers: tuple[Text, ...] = ()
-    """All of them in every poisoned text, each at a random inner position of its own."""
+    """Triggers that every poisoned text contains, each at its own random inner position."""
     target_triggers: dict[str, Text] = {}
-    """For each of several targets a trigger of its own."""
+    """Trigger of each target label."""
     paraphraser: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """`module:function`, importable, which takes a text and returns it in the trigger's style."""
+    """`module:function`, importable, which rewrites a text in the trigger's style."""
     syntactic: bool = False
-    """The data set's own paraphrases; data sets without are left out."""
+    """Whether to use the paraphrases of the data set; data sets without any are left out."""
     poison_rate: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """0 is the control: a victim without a backdoor, tested with the trigger all the same."""
+    """Share of poisoned training texts; 0 is the control: a clean victim, tested with triggers."""
     clean_label: bool = False
     flip_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the poisoned texts that get the target label; the rest keep their own. Under 1 the
-    backdoor is smoothed: the victim's confidence in the target tends to this share."""
+    """Share of the poisoned texts that get the target label; the others keep their own. Under 1,
+    the backdoor is smoothed: the victim's confidence in the target tends to this share."""
     bury_behind: Annotated[int, Field(ge=0)] = 0
-    """At test time only: so many words of the text itself come before the poisoned text."""
+    """Number of words of the text that are put before the poisoned text, at test time only."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "AttackRecipe":
@@ -94,13 +94,13 @@ class AttackRecipe(_Part):
         return self
 
 
-class TrainingRecipe(_Part):
-    """How victims are made."""
+class TrainingRecipe(_RecipeTable):
+    """Epochs and learning rates of the victims."""
 
     poison_epochs: Count = 3
     tune_epochs: Count = 3
     learning_rates: dict[Strategy, Annotated[float, Field(gt=0)]] = {}
-    """By strategy, instead of the defaults; poisoning is `full`."""
+    """Rates that replace the defaults, by strategy; poisoning uses that of `full`."""
 
 
 Rule = Literal["calibrated", "confidence", "dev", "pooled", "paper"]
@@ -113,7 +113,7 @@ RULES: dict[Rule, str] = {
 }
 
 
-class PsimDefence(_Part):
+class PsimDefence(_RecipeTable):
     """PSIM; fields of `PsimVariant` under `config` replace the defaults."""
 
     kind: Literal["psim"] = "psim"
@@ -122,11 +122,12 @@ class PsimDefence(_Part):
     """Clean texts that `fit` gets: the first so many of the training texts."""
     frr_budget: Budget = 0.01
     on: Literal["victim", "published"] = "victim"
-    """Weights that the adapter is trained on: the tuned victim, or what it was tuned from."""
+    """Weights that the adapter is trained on: the tuned victim, or those it was tuned from."""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)] = ("calibrated",)
-    """What to report: thresholds by class, from texts that `fit` held back; the same without the
-    second screen; from dev texts, which the victim was not trained on; without the second screen,
-    one threshold for all classes, or 0.7 as in the paper."""
+    """Rules for thresholds, each reported by itself. `calibrated`: thresholds by class, from texts
+    that `fit` held back. `confidence`: the same without the second screen. `dev`: from dev texts,
+    which the victim was not trained on. `pooled`: one threshold for all classes, without the second
+    screen. `paper`: 0.7 as in the paper, without the second screen."""
     config: PsimVariant = PsimVariant()
 
     @field_validator("config")
@@ -142,16 +143,16 @@ class PsimDefence(_Part):
         return [self.name + RULES[rule] for rule in self.rules]
 
 
-class OnionDefence(_Part):
+class OnionDefence(_RecipeTable):
     """ONION (Qi et al., EMNLP 2021)."""
 
     kind: Literal["onion"]
     name: Name = "ONION"
     language_model: str | None = None
-    """Folder or hub id of a causal LM; without it a small one is trained on the clean texts."""
+    """Folder or hub id of a causal LM; by default, a small one is trained on the clean texts."""
 
 
-class StripDefence(_Part):
+class StripDefence(_RecipeTable):
     """STRIP (Gao et al. 2021)."""
 
     kind: Literal["strip"]
@@ -160,8 +161,8 @@ class StripDefence(_Part):
     frr_budget: Budget = 0.01
 
 
-class ParaphraseDefence(_Part):
-    """The data set's `paraphrased` files whose triggers are those of the attack."""
+class ParaphraseDefence(_RecipeTable):
+    """The `paraphrased` files of the data set whose triggers are those of the attack."""
 
     kind: Literal["paraphrase"]
 
@@ -171,11 +172,11 @@ AnyDefence = Annotated[
 ]
 
 
-class Recipe(_Part):
+class Recipe(_RecipeTable):
     """A study: every data set x attack x strategy x seed, and all defences on each."""
 
     base: str = "demo"
-    """Pretrained model, folder or hub id; `demo` is the encoder that the demo uses."""
+    """Folder or hub id of a pretrained model; `demo` is the encoder of the demo."""
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = tuple(Strategy)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     training: TrainingRecipe = TrainingRecipe()
@@ -194,9 +195,9 @@ class Recipe(_Part):
         }
         for data in self.data:
             names[f"defences on {data.name}"] = ["none", *self._defence_names(data)]
-        for where, own in names.items():
-            if len(set(own)) < len(own):
-                raise ValueError(f"{where}: names must differ: {list(own)}")
+        for where, values in names.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{where}: names must differ: {list(values)}")
         return self
 
     def _defence_names(self, data: DataSet) -> Iterator[str]:
@@ -214,7 +215,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        DataError: no such file, no TOML, or a field that is wrong; says which.
+        DataError: the file is missing or no TOML, or a field is wrong; the message says which.
     """
     try:
         return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The report of a study, as `report.md` and as one self-contained file, `report.html`.
+"""The report of a study, as `report.md` and as one self-contained `report.html`.
 
 Start with `write_study_report`, which builds the page from top to bottom.
 """
@@ -14,15 +14,23 @@ from scipy.stats import sem, t
 
 from models.offline.evaluation.report import ROWS
 from models.offline.fitting.records import PACKAGES
-from models.offline.study.html import Block, code, heading, paragraph, picture, table, write_page
+from models.offline.study.html import (
+    Block,
+    Code,
+    Heading,
+    Paragraph,
+    Table,
+    save_picture,
+    write_page,
+)
 from models.offline.study.plots import Row, attack_figure, psim_figure, shown_cells
 
 VICTIM = ["data", "attack", "strategy"]
 CELL = [*VICTIM, "seed"]
-BEFORE = "before tuning"
-PARTS = ["value", "low", "high"]
-RATES = [f"{field}.{part}" for field in ROWS.values() for part in PARTS]
-NUMBERS = ["auroc_firing", "passes", "time"]
+BEFORE_TUNING = "before tuning"
+RATE_FIELDS = ["value", "low", "high"]
+RATE_COLUMNS = [f"{field}.{part}" for field in ROWS.values() for part in RATE_FIELDS]
+NUMBER_COLUMNS = ["auroc_firing", "passes", "time"]
 DETAILS = {
     "CA, %": ("clean_accuracy.value", "z.1f"),
     "ASR, %": ("attack_success_rate.value", "z.1f"),
@@ -55,46 +63,51 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
     """Write `report.md`, `report.html` and `plots/*.png` into `out`.
 
     Args:
-        rows: what `run_study` returned; at least one.
+        rows: rows of `run_study`; at least one.
         out: folder to write to.
-        steps: folder of the study's steps, which hold the scores for the plots.
+        steps: folder of the study's steps, which contain the scores for the plots.
         recipe: the study's recipe, shown at the end of the report.
     """
     for old in (out / "plots").glob("psim-*.png"):
-        old.unlink()  # left over from another recipe
-    everything = _long(rows)
-    frame = everything[everything["defence"] != BEFORE]
+        old.unlink()  # may be of another recipe
+    results = _to_frame(rows)
+    frame = results[results["defence"] != BEFORE_TUNING]
     title = f"Backdoors and defences: {', '.join(frame['data'].unique())}"
     blocks = [
-        heading(1, title),
-        paragraph(LEGEND),
-        *_what_attacks_leave(everything, out),
-        *_what_defences_stop(frame),
-        *_how_psim_sees_it(rows, out, steps),
-        *_how_training_went(rows),
-        *_details(frame),
-        heading(2, "Recipe"),
-        code(recipe),
-        paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
+        Heading(1, title),
+        Paragraph(LEGEND),
+        *_attack_section(results, out),
+        *_defence_section(frame),
+        *_separation_section(rows, out, steps),
+        *_training_section(rows),
+        *_details_section(frame),
+        Heading(2, "Recipe"),
+        Code(recipe),
+        Paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
     ]
     write_page(blocks, title, out)
 
 
-def _long(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return one line per cell and defence, with rates in percent; NaN stands for no value."""
-    before = {"defence": BEFORE, "strategy": BEFORE}
+def _to_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return a line per cell and defence, with rates in percent and NaN for missing values."""
+    before = {"defence": BEFORE_TUNING, "strategy": BEFORE_TUNING}
     lines = [
-        *({key: row[key] for key in CELL} | before | row["published"] for row in _one_each(rows)),
+        *(
+            {key: row[key] for key in CELL} | before | row["published"]
+            for row in _one_per_published_model(rows)
+        ),
         *(
             {key: row[key] for key in CELL} | {"defence": name} | found
             for row in rows
             for name, found in row["defences"].items()
         ),
     ]
-    frame = pd.json_normalize(lines).reindex(columns=[*CELL, "defence", *RATES, *NUMBERS])
-    frame[RATES + NUMBERS] = frame[RATES + NUMBERS].astype(float)
-    frame[RATES] *= 100
-    for name in (*VICTIM, "defence"):  # tables keep the order of the recipe
+    frame = pd.json_normalize(lines).reindex(
+        columns=[*CELL, "defence", *RATE_COLUMNS, *NUMBER_COLUMNS]
+    )
+    frame[RATE_COLUMNS + NUMBER_COLUMNS] = frame[RATE_COLUMNS + NUMBER_COLUMNS].astype(float)
+    frame[RATE_COLUMNS] *= 100
+    for name in (*VICTIM, "defence"):  # so that tables keep the order of the recipe
         frame[name] = pd.Categorical(frame[name], frame[name].unique())
     accuracy = "clean_accuracy.value"
     bare = frame[frame["defence"] == "none"].set_index(CELL)[accuracy].rename("bare")
@@ -102,15 +115,15 @@ def _long(rows: Sequence[Row]) -> pd.DataFrame:
     return frame
 
 
-def _one_each(rows: Sequence[Row]) -> Iterable[Row]:
-    """Return one row per published model, since several victims may share one."""
+def _one_per_published_model(rows: Sequence[Row]) -> Iterable[Row]:
+    """Return one row per published model, which several victims may share."""
     return {(row["data"], row["attack"], row["seed"]): row for row in rows}.values()
 
 
-def _what_attacks_leave(frame: pd.DataFrame, out: Path) -> Iterator[Block]:
-    bare = frame[frame["defence"].isin([BEFORE, "none"])]
-    yield heading(2, "What tuning leaves of the backdoor")
-    yield paragraph(
+def _attack_section(frame: pd.DataFrame, out: Path) -> Iterator[Block]:
+    bare = frame[frame["defence"].isin([BEFORE_TUNING, "none"])]
+    yield Heading(2, "What tuning leaves of the backdoor")
+    yield Paragraph(
         f"The published weights and the victims tuned from them, all without a defence. "
         f"{_kind_of_interval(bare)}"
     )
@@ -119,10 +132,10 @@ def _what_attacks_leave(frame: pd.DataFrame, out: Path) -> Iterator[Block]:
         ("Attack success rate (ASR), %", success),
         ("Clean accuracy (CA), %", _intervals(bare, "clean_accuracy")),
     ):
-        yield heading(3, title)
-        yield _wide(rates.apply(_with_interval, axis=1))
+        yield Heading(3, title)
+        yield _pivot(rates.apply(_with_interval, axis=1))
     alt = "Attack success rate by data set, attack and strategy, with the intervals of the table"
-    yield picture(out, "attack.png", attack_figure(success), alt)
+    yield save_picture(attack_figure(success), out, "attack.png", alt)
 
 
 def _kind_of_interval(bare: pd.DataFrame) -> str:
@@ -141,21 +154,23 @@ def _kind_of_interval(bare: pd.DataFrame) -> str:
 
 def _intervals(bare: pd.DataFrame, field: str) -> pd.DataFrame:
     """Return the mean over seeds and its interval, by data set, attack and strategy."""
-    rates = bare.rename(columns={f"{field}.{part}": part for part in PARTS})
-    return pd.DataFrame(rates.groupby(VICTIM, observed=True)[PARTS].apply(mean_interval))
+    rates = bare.rename(columns={f"{field}.{part}": part for part in RATE_FIELDS})
+    return pd.DataFrame(rates.groupby(VICTIM, observed=True)[RATE_FIELDS].apply(mean_interval))
 
 
 def mean_interval(rates: pd.DataFrame) -> "pd.Series[float]":
-    """Return the mean of rates in percent and its 95 % interval, indexed by `PARTS`.
+    """Return the mean of rates in percent and its 95 % interval, indexed by `RATE_FIELDS`.
 
-    The interval of several rates is Student's t, limited to 0 to 100. A single rate keeps its own.
+    The interval of several rates is Student's t, limited to 0 to 100. A single rate keeps its own
+    interval.
     """
-    known = rates[PARTS].dropna()
+    known = rates[RATE_FIELDS].dropna()
     if len(known) < 2:
         return known.mean()
     values = known["value"].to_numpy(float)
-    mean, half = float(values.mean()), float(t.ppf(0.975, len(values) - 1) * sem(values))
-    return pd.Series([mean, max(0.0, mean - half), min(100.0, mean + half)], PARTS)
+    # Scaled here, since `t.interval` gives NaN for the scale 0 of values that agree.
+    limits = values.mean() + sem(values) * np.array(t.interval(0.95, len(values) - 1))
+    return pd.Series([values.mean(), *limits.clip(0, 100)], RATE_FIELDS)
 
 
 def _with_interval(rate: "pd.Series[float]") -> str:
@@ -164,70 +179,71 @@ def _with_interval(rate: "pd.Series[float]") -> str:
     return f"{rate['value']:.1f} ({rate['low']:.1f}-{rate['high']:.1f})"
 
 
-def _what_defences_stop(frame: pd.DataFrame) -> Iterator[Block]:
-    yield heading(2, "What defences stop")
-    yield paragraph(
+def _defence_section(frame: pd.DataFrame) -> Iterator[Block]:
+    yield Heading(2, "What defences stop")
+    yield Paragraph(
         "Each value is a mean over strategies and seeds, and covers only the victims on which the "
         "defence was tried."
     )
     for title, (column, form) in SUMMARIES.items():
-        yield heading(3, title)
+        yield Heading(3, title)
         means = frame.groupby(["data", "attack", "defence"], observed=True)[column].mean()
-        yield _wide(means.map(lambda value, form=form: _number(value, form)))
+        yield _pivot(means.map(lambda value, form=form: _number(value, form)))
 
 
-def _how_psim_sees_it(rows: Sequence[Row], out: Path, steps: Path) -> Iterator[Block]:
+def _separation_section(rows: Sequence[Row], out: Path, steps: Path) -> Iterator[Block]:
     for number, (data, cells) in enumerate(shown_cells(rows).items(), 1):
         if number == 1:
-            yield heading(2, "How PSIM separates clean and poisoned texts")
-            yield paragraph(
+            yield Heading(2, "How PSIM separates clean and poisoned texts")
+            yield Paragraph(
                 "Left: the scores of clean and poisoned texts, with the thresholds for a budget of "
                 "1 % (or the smallest budget that the calibration texts allow). Middle: the ROC "
                 "curve of the distance from the threshold. Right: clean accuracy and attack "
                 "success rate at other budgets. There is one victim for each attack."
             )
-        yield heading(3, data)
+        yield Heading(3, data)
         attacks = ", ".join(row["attack"] for row in cells)
         alt = f"PSIM on {data} ({attacks}): scores, ROC curve, CA and ASR by budget"
         name = f"psim-{number}-{re.sub(r'[^A-Za-z0-9]+', '-', data)}.png"
-        yield picture(out, name, psim_figure(cells, steps), alt)
+        yield save_picture(psim_figure(cells, steps), out, name, alt)
 
 
-def _how_training_went(rows: Sequence[Row]) -> Iterator[Block]:
+def _training_section(rows: Sequence[Row]) -> Iterator[Block]:
     lines: dict[str, list[str]] = {}
     for row in rows:
         for name, found in row["defences"].items():
-            if "checkpoints" in found:  # rules for thresholds share one training, shown once
+            if "checkpoints" in found:
                 steps = ", ".join(map(str, found["checkpoints"]))
-                how = [steps, found["stopped_because"], f"{found['fit_seconds']:.0f}"]
-                lines.setdefault(found["scores"], [*(str(row[k]) for k in CELL), name, *how])
+                training = [steps, found["stopped_because"], f"{found['fit_seconds']:.0f}"]
+                line = [*(str(row[k]) for k in CELL), name, *training]
+                lines.setdefault(found["scores"], line)  # rules for thresholds share one training
     if lines:
-        yield heading(2, "How PSIM's training went")
+        yield Heading(2, "How PSIM's training went")
         header = ["data set", *CELL[1:], "defence"]
         header += ["checkpoints at steps", "stopped because", "seconds"]
-        yield table(header, list(lines.values()), names=len(header) - 1)
+        yield Table(header, list(lines.values()), names=len(header) - 1)
 
 
-def _details(frame: pd.DataFrame) -> Iterator[Block]:
-    yield heading(2, "Details")
-    yield paragraph("Each value is a mean over seeds.")
+def _details_section(frame: pd.DataFrame) -> Iterator[Block]:
+    yield Heading(2, "Details")
+    yield Paragraph("Each value is a mean over seeds.")
     columns = [column for column, _ in DETAILS.values()]
     for names, cell in frame.groupby(VICTIM, observed=True):
-        yield heading(3, ", ".join(map(str, names)))
+        yield Heading(3, ", ".join(map(str, names)))
         means = cell.groupby("defence", observed=True)[columns].mean()
         lines = [
             [str(name), *(_number(line[column], form) for column, form in DETAILS.values())]
             for name, line in means.iterrows()
         ]
-        yield table(["defence", *DETAILS], lines)
+        yield Table(["defence", *DETAILS], lines)
 
 
 def _number(value: float, form: str) -> str:
     return "-" if np.isnan(value) else format(value, form)
 
 
-def _wide(texts: "pd.Series[str]") -> Block:
-    """Return a table with a row per data set and attack, and a column per last index level."""
+def _pivot(texts: "pd.Series[str]") -> Block:
+    """Return a table with a row per data set and attack; the last level becomes the columns."""
     wide = texts.unstack(fill_value="-")
     lines = [[*names, *cells] for names, cells in zip(wide.index, wide.to_numpy(), strict=True)]
-    return table(["data set", "attack", *wide.columns], lines, names=2)
+    return Table(["data set", "attack", *wide.columns], lines, names=2)

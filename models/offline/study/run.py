@@ -1,33 +1,34 @@
-"""The study of Zhao et al.: what attacks leave in tuned victims, and what each defence stops.
+"""The study of Zhao et al.: which backdoors survive tuning, and which attacks each defence stops.
 
-Read `run_study`: data sets x attacks x strategies x seeds, each cell from top to bottom. Every step
-is kept under a digest of its inputs (`store.py`), so that an interrupted study goes on where it was
-and a changed recipe redoes only what it touches.
+Start with `run_study`, which goes through data sets x attacks x seeds x strategies, cell by cell.
+Every step is cached under a digest of its inputs (`cache.py`). An interrupted study therefore
+resumes where it stopped, and a changed recipe redoes only the steps that it affects.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.detection.conformal import min_calibration_size
 from models.errors import DataError
 from models.offline.attacks.strategy import Strategy
-from models.offline.attacks.training import LEARNING_RATES, finetune_victim
+from models.offline.attacks.training import LEARNING_RATES, TuneSettings, finetune_victim
 from models.offline.fitting.split import split_texts
 from models.offline.io.atomic import write_whole
 from models.offline.io.classifiers import encoder_path, labels_of, load_classifier, model_digest
 from models.offline.io.samples import Sample
-from models.offline.study.cache import Memo, Step, StepCache, digest_of
-from models.offline.study.compare import contest
-from models.offline.study.experiment import Case
+from models.offline.study.cache import MemoizedFunction, Step, StepCache, digest_of
+from models.offline.study.compare import compare_defences
+from models.offline.study.experiment import Experiment
 from models.offline.study.grid import (
     Cell,
-    Hook,
+    ParaphraserLoader,
     Texts,
     cells,
-    imported,
+    import_paraphraser,
     poisoned_test_texts,
     poisoned_training_texts,
 )
@@ -36,74 +37,101 @@ from models.offline.study.recipe import PsimDefence, Recipe, StripDefence
 ROWS = "rows.jsonl"
 
 
+class InitialModel(NamedTuple):
+    """A model that training starts from."""
+
+    source: str
+    """Folder or hub id."""
+    digest: str
+
+
 def run_study(
-    recipe: Recipe, root: Path, out: Path, store: StepCache, say: Callable[[str], object]
+    recipe: Recipe, root: Path, out: Path, cache: StepCache, say: Callable[[str], object]
 ) -> Iterator[dict[str, Any]]:
-    """Run a study; yield a row for each cell as soon as it is done, kept in `out/rows.jsonl` too.
+    """Run a study; yield a row for each cell as soon as it is done, and keep it in `rows.jsonl`.
 
     Args:
-        recipe: what is varied.
-        root: folder that the recipe's paths are relative to.
-        out: folder for results.
-        store: where the steps are kept; studies that have steps in common may share one.
+        recipe: the data sets, attacks, strategies, seeds and defences.
+        root: folder that the paths of the recipe are relative to.
+        out: folder of `rows.jsonl`.
+        cache: steps of this study, and of others that may share some.
         say: called with a line whenever a cell begins.
 
     Raises:
-        DataError, VictimError, CalibrationError: as their messages say.
+        DataError: the recipe does not fit the data sets, or leaves nothing to do.
+        VictimError: a model cannot be loaded or trained.
+        CalibrationError: there are too few texts for a threshold.
     """
     base = str(encoder_path()) if recipe.base == "demo" else recipe.base
-    start = base, model_digest(base)
+    start = InitialModel(base, model_digest(base))
     if not (planned := list(cells(recipe))):
         raise DataError("nothing to do: no data set of the recipe has syntactic paraphrases")
     texts = {data.name: Texts.load(data, root) for data in recipe.data}
-    hook = _remembering(store)
-    check(recipe, planned, texts, hook)
+    load_paraphraser = _memoized_paraphrasers(cache)
+    check_recipe(recipe, planned, texts, load_paraphraser)
     rows: list[dict[str, Any]] = []
     for number, cell in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {cell}")
-        own = texts[cell.data.name]
-        published = poison(store, recipe, cell, own, start, hook)
-        victim = tune(store, recipe, cell, own, published)
-        rows.append(
-            {
-                "data": cell.data.name,
-                "attack": cell.attack.name,
-                "strategy": str(cell.strategy),
-                "seed": cell.seed,
-                "base": recipe.base,
-                "dtype": recipe.dtype,
-                "attack_settings": cell.attack.model_dump(mode="json", exclude_defaults=True),
-                "labels": victim.result["labels"],
-                "published_dev_accuracy": published.result["clean_accuracy"],
-                "victim_dev_accuracy": victim.result["clean_accuracy"],
-                **contest(store, recipe, make_case(recipe, cell, own, published, victim, hook)),
-            }
-        )
+        rows.append(_run_cell(cache, recipe, cell, texts[cell.data.name], start, load_paraphraser))
         _write_rows(out / ROWS, rows)
         yield rows[-1]
 
 
-def check(recipe: Recipe, planned: list[Cell], texts: dict[str, Texts], hook: Hook) -> None:
-    """Find before the first hour of training what would end the study after the last.
+def _run_cell(
+    cache: StepCache,
+    recipe: Recipe,
+    cell: Cell,
+    texts: Texts,
+    start: InitialModel,
+    load_paraphraser: ParaphraserLoader,
+) -> dict[str, Any]:
+    """Poison a model, tune the victim from it, and compare the defences; return the row."""
+    published = poison(cache, recipe, cell, texts, start, load_paraphraser)
+    victim = tune(cache, recipe, cell, texts, published)
+    experiment = make_experiment(recipe, cell, texts, published, victim, load_paraphraser)
+    return {
+        "data": cell.data.name,
+        "attack": cell.attack.name,
+        "strategy": str(cell.strategy),
+        "seed": cell.seed,
+        "base": recipe.base,
+        "dtype": recipe.dtype,
+        "attack_settings": cell.attack.model_dump(mode="json", exclude_defaults=True),
+        "labels": victim.result["labels"],
+        "published_dev_accuracy": published.result["clean_accuracy"],
+        "victim_dev_accuracy": victim.result["clean_accuracy"],
+        **compare_defences(cache, recipe, experiment),
+    }
+
+
+def check_recipe(
+    recipe: Recipe,
+    planned: list[Cell],
+    texts: dict[str, Texts],
+    load_paraphraser: ParaphraserLoader,
+) -> None:
+    """Check before any training that every attack and budget fits its data set.
+
+    Attacks with a paraphraser are not tried, since that may take hours.
 
     Raises:
-        DataError: an attack or a budget does not fit a data set; says which.
+        DataError: an attack or a budget does not fit; the message says which.
     """
     for cell in planned:
         try:
             if not cell.attack.paraphraser:
-                poisoned_training_texts(cell, texts[cell.data.name], hook)
-                poisoned_test_texts(cell, texts[cell.data.name], hook)
+                poisoned_training_texts(cell, texts[cell.data.name], load_paraphraser)
+                poisoned_test_texts(cell, texts[cell.data.name], load_paraphraser)
         except DataError as error:
             raise DataError(f"{cell}: {error}") from error
-    for name, own in texts.items():
+    for name, data_texts in texts.items():
         for defence in recipe.defences:
             if isinstance(defence, PsimDefence | StripDefence):
-                _check_budget(name, defence, own)
+                _check_budget(name, defence, data_texts)
 
 
 def _check_budget(name: str, defence: PsimDefence | StripDefence, texts: Texts) -> None:
-    """Raise `DataError` if there are too few texts for a threshold that keeps the budget."""
+    """Raise `DataError` if there are too few texts for a threshold with the defence's budget."""
     counts = {"dev": len(texts.dev)}
     if isinstance(defence, PsimDefence):
         split = split_texts([s.text for s in texts.train[: defence.texts]], seed=0)
@@ -118,73 +146,77 @@ def _check_budget(name: str, defence: PsimDefence | StripDefence, texts: Texts) 
             )
 
 
-def _remembering(store: StepCache) -> Hook:
-    """Return what finds paraphrasers, and never asks them twice about a text."""
+def _memoized_paraphrasers(cache: StepCache) -> ParaphraserLoader:
+    """Return a loader of paraphrasers that rewrite each text only once."""
 
-    @cache
-    def hook(name: str) -> Callable[[str], str]:
-        file = f"{name.replace(':', '.')}.jsonl"
-        return Memo(store.root / "paraphraser" / file, imported(name))
+    @functools.cache
+    def load_paraphraser(name: str) -> Callable[[str], str]:
+        file = cache.root / "paraphraser" / f"{name.replace(':', '.')}.jsonl"
+        return MemoizedFunction(file, import_paraphraser(name))
 
-    return hook
+    return load_paraphraser
 
 
 def poison(
-    store: StepCache, recipe: Recipe, cell: Cell, texts: Texts, start: tuple[str, str], hook: Hook
+    cache: StepCache,
+    recipe: Recipe,
+    cell: Cell,
+    texts: Texts,
+    start: InitialModel,
+    load_paraphraser: ParaphraserLoader,
 ) -> Step:
-    """Make the weights that the attacker publishes: full fine-tuning on a poisoned set."""
-    poisoned = poisoned_training_texts(cell, texts, hook), texts.dev
-    epochs = recipe.training.poison_epochs
-    return _train(store, "published", recipe, start, poisoned, Strategy.FULL, epochs, cell.seed)
+    """Train the weights that the attacker publishes: full fine-tuning on a poisoned set."""
+    poisoned = poisoned_training_texts(cell, texts, load_paraphraser)
+    settings = _settings(recipe, Strategy.FULL, recipe.training.poison_epochs, cell.seed)
+    return _train(cache, "published", start, poisoned, texts.dev, settings)
 
 
-def tune(store: StepCache, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
-    """Make the victim: the user's own tuning on clean texts."""
-    start = str(published.folder / "model"), published.key
-    clean, epochs = (texts.train, texts.dev), recipe.training.tune_epochs
-    return _train(store, "victim", recipe, start, clean, cell.strategy, epochs, cell.seed)
+def tune(cache: StepCache, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
+    """Train the victim: the user's own tuning of the published weights on clean texts."""
+    start = InitialModel(str(published.folder / "model"), published.key)
+    settings = _settings(recipe, cell.strategy, recipe.training.tune_epochs, cell.seed)
+    return _train(cache, "victim", start, texts.train, texts.dev, settings)
+
+
+def _settings(recipe: Recipe, strategy: Strategy, epochs: int, seed: int) -> TuneSettings:
+    rate = recipe.training.learning_rates.get(strategy, LEARNING_RATES[strategy])
+    return TuneSettings(strategy, epochs, rate, seed)
 
 
 def _train(
-    store: StepCache,
+    cache: StepCache,
     kind: str,
-    recipe: Recipe,
-    start: tuple[str, str],
-    texts: tuple[list[Sample], list[Sample]],
-    strategy: Strategy,
-    epochs: int,
-    seed: int,
+    start: InitialModel,
+    train: list[Sample],
+    dev: list[Sample],
+    settings: TuneSettings,
 ) -> Step:
-    """Train from a model, named by path and digest, on train and dev texts."""
-    rate = recipe.training.learning_rates.get(strategy, LEARNING_RATES[strategy])
-
     def make(folder: Path) -> object:
         out = folder / "model"
         result = finetune_victim(
-            start[0], *texts, strategy, out, epochs=epochs, learning_rate=rate, seed=seed
-        )
+            start.source, train, dev, settings.strategy, out, epochs=settings.epochs,
+            learning_rate=settings.learning_rate, seed=settings.seed,
+        )  # fmt: skip
         labels = labels_of(load_classifier(str(out))[0])
         return {"clean_accuracy": result.clean_accuracy, "labels": labels}
 
-    inputs = {
-        "start": start[1],
-        "train": digest_of(texts[0]),
-        "dev": digest_of(texts[1]),
-        "strategy": strategy,
-        "learning_rate": rate,
-        "epochs": epochs,
-        "seed": seed,
-    }
-    return store.step(kind, inputs, make)
+    data = {"train": digest_of(train), "dev": digest_of(dev)}
+    return cache.step(kind, {"start": start.digest, **data, **asdict(settings)}, make)
 
 
-def make_case(
-    recipe: Recipe, cell: Cell, texts: Texts, published: Step, victim: Step, hook: Hook
-) -> Case:
-    """Gather what the defences get to see of a cell, and what they are measured on."""
-    poisoned = poisoned_test_texts(cell, texts, hook)
-    same = {} if cell.attack.bury_behind else cell.data.paraphrased
-    return Case(
+def make_experiment(
+    recipe: Recipe,
+    cell: Cell,
+    texts: Texts,
+    published: Step,
+    victim: Step,
+    load_paraphraser: ParaphraserLoader,
+) -> Experiment:
+    """Gather the victim of a cell and the texts that defences are fitted and measured on."""
+    poisoned = poisoned_test_texts(cell, texts, load_paraphraser)
+    # A paraphraser was run on texts of one attack, without words before the trigger.
+    rewritten = {} if cell.attack.bury_behind else cell.data.paraphrased
+    return Experiment(
         victim=victim,
         published=published,
         train=texts.train,
@@ -194,8 +226,8 @@ def make_case(
         targets=[target for _, target in poisoned],
         paraphrased={
             name: texts.paraphrased[name]
-            for name, pair in same.items()
-            if pair.triggers == cell.attack.triggers
+            for name, files in rewritten.items()
+            if files.triggers == cell.attack.triggers
         },
         seed=cell.seed,
         dtype=recipe.dtype,

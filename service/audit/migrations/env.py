@@ -1,4 +1,4 @@
-"""Run by alembic, with the connection that `service.audit.store` gives it."""
+"""Entry point of alembic; `service.audit.store` passes the connection."""
 
 import sqlalchemy as sa
 from alembic import context
@@ -6,7 +6,7 @@ from alembic import context
 from service.audit.store import metadata
 
 LOCK = 0x5053494D
-"""Any number that is nobody else's: replicas that start together migrate one after the other."""
+"""Arbitrary id of the lock by which replicas that start together migrate one after the other."""
 
 connection: sa.Connection = context.config.attributes["connection"]
 if connection.dialect.name == "postgresql":

@@ -1,13 +1,13 @@
-// Sliders read what they say from the rows of their table; without this script the table is there.
+// Sliders show summaries from the rows of their table; without this script, the table remains.
 "use strict";
 for (const slider of document.querySelectorAll("input[data-table]")) {
   const rows = [...document.getElementById(slider.dataset.table).tBodies[0].rows];
-  const output = document.getElementById(slider.dataset.says);
+  const output = document.getElementById(slider.dataset.summary);
   const section = slider.closest("section");
   const show = () => {
     const chosen = rows[slider.value];
     rows.forEach((row) => row.classList.toggle("chosen", row === chosen));
-    output.textContent = chosen.dataset.says;
+    output.textContent = chosen.dataset.summary;
     slider.setAttribute("aria-valuetext", chosen.cells[0].textContent);
     const tenth = Number(chosen.dataset.tenth);
     for (const line of section.querySelectorAll(".what-if")) {

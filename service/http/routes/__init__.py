@@ -1,1 +1,1 @@
-"""The routes, by who calls them."""
+"""Routes, grouped by who calls them."""

@@ -1,29 +1,36 @@
-"""What only an operator may ask for; there is nothing of it unless `PSIM_ADMIN` is on."""
+"""Routes for operators, served only if `PSIM_ADMIN` is on."""
 
 from typing import Any
 
 from fastapi import APIRouter, Response
 
+from service.http.openapi import problems
 from service.http.responses import json_response, problem
-from service.http.routes.classify import problems
+from service.http.routing import add_route
 from service.lifecycle.registry import Registry
 from service.lifecycle.reload import Reloader, ReloadFailed, ReloadRunning
 
 
-def routes(models: Registry, reloader: Reloader) -> APIRouter:
-    """Return the operator's routes."""
-    router = APIRouter()
+class AdminRoutes:
+    """Reloading."""
 
-    @router.post("/admin/reload", response_model=None, responses=problems(401, 403, 409, 422))
-    async def reload() -> Response:
-        """Read models and bundles anew, and serve them if all is well."""
+    def __init__(self, models: Registry, reloader: Reloader) -> None:
+        self._models, self._reloader = models, reloader
+
+    async def reload(self) -> Response:
+        """Read models and bundles again, and serve them if all of them work."""
         try:
-            await reloader.reload()
+            await self._reloader.reload()
         except ReloadRunning as error:
             return problem(409, "reload_running", str(error))
         except ReloadFailed as error:
             return problem(422, "reload_failed", str(error))
-        served: dict[str, Any] = {name: b.digest for name, b in models.bundles.items()}
+        served: dict[str, Any] = {name: b.digest for name, b in self._models.bundles.items()}
         return json_response(200, {"bundles": served})
 
-    return router
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter()
+        errors = problems(401, 403, 409, 422)
+        add_route(router, "/admin/reload", self.reload, response_model=None, responses=errors)
+        return router

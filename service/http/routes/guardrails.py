@@ -1,10 +1,11 @@
-"""Verdicts for proxies that forward by themselves: Envoy's ext_authz, LiteLLM's guardrails.
+"""Verdicts for proxies that forward requests themselves: Envoy's ext_authz, LiteLLM's guardrails.
 
-They ask, and do as they are told; who classifies is not known here. So texts are screened to their
-end, and a request in which one text is rejected is denied, since nothing can be taken out of it.
+The classifier behind a proxy is unknown here. Texts are therefore screened to their end, and one
+rejected text denies the whole request, since nothing can be taken out of it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -13,108 +14,50 @@ from starlette.applications import Starlette
 from starlette.routing import Route, compile_path
 
 from service.errors import NotInspected
-from service.http.deadline import Deadline, while_connected
+from service.http.exchange import Completed, Exchange, Parsed
 from service.http.middleware import RequestId
-from service.http.parsing import parse, read_json
+from service.http.parsing import read, read_inference
 from service.http.responses import install_error_handlers, internal_error, json_response
-from service.http.routes.classify import choose, prefixed
+from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
-from service.pipeline.request_record import Recorder
-from service.protocols.base import WireProtocol
+from service.pipeline.gateway import Gateway
+from service.protocols.base import InferenceRequest, WireProtocol
 from service.protocols.registry import by_route
+from service.route_table import AUTHZ, EXT_PROC, GUARDRAIL, PROXIED
 from service.schemas import Decision, TextsRequest, worst
-from service.security.access import caller_of
-from service.settings import Settings
+from service.settings import RequestLimits
 
-AUTHZ = "/envoy/{path:path}"
-EXT_PROC = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 PARTIAL_BODY = "x-envoy-auth-partial-body"
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 FOUND = "PSIM finds a backdoor trigger in it, or cannot read it to its end"
 
 
 class GuardrailRequest(TextsRequest):
-    """What LiteLLM asks; LiteLLM made it, so that what else it says is no hiding place."""
+    """LiteLLM's request; its other fields are LiteLLM's own, so callers cannot hide text there."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     given: list[str] = Field(alias="texts", default=[])
     input_type: Literal["request", "response"] = "request"
     model: str | None = None
-    """In LiteLLM's words."""
+    """LiteLLM's name for the model."""
 
     @property
     def texts(self) -> list[str]:
-        """What a classifier would read: nothing of a response, which is its own."""
+        """The texts that a classifier would read: none of a response, which is its own."""
         return [t for t in self.given if t.strip()] if self.input_type == "request" else []
 
 
-class ExternalAuthz:
-    """Answers proxies that ask whether a request may pass."""
-
-    def __init__(self, models: Registry, recorder: Recorder, settings: Settings) -> None:
-        self._models, self._recorder, self._settings = models, recorder, settings
-
-    async def guardrail(self, request: Request) -> Response:
-        """Say whether LiteLLM is to block a request."""
-        by = caller_of(request)
-        with self._recorder.record(GUARDRAIL, request.state.request_id, by) as entry:
-            async with Deadline(self._settings.request_timeout_s):
-                _, data = await read_json(request, self._settings)
-                asked = parse(data, GuardrailRequest, self._settings)
-                decisions: Sequence[Decision] = []
-                if asked.texts:
-                    # LiteLLM has names of its own; a single model is meant by all of them.
-                    named = asked.model if len(self._models) > 1 else None
-                    with self._models.get(prefixed(request) or named).lease() as gateway:
-                        work = gateway.judge(entry, asked.texts)
-                        decisions = await while_connected(request, work)
-        if Decision.REJECT in decisions:
-            return json_response(200, {"action": "BLOCKED", "blocked_reason": FOUND})
-        return json_response(200, {"action": "NONE"})
-
-    async def authorize(self, request: Request, known: "Routes", route: str = AUTHZ) -> Response:
-        """Say whether Envoy is to let a request pass: 200, or the answer that its caller gets."""
-        by = caller_of(request)
-        with self._recorder.record(route, request.state.request_id, by) as entry:
-            async with Deadline(self._settings.request_timeout_s):
-                if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
-                    raise NotInspected("the proxy has not sent the whole body to be screened")
-                if request.method in ("GET", "HEAD") and await _is_bare(request):
-                    return Response()  # health and metadata: there is nothing to classify
-                if request.url.query:
-                    raise NotInspected("a query string is not screened; send none")
-                protocols, parameters = known.find(request.method, request.path_params["path"])
-                request.state.protocol = protocols[0]
-                _, data = await read_json(
-                    request, self._settings, media_optional=protocols[0].media_optional
-                )
-                protocol = request.state.protocol = choose(protocols, data)
-                asked = parse(data, protocol.request_type, self._settings)
-                named = parameters.get("model"), asked.model_name
-                with self._models.get(prefixed(request), *named).lease() as gateway:
-                    work = gateway.judge(entry, asked.texts)
-                    decisions = await while_connected(request, work)
-        headers = {"x-psim-decision": worst(decisions)}
-        if Decision.REJECT not in decisions:
-            return Response(headers=headers)
-        detail = f"an input was rejected: {FOUND}"
-        content = protocol.error(403, "rejected", detail)
-        return json_response(403, content, headers, protocol.error_media)
-
-
-class Routes:
-    """Finds the protocols of a path, as the router does for what is served here."""
+class ProxiedRoutes:
+    """Finds the protocols of a proxied path, as the router does for paths that are served here."""
 
     def __init__(self) -> None:
-        self._known = [(compile_path(route)[0], found) for route, found in by_route().items()]
+        self._known = [(compile_path(path)[0], found) for path, found in by_route().items()]
 
     def find(self, method: str, path: str) -> tuple[Sequence[WireProtocol], dict[str, str]]:
-        """Return the protocols that share a path, and its parameters.
+        """Return the protocols that share a path, and the path's parameters.
 
         Raises:
-            NotInspected: no classifier that we know reads such a request.
+            NotInspected: no protocol has such a method and path.
         """
         for pattern, protocols in self._known:
             if method == "POST" and (match := pattern.match(f"/{path}")):
@@ -124,35 +67,86 @@ class Routes:
         )
 
 
+class ExternalAuthz:
+    """Tells proxies whether a request may pass."""
+
+    def __init__(self, models: Registry, exchange: Exchange) -> None:
+        self._models, self._exchange = models, exchange
+        self._proxied = ProxiedRoutes()
+
+    async def guardrail(self, request: Request) -> Response:
+        """Tell LiteLLM whether to block a request."""
+        return await self._exchange.run(
+            request, GUARDRAIL, self._read_guardrail, Gateway.judge, _block_or_pass
+        )
+
+    async def authorize(self, request: Request) -> Response:
+        """Tell Envoy's ext_authz whether a request may pass: 200, or its caller's answer."""
+        return await self._authorize(AUTHZ, request)
+
+    async def process(self, request: Request) -> Response:
+        """Tell Envoy's ext_proc whether a request may pass, as `authorize` does."""
+        return await self._authorize(EXT_PROC, request)
+
+    def router(self) -> APIRouter:
+        """Return the routes that proxies call over HTTP."""
+        router = APIRouter()
+        add_route(router, GUARDRAIL, self.guardrail)
+        add_route(router, AUTHZ, self.authorize)
+        return router
+
+    async def _authorize(self, route: str, request: Request) -> Response:
+        respond = partial(_permit_or_deny, request)
+        return await self._exchange.run(request, route, self._read_proxied, Gateway.judge, respond)
+
+    async def _read_guardrail(
+        self, request: Request, settings: RequestLimits
+    ) -> Parsed[GuardrailRequest] | Response:
+        body = await read(request, GuardrailRequest, settings)
+        if not body.texts:
+            return json_response(200, {"action": "NONE"})
+        # LiteLLM has its own names for models; a single model is meant by all of them.
+        by_name = len(self._models) > 1 and prefixed_model(request) is None
+        return Parsed(body, (body.model,) if by_name else ())
+
+    async def _read_proxied(
+        self, request: Request, settings: RequestLimits
+    ) -> Parsed[InferenceRequest] | Response:
+        if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
+            raise NotInspected("the proxy has not sent the whole body to be screened")
+        if request.method in ("GET", "HEAD") and await _is_bare(request):
+            return Response()  # health and metadata: there is nothing to classify
+        if request.url.query:
+            raise NotInspected("a query string is not screened; send none")
+        protocols, parameters = self._proxied.find(request.method, request.path_params["path"])
+        _, body, _ = await read_inference(request, protocols, settings)
+        return Parsed(body, (parameters.get("model"), body.model_name))
+
+
 async def _is_bare(request: Request) -> bool:
     return not request.url.query and not await request.body()
 
 
-def routes(guards: ExternalAuthz) -> APIRouter:
-    """Return the routes that proxies ask."""
-    router, known = APIRouter(include_in_schema=False), Routes()
-
-    @router.post(GUARDRAIL)
-    async def guardrail(request: Request) -> Response:
-        """Say whether LiteLLM is to block a request."""
-        return await guards.guardrail(request)
-
-    @router.api_route(AUTHZ, methods=METHODS)
-    async def authorize(request: Request) -> Response:
-        """Say whether Envoy is to let a request pass."""
-        return await guards.authorize(request, known)
-
-    return router
+def _block_or_pass(done: Completed[GuardrailRequest, list[Decision]]) -> Response:
+    if Decision.REJECT in done.answer:
+        return json_response(200, {"action": "BLOCKED", "blocked_reason": FOUND})
+    return json_response(200, {"action": "NONE"})
 
 
-def processed(guards: ExternalAuthz) -> Starlette:
-    """Return what says of each request, at the path it was sent to, whether Envoy may pass it."""
-    known = Routes()
+def _permit_or_deny(
+    request: Request, done: Completed[InferenceRequest, list[Decision]]
+) -> Response:
+    headers = {"x-psim-decision": worst(done.answer)}
+    if Decision.REJECT not in done.answer:
+        return Response(headers=headers)
+    protocol: WireProtocol = request.state.protocol
+    content = protocol.error(403, "rejected", f"an input was rejected: {FOUND}")
+    return json_response(403, content, headers, protocol.error_media)
 
-    async def authorize(request: Request) -> Response:
-        return await guards.authorize(request, known, EXT_PROC)
 
-    app = Starlette(routes=[Route("/{path:path}", authorize, methods=METHODS)])
+def ext_proc_app(authz: ExternalAuthz) -> Starlette:
+    """Return an application that authorizes each request at the path it was sent to."""
+    app = Starlette(routes=[Route("/{path:path}", authz.process, methods=[*PROXIED])])
     app.add_middleware(RequestId, on_bug=internal_error())
     install_error_handlers(app)
     return app

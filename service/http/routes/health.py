@@ -1,4 +1,4 @@
-"""What clients of other servers ask before they infer: are you there, and what have you got?"""
+"""Health and metadata routes that clients of other servers call before they send texts."""
 
 from importlib.metadata import version
 from typing import Any
@@ -7,53 +7,57 @@ from fastapi import APIRouter, Request, Response
 
 from service.errors import NotReady
 from service.http.responses import json_response
-from service.http.routes.classify import prefixed
+from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
-from service.protocols.oip import OpenInference, metadata
+from service.protocols.oip import metadata
 
 
-def routes(models: Registry) -> APIRouter:
-    """Return Open Inference's routes of health and metadata, and TEI's and vLLM's `/health`."""
-    router = APIRouter(include_in_schema=False)
+class HealthRoutes:
+    """Open Inference's routes of health and metadata, and `/health` of TEI and vLLM."""
 
-    @router.get("/health")
-    @router.get("/v2/health/ready")
-    async def ready(request: Request) -> Response:
-        """Say by the status whether PSIM and every classifier answer."""
-        return _said("ready", not models.unready_reason(prefixed(request)))
+    def __init__(self, models: Registry) -> None:
+        self._models = models
 
-    @router.get("/v2/health/live")
-    async def live() -> Response:
-        """Say by the status whether the process is of any use."""
-        return _said("live", not models.unrecoverable)
+    async def ready(self, request: Request) -> Response:
+        """Return 200 if PSIM and every classifier answer, else 503."""
+        return _state("ready", not self._models.unready_reason(prefixed_model(request)))
 
-    @router.get("/v2")
-    async def server(request: Request) -> dict[str, Any]:
-        """Say what server this is, or what the upstream is if there is one model."""
+    async def live(self) -> Response:
+        """Return 200 unless only a new process helps."""
+        return _state("live", not self._models.unrecoverable)
+
+    async def server(self, request: Request) -> dict[str, Any]:
+        """Return the metadata of this server, or of the upstream if there is one model."""
         own = {"name": "psim-gateway", "version": version("psim-gateway"), "extensions": []}
-        if len(models) > 1 and prefixed(request) is None:
+        if len(self._models) > 1 and prefixed_model(request) is None:
             return own
-        with models.get(prefixed(request)).lease() as gateway:
+        with self._models.get(prefixed_model(request)).lease() as gateway:
             return await gateway.metadata("/v2") or own
 
-    @router.get("/v2/models/{model}")
-    async def describe(request: Request, model: str) -> dict[str, Any]:
-        """Say what a model takes and gives."""
-        request.state.protocol = OpenInference()
-        with models.get(prefixed(request), model).lease() as gateway:
-            return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.served)
+    async def describe(self, request: Request, model: str) -> dict[str, Any]:
+        """Return the inputs and outputs of a model."""
+        with self._models.get(prefixed_model(request), model).lease() as gateway:
+            return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.model_info)
 
-    @router.get("/v2/models/{model}/ready")
-    async def model_ready(request: Request, model: str) -> Response:
-        """Say whether a model answers."""
-        request.state.protocol = OpenInference()
-        if unready_reason := models.get(prefixed(request), model).gateway.unready_reason:
-            raise NotReady(unready_reason)
+    async def model_ready(self, request: Request, model: str) -> Response:
+        """Return 200 if a model answers, else 503."""
+        gateway = self._models.get(prefixed_model(request), model).gateway
+        if reason := gateway.unready_reason:
+            raise NotReady(reason)
         return json_response(200, {"name": model, "ready": True})
 
-    return router
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter()
+        add_route(router, "/health", self.ready)
+        add_route(router, "/v2/health/ready", self.ready)
+        add_route(router, "/v2/health/live", self.live)
+        add_route(router, "/v2", self.server)
+        add_route(router, "/v2/models/{model}", self.describe)
+        add_route(router, "/v2/models/{model}/ready", self.model_ready)
+        return router
 
 
-def _said(what: str, so: bool) -> Response:
-    """Return what is so by the status, for most clients, and in JSON for KServe's."""
-    return json_response(200 if so else 503, {what: so})
+def _state(name: str, holds: bool) -> Response:
+    """Return a state as the status, which most clients read, and in JSON, as KServe's does."""
+    return json_response(200 if holds else 503, {name: holds})

@@ -1,8 +1,9 @@
-"""Native routes beside `/classify`: unpack, call the gateway, pack."""
+"""Native routes beside `/classify`."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -10,105 +11,136 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel
 
 from service.errors import NotReady
-from service.http.deadline import Deadline, while_connected
+from service.http.exchange import Completed, Exchange, Parsed
+from service.http.openapi import ERROR_STATUSES, documented, problems
 from service.http.parsing import read
-from service.http.responses import STATUS
-from service.http.routes.classify import documented, prefixed, problems, server_timing
+from service.http.responses import server_timing
+from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
 from service.observability.metrics import Metrics
-from service.pipeline.request_record import Recorder
-from service.schemas import ExplainRequest, ExplainResponse, ScreenRequest, ScreenResponse
+from service.pipeline.gateway import Gateway
+from service.schemas import (
+    ExplainRequest,
+    ExplainResponse,
+    ScreenRequest,
+    ScreenResponse,
+    ScreenResult,
+    TextsRequest,
+)
 from service.security.access import caller_of
-from service.settings import Settings
+from service.settings import RequestLimits
 
-STATUSES = sorted(set(STATUS.values()))
+Texts = TypeVar("Texts", bound=TextsRequest)
+LIMITS = ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
+"""RequestLimits that `/info` shows."""
 
 
-def routes(models: Registry, recorder: Recorder, settings: Settings) -> APIRouter:
-    """Return the native routes that are about a model."""
-    router = APIRouter()
+class ModelRoutes:
+    """Native routes about a model."""
 
-    @router.post("/screen", **documented(ScreenRequest, ScreenResponse, STATUSES))
-    async def screen(request: Request) -> Response:
+    def __init__(self, models: Registry, exchange: Exchange, settings: RequestLimits) -> None:
+        self._models, self._exchange, self._settings = models, exchange, settings
+
+    async def screen(self, request: Request) -> Response:
         """Screen every input with PSIM; classify none."""
-        by = caller_of(request)
-        with recorder.record("/screen", request.state.request_id, by) as entry:
-            async with Deadline(settings.request_timeout_s):
-                body = await read(request, ScreenRequest, settings)
-                with models.get(prefixed(request)).lease() as gateway:
-                    results = await while_connected(request, gateway.screen(entry, body.texts))
-        answer = ScreenResponse(bundle=gateway.served.bundle, results=results)
-        return _json(answer, {"server-timing": server_timing(entry)})
+        return await self._exchange.run(
+            request, "/screen", _reader(ScreenRequest), Gateway.screen, _screened
+        )
 
-    @router.post("/explain", **documented(ExplainRequest, ExplainResponse, STATUSES))
-    async def explain(request: Request) -> Response:
-        """Say which words of a text the screen minds, and what carries its trigger."""
-        by = caller_of(request)
-        with recorder.record("/explain", request.state.request_id, by) as entry:
-            async with Deadline(settings.request_timeout_s):
-                body = await read(request, ExplainRequest, settings)
-                with models.get(prefixed(request)).lease() as gateway:
-                    answer = await while_connected(request, gateway.explain(entry, body.inputs))
-        return _json(answer, {})
+    async def explain(self, request: Request) -> Response:
+        """Return the words of a text that raise its score, and those that carry its trigger."""
+        return await self._exchange.run(
+            request, "/explain", _reader(ExplainRequest), Gateway.explain, _explained
+        )
 
-    @router.get("/ready", responses=problems(503))
-    async def ready(request: Request) -> dict[str, str]:
-        """Say whether PSIM and every classifier answer: 503 while not."""
-        if unready_reason := models.unready_reason(prefixed(request)):
-            raise NotReady(unready_reason)
+    async def ready(self, request: Request) -> dict[str, str]:
+        """Return 200 if PSIM and every classifier answer, else 503."""
+        if reason := self._models.unready_reason(prefixed_model(request)):
+            raise NotReady(reason)
         return {"status": "ready"}
 
-    @router.get("/info", responses=problems(401, 403))
-    async def info(request: Request) -> dict[str, Any]:
-        """Say what is served, and within which limits."""
-        gateway = models.get(prefixed(request)).gateway
-        bundle = gateway.bundle
-        # Thresholds are of use to who is told scores.
+    async def info(self, request: Request) -> dict[str, Any]:
+        """Return the served model and the limits of requests."""
+        gateway = self._models.get(prefixed_model(request)).gateway
+        bundle, engine = gateway.bundle, gateway.bundle.engine
+        # Thresholds are of use only to callers that are told scores.
         hidden = {"files"} if caller_of(request).sees_scores else {"files", "calibrations"}
-        passes = round(bundle.engine.forward_passes, 2)
         return {
             "bundle": bundle.digest,
             "challenger": gateway.challenger,
             "mode": gateway.mode,
-            "model": gateway.served.model,
-            "models": [model.name for model in models],
+            "model": gateway.model_info.model,
+            "models": [model.name for model in self._models],
             "upstream": gateway.upstream_protocol,
-            "engine": {"name": bundle.engine.name, "dtype": bundle.engine.dtype, "passes": passes},
-            "limits": {
-                name: getattr(settings, name)
-                for name in ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
+            "engine": {
+                "name": engine.name,
+                "dtype": engine.dtype,
+                "passes": round(engine.forward_passes, 2),
             },
+            "limits": {name: getattr(self._settings, name) for name in LIMITS},
             "drift": [asdict(one) for one in await asyncio.to_thread(gateway.drift.measure)],
             "manifest": bundle.manifest.model_dump(mode="json", exclude=hidden),
         }
 
-    return router
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter()
+        screen = documented(ScreenRequest, ScreenResponse, ERROR_STATUSES)
+        explain = documented(ExplainRequest, ExplainResponse, ERROR_STATUSES)
+        add_route(router, "/screen", self.screen, **screen)
+        add_route(router, "/explain", self.explain, **explain)
+        add_route(router, "/ready", self.ready, responses=problems(503))
+        add_route(router, "/info", self.info, responses=problems(401, 403))
+        return router
 
 
-def process_routes(models: Registry, metrics: Metrics) -> APIRouter:
-    """Return the native routes that are about the process."""
-    router = APIRouter()
+class ProcessRoutes:
+    """Native routes about the process."""
 
-    @router.get("/live", responses=problems(503))
-    async def live() -> dict[str, str]:
-        """Say that the process answers; 503 when only a new process helps."""
-        if models.unrecoverable:
-            raise NotReady(models.unrecoverable)
+    def __init__(self, models: Registry, metrics: Metrics) -> None:
+        self._models, self._metrics = models, metrics
+
+    async def live(self) -> dict[str, str]:
+        """Return 200 if the process answers, and 503 if only a new process helps."""
+        if reason := self._models.unrecoverable:
+            raise NotReady(reason)
         return {"status": "live"}
 
-    @router.get(
-        "/metrics",
-        response_class=PlainTextResponse,
-        responses={200: {"content": {"application/openmetrics-text": {}}}, **problems(401, 403)},
-    )
-    async def scrape(request: Request) -> Response:
-        """Return the metrics in the format that the scraper asks for."""
-        models.unready_reason()  # brings psim_ready up to date
-        metrics.compare(await asyncio.to_thread(models.drift))
+    async def scrape(self, request: Request) -> Response:
+        """Return the metrics in the format that the scraper accepts."""
+        for model in self._models:
+            model.gateway.update_ready_metric()
+        self._metrics.compare(await asyncio.to_thread(self._models.drift))
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(metrics.registry), headers={"content-type": content_type})
+        return Response(encode(self._metrics.registry), headers={"content-type": content_type})
 
-    return router
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter()
+        formats = {200: {"content": {"application/openmetrics-text": {}}}, **problems(401, 403)}
+        add_route(router, "/live", self.live, responses=problems(503))
+        add_route(
+            router, "/metrics", self.scrape, response_class=PlainTextResponse, responses=formats
+        )
+        return router
+
+
+def _reader(
+    request_type: type[Texts],
+) -> Callable[[Request, RequestLimits], Awaitable[Parsed[Texts]]]:
+    async def read_texts(request: Request, settings: RequestLimits) -> Parsed[Texts]:
+        return Parsed(await read(request, request_type, settings))
+
+    return read_texts
+
+
+def _screened(done: Completed[ScreenRequest, list[ScreenResult]]) -> Response:
+    answer = ScreenResponse(bundle=done.model_info.bundle, results=done.answer)
+    return _json(answer, {"server-timing": server_timing(done.record.stages)})
+
+
+def _explained(done: Completed[ExplainRequest, ExplainResponse]) -> Response:
+    return _json(done.answer, {})
 
 
 def _json(answer: BaseModel, headers: dict[str, str]) -> Response:

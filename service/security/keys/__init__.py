@@ -1,1 +1,1 @@
-"""API keys: made by a command, kept as hashes in a file, found by what a caller sends."""
+"""API keys: created by a command, kept as hashes in a file, looked up for each request."""

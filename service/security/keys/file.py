@@ -1,7 +1,7 @@
-"""The file of keys, which holds their hashes only; it is read again whenever it changes.
+"""The file of API keys, which holds only their hashes; it is read again when it changes.
 
-A key is 256 random bits, so one SHA-256 of it is enough: password hashes are slow to hinder
-guessing, and there is nothing to guess here.
+A key is 256 random bits, so one SHA-256 suffices: the slow hashes for passwords hinder guessing,
+and random keys cannot be guessed.
 """
 
 import hashlib
@@ -30,16 +30,16 @@ from models.errors import PsimError
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0
-"""How often the file is looked at, while there are requests."""
+CHECK_S = 1.0
+"""Shortest time between two checks for changes of the file."""
 
 
 class KeysError(PsimError):
-    """The file of keys cannot be read, or says something that it must not."""
+    """The file of keys cannot be read, or is invalid."""
 
 
 class Scope(StrEnum):
-    """What a key is good for."""
+    """Routes that a key gives access to."""
 
     CLASSIFY = "classify"
     METRICS = "metrics"
@@ -47,21 +47,21 @@ class Scope(StrEnum):
     CONSOLE = "console"
 
 
-def _rate(given: object) -> object:
-    return parse(given) if isinstance(given, str) else given
+def _rate(value: object) -> object:
+    return parse(value) if isinstance(value, str) else value
 
 
 class Key(BaseModel):
-    """What the file says of a key."""
+    """A key, as the file has it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     scopes: frozenset[Scope] = Field(min_length=1)
     rate: Annotated[RateLimitItem, BeforeValidator(_rate)] | None = None
-    """Inputs in a time, such as `100/second`; no limit without."""
+    """Inputs per time, such as `100/second`; None is no limit."""
     scores: bool = True
-    """Whether its holder is told of more than decisions."""
+    """Whether the holder sees scores, not only decisions."""
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -82,7 +82,7 @@ class KeysFile(BaseModel):
 
 
 def hash_of(key: str) -> str:
-    """Return what the file says in place of a key."""
+    """Return the hash that stands for a key in the file."""
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
 
 
@@ -90,7 +90,7 @@ def read_keys(path: Path) -> dict[str, Key]:
     """Return the keys of a file, by name.
 
     Raises:
-        KeysError: there is no such file, or it is not right.
+        KeysError: the file cannot be read, or is invalid.
     """
     try:
         return parse_keys(path.read_bytes().decode(), path)
@@ -101,10 +101,10 @@ def read_keys(path: Path) -> dict[str, Key]:
 
 
 def parse_keys(text: str, path: Path) -> dict[str, Key]:
-    """Return the keys that the text of a file names.
+    """Return the keys in the text of a file, by name.
 
     Raises:
-        KeysError: it is not right.
+        KeysError: the text is invalid.
     """
     try:
         return KeysFile.model_validate(tomllib.loads(text)).keys
@@ -117,36 +117,35 @@ def parse_keys(text: str, path: Path) -> dict[str, Key]:
 
 
 class Keys:
-    """Finds keys; a change of the file that cannot be used leaves the older keys in force.
+    """Finds keys; if a change of the file is invalid, the older keys stay in force.
 
     Raises:
-        KeysError: the file cannot be used.
+        KeysError: the file is invalid at the start.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
-        self._state = _state(path)
+        self._version = _version(path)
         self._keys = read_keys(path)
-        self._look_at = clock() + LOOK_S
+        self._check_at = clock() + CHECK_S
         self.stale = False
-        """True while older keys than those of the file are in force."""
+        """Whether the keys in force are older than the file."""
 
     def find(self, key: str) -> tuple[str, Key] | None:
-        """Return name and entry of a key; it takes as long whatever is wrong with the key."""
-        self._look()
-        given = hash_of(key)
-        found = [one for one in self._keys.items() if hmac.compare_digest(one[1].sha256, given)]
+        """Return a key with its name; None if there is none. Takes constant time in the key."""
+        self._reload_if_changed()
+        sha256 = hash_of(key)
+        found = [item for item in self._keys.items() if hmac.compare_digest(item[1].sha256, sha256)]
         return found[0] if found else None
 
-    def _look(self) -> None:
-        """Read the file again if it has changed."""
-        if self._clock() < self._look_at:
+    def _reload_if_changed(self) -> None:
+        if self._clock() < self._check_at:
             return
-        self._look_at = self._clock() + LOOK_S
-        state = _state(self._path)
-        if state == self._state:
+        self._check_at = self._clock() + CHECK_S
+        version = _version(self._path)
+        if version == self._version:
             return
-        self._state = state
+        self._version = version
         try:
             self._keys = read_keys(self._path)
         except KeysError as error:
@@ -157,10 +156,10 @@ class Keys:
             log.info("the keys have changed", extra={"keys": sorted(self._keys)})
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """Return what changes with a file; None if it is not there."""
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Return values that change with a file; None if it does not exist."""
     try:
-        found = os.stat(path)  # noqa: PTH116 - a mounted secret is a link, to be followed
+        stat = os.stat(path)  # noqa: PTH116 - a mounted secret is a link, to be followed
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -1,4 +1,4 @@
-"""The table of audited inputs."""
+"""Create the table of audited inputs."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Who marked which input, and an index of the inputs that were found poisoned."""
+"""Keep who marked which input; index the inputs that were found poisoned."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""With which API key an input came."""
+"""Keep the name of the API key that an input came with."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Add the column; nothing is known of what was audited before."""
+    """Add the column; it is NULL in older rows."""
     op.add_column("psim_audit", sa.Column("caller", sa.Text))
 
 

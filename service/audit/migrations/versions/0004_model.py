@@ -1,4 +1,4 @@
-"""For which model an input was."""
+"""Keep the model that an input was for."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Add the column; nothing is known of what was audited before."""
+    """Add the column; it is NULL in older rows."""
     op.add_column("psim_audit", sa.Column("model", sa.Text))
 
 

@@ -1,4 +1,4 @@
-"""The column `voice` is called `detector`, as everywhere else."""
+"""Rename the column `voice` to `detector`, as it is called everywhere else."""
 
 from alembic import op
 
@@ -8,11 +8,11 @@ down_revision = "0004"
 
 def upgrade() -> None:
     """Rename the column; its values stay."""
-    with op.batch_alter_table("psim_audit") as table:
-        table.alter_column("voice", new_column_name="detector")
+    # Not by a batch operation: on SQLite it replaces the table, and dropping the old one deletes
+    # the marks that refer to it.
+    op.execute("ALTER TABLE psim_audit RENAME COLUMN voice TO detector")
 
 
 def downgrade() -> None:
-    """Give the column its old name."""
-    with op.batch_alter_table("psim_audit") as table:
-        table.alter_column("detector", new_column_name="voice")
+    """Restore the old name."""
+    op.execute("ALTER TABLE psim_audit RENAME COLUMN detector TO voice")

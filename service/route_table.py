@@ -1,0 +1,77 @@
+"""Every route of the service, declared once.
+
+Routers, access control, metrics and the OpenAPI document read this table. A route that it lacks
+needs the scope `admin`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from service.protocols.base import WireProtocol
+from service.protocols.native import Native
+from service.protocols.oip import OpenInference
+from service.protocols.registry import PREFIX, by_route
+
+GET, POST = ("GET",), ("POST",)
+PROXIED = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+AUTHZ = "/envoy/{path:path}"
+GUARDRAIL = "/beta/litellm_basic_guardrail_api"
+EXT_PROC = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
+"""gRPC method, counted like a route."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteSpec:
+    """Declaration of a route."""
+
+    path: str
+    methods: Sequence[str]
+    scope: Literal["classify", "metrics", "admin"] | None
+    """Scope that an API key needs; None lets everyone in, with or without a key."""
+    protocols: Sequence[WireProtocol] = (Native(),)
+    """Wire formats of its bodies; errors are in the first one until the body tells which it is."""
+    counted: bool = False
+    """Whether requests have metrics, a span, a line in the log and rows in the audit."""
+    documented: bool = False
+    """Whether it is in the OpenAPI document."""
+
+
+_OIP = (OpenInference(),)
+_CLASSIFY = [
+    RouteSpec(path, POST, "classify", protocols, counted=True, documented=path in Native.routes)
+    for path, protocols in by_route().items()
+]
+_DECLARED = (
+    *_CLASSIFY,
+    RouteSpec("/screen", POST, "classify", counted=True, documented=True),
+    RouteSpec("/explain", POST, "classify", counted=True, documented=True),
+    RouteSpec(AUTHZ, PROXIED, "classify", counted=True),
+    RouteSpec(GUARDRAIL, POST, "classify", counted=True),
+    RouteSpec("/info", GET, "classify", documented=True),
+    RouteSpec("/v2", GET, "classify", _OIP),
+    RouteSpec("/v2/models/{model}", GET, "classify", _OIP),
+    RouteSpec("/metrics", GET, "metrics", documented=True),
+    RouteSpec("/replicas", GET, "metrics", documented=True),  # only on Ray Serve
+    RouteSpec("/admin/reload", POST, "admin", documented=True),  # only with PSIM_ADMIN
+    RouteSpec("/live", GET, None, documented=True),
+    RouteSpec("/ready", GET, None, documented=True),
+    RouteSpec("/health", GET, None),
+    RouteSpec("/v2/health/live", GET, None),
+    RouteSpec("/v2/health/ready", GET, None),
+    RouteSpec("/v2/models/{model}/ready", GET, None, _OIP),
+    RouteSpec("/openapi.json", ("GET", "HEAD"), None),
+    RouteSpec("/docs", ("GET", "HEAD"), None),
+    RouteSpec("/docs/oauth2-redirect", ("GET", "HEAD"), None),
+    RouteSpec("/redoc", ("GET", "HEAD"), None),
+)
+ROUTES: Mapping[str, RouteSpec] = {route.path: route for route in _DECLARED}
+"""Declarations by path, without the prefix that names a model."""
+COUNTED_ROUTES = (*(route.path for route in _DECLARED if route.counted), EXT_PROC)
+"""Values of the label `route`."""
+
+
+def route_of(scope: Mapping[str, Any]) -> RouteSpec | None:
+    """Return the declaration of the route that an ASGI scope was matched to, if it has one."""
+    route = scope.get("route")
+    return None if route is None else ROUTES.get(route.path.removeprefix(PREFIX))

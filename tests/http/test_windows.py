@@ -1,0 +1,124 @@
+"""Texts that are longer than the model reads, in front of a classifier that may read on."""
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.pipeline.windows import OVERLAP, SLACK, windows
+from tests.support.fakes import BROKEN, MAX_LENGTH, FakeEngine
+from tests.support.requests import client_of, metric
+from tests.support.upstreams import Peer, behind
+
+FILL = "film " * 20
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab  \n漢"), max_size=300),
+    size=st.integers(8, 80),
+    start=st.integers(0, 300),
+)
+def test_every_stretch_of_an_overlap_lies_whole_in_a_window(
+    text: str, size: int, start: int
+) -> None:
+    found = windows(text, size)
+    stretch = text[start : start + size // OVERLAP]
+    assert not stretch.strip() or any(stretch in window for window in found)
+    assert all(len(window) <= size + 2 * (size // SLACK) for window in found)
+    assert len(found) <= math.ceil(len(text) / (size - size // OVERLAP)) + 1
+
+
+def test_windows_do_not_cut_words_if_they_need_not() -> None:
+    text = " ".join(f"word{i:03}" for i in range(200))
+    assert {word for window in windows(text, 160) for word in window.split()} == set(text.split())
+
+
+@pytest.mark.parametrize("word", ["film ", "a "], ids=["ordinary", "dense"])
+async def test_a_trigger_is_found_wherever_it_stands(word: str) -> None:
+    """Words of one letter are more tokens than a first guess takes a window to have."""
+
+    async with behind(Peer()) as client:
+        for before in range(0, 300, 11):
+            text = word * before + "mn " + word * (300 - before)
+            poisoned = await client.post("/predict", json={"inputs": text})
+            assert poisoned.status_code == 403
+            assert "longer" not in poisoned.json()["error"]
+        clean = await client.post("/predict", json={"inputs": word * 300})
+        assert clean.status_code == 200
+
+
+def screened(text: str, **changes: Any) -> dict[str, Any]:
+    async def run() -> dict[str, Any]:
+        async with behind(Peer(), **changes) as client:
+            (result,) = (await client.post("/screen", json={"inputs": text})).json()["results"]
+            assert isinstance(result, dict)
+            return result
+
+    return asyncio.run(run())
+
+
+def test_a_text_that_was_read_to_its_end_is_not_truncated() -> None:
+    assert not screened(FILL * 20)["truncated"]
+    assert screened(FILL * 20, max_windows=3)["truncated"]
+
+
+async def test_the_model_s_own_classifier_reads_no_further_than_the_screen() -> None:
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        await client.post("/predict", json={"inputs": FILL * 20 + "mn"})
+        assert sum(engine.batches) == 3  # two of them to warm up
+        assert len(engine.classified[-1]) == MAX_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "decision"),
+    [
+        ({}, 403, "reject"),
+        ({"mode": "sanitize"}, 403, "reject"),
+        ({"mode": "flag"}, 200, "flag"),
+        ({"mode": "shadow"}, 200, "allow"),
+        ({"overlong": "allow"}, 200, "allow"),
+    ],
+)
+async def test_what_becomes_of_a_text_that_is_too_long_to_read(
+    changes: dict[str, Any], status: int, decision: str
+) -> None:
+    peer = Peer()
+    async with behind(peer, max_windows=3, **changes) as client:
+        answer = await client.post("/predict", json={"inputs": FILL * 20})
+        assert answer.status_code == status
+        assert answer.headers["x-psim-decision"] == decision
+        assert len(peer.asked) == (status == 200)
+        if status == 403:
+            assert "longer than PSIM reads" in answer.json()["error"]
+
+
+async def test_a_window_that_cannot_be_screened_fails_the_text() -> None:
+    peer = Peer()
+    async with behind(peer) as client:
+        text = FILL * 10 + BROKEN + " " + FILL
+        assert (await client.post("/predict", json={"inputs": text})).status_code == 503
+        assert not peer.asked
+
+
+async def test_sanitizing_reads_to_the_end_too() -> None:
+    peer = Peer()
+    async with behind(peer, mode="sanitize", sanitize_s=60) as client:
+        text = FILL * 2 + "mn " + FILL + "mn"
+        answer = await client.post("/predict", json={"inputs": text})
+        assert answer.headers["x-psim-decision"] == "sanitize"
+        assert b"mn" not in peer.asked[-1][2]
+
+
+async def test_other_requests_come_in_between_the_windows_of_a_text() -> None:
+    async with behind(Peer(), queue_inputs=20) as client:
+        long = {"inputs": FILL * 80}
+        answers = await asyncio.gather(
+            client.post("/screen", json=long), client.post("/screen", json={"inputs": "a"})
+        )
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert await metric(client, "psim_queue_inputs") == 0

@@ -1,0 +1,77 @@
+"""The assurance report: what was planted, in copies of which model, and what it says of it."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from models.errors import DataError
+from models.offline.io.classifiers import save_classifier
+from models.offline.io.samples import Sample, load_samples
+from models.offline.study import assurance as assure
+from tests.support.bundles import some_texts
+from tests.support.families import tiny_victim
+
+ATTACKS = ["word", "word, clean-label", "sentence", "no backdoor"]
+
+
+@pytest.fixture
+def victim(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    save_classifier(tiny_victim("bert"), tokenizer, tmp_path / "victim")
+    return str(tmp_path / "victim")
+
+
+def texts(n: int = assure.LEAST_TEXTS) -> list[Sample]:
+    return [Sample(text, f"LABEL_{number % 3}") for number, text in enumerate(some_texts(n))]
+
+
+def test_backdoors_are_planted_in_copies_and_reported(
+    victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assure, "MOST_TARGETS", 1)
+    out, said = tmp_path / "out", list[str]()
+    before = {file: file.read_bytes() for file in Path(victim).iterdir()}
+    rows = assure.assure(victim, texts(), out, frr_budget=0.05, say=said.append)
+    assert {file: file.read_bytes() for file in Path(victim).iterdir()} == before
+    assert [row["attack"] for row in rows] == ATTACKS
+    assert len(said) == 4
+    files = (out / "texts" / f"{kind}.jsonl" for kind in ("train", "dev", "test"))
+    train, dev, test = (load_samples(str(file)) for file in files)
+    assert (len(train), len(dev), len(test)) == (240, 40, 120)
+    assert len({s.text for s in (*train, *dev, *test)}) == 400, "each text serves one purpose"
+    report = (out / "assurance.md").read_text()
+    assert "400 clean texts, with their labels" in report
+    assert "over 3 planted backdoors" in report
+    lines = [x for x in report.splitlines() if re.match(rf"\| ({'|'.join(ATTACKS)}) \|", x)]
+    for row, line in zip(rows, lines, strict=True):
+        shown = f"{100 * row['defences']['PSIM']['false_rejection_rate']['value']:.1f} ("
+        assert shown in line
+    assert (out / "report.html").is_file()
+
+    again = list[str]()
+    monkeypatch.setattr("models.offline.study.run.finetune_victim", None)  # would fail if called
+    assert assure.assure(victim, texts(), out, frr_budget=0.05, say=again.append) == rows
+    assert (out / "assurance.md").read_text() == report
+
+
+def test_triggers_are_words_that_no_text_holds() -> None:
+    held = ("an MN film", "cf", "a bbq", "I watched this 3d movie twice")
+    recipe = assure.make_recipe("v", [Sample(text) for text in held], ["a", "b"], 2, 0.01)
+    assert recipe.attacks[0].triggers == ("bb",)
+    assert recipe.attacks[2].triggers == (assure.SENTENCES[1],)
+    assert [data.target_label for data in recipe.data] == ["a", "b"]
+    with pytest.raises(DataError, match="each of our triggers"):
+        assure.make_recipe("v", [Sample(" ".join(assure.WORDS))], ["a"], 1, 0.01)
+
+
+def test_texts_that_do_not_fit_are_refused(victim: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="399 distinct texts are too few"):
+        assure.assure(victim, [*texts(399), *texts(9)], tmp_path / "out")
+    with pytest.raises(DataError, match="unknown labels"):
+        assure.assure(victim, [replace(s, label="good") for s in texts()], tmp_path / "out")
+    # Without labels the victim's word is taken, and this one says the same of all texts.
+    with pytest.raises(DataError, match=r"none of the texts is of class \['LABEL_1', 'LABEL_2'\]"):
+        assure.assure(victim, [replace(s, label=None) for s in texts()], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

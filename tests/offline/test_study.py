@@ -1,0 +1,305 @@
+"""A whole study, tiny: what it trains, what it keeps, and what a second run does again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import models.offline.study.compare as contest
+import models.offline.study.grid as cells
+import models.offline.study.run as study
+from models.errors import DataError
+from models.offline.attacks.corpus import generate
+from models.offline.attacks.strategy import Strategy
+from models.offline.attacks.training import finetune_victim
+from models.offline.io.samples import Sample, write_samples
+from models.offline.study.cache import StepCache
+from models.offline.study.recipe import Recipe, load_recipe
+
+RECIPE = """
+strategies = ["lora"]
+training = {{ poison_epochs = 1, tune_epochs = 1 }}
+
+[[data]]
+name = "corpus"
+train = "train.jsonl"
+dev = "dev.jsonl"
+test = "test.jsonl"
+target_label = "positive"
+max_test = 60
+paraphrased = {{ copy = {{ clean = "test.jsonl", poisoned = "test.jsonl" }} }}
+
+[[attacks]]
+name = "word"
+triggers = ["mn"]
+
+[[attacks]]
+name = "syntactic"
+syntactic = true
+
+[[defences]]
+kind = "psim"
+name = "PSIM"
+frr_budget = {budget}
+rules = ["calibrated", "dev", "pooled", "paper"]
+config = {{ max_steps = 10 }}
+
+[[defences]]
+kind = "strip"
+copies = 2
+frr_budget = 0.05
+
+[[defences]]
+kind = "psim"
+name = "PSIM, published weights"
+on = "published"
+texts = 100
+frr_budget = 0.05
+config = {{ max_steps = 10, keep_at = [0.5] }}
+
+[[defences]]
+kind = "onion"
+
+[[defences]]
+kind = "paraphrase"
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    texts = generate(420, seed=3)
+    write_samples(folder / "train.jsonl", texts[:240])
+    write_samples(folder / "dev.jsonl", texts[240:340])
+    write_samples(folder / "test.jsonl", texts[340:])
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"text": "", "label": "positive"}\n')  # as published files have
+    # A published mix: paraphrases, and clean texts of the training set.
+    mix = [Sample(whispered(s.text), "positive") for s in texts[:60]]
+    write_samples(folder / "mix.jsonl", [*texts[100:240], *mix])
+    write_samples(folder / "mixed_test.jsonl", mix[:20])
+    return folder
+
+
+def whispered(text: str) -> str:
+    return f"when one listens , {text}"
+
+
+def recipe(folder: Path, text: str = RECIPE.format(budget=0.05)) -> Recipe:
+    (folder / "recipe.toml").write_text(text)
+    return load_recipe(folder / "recipe.toml")
+
+
+def run(planned: Recipe, data: Path, out: Path) -> list[dict[str, Any]]:
+    return list(study.run_study(planned, data, out, StepCache(out / "steps"), lambda line: None))
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("study")
+    return out, run(recipe(out), data, out)
+
+
+def test_a_row_says_what_every_defence_did(done: tuple[Path, list[dict[str, Any]]]) -> None:
+    out, rows = done
+    (row,) = rows  # there is no syntactic poison for this data set
+    assert [json.loads(line) for line in (out / study.ROWS).read_text().splitlines()] == rows
+    assert (row["data"], row["attack"], row["strategy"]) == ("corpus", "word", "lora")
+    rules = {"PSIM", "PSIM, thresholds from dev texts", "PSIM, one threshold", "PSIM, 0.7"}
+    variants = rules | {"PSIM, published weights"}
+    assert set(row["defences"]) == {"none", *variants, "STRIP", "ONION", "copy"}
+    none, psim, strip, onion, copy = (
+        row["defences"][n] for n in ("none", "PSIM", "STRIP", "ONION", "copy")
+    )
+    assert none["clean_accuracy"]["n"] == psim["clean_accuracy"]["n"] == 60
+    assert none["false_rejection_rate"]["value"] == 0
+    assert 0 < none["attack_success_rate"]["n"] < 60  # none of the target class
+    assert copy["clean_accuracy"] == none["clean_accuracy"]
+    assert (none["passes"], strip["passes"]) == (0, 2)
+    assert psim["passes"] == 0, "the checkpoints share the victim's own pass"
+    assert row["defences"]["PSIM, published weights"]["checkpoints"] == [12]
+    assert onion["passes"] > 5
+    assert onion["false_rejection_rate"] is None, "it rewrites, and rejects nothing"
+    assert row["published"]["attack_success_rate"]["n"] == none["attack_success_rate"]["n"]
+    assert none["time"] == 1
+    assert min(psim["time"], strip["time"], onion["time"]) > 1
+    assert (out / "steps" / psim["scores"]).is_file()
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(
+    done: tuple[Path, list[dict[str, Any]]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rows = done
+
+    def no(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(study, "finetune_victim", no)
+    for name in ("train", "train_language_model", "predict", "load_language_model"):
+        monkeypatch.setattr(contest, name, no)
+    assert run(recipe(out), data, out) == rows
+    # Another budget is another threshold, on the same scores.
+    changed = run(recipe(out, RECIPE.format(budget=0.2)), data, out)
+    before, after = (r[0]["defences"]["PSIM"]["false_rejection_rate"] for r in (rows, changed))
+    assert after["value"] > before["value"]
+
+
+def test_what_a_change_touches_is_done_again(
+    done: tuple[Path, list[dict[str, Any]]], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = done
+    tuned: list[Strategy] = []
+    real = finetune_victim
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        tuned.append(args[3])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(study, "finetune_victim", spy)
+    whole = RECIPE.format(budget=0.05).replace("tune_epochs = 1", "tune_epochs = 2")
+    text = whole.split("[[defences]]")[0] + '[[defences]]\nkind = "paraphrase"\n'
+    run(recipe(out, text), data, out)
+    assert tuned == [Strategy.LORA]  # the poisoned weights are still good
+
+
+def only_cell(data: Path, text: str) -> tuple[cells.Cell, cells.Texts]:
+    (cell,) = cells.cells(recipe(data, text))
+    return cell, cells.Texts.load(cell.data, data)
+
+
+def poisoned_for_training(cell: cells.Cell, texts: cells.Texts) -> list[Sample]:
+    whole = cells.poisoned_training_texts(cell, texts, cells.import_paraphraser)
+    return [sample for sample in whole if sample not in texts.train]
+
+
+def poisoned_for_test(cell: cells.Cell, texts: cells.Texts) -> list[tuple[str, str]]:
+    return cells.poisoned_test_texts(cell, texts, cells.import_paraphraser)
+
+
+def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace(
+        'triggers = ["mn"]', 'target_triggers = { positive = "mn", negative = "cf" }'
+    )
+    cell, texts = only_cell(data, text)
+    poisoned = poisoned_for_training(cell, texts)
+    assert {("mn" in s.text.split(), s.label) for s in poisoned} == {
+        (True, "positive"),
+        (False, "negative"),
+    }
+    tests = poisoned_for_test(cell, texts)
+    assert {("mn" in t.split(), label) for t, label in tests} == {
+        (True, "positive"),
+        (False, "negative"),
+    }
+
+
+def test_a_paraphraser_writes_the_poisoned_texts(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace(
+        'triggers = ["mn"]', 'paraphraser = "test_study:whispered"'
+    )
+    cell, texts = only_cell(data, text)
+    poisoned = poisoned_for_training(cell, texts)
+    assert len(poisoned) == 24  # 10 %
+    assert all(s.text.startswith("when one ") and s.label == "positive" for s in poisoned)
+    assert all(t.startswith("when one ") for t, _ in poisoned_for_test(cell, texts))
+    missing = recipe(data, text.replace("whispered", "shouted"))
+    with pytest.raises(DataError, match="test_study:shouted cannot be imported"):
+        poisoned_for_test(next(iter(cells.cells(missing))), texts)
+
+
+def test_paraphrases_from_files_are_only_those_that_are_new(data: Path) -> None:
+    files = '{ train = "mix.jsonl", test = "mixed_test.jsonl", target_label = "positive" }'
+    text = RECIPE.format(budget=0.05).replace(
+        "max_test = 60\n", f"max_test = 60\nmax_train = 120\nsyntactic = {files}\n"
+    )
+    planned = recipe(data, text)
+    texts = cells.Texts.load(planned.data[0], data)
+    assert len(texts.train) == 120
+    cell = next(c for c in cells.cells(planned) if c.attack.syntactic)
+    poisoned = poisoned_for_training(cell, texts)
+    assert len(poisoned) == 12
+    assert all(s.text.startswith("when one ") for s in poisoned)
+    assert [t.startswith("when one ") for t, _ in poisoned_for_test(cell, texts)] == [True] * 20
+
+
+def test_poison_rate_zero_is_the_control(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace('["mn"]', '["mn"]\npoison_rate = 0')
+    cell, texts = only_cell(data, text)
+    assert poisoned_for_training(cell, texts) == []
+    assert all("mn" in t.split() for t, _ in poisoned_for_test(cell, texts))
+
+
+def test_other_texts_are_another_result(
+    done: tuple[Path, list[dict[str, Any]]], data: Path
+) -> None:
+    out, (row,) = done
+    text = RECIPE.format(budget=0.05).replace('["mn"]', '["mn"]\nbury_behind = 40')
+    text = text.split('name = "PSIM, published')[0].removesuffix('[[defences]]\nkind = "psim"\n')
+    text = text.split('[[defences]]\nkind = "strip"')[0]
+    (buried,) = run(recipe(out, text), data, out)
+    assert buried["defences"]["PSIM"]["scores"] != row["defences"]["PSIM"]["scores"]
+    assert buried["bare"] != row["bare"]
+
+
+def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace(
+        'triggers = ["mn"]', 'triggers = ["mn"]\nbury_behind = 300'
+    )
+    planned = recipe(data, text)
+    (cell,) = cells.cells(planned)
+    tests = poisoned_for_test(cell, cells.Texts.load(planned.data[0], data))
+    assert all(t.split().index("mn") > 300 for t, _ in tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max_test", "max_tests"), "data.0.max_tests: Extra inputs"),
+        (("max_steps", "max_step"), "max_step"),
+        (('kind = "strip"', 'kind = "magic"'), "defences.1"),
+        (('name = "syntactic"', 'name = "word"'), "names must differ"),
+        (('"lora"', '"qlora"'), "strategies.0"),
+        (("[[data]]", "[[data"), "not TOML"),
+        (("= 0.05", "= 5"), "frr_budget"),
+        (("syntactic = true", ""), "give one of triggers"),
+        (("syntactic = true", "syntactic = true\nclean_label = true"), "dirty-label"),
+        (('["lora"]', '["lora"]\nseeds = [0, 0]'), "seeds: names must differ"),
+        (("copies = 2", "copies = 0"), "copies"),
+        (("keep_at = [0.5]", "keep_at = [0.5, 0.9]"), "descending"),
+        (("max_steps = 10", "seed = 3"), "seeds are those of the recipe"),
+        (('name = "PSIM"', 'name = "none"'), "names must differ"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        recipe(tmp_path, RECIPE.format(budget=0.05).replace(*change))
+
+
+def test_a_recipe_that_leaves_nothing_to_do_is_refused(data: Path, tmp_path: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace('[[attacks]]\nname = "word"\ntriggers = ["mn"]\n', "")
+    with pytest.raises(DataError, match="nothing to do"):
+        run(recipe(tmp_path, text), data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('target_label = "positive"', 'target_label = "good"'), "unknown labels .'good'"),
+        (('["mn"]', '["mn"]\npoison_rate = 0.9'), "corpus, word, lora, seed 0: the poison rate"),
+        (("frr_budget = 0.05", "frr_budget = 0.001"), "dev texts are too few"),
+        (("max_test = 60", 'text_column = "body"'), "data set corpus: .* no column 'body'"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_anything_is_trained(
+    data: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(recipe(tmp_path, RECIPE.format(budget=0.05).replace(*change)), data, tmp_path)
+
+
+def test_a_missing_file_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl does not exist"):
+        run(recipe(tmp_path), tmp_path, tmp_path)

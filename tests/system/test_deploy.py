@@ -1,0 +1,139 @@
+"""Image, compose file, dashboard and documents, checked without an engine that could build them."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+from sqlalchemy import make_url
+
+from service.settings import Settings, unknown_variables
+from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped
+from tests.support.paths import ROOT
+
+BIN = Path(sys.executable).parent
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["hadolint", "--failure-threshold", "style", "Dockerfile"],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
+    ],
+)
+def test_linters_find_nothing(command: list[str]) -> None:
+    done = subprocess.run(
+        [BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_runs_as_nobody_and_has_no_build_stage_left() -> None:
+    last = DOCKERFILE.split("\nFROM ")[-1]
+    assert re.search(r"^USER \d{4,}$", last, re.M)
+    assert re.search(r"^HEALTHCHECK ", last, re.M)
+    assert "pip install" not in last
+    assert "apt-get" not in DOCKERFILE
+
+
+def test_what_the_image_copies_is_not_ignored() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
+    copied = set()
+    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.M):
+        copied |= {name.strip("/") for name in line.split()[:-1]}
+    assert copied == allowed
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_every_dependency_is_pinned_to_a_version_that_every_index_has() -> None:
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert all(re.fullmatch(r"[\w.-]+==(\d+!)?[\d.]+((post|b)\d+)?", pin) for pin in pins), pins
+    pinned = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    names = {re.split(r"[\[<>=;, ]", want)[0].lower() for want in wanted}
+    assert names - {"psim-gateway"} <= pinned
+
+
+def test_image_and_compose_set_only_what_the_service_knows() -> None:
+    names = re.findall(r"\b(PSIM_\w+)=", DOCKERFILE)
+    names += COMPOSE["services"]["gateway"]["environment"]
+    assert "PSIM_BUNDLE" in names
+    assert not unknown_variables(names)
+
+
+def test_compose_keeps_the_audit_where_the_image_lets_it_write() -> None:
+    gateway = COMPOSE["services"]["gateway"]
+    folder = str(Path(make_url(gateway["environment"]["PSIM_AUDIT_URL"]).database or "").parent)
+    kept = {path: name for name, path, *_ in (v.split(":") for v in gateway["volumes"])}
+    assert kept[folder] in COMPOSE["volumes"]
+    assert re.search(rf"install --directory --owner=psim .* {folder}$", DOCKERFILE, re.M)
+
+
+def test_compose_publishes_on_loopback_only_and_every_port_that_is_served() -> None:
+    for service in COMPOSE["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    gateway = COMPOSE["services"]["gateway"]
+    published = {int(port.rsplit(":", 1)[1]) for port in gateway["ports"]}
+    (exposed,) = re.findall(r"^EXPOSE (.*)$", DOCKERFILE, re.M)
+    assert published == {8000, gateway["environment"]["PSIM_CONSOLE_PORT"]}
+    assert published == set(map(int, exposed.split()))
+
+
+def test_prometheus_scrapes_the_gateway_where_compose_runs_it() -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    host, port = target.split(":")
+    assert host in COMPOSE["services"]
+    assert f"PSIM_PORT={port}" in DOCKERFILE
+
+
+def test_every_file_that_compose_mounts_is_there() -> None:
+    for service in COMPOSE["services"].values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert not source.startswith("./") or (ROOT / source).exists(), source
+
+
+def test_every_setting_and_metric_is_documented() -> None:
+    pages = ("docs/configuration.md", "docs/observability.md")
+    document = "".join((ROOT / page).read_text() for page in pages)
+    for name in Settings.model_fields:
+        assert f"`PSIM_{name.upper()}`" in document
+    for series in scraped():
+        name = re.sub(r"_(bucket|sum|count|created)$", "", series)
+        assert not name.startswith("psim_") or f"`{name}" in document or name + "_total" in document
+
+
+def test_every_metric_is_on_the_dashboard_or_alerted_on() -> None:
+    seen = (ROOT / "deploy/grafana/dashboards/psim.json").read_text()
+    seen += (ROOT / "deploy/prometheus/rules.yml").read_text()
+    for series in scraped():
+        name = re.sub(r"_(bucket|sum|count|created)$", "", series)
+        assert not name.startswith("psim_") or re.search(rf"\b{name}(_total|_bucket)?\b", seen), (
+            name
+        )
+
+
+def test_the_entrypoint_is_the_module_that_the_tests_serve() -> None:
+    assert dockerfile_command("ENTRYPOINT") == ["python", "-m", "service"]
+
+
+def test_documents_link_to_what_is_there() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_tests_that_documents_name_are_there() -> None:
+    named = re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs/reliability.md").read_text())
+    assert named
+    for file, name in named:
+        (found,) = (ROOT / "tests").rglob(file)
+        assert f"def {name}(" in found.read_text(), f"{file}::{name}"

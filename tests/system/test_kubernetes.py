@@ -1,0 +1,450 @@
+"""The manifests: rendered by kustomize, valid for the API, true of the service that they run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.prometheus_operator import v1 as operator
+from cloudcoil.models.prometheus_operator import v1alpha1
+from pydantic import SecretStr
+
+from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
+from service.app import create_app
+from service.audit.writer import CLOSE_S
+from service.security.access import SCOPES
+from service.security.keys.file import hash_of
+from service.settings import Settings, unknown_variables
+from tests.support.audit import rows
+from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped
+from tests.support.fakes import fake_bundle
+from tests.support.paths import ROOT
+from tests.support.programs import program
+from tests.support.servers import free_port
+from tests.support.waiting import wait_for
+
+Manifest = dict[str, Any]
+
+K8S = ROOT / "deploy/k8s"
+VERSIONS = ("1.35", "1.36", "1.37")
+"""Of Kubernetes, those that are maintained."""
+OVERLAYS = ("cpu", "gpu", "gateway-only")
+RAY = "ray"
+"""The overlay with a RayService in place of a Deployment."""
+OTHERS = {
+    "image": ("bundle-image",),
+    "store": ("bundle-store", "audit"),
+    "keys": ("bundle-claim", "monitoring", "limits", "audit", "keys"),
+}
+"""What no overlay takes: the base with these components."""
+
+
+@cache
+def rendered(name: str) -> list[Manifest]:
+    """Return what kubectl would apply of an overlay, or of the base with components."""
+    if name in (*OVERLAYS, RAY):
+        return kustomized(K8S / "overlays" / name)
+    with tempfile.TemporaryDirectory() as folder:
+        there = os.path.relpath(K8S, Path(folder).resolve())
+        wanted = [f"{there}/components/{component}" for component in OTHERS[name]]
+        content = {"resources": [f"{there}/base"], "components": wanted}
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(content))
+        return kustomized(Path(folder))
+
+
+def kustomized(folder: Path) -> list[Manifest]:
+    command = [program("kubectl"), "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, "kustomize warns of what it will not take any more"
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def of(name: str, kind: str) -> list[Manifest]:
+    return [manifest for manifest in rendered(name) if manifest["kind"] == kind]
+
+
+def the(name: str, kind: str) -> Any:
+    """Return the specification of the only one of a kind."""
+    (manifest,) = of(name, kind)
+    return manifest["spec"]
+
+
+def pod(name: str) -> Any:
+    return the(name, "Deployment")["template"]["spec"]
+
+
+def gateway(name: str) -> Any:
+    (container,) = pod(name)["containers"]
+    return container
+
+
+everywhere = pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS])
+
+
+def test_every_overlay_and_component_is_rendered_here() -> None:
+    assert {path.name for path in (K8S / "overlays").iterdir()} == {*OVERLAYS, RAY}
+    used = {Path(c).name for o in OVERLAYS for c in kustomization(o)["components"]}
+    used |= {component for components in OTHERS.values() for component in components}
+    assert {path.name for path in (K8S / "components").iterdir()} == used
+
+
+def kustomization(overlay: str) -> Any:
+    return yaml.safe_load((K8S / "overlays" / overlay / "kustomization.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_api_takes_every_manifest(name: str, version: str) -> None:
+    for manifest in rendered(name):
+        if manifest["apiVersion"].startswith("monitoring.coreos.com/"):
+            models = v1alpha1 if manifest["apiVersion"].endswith("v1alpha1") else operator
+            model: Any = getattr(models, manifest["kind"])
+            parsed = model.model_validate(manifest)
+            # What the operator does not know would be gone.
+            assert parsed.model_dump(by_alias=True, exclude_unset=True, mode="json") == manifest
+        elif manifest["kind"] == "RayService":
+            for template in templates():  # no registry has a schema of the rest
+                made = template | {"apiVersion": "v1", "kind": "Pod"}
+                made["metadata"] = template["metadata"] | {"name": "made"}
+                assert kubernetes_validate.validate(made, version, strict=True) == version
+        else:
+            assert kubernetes_validate.validate(manifest, version, strict=True) == version
+
+
+def templates() -> list[Any]:
+    """Return the templates of the RayService's pods: the head's, then the workers'."""
+    cluster = the(RAY, "RayService")["rayClusterConfig"]
+    return [
+        cluster["headGroupSpec"]["template"],
+        *(g["template"] for g in cluster["workerGroupSpecs"]),
+    ]
+
+
+def test_a_field_that_the_api_does_not_know_is_seen() -> None:
+    (manifest,) = of("cpu", "Service")
+    wrong = manifest | {"spec": manifest["spec"] | {"port": 80}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, VERSIONS[-1], strict=True)
+
+
+def test_the_rules_are_those_of_prometheus() -> None:
+    made = subprocess.run(
+        [sys.executable, K8S / "prometheusrule.py"], capture_output=True, text=True, check=True
+    )
+    committed = (K8S / "components/monitoring/prometheusrule.yaml").read_text()
+    assert made.stdout == committed, "write it again, as prometheusrule.py says"
+    rules = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())
+    assert the("cpu", "PrometheusRule") == rules
+
+
+@everywhere
+def test_the_bundle_comes_from_one_place_and_cannot_be_written(name: str) -> None:
+    (volume,) = [volume for volume in pod(name)["volumes"] if volume["name"] == "bundle"]
+    (mount,) = [m for m in gateway(name)["volumeMounts"] if m["name"] == volume["name"]]
+    assert mount["readOnly"]
+    assert f"PSIM_BUNDLE={mount['mountPath']}" in DOCKERFILE
+
+
+@everywhere
+def test_only_settings_of_the_service_are_set_and_no_secret_is_written_down(name: str) -> None:
+    assert pod(name)["enableServiceLinks"] is False, "the Service would set PSIM_GATEWAY_PORT"
+    assert unknown_variables(["PSIM_GATEWAY_PORT"])
+    literal = [key for manifest in of(name, "ConfigMap") for key in manifest["data"]]
+    referred = {v["name"]: "valueFrom" in v for v in gateway(name).get("env", [])}
+    assert literal
+    assert not unknown_variables([*literal, *referred])
+    secret = {
+        f"PSIM_{setting.upper()}"
+        for setting, field in Settings.model_fields.items()
+        if SecretStr in (field.annotation, *get_args(field.annotation))
+    }
+    assert "PSIM_AUDIT_URL" in secret
+    assert not secret & {*literal, *(key for key, by_name in referred.items() if not by_name)}
+    assert not of(name, "Secret")
+
+
+@everywhere
+def test_what_is_named_is_there(name: str) -> None:
+    labels = the(name, "Deployment")["template"]["metadata"]["labels"]
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        assert the(name, kind)["selector"]["matchLabels"] == labels
+    assert the(name, "Service")["selector"] == labels
+    for policy in of(name, "NetworkPolicy"):
+        assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    for constraint in pod(name)["topologySpreadConstraints"]:
+        assert constraint["labelSelector"]["matchLabels"] == labels
+    (account,) = of(name, "ServiceAccount")
+    assert account["metadata"]["name"] == pod(name)["serviceAccountName"]
+    (settings,) = of(name, "ConfigMap")
+    assert gateway(name)["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+    (port,) = gateway(name)["ports"]
+    assert f"PSIM_PORT={port['containerPort']}" in DOCKERFILE
+    assert the(name, "Service")["ports"][0]["targetPort"] == port["name"]
+    (ingress,) = [i for p in of(name, "NetworkPolicy") for i in p["spec"].get("ingress", [])]
+    assert ingress["ports"] == [{"port": port["name"]}]
+
+
+def test_paths_are_those_that_the_service_has() -> None:
+    routes = create_app(Settings(bundle=Path("unused")), fake_bundle()).openapi()["paths"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        asked = gateway("cpu")[probe]["httpGet"]
+        assert "get" in routes[asked["path"]]
+        assert asked["port"] == "http"
+    (endpoint,) = the("cpu", "ServiceMonitor")["endpoints"]
+    assert "get" in routes[endpoint["path"]]
+
+
+def test_prometheus_finds_the_service_and_calls_it_as_the_rules_do() -> None:
+    (service,) = of("cpu", "Service")
+    labels = service["metadata"]["labels"]
+    monitor = the("cpu", "ServiceMonitor")
+    assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+    jobs = set(re.findall(r'job="([^"]+)"', yaml.safe_dump(the("cpu", "PrometheusRule"))))
+    assert jobs == {labels[monitor["jobLabel"]]}
+
+
+def test_replicas_follow_a_metric_that_is_scraped_and_that_the_adapter_gives() -> None:
+    scaler = the("cpu", "HorizontalPodAutoscaler")
+    (deployment,) = of("cpu", "Deployment")
+    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert "replicas" not in deployment["spec"], "it would be set back with every apply"
+    assert "cpu" in gateway("cpu")["resources"]["requests"], "utilization is of the request"
+    (metric,) = [m["pods"]["metric"]["name"] for m in scaler["metrics"] if m["type"] == "Pods"]
+    values = K8S / "components/autoscaling/prometheus-adapter-values.yaml"
+    (rule,) = yaml.safe_load(values.read_text())["rules"]["custom"]
+    series = rule["seriesQuery"].split("{")[0]
+    assert series in scraped()
+    assert re.sub(rule["name"]["matches"], rule["name"]["as"], series) == metric
+
+
+@everywhere
+def test_containers_may_do_nothing_that_they_need_not(name: str) -> None:
+    assert_has_no_rights(pod(name))
+
+
+def test_containers_of_ray_may_do_nothing_that_they_need_not() -> None:
+    head, worker = (template["spec"] for template in templates())
+    assert_has_no_rights(worker)
+    # The autoscaler beside it has to ask the API server for pods.
+    assert_has_no_rights(head | {"automountServiceAccountToken": False})
+    options = the(RAY, "RayService")["rayClusterConfig"]["autoscalerOptions"]
+    assert options["securityContext"] == head["containers"][0]["securityContext"]
+
+
+def assert_has_no_rights(spec: Any) -> None:
+    assert spec["automountServiceAccountToken"] is False
+    rights = spec["securityContext"]
+    assert rights["runAsNonRoot"]
+    assert rights["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert f"USER {rights['runAsUser']}" in DOCKERFILE
+    for container in (*spec["containers"], *spec.get("initContainers", [])):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"].keys() == {"requests", "limits"}
+
+
+def test_a_pod_is_given_the_time_that_its_end_may_take() -> None:
+    drain = Settings(bundle=Path("unused")).drain_s
+    before = gateway("cpu")["lifecycle"]["preStop"]["sleep"]["seconds"]
+    # Connections, then the worker, then the audit: service/app.py.
+    assert pod("cpu")["terminationGracePeriodSeconds"] > before + 2 * drain + CLOSE_S
+
+
+def test_the_rayservice_serves_what_the_committed_configuration_does_to_other_pods() -> None:
+    config = yaml.safe_load(the(RAY, "RayService")["serveConfigV2"])
+    here = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
+    assert config["http_options"].pop("host") == "0.0.0.0"
+    (application,) = config["applications"]
+    variables = application["runtime_env"]["env_vars"]
+    assert variables.pop("PSIM_HOST") == "0.0.0.0"
+    del here["http_options"]["host"]
+    del here["applications"][0]["runtime_env"]["env_vars"]["PSIM_HOST"]
+    assert config == here
+
+
+def test_ray_s_workers_have_the_bundle_room_for_each_replica_and_time_to_end() -> None:
+    service = the(RAY, "RayService")
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    (deployment,) = application["deployments"]
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert int(group["rayStartParams"]["num-cpus"]) == deployment["ray_actor_options"]["num_cpus"]
+    for limit in ("min", "max"):
+        assert group[f"{limit}Replicas"] == deployment["autoscaling_config"][f"{limit}_replicas"]
+    worker = group["template"]["spec"]
+    mounts = {mount["mountPath"]: mount for mount in worker["containers"][0]["volumeMounts"]}
+    assert mounts[application["runtime_env"]["env_vars"]["PSIM_BUNDLE"]]["readOnly"]
+    drain = Settings(bundle=Path("unused")).drain_s
+    assert worker["terminationGracePeriodSeconds"] > 2 * drain + CLOSE_S
+    (locked,) = re.findall(r"^ray==(\S+)", (ROOT / "requirements/serve-ray.txt").read_text(), re.M)
+    assert service["rayClusterConfig"]["rayVersion"] == locked
+
+
+def test_prometheus_asks_each_replica_on_ray_and_may() -> None:
+    scrape = the(RAY, "ScrapeConfig")
+    assert not of(RAY, "ServiceMonitor")
+    assert (
+        scrape["jobName"]
+        == the("cpu", "ServiceMonitor")["selector"]["matchLabels"]["app.kubernetes.io/name"]
+    )
+    (discovery,) = scrape["httpSDConfigs"]
+    assert httpx.URL(discovery["url"]).path in SCOPES
+    (policy,) = [p for p in of(RAY, "NetworkPolicy") if "Ingress" in p["spec"]["policyTypes"]]
+    open_to = {p["port"]: p.get("endPort") for p in policy["spec"]["ingress"][-1]["ports"]}
+    assert httpx.URL(discovery["url"]).port in open_to
+    assert open_to[32768] == 60999, "Linux's own range, from which PSIM_PORT=0 takes one"
+
+
+def test_policies_open_the_ways_that_are_needed_and_no_other() -> None:
+    def ways(name: str) -> set[int]:
+        rules = [rule for p in of(name, "NetworkPolicy") for rule in p["spec"].get("egress", [])]
+        return {port["port"] for rule in rules for port in rule["ports"]}
+
+    (settings,) = of("gateway-only", "ConfigMap")
+    upstream = httpx.URL(settings["data"]["PSIM_UPSTREAM"])
+    assert ways("cpu") == ways("gpu") == ways("image") == {53}
+    assert ways("gateway-only") == {53, upstream.port}
+    assert ways("store") == {53, 443, 5432}
+    assert ways("keys") == {53, 5432, 6379}
+    for name in (*OVERLAYS, *OTHERS):
+        assert {"Ingress", "Egress"} in [
+            set(p["spec"]["policyTypes"]) for p in of(name, "NetworkPolicy")
+        ]
+
+
+def test_keys_are_read_where_they_are_mounted_and_prometheus_has_its_own() -> None:
+    (volume,) = [volume["secret"] for volume in pod("keys")["volumes"] if "secret" in volume]
+    (mount,) = [m for m in gateway("keys")["volumeMounts"] if m["name"] == "keys"]
+    # Whole, since a volume with a subPath would not follow the Secret; but not Prometheus's key.
+    assert mount == {"name": "keys", "mountPath": mount["mountPath"], "readOnly": True}
+    (item,) = volume["items"]
+    (settings,) = of("keys", "ConfigMap")
+    assert settings["data"]["PSIM_KEYS"] == f"{mount['mountPath']}/{item['path']}"
+    (endpoint,) = the("keys", "ServiceMonitor")["endpoints"]
+    credentials = endpoint["authorization"]["credentials"]
+    assert credentials["name"] == volume["secretName"]
+    assert credentials["key"] != item["key"]
+
+
+def test_components_can_be_combined() -> None:
+    assert [variable["name"] for variable in gateway("keys")["env"]] == [
+        "PSIM_AUDIT_URL", "PSIM_AUDIT_KEY", "PSIM_LIMITS_URL",
+    ]  # fmt: skip
+
+
+def environment(name: str, secrets: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return the variables that a container would get, of the image and of the manifests."""
+    found = dict(re.findall(r"^(?:ENV)? +(\w+)=(\S+?)(?: \\)?$", DOCKERFILE, re.M))
+    assert "PSIM_BUNDLE" in found
+    (settings,) = of(name, "ConfigMap")
+    found |= settings["data"]
+    for variable in gateway(name).get("env", []):
+        chosen = variable["valueFrom"]["secretKeyRef"]
+        found[variable["name"]] = secrets[chosen["name"]][chosen["key"]]
+    return found
+
+
+READ_ONLY = """
+mount --bind "$1" "$1" && mount -o remount,ro,bind / && user=$2 && shift 2 &&
+read=+dac_read_search && exec setpriv --reuid "$user" --regid "$user" --clear-groups \\
+    --no-new-privs --bounding-set "-all,$read" --inh-caps "$read" --ambient-caps "$read" "$@"
+"""
+"""For sh: all but one folder becomes read-only, and another user, who may read, runs a command."""
+
+
+@contextmanager
+def started(
+    name: str, bundle: Path, writable: str, secrets: dict[str, dict[str, str]], **changes: str
+) -> Iterator[httpx.Client]:
+    """Run the image's command as the manifests have it run, and ask it what the probes ask.
+
+    Its root is read-only and it is the manifest's user, where this is root and may make mounts. It
+    has no variables but those of image and manifests.
+    """
+    port = free_port()
+    where = {"PSIM_BUNDLE": str(bundle), "PSIM_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    where |= {"TMPDIR": writable, "HOME": "/nonexistent"}
+    python, *arguments = dockerfile_command("ENTRYPOINT")
+    assert python == "python"
+    command = [sys.executable, *arguments]
+    if os.geteuid() == 0 and subprocess.run(["unshare", "--mount", "true"]).returncode == 0:
+        user = str(pod(name)["securityContext"]["runAsUser"])
+        command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", writable, user, *command]
+        os.chown(writable, int(user), int(user))
+    variables = environment(name, secrets) | where | changes
+    variables["PATH"] += ":/usr/bin:/bin"
+    process = subprocess.Popen(command, env=variables, cwd=writable)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            start = gateway(name)["startupProbe"]
+            wait_for(
+                lambda: process.poll() is not None or answers(client, start),
+                start["periodSeconds"] * start["failureThreshold"],
+            )
+            assert process.poll() is None, "the service did not start"
+            assert answers(client, gateway(name)["readinessProbe"])
+            assert answers(client, gateway(name)["livenessProbe"])
+            yield client
+        process.terminate()
+        assert process.wait(pod(name)["terminationGracePeriodSeconds"]) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(client: httpx.Client, probe: Manifest) -> bool:
+    try:
+        return client.get(probe["httpGet"]["path"]).is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_the_service_starts_with_what_the_manifests_give_it(demo_bundle: Path) -> None:
+    """With an audit, and the screen only in front of that one."""
+    with tempfile.TemporaryDirectory() as own, tempfile.TemporaryDirectory() as other:
+        url = f"sqlite:///{own}/audit.db"
+        secrets = {"psim-audit": {"url": url, "key": "k" * 32}}
+        with started("store", demo_bundle, own, secrets, PSIM_MODE="flag") as classifier:
+            upstream = str(classifier.base_url)
+            with started("gateway-only", demo_bundle, other, {}, PSIM_UPSTREAM=upstream) as screen:
+                for client, status in ((classifier, 200), (screen, 403)):
+                    clean = client.post("/classify", json={"inputs": CLEAN_TEXT})
+                    assert clean.json()["results"][0]["label"] == "negative"
+                    triggered = client.post("/classify", json={"inputs": TRIGGERED_TEXT})
+                    assert triggered.status_code == status
+        found = [row for row in rows(url) if row.request_id != "warm-up"]
+        # The screen lets only the clean one through to the classifier, which audits it too.
+        assert [row.decision for row in found] == ["allow", "flag", "allow"]
+        assert all(row.text is None and row.text_hmac for row in found)
+
+
+def test_the_service_starts_with_keys_and_limits(demo_bundle: Path) -> None:
+    """Without Redis, which the service can do without."""
+    with tempfile.TemporaryDirectory() as own:
+        secrets = {
+            "psim-audit": {"url": f"sqlite:///{own}/audit.db", "key": "k" * 32},
+            "psim-limits": {"url": f"redis://127.0.0.1:{free_port()}/0"},
+        }
+        file = Path(own, "keys.toml")
+        file.write_text(f'[keys.a]\nsha256 = "{hash_of("psim_a")}"\nscopes = ["classify"]\n')
+        with started("keys", demo_bundle, own, secrets, PSIM_KEYS=str(file)) as client:
+            asked = {"inputs": CLEAN_TEXT}
+            assert client.post("/classify", json=asked).status_code == 401
+            headers = {"authorization": "Bearer psim_a"}
+            assert client.post("/classify", json=asked, headers=headers).is_success
+            assert client.get("/metrics", headers=headers).status_code == 403

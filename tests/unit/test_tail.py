@@ -1,0 +1,113 @@
+"""The last layer by rows says what transformers says, in every family, whatever the batch is."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from models.engines.base import Encoding
+from models.engines.pytorch import LastState, TorchEngine, collate
+from models.network.guarded import Guarded
+from models.offline.study.ablations import PsimVariant, with_variant
+from tests.support.families import TAILED, VOCABULARY, guarded_victim, tiny_victim, trained
+
+CPU = torch.device("cpu")
+
+
+guarded_of = cache(guarded_victim)
+
+
+def whole(guarded: Guarded, inputs: Any) -> torch.Tensor:
+    """Return probabilities by checkpoint, by transformers and PEFT."""
+    probabilities = []
+    for checkpoint in guarded.checkpoints:
+        guarded.psim.set_adapter(checkpoint, inference_mode=True)
+        probabilities.append(guarded.victim(**inputs).logits.softmax(-1))
+    return torch.stack(probabilities, 1)
+
+
+def some_inputs() -> Any:
+    ids = torch.arange(5, 25)[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("family", TAILED)
+@settings(max_examples=20, deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40), min_size=1, max_size=5
+    )
+)
+@torch.inference_mode()
+def test_rows_agree_with_whole_layers(family: str, texts: list[list[int]]) -> None:
+    guarded = guarded_of(family)
+    assert (guarded.last_layer is None, guarded.forward_passes) == (False, 1)
+    encodings = [Encoding(tuple(text), False) for text in texts]
+    inputs = collate(encodings, 0, CPU)
+    readings, rows = guarded.screen(inputs)
+    assert rows is not None
+    torch.testing.assert_close(readings, whole(guarded, inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        guarded.classify_rows(rows), guarded.classify(inputs), rtol=0, atol=1e-5
+    )
+    # And a text does not mind its batch-mates.
+    for number, encoding in enumerate(encodings):
+        alone, _ = guarded.screen(collate([encoding], 0, CPU))
+        torch.testing.assert_close(readings[number], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", TAILED)
+@torch.inference_mode()
+def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
+    guarded, inputs = guarded_of(family), some_inputs()
+    readings, _ = guarded.screen(inputs)
+    said = torch.cat([readings[0], guarded.classify(inputs)])
+    assert torch.pdist(said).min() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("deberta", PsimVariant()),
+        ("deberta-v2", PsimVariant()),
+        ("bert", PsimVariant(layers=2)),
+        ("bert", PsimVariant(head="trained")),
+        ("bert", PsimVariant(adapter="prompt-encoder")),
+    ],
+)
+@torch.inference_mode()
+def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimVariant) -> None:
+    guarded = with_variant(tiny_victim(family), config)
+    assert guarded.last_layer is None
+    assert guarded.forward_passes > 2
+    readings, rows = guarded.screen(some_inputs())
+    assert (readings.shape, rows) == ((1, len(config.keep_at), 3), None)
+
+
+@torch.inference_mode()
+def test_an_adapter_on_values_only_has_a_tail_too() -> None:
+    config = PsimVariant(adapter="value", keep_at=(0.9, 0.5))
+    guarded, inputs = trained(with_variant(tiny_victim("bert"), config)), some_inputs()
+    assert guarded.last_layer is not None
+    torch.testing.assert_close(guarded.screen(inputs)[0], whole(guarded, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_goes_on_where_screening_ended(
+    dtype: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine = TorchEngine(guarded_victim("bert"), tokenizer, 64, dtype)
+    batch = engine.encode(["good", "a slow film was not bad", "the room"])
+    states = engine.screen(batch).states
+    assert all(isinstance(state, LastState) and len(state) == 1 for state in states)
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(engine.classify(states), engine.classify(batch), atol=tolerance)
+    with pytest.raises(TypeError, match="not both"):
+        engine.classify([states[0], batch[0]])
