@@ -224,8 +224,8 @@ async def test_out_of_memory_fails_only_the_row_that_does_not_fit_alone(
 
 
 STEPS = (
-    "_next_states _next_texts _tokenize _next_batch _run_screen _judge _run_classify _observe_batch "
-    "_outputs _post"
+    "_next_states _next_texts _tokenize _next_batch _run_screen _judge _run_classify "
+    "_observe_batch _outputs _post"
 ).split()
 
 
