@@ -136,7 +136,7 @@ def test_a_second_run_trains_nothing_and_says_the_same(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(study, "finetune_victim", no)
-    for name in ("train", "train_language_model", "predict", "load_language_model"):
+    for name in ("train_variant", "train_language_model", "predict", "load_language_model"):
         monkeypatch.setattr(contest, name, no)
     assert run(recipe(out), data, out) == rows
     # Another budget is another threshold, on the same scores.
