@@ -28,6 +28,12 @@ from models.engines.base import DtypeName, EngineName
 from models.errors import PsimError
 
 PREFIX = "PSIM_"
+RENAMED = {
+    "PSIM_CANDIDATE": "PSIM_CHALLENGER",
+    "PSIM_UNREAD": "PSIM_OVERLONG",
+    "PSIM_UPSTREAM_DIALECT": "PSIM_UPSTREAM_PROTOCOL",
+}
+"""New names of variables that had another one."""
 
 
 ProtocolName = Literal["auto", "tei", "oip", "vllm", "sglang", "native", "hf"]
@@ -274,7 +280,8 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
     complaints = []
     for name in sorted(environment):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            similar = difflib.get_close_matches(name.upper(), known, n=1)
+            renamed = RENAMED.get(name.upper())
+            similar = [renamed] if renamed else difflib.get_close_matches(name.upper(), known, n=1)
             hint = f"; did you mean {similar[0]}?" if similar else ""
             complaints.append(f"{name} is not a setting{hint}")
     return complaints

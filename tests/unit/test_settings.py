@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, unknown_variables, usable_cpus
+from service.settings import RENAMED, Settings, unknown_variables, usable_cpus
 
 
 def test_a_mistyped_variable_is_named_with_what_was_meant() -> None:
     complaints = unknown_variables(["PSIM_MODE", "PSIM_MOED", "PATH"])
     assert complaints == ["PSIM_MOED is not a setting; did you mean PSIM_MODE?"]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_leads_to_the_new_one(old: str, new: str) -> None:
+    assert unknown_variables([old]) == [f"{old} is not a setting; did you mean {new}?"]
+    assert unknown_variables([new]) == []
 
 
 def test_every_setting_is_known() -> None:
