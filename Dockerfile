@@ -32,12 +32,14 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin psim \
 COPY --from=builder /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PYTHONSAFEPATH=1 \
     HF_HUB_OFFLINE=1 \
     PSIM_HOST=0.0.0.0 \
     PSIM_PORT=8000 \
     PSIM_BUNDLE=/bundle
 USER 10001
-WORKDIR /tmp
+# Empty, and of root: no code is imported from where somebody may write.
+WORKDIR /srv
 EXPOSE 8000 8001
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=2)"]

@@ -40,7 +40,8 @@ FORBIDDEN = {
     *("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"),
 }
 PACKAGES = Path(transformers.__file__).parents[1]
-OUR_OWN = ("/proc/", "/sys/", "/dev/", sys.base_prefix, sys.prefix, str(PACKAGES))
+COPIES = str(Path(tempfile.gettempdir()) / "psim-bundle-")
+OUR_OWN = ("/proc/", "/sys/", "/dev/", COPIES, sys.base_prefix, sys.prefix, str(PACKAGES))
 broken: list[str] = []
 
 

@@ -1,10 +1,12 @@
 """Loading a bundle: manifest, engine and screen, all of them checked.
 
-A bundle is untrusted input. No file is opened before its hash agrees with the manifest, no library
-reads a file that `models.bundle.verify` has not checked, and nothing is ever unpickled.
+A bundle is untrusted input. It is loaded from a private copy, so that what was checked is what is
+served. No library reads a file that `models.bundle.verify` has not checked, and nothing is ever
+unpickled.
 """
 
 import math
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from models.bundle.layout import ACTIVATIONS, PROMPT, PSIM, READINGS
 from models.bundle.manifest import ActivationsRecord, Calibration, Manifest
-from models.bundle.verify import WeightTotals, check_files, read_manifest
+from models.bundle.verify import WeightTotals, checked_copy, read_manifest
 from models.detection.calibrate import calibrate, parity
 from models.detection.screen import FloatArray, Screen
 from models.engines.base import REFERENCE, Engine, Runtime
@@ -49,7 +51,7 @@ def load_bundle(
     """Check every file of the bundle, load it, and try it on one text.
 
     Args:
-        path: folder of the bundle.
+        path: folder of the bundle, or a link to it.
         dtype: floating-point type to compute in, such as `float32`; None leaves it to the bundle.
         engine: name of the engine, such as `torch`; None leaves it to the bundle, see `choose`.
         key: file of the public key that the bundle must be signed with; None skips the check.
@@ -58,13 +60,16 @@ def load_bundle(
         BundleError: the bundle is not as its manifest says, or it has no calibration for this
             dtype and engine.
     """
+    # Whoever replaces a link to the bundle meanwhile gets all of the old one, or of the new one.
+    path = Path(os.path.realpath(path))
     manifest, digest = read_manifest(path, key)
-    totals = check_files(path, manifest)
     calibration = choose(manifest, engine, dtype)
     try:
-        screen = _load_screen(path, manifest, calibration)
-        _check_memory(path, manifest, totals)
-        bundle = Bundle(manifest, digest, _load_engine(path, manifest, calibration.runtime), screen)
+        with checked_copy(path, manifest) as (copy, totals):
+            screen = _load_screen(copy, manifest, calibration)
+            _check_memory(copy, manifest, totals)
+            model = _load_engine(copy, manifest, calibration.runtime)
+        bundle = Bundle(manifest, digest, model, screen)
         _self_test(bundle)
     except PsimError as error:
         raise BundleError(f"{path}: {error}") from error

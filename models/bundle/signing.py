@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from models.bundle.files import open_regular, read_small
 from models.bundle.layout import SIGNATURE
 from models.errors import BundleError, PsimError
 
@@ -33,7 +34,7 @@ def sign(manifest: Path, key: Path) -> Path:
         raise PsimError(f"{key} is no private key of Ed25519")
     signature = manifest.with_name(SIGNATURE)
     try:
-        signature.write_bytes(private.sign(manifest.read_bytes()))
+        signature.write_bytes(private.sign(read_small(manifest)))
     except OSError as error:
         raise PsimError(f"{error.filename}: {error.strerror}") from error
     return signature
@@ -50,7 +51,7 @@ def check_signature(manifest: bytes, signature: Path, key: Path) -> None:
     if not isinstance(public, Ed25519PublicKey):
         raise PsimError(f"{key} is no public key of Ed25519")
     try:
-        with signature.open("rb") as opened:
+        with open_regular(signature) as opened:
             public.verify(opened.read(SIGNATURE_BYTES + 1), manifest)
     except FileNotFoundError:
         raise BundleError(f"{signature.parent} is not signed; run `psim sign`") from None

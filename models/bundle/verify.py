@@ -1,12 +1,12 @@
 """Checks of a bundle's files. They run before any library reads one of them.
 
 Hashes prove that a bundle is what its maker wrote. The other checks make sure that reading it runs
-no code, follows no path out of the folder, and takes no more memory than the machine has.
+no code, follows no path out of the folder, and takes no more memory than there is.
 """
 
 import hashlib
 import json
-import stat
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models.bundle.digests import file_digest
+from models.bundle.files import MAX_FILE_BYTES, private_copy, read_small
 from models.bundle.layout import (
     ALLOWED,
     MANIFEST,
@@ -33,8 +34,7 @@ from models.bundle.manifest import Manifest
 from models.bundle.signing import check_signature
 from models.errors import BundleError
 
-MAX_FILE_BYTES = 64 * 2**20
-"""Limit for files that are read as a whole. The largest in use are vocabularies of 35 MB."""
+CGROUP = Path("/sys/fs/cgroup")
 WEIGHTS = ".safetensors"
 VOCABULARIES = ("tokenizer/tokenizer.json", "tokenizer/vocab.json", "tokenizer/added_tokens.json")
 """Files whose keys are words of a language, not settings."""
@@ -113,35 +113,50 @@ def read_manifest(path: Path, key: Path | None = None) -> tuple[Manifest, str]:
         raise BundleError(f"{path}/{MANIFEST} is not valid: {where!r}: {first['msg']}") from error
 
 
-def read_small(file: Path) -> bytes:
-    """Return the content of a small file.
-
-    Raises:
-        BundleError: the file is too large, or not a regular one: reading a pipe never ends.
-        OSError: the file cannot be read.
-    """
-    status = file.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise BundleError(f"{file} is not a regular file; symbolic links are refused too")
-    if status.st_size > MAX_FILE_BYTES:
-        raise BundleError(f"{file} has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
-    return file.read_bytes()
-
-
-def check_files(path: Path, manifest: Manifest) -> WeightTotals:
-    """Check every file of the bundle at `path`; return the totals of its weights.
+def check_files(path: Path, manifest: Manifest) -> None:
+    """Check every file of the bundle at `path` where it is, for commands that load nothing.
 
     Raises:
         BundleError: the folder does not hold exactly the manifest's files, unaltered; or one of
             them is too large, malformed, or has settings that a bundle may not have.
     """
-    files = _listed_files(path, manifest)
     try:
-        _check_sizes(files)
-        _check_hashes(files, manifest)
-        return _check_contents(files, len(manifest.labels))
+        _check(_listed_files(path, manifest), manifest)
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from error
+
+
+@contextmanager
+def checked_copy(path: Path, manifest: Manifest) -> Iterator[tuple[Path, WeightTotals]]:
+    """Yield a private copy of the bundle at `path`, all of it checked, and totals of its weights.
+
+    Raises:
+        BundleError: see `check_files`; or there is no memory for the copy.
+    """
+    sizes = {name: file.lstat().st_size for name, file in _listed_files(path, manifest).items()}
+    if (total := sum(sizes.values())) > (free := free_memory()):
+        raise BundleError(f"its files have {total} bytes, more than the {free} of free memory")
+    with private_copy(path, sizes) as copy:
+        yield copy, _check({name: copy / name for name in sizes}, manifest)
+
+
+def free_memory() -> int:
+    """Return how many bytes are free: of the machine, and of the container's limit."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no cgroup of version 2, or no limit
+        return free
+    cached = sum(int(line.split()[1]) for line in lines if re.match("(in)?active_file ", line))
+    return min(free, limit - used + cached)
+
+
+def _check(files: Mapping[str, Path], manifest: Manifest) -> WeightTotals:
+    _check_sizes(files)
+    _check_hashes(files, manifest)
+    return _check_contents(files, len(manifest.labels))
 
 
 def _listed_files(path: Path, manifest: Manifest) -> dict[str, Path]:
@@ -149,31 +164,29 @@ def _listed_files(path: Path, manifest: Manifest) -> dict[str, Path]:
     try:
         inside = {str(PurePosixPath(f.relative_to(path))): f for f in path.rglob("*")}
     except RecursionError:
-        raise BundleError(f"{path}: folders are nested too deeply") from None
+        raise BundleError("folders are nested too deeply") from None
     if any(file.is_symlink() for file in inside.values()):
-        raise BundleError(f"{path}: a bundle may not contain symbolic links")
+        raise BundleError("a bundle may not contain symbolic links")
     found = {name for name, file in inside.items() if not file.is_dir()}
     found -= {MANIFEST, SIGNATURE}
     for name in sorted(found):
         if inside[name].suffix in PICKLES:
-            raise BundleError(f"{path}: {name!r} is a pickle, which can run code; use safetensors")
+            raise BundleError(f"{name!r} is a pickle, which can run code; use safetensors")
         allowed = any(fnmatchcase(name, pattern) for pattern in ALLOWED) and name.count("/") < 2
         if not allowed or not inside[name].is_file() or name not in manifest.files:
-            raise BundleError(f"{path}: {name!r} does not belong in a bundle; remove it")
+            raise BundleError(f"{name!r} does not belong in a bundle; remove it")
     prompt = PROMPT if found & {*PROMPT} else ()
     for name in (*REQUIRED, *prompt, *manifest.files):
         if name not in found:
-            raise BundleError(f"{path}: {name!r} is missing; copy or build the bundle again")
+            raise BundleError(f"{name!r} is missing; copy or build the bundle again")
     return {name: inside[name] for name in manifest.files}
 
 
 def _check_sizes(files: Mapping[str, Path]) -> None:
-    sizes = {name: file.lstat().st_size for name, file in files.items()}
-    for name, size in sizes.items():
+    for name, file in files.items():
+        size = file.stat().st_size
         if size > MAX_FILE_BYTES and not name.endswith(WEIGHTS):
             raise BundleError(f"{name} has {size} bytes, more than {MAX_FILE_BYTES}")
-    if (total := sum(sizes.values())) > psutil.virtual_memory().total:
-        raise BundleError(f"its files have {total} bytes, more than this machine's memory")
 
 
 def _check_hashes(files: Mapping[str, Path], manifest: Manifest) -> None:

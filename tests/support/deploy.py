@@ -23,6 +23,19 @@ def dockerfile_command(instruction: str) -> list[str]:
     return list(command)
 
 
+def image_environment() -> dict[str, str]:
+    """Return the variables that the image sets."""
+    found = dict(re.findall(r"^(?:ENV)? +(\w+)=(\S+?)(?: \\)?$", DOCKERFILE, re.M))
+    assert "PSIM_BUNDLE" in found
+    return found
+
+
+def working_directory() -> Path:
+    """Return where the image's command runs."""
+    (found,) = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE.split("\nFROM ")[-1], re.M)
+    return Path(found)
+
+
 def scraped() -> set[str]:
     """Return the name of every series of a running service."""
     metrics = Metrics()

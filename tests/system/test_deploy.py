@@ -1,5 +1,6 @@
 """Image, compose file, dashboard and documents, checked without an engine that could build them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,13 @@ import yaml
 from sqlalchemy import make_url
 
 from service.settings import Settings, unknown_variables
-from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped
+from tests.support.deploy import (
+    DOCKERFILE,
+    dockerfile_command,
+    image_environment,
+    scraped,
+    working_directory,
+)
 from tests.support.paths import ROOT
 
 BIN = Path(sys.executable).parent
@@ -123,6 +130,36 @@ def test_every_metric_is_on_the_dashboard_or_alerted_on() -> None:
 
 def test_the_entrypoint_is_the_module_that_the_tests_serve() -> None:
     assert dockerfile_command("ENTRYPOINT") == ["python", "-m", "service"]
+
+
+def test_compose_lets_nobody_write_where_the_image_runs() -> None:
+    gateway = COMPOSE["services"]["gateway"]
+    assert gateway["read_only"]
+    assert "working_dir" not in gateway
+    kept = [volume for volume in gateway["volumes"] if not volume.endswith(":ro")]
+    writable = [*gateway["tmpfs"], *(volume.rsplit(":", 1)[1] for volume in kept)]
+    assert writable == ["/tmp", "/audit"]
+    assert not any(working_directory().is_relative_to(folder) for folder in writable)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "module"),
+    [("ENTRYPOINT", "uvicorn"), ("ENTRYPOINT", "service"), ("HEALTHCHECK", "urllib")],
+)
+def test_the_image_runs_no_code_that_lies_in_its_working_directory(
+    instruction: str, module: str, tmp_path: Path
+) -> None:
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text("open('executed', 'w')")
+    python, *arguments = dockerfile_command(instruction)
+    assert python == "python"
+    environment = os.environ | image_environment()
+    environment |= {"PSIM_BUNDLE": "/nowhere", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert not (tmp_path / "executed").exists()
+    if instruction == "ENTRYPOINT":
+        assert "/nowhere is not a bundle" in done.stderr, "it did not get that far"
 
 
 def test_documents_link_to_what_is_there() -> None:

@@ -27,7 +27,13 @@ from service.security.access import SCOPES
 from service.security.keys.file import hash_of
 from service.settings import Settings, unknown_variables
 from tests.support.audit import rows
-from tests.support.deploy import DOCKERFILE, dockerfile_command, scraped
+from tests.support.deploy import (
+    DOCKERFILE,
+    dockerfile_command,
+    image_environment,
+    scraped,
+    working_directory,
+)
 from tests.support.fakes import fake_bundle
 from tests.support.paths import ROOT
 from tests.support.programs import program
@@ -259,6 +265,21 @@ def assert_has_no_rights(spec: Any) -> None:
         assert container["resources"].keys() == {"requests", "limits"}
 
 
+@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+def test_no_code_is_imported_from_where_somebody_may_write(name: str) -> None:
+    for spec in [t["spec"] for t in templates()] if name == RAY else [pod(name)]:
+        (own,), others = spec["containers"], spec.get("initContainers", [])
+        assert not {"PYTHONPATH", "PYTHONSAFEPATH"} & {v["name"] for v in own.get("env", [])}
+        assert "workingDir" not in own
+        writable = [mount for mount in own["volumeMounts"] if not mount.get("readOnly")]
+        assert [mount["name"] for mount in writable] == ["tmp"]
+        assert not working_directory().is_relative_to(writable[0]["mountPath"])
+        # What runs before it, and may be somebody else's image, has a folder of its own.
+        for other in others:
+            assert "tmp" not in {mount["name"] for mount in other["volumeMounts"]}
+            assert "/tmp" in {mount["mountPath"] for mount in other["volumeMounts"]}
+
+
 def test_a_pod_is_given_the_time_that_its_end_may_take() -> None:
     drain = Settings(bundle=Path("unused")).drain_s
     before = gateway("cpu")["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -349,8 +370,7 @@ def test_components_can_be_combined() -> None:
 
 def environment(name: str, secrets: dict[str, dict[str, str]]) -> dict[str, str]:
     """Return the variables that a container would get, of the image and of the manifests."""
-    found = dict(re.findall(r"^(?:ENV)? +(\w+)=(\S+?)(?: \\)?$", DOCKERFILE, re.M))
-    assert "PSIM_BUNDLE" in found
+    found = image_environment()
     (settings,) = of(name, "ConfigMap")
     found |= settings["data"]
     for variable in gateway(name).get("env", []):
