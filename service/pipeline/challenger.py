@@ -10,7 +10,7 @@ import math
 
 from models.bundle.load import Bundle
 from service.errors import ServiceError
-from service.inference.batcher import Batcher, Screener
+from service.inference.batcher import Batcher, Screener, free
 from service.observability.metrics import Metrics, ModelMetrics
 from service.pipeline.request_record import RequestRecord
 from service.pipeline.windows import WindowedScreener
@@ -63,10 +63,11 @@ class Challenger:
 
     async def _compare(self, screener: Screener, record: RequestRecord) -> None:
         try:
-            verdicts = [answer.value.verdict for answer in await screener.screen(record.texts)]
+            answers = await screener.screen(record.texts, free)
         except ServiceError:
             self._metrics.challenger_dropped.inc(len(record.texts))
             return
+        verdicts = [answer.value.verdict for answer in answers]
         for number, (served, own) in enumerate(zip(record.verdicts, verdicts, strict=True)):
             if served is None or own is None:
                 self._metrics.challenger_dropped.inc()
