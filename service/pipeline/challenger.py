@@ -9,7 +9,7 @@ import logging
 import math
 
 from models.bundle.load import Bundle
-from service.errors import ServiceError
+from service.errors import ScreenFailed, ServiceError
 from service.inference.batcher import Batcher, Screener, free
 from service.observability.metrics import Metrics, ModelMetrics
 from service.pipeline.request_record import RequestRecord
@@ -46,7 +46,9 @@ class Challenger:
             NotReady, ScreenFailed: the bundle does not work.
         """
         self._batcher.start()
-        await self._batcher.screen(["warm up"])
+        (answer,) = await self._batcher.screen(["warm up"])
+        if answer.value.verdict is None:
+            raise ScreenFailed("the challenger gives no verdict on the text that it is tried with")
 
     async def close(self) -> None:
         """Drop the waiting inputs, and end the worker."""

@@ -205,15 +205,15 @@ class Gateway:
             ServiceError: one of them does not.
         """
         (answer,) = await self._screener.screen(["warm up"], free)
-        self._require_verdicts([answer.value.verdict])
+        if answer.value.verdict is None:  # even if the gateway is to fail open
+            raise ScreenFailed("the screen gives no verdict on the text that it is tried with")
         await self._classifier.start()
         self._warm = True
         self.update_ready_metric()
 
     async def close(self) -> None:
-        """Release the classifier, if it was started."""
-        if self._warm:
-            await self._classifier.close()
+        """Release the classifier, even if it was not started, or not wholly."""
+        await self._classifier.close()
 
     @property
     def challenger(self) -> str | None:
