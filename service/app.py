@@ -281,7 +281,10 @@ async def _running(
     audit: Writer | None,
     traces: "TracerProvider | None",
 ) -> AsyncIterator[None]:
-    """Start everything that runs beside requests; close it in reverse order."""
+    """Start everything that runs beside requests; close it in reverse order.
+
+    What can fail half-way in its start is to be closed first: its `close` copes with any state.
+    """
     async with AsyncExitStack() as stack:
         if traces:
             stack.push_async_callback(asyncio.to_thread, close_provider, traces)
@@ -289,13 +292,13 @@ async def _running(
             audit.start()
             stack.push_async_callback(asyncio.to_thread, audit.close)
         stack.push_async_callback(limiter.close)
-        await models.start()
         stack.push_async_callback(models.close)
+        await models.start()
         stack.push_async_callback(reloader.close)
         stack.enter_context(_reload_on_hangup(reloader))
         if ext_proc:
-            await ext_proc.start()
             stack.push_async_callback(ext_proc.close)
+            await ext_proc.start()
         await stack.enter_async_context(console)
         yield
 

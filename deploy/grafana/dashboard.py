@@ -171,7 +171,7 @@ CHARTS: dict[str, list[Chart]] = {
             units.CountsPerSecond,
             {
                 "denied: {{reason}}": f"sum by (reason) (rate(psim_denied_total{RATE}))",
-                "limited": f"sum(rate(psim_rate_limited_inputs_total{RATE}))",
+                "limited": f"sum(rate(psim_rate_limited_passes_total{RATE}))",
             },
         ),
         Chart(

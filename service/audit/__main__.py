@@ -14,8 +14,9 @@ from service.audit.rows import NAMES, Mark, Row, as_json
 from service.audit.store import AuditError, AuditStore
 from service.schemas import Decision
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Spreadsheets execute cells that start with one of these, and senders choose the texts."""
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+"""Spreadsheets execute cells that start with one of these, in some languages the full-width ones
+too. Senders choose the texts, and an upstream its labels."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,10 +93,12 @@ def _write_csv(rows: Iterable[Row], out: TextIO) -> None:
     writer = csv.DictWriter(out, NAMES, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        line = as_json(row)
-        if row.text and row.text.startswith(FORMULA):
-            line["text"] = f"'{row.text}"
-        writer.writerow(line)
+        writer.writerow({name: _guarded(value) for name, value in as_json(row).items()})
+
+
+def _guarded(value: object) -> object:
+    """Return a value as a cell that no spreadsheet executes."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 if __name__ == "__main__":

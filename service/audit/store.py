@@ -137,7 +137,7 @@ class AuditStore:
             return
         try:
             with self._engine.begin() as connection:
-                connection.execute(self._insert, [as_dict(row) for row in rows])
+                connection.execute(self._insert, [_storable(row) for row in rows])
         except (DataError, IntegrityError, UnicodeError) as error:
             raise BadRow(type(error).__name__) from None
         except StatementError as error:
@@ -189,6 +189,16 @@ class AuditStore:
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
         self._engine.dispose()
+
+
+def _storable(row: Row) -> dict[str, object]:
+    """Return a row by column; neither NUL nor half a surrogate pair can be stored everywhere."""
+    return {
+        name: value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+        if isinstance(value, str)
+        else value
+        for name, value in as_dict(row).items()
+    }
 
 
 def _parse(url: str) -> sa.URL:

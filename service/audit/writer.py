@@ -109,11 +109,10 @@ class Writer:
         """Replace the text by what the settings allow to keep of it."""
         if row.text is None:
             return row
-        raw = row.text.encode("utf-8", "replace")
-        digest = hmac.digest(self._key, raw, "sha256").hex() if self._key else None
-        # PostgreSQL accepts no NUL.
-        text = raw.decode().replace("\0", "\ufffd") if self._keep_text else None
-        return replace(row, text=text, text_hmac=digest)
+        digest = None
+        if self._key:
+            digest = hmac.digest(self._key, row.text.encode("utf-8", "replace"), "sha256").hex()
+        return replace(row, text=row.text if self._keep_text else None, text_hmac=digest)
 
     def _drop(self, rows: int) -> None:
         if not rows:

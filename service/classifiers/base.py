@@ -59,7 +59,7 @@ class Classifier(Protocol):
         """Get ready, and prove it with a first input."""
 
     async def close(self) -> None:
-        """Release everything."""
+        """Release everything, in any state."""
 
     @property
     def ready(self) -> bool:

@@ -10,7 +10,9 @@ import io
 import logging
 import math
 import time
+import traceback
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import Any
 
@@ -84,16 +86,29 @@ class UpstreamClassifier:
         self._base = str(settings.upstream).rstrip("/")
         self._settings, self._model_info, self._metrics = settings, model_info, metrics
         self._candidates = candidates
-        self._breaker = CircuitBreaker(settings.upstream_retry_s)
+        self._breaker = CircuitBreaker()
+        self._opened = AsyncExitStack()
         self.protocol: WireProtocol | None = None
         """Protocol of the upstream; None until its first answer."""
 
     async def start(self) -> None:
-        """Open the pool; probe the upstream now, and whenever it is down."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self._settings.upstream_connections, keepalive_timeout=KEEP_IDLE_S
-            ),
+        """Open the pools; probe the upstream now, and whenever it may be down."""
+        connections = self._settings.upstream_connections
+        self._session = await self._opened.enter_async_context(self._pool(connections))
+        # Callers may keep all of theirs busy.
+        self._probe_session = await self._opened.enter_async_context(self._pool(1))
+        await self._probe()
+        watcher = asyncio.create_task(self._watch())
+        self._opened.push_async_callback(asyncio.wait, (watcher,))
+        self._opened.callback(watcher.cancel)
+
+    async def close(self) -> None:
+        """Stop probing, and close the pools; does nothing if they are not open."""
+        await self._opened.aclose()
+
+    def _pool(self, connections: int) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=KEEP_IDLE_S),
             # Cookies of one caller must not reach another.
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(
@@ -102,14 +117,6 @@ class UpstreamClassifier:
             auto_decompress=False,
             skip_auto_headers=("accept", "user-agent"),
         )
-        await self._probe()
-        self._watcher = asyncio.create_task(self._watch())
-
-    async def close(self) -> None:
-        """Stop probing, and close the pool."""
-        self._watcher.cancel()
-        await asyncio.wait((self._watcher,))
-        await self._session.close()
 
     @property
     def ready(self) -> bool:
@@ -132,13 +139,15 @@ class UpstreamClassifier:
             )
         texts = [input.text for input in inputs]
         body = self._body(self.protocol, call, texts)
-        if not self._breaker.admit():
-            self._count("open")
-            raise UpstreamDown("the upstream is down", math.ceil(self._settings.upstream_retry_s))
+        self._require_closed()
+        path = self.protocol.path(self._model_info.model, call.version)
         started = time.perf_counter()
-        reply = await self._send(
-            self.protocol.path(self._model_info.model, call.version), self._headers(call), body
-        )
+        try:
+            reply = await self._send(self._session, path, self._headers(call), body)
+        except ServiceError:
+            self._breaker.record(failed=True)
+            raise
+        self._breaker.record(failed=reply.status in DOWN)
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["upstream"].observe(seconds)
         if reply.status != HTTPStatus.OK:
@@ -149,14 +158,27 @@ class UpstreamClassifier:
         return Classified(scores, [{"upstream": seconds}], reply=reply if passthrough else None)
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
-        """Return the metadata at a path of an upstream that speaks Open Inference."""
+        """Return the metadata at a path of an upstream that speaks Open Inference.
+
+        Raises:
+            ServiceError: as from `classify`. The circuit breaker is not told: metadata say nothing
+                of whether the upstream classifies.
+        """
         if not isinstance(self.protocol, OpenInference):
             return None
-        reply = await self._send(path, CIMultiDict(), b"", "GET")
+        self._require_closed()
+        reply = await self._send(self._session, path, CIMultiDict(), b"", "GET")
+        if reply.status != HTTPStatus.OK:
+            raise self._refusal(reply, same_protocol=True)
         try:
             return parsed(METADATA, reply.body)
         except BadAnswer as error:
             raise self._unusable(error) from None
+
+    def _require_closed(self) -> None:
+        if self._breaker.open:
+            self._count("open")
+            raise UpstreamDown("the upstream is down", math.ceil(self._settings.upstream_retry_s))
 
     def _body(self, protocol: WireProtocol, call: Call, texts: Sequence[str]) -> bytes:
         if protocol.request_type is not type(call.request):
@@ -199,39 +221,44 @@ class UpstreamClassifier:
         return UpstreamFailed("the upstream's answer cannot be used; see the log")
 
     async def _send(
-        self, path: str, headers: CIMultiDict[str], body: bytes, method: str = "POST"
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        headers: CIMultiDict[str],
+        body: bytes,
+        method: str = "POST",
     ) -> Reply:
-        """Return the upstream's answer, of any status, and tell the circuit breaker."""
+        """Return the upstream's answer, of any status, and count failures."""
         try:
-            reply = await self._exchange(method, path, headers, body)
+            reply = await self._exchange(session, method, path, headers, body)
         except TimeoutError:
-            self._failed("timeout")
+            self._count("timeout")
             seconds = self._settings.upstream_timeout_s
             raise TimedOut(f"the upstream did not answer within {seconds} s") from None
         except aiohttp.ClientConnectorError as error:
-            self._failed("connect")
+            self._count("connect")
             raise UpstreamFailed("the upstream cannot be reached") from error
         except BadAnswer as error:
             raise self._unusable(error) from None
         except aiohttp.ClientError as error:
-            self._failed("broken")
+            self._count("broken")
             raise UpstreamFailed("the connection to the upstream broke off") from error
-        self._breaker.record(failed=reply.status in DOWN)
         if reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self._count("status")
         return reply
 
-    def _failed(self, kind: str) -> None:
-        self._breaker.record(failed=True)
-        self._count(kind)
-
     async def _exchange(
-        self, method: str, path: str, headers: CIMultiDict[str], body: bytes
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        headers: CIMultiDict[str],
+        body: bytes,
     ) -> Reply:
         """Send a request; retry only if no connection was made, when nothing can have been sent."""
         for tries_left in reversed(range(CONNECT_TRIES)):
             try:
-                async with self._session.request(
+                async with session.request(
                     method,
                     self._base + path,
                     data=io.BytesIO(body) if body else None,
@@ -261,11 +288,22 @@ class UpstreamClassifier:
 
     async def _watch(self) -> None:
         while True:
+            await self._breaker.suspected.wait()
+            await self._probe()
             await asyncio.sleep(self._settings.upstream_retry_s)
-            if not self.ready:
-                await self._probe()
 
     async def _probe(self) -> None:
+        """Tell the circuit breaker whether the upstream answers."""
+        try:
+            answers = await self._answers()
+        except Exception as error:
+            # Only place and type: the message may quote anything. A bug must not end the watch.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("bug", extra={"error": type(error).__name__, "where": where})
+            answers = False
+        self._breaker.probed(answers)
+
+    async def _answers(self) -> bool:
         """Have the upstream classify a text; the first time, find out its protocol."""
         failures = []
         for protocol in self._candidates if self.protocol is None else [self.protocol]:
@@ -277,12 +315,14 @@ class UpstreamClassifier:
             body = call.request.model_dump_json(exclude_none=True).encode()
             try:
                 path = protocol.path(self._model_info.model)
-                reply = await self._send(path, self._headers(call), body)
+                reply = await self._send(self._probe_session, path, self._headers(call), body)
                 if reply.status == HTTPStatus.OK:
                     protocol.check(reply.body, 1)
                     self.protocol = protocol
                     log.info("upstream answers", extra={"protocol": protocol.name})
-                    return
+                    return True
+                if reply.status == HTTPStatus.TOO_MANY_REQUESTS and self.protocol:
+                    return True  # it is busy, not down
                 failures.append(f"{protocol.name}: HTTP {reply.status}")
             except BadAnswer as error:
                 failures.append(f"{protocol.name}: {error}")
@@ -290,6 +330,7 @@ class UpstreamClassifier:
                 failures.append(f"{protocol.name}: {error}")
                 break  # it cannot be reached, in any protocol
         log.warning("the upstream has no answer yet: %s", "; ".join(failures))
+        return False
 
     def _count(self, kind: str) -> None:
         self._metrics.upstream_errors[kind].inc()
@@ -333,5 +374,6 @@ async def _read_limited(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _retry_after(reply: Reply) -> int:
+    """Return the seconds that the upstream asks for, of any number of digits, within an hour."""
     value = dict(reply.headers).get("retry-after", "")
-    return min(int(value), 3600) if value.isascii() and value.isdigit() and int(value) else 1
+    return (int(min(float(value), 3600)) or 1) if value.isascii() and value.isdigit() else 1

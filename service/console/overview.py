@@ -46,14 +46,17 @@ class Overview:
     """Upper end of a range, inputs that passed, inputs that were flagged."""
 
 
-def overview(connection: sa.Connection, query: ConsoleQuery, now: datetime, texts: int) -> Overview:
+def overview(
+    connection: sa.Connection, query: ConsoleQuery, now: datetime, texts: Mapping[str, int]
+) -> Overview:
     """Compute the overview from the audit.
 
     Args:
         connection: to the audit.
         query: which inputs.
         now: end of the period.
-        texts: size of the smallest calibration group; budgets that need more texts are left out.
+        texts: size of the smallest calibration group, by digest of a served bundle. Budgets that
+            need more texts than the bundles of these inputs have are left out.
     """
     scope, (_, _, width) = query.scope(now), PERIODS[query.period]
     traffic = statistics.traffic(connection, scope, int(width.total_seconds()))
@@ -65,10 +68,14 @@ def overview(connection: sa.Connection, query: ConsoleQuery, now: datetime, text
         "the thresholds as they are" if factor == 1 else f"{factor:.1f} times the thresholds": tally
         for factor, tally in statistics.by_factor(groups).items()
     }
+    shown = [query.bundle] if query.bundle else traffic.bundles
+    fewest = min(
+        (texts[digest] for digest in shown if digest in texts), default=min(texts.values())
+    )
     budgets = {
         f"a budget of {percent(budget)}": tally
         for budget, tally in statistics.by_budget(connection, scope).items()
-        if min_calibration_size(budget) <= texts
+        if min_calibration_size(budget) <= fewest
     }
     return Overview(
         traffic,

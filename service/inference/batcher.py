@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 WINDOW = 64
 """Texts that a batch is chosen from, and states that one step classifies at most."""
 
+Charge = Callable[[int], Awaitable[None]]
+"""Charges somebody for passes before they are run; raises if they are not to be run."""
 Input = TypeVar("Input")
 Answer = TypeVar("Answer")
 _Row = TypeVar("_Row")
@@ -66,6 +68,10 @@ _ScreenJob = _Job[str, Screened]
 _ClassifyJob = _Job[ClassifierState, FloatArray]
 
 
+async def free(passes: int) -> None:
+    """Charge nobody: the service's own work."""
+
+
 class Screener(Protocol):
     """Screens texts."""
 
@@ -73,7 +79,7 @@ class Screener(Protocol):
     def health(self) -> Health:
         """State of the inference worker."""
 
-    async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
+    async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
         """Screen texts, as `Batcher.screen` does."""
 
 
@@ -127,13 +133,15 @@ class Batcher:
         """Answer all queued jobs, then stop the worker; later calls raise `NotReady`."""
         await self._worker.close(self._settings.drain_s)
 
-    async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
-        """Screen texts.
+    async def screen(self, texts: Sequence[str], charge: Charge = free) -> list[Timed[Screened]]:
+        """Screen texts, each in one pass.
 
         Raises:
+            ServiceError: `charge` refuses the passes.
             ScreenFailed: a text cannot be tokenized.
             TimedOut: the queue was so long that the answer would have been late.
         """
+        await charge(len(texts))
         jobs = [_ScreenJob(text, self._loop.create_future()) for text in texts]
         with self._admission.admit(tuple(job.future for job in jobs), sum(map(len, texts))):
             self._enqueue(self._to_screen, [deque(jobs)])

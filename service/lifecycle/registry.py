@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 
 from models.bundle.load import Bundle
 from service.errors import UnknownModel
@@ -59,11 +59,12 @@ class Model:
         await self.close()
 
     async def close(self) -> None:
-        """Close the classifier, answer all queued jobs, and end the worker."""
-        await self.gateway.close()
-        await self._batcher.close()
-        if self._challenger:
-            await self._challenger.close()
+        """Close the classifier, answer all queued jobs, and end the worker, in any state."""
+        async with AsyncExitStack() as stack:
+            if self._challenger:
+                stack.push_async_callback(self._challenger.close)
+            stack.push_async_callback(self._batcher.close)
+            stack.push_async_callback(self.gateway.close)
 
 
 class Registry:
@@ -82,9 +83,10 @@ class Registry:
             await model.start()
 
     async def close(self) -> None:
-        """Close all models."""
-        for model in self:
-            await model.close()
+        """Close all models, even those that were not started, or not wholly."""
+        async with AsyncExitStack() as stack:
+            for model in self:
+                stack.push_async_callback(model.close)
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._by_name.values())

@@ -5,6 +5,7 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from models.errors import PsimError
@@ -85,17 +86,13 @@ class Reloader:
 
     async def _load_and_start(self) -> Sequence[Model]:
         new = await asyncio.to_thread(self._build)
-        started = []
-        try:
+        async with AsyncExitStack() as started:
             for model in new:
-                started.append(model)
+                started.push_async_callback(model.close)
                 await model.start()
                 if unready_reason := model.gateway.unready_reason:
                     raise ReloadFailed(f"{model.name}: {unready_reason}")
-        except BaseException:
-            for model in started:
-                await model.close()
-            raise
+            started.pop_all()
         return new
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

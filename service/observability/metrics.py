@@ -83,7 +83,7 @@ class AccessMetrics(MetricGroup):
         for reason in DENIALS:
             self.denied.labels(reason)
         self.rate_limited = counter(
-            "psim_rate_limited_inputs", "Inputs refused for the limit of an API key"
+            "psim_rate_limited_passes", "Passes refused for the limit of an API key"
         )
         self.limits_failures = counter(
             "psim_limits_failures", "Times that Redis could not be asked for limits"

@@ -9,8 +9,8 @@ import logging
 import math
 
 from models.bundle.load import Bundle
-from service.errors import ServiceError
-from service.inference.batcher import Batcher, Screener
+from service.errors import ScreenFailed, ServiceError
+from service.inference.batcher import Batcher, Screener, free
 from service.observability.metrics import Metrics, ModelMetrics
 from service.pipeline.request_record import RequestRecord
 from service.pipeline.windows import WindowedScreener
@@ -46,7 +46,9 @@ class Challenger:
             NotReady, ScreenFailed: the bundle does not work.
         """
         self._batcher.start()
-        await self._batcher.screen(["warm up"])
+        (answer,) = await self._batcher.screen(["warm up"])
+        if answer.value.verdict is None:
+            raise ScreenFailed("the challenger gives no verdict on the text that it is tried with")
 
     async def close(self) -> None:
         """Drop the waiting inputs, and end the worker."""
@@ -63,10 +65,11 @@ class Challenger:
 
     async def _compare(self, screener: Screener, record: RequestRecord) -> None:
         try:
-            verdicts = [answer.value.verdict for answer in await screener.screen(record.texts)]
+            answers = await screener.screen(record.texts, free)
         except ServiceError:
             self._metrics.challenger_dropped.inc(len(record.texts))
             return
+        verdicts = [answer.value.verdict for answer in answers]
         for number, (served, own) in enumerate(zip(record.verdicts, verdicts, strict=True)):
             if served is None or own is None:
                 self._metrics.challenger_dropped.inc()

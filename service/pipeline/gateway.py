@@ -15,8 +15,8 @@ from models.bundle.load import Bundle
 from models.detection.explain import Span
 from models.detection.screen import Verdict
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
-from service.errors import Overloaded, ScreenFailed
-from service.inference.batcher import Screened, Screener
+from service.errors import Overloaded, RateLimited, ScreenFailed, TooLarge
+from service.inference.batcher import Screened, Screener, free
 from service.inference.worker import Health
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics
@@ -92,8 +92,8 @@ class JudgedText:
 class Gateway:
     """Screens every input before the classifier sees it.
 
-    `handle`, `screen`, `judge` and `explain` answer requests. They check the caller's rate limit
-    first, and fill in the record.
+    `handle`, `screen`, `judge` and `explain` answer requests. They charge each pass to the caller
+    before it is run, and fill in the record.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Gateway:
             for text, one in zip(texts, screened, strict=True)
         ]
         if self.mode is Mode.SANITIZE:
-            await self._sanitize(record, inputs)
+            await self._sanitize(record, caller, inputs)
         decisions = [one.decision for one in inputs]
         if refuses_request(decisions, call.protocol.supports_partial):
             # The others get no answer either, so they do not count as allowed.
@@ -185,9 +185,8 @@ class Gateway:
             Overloaded, NotReady, ScreenFailed: as `TriggerSearch.explain` does.
         """
         caller.require_scores()
-        await caller.take(1)
         text = request.inputs
-        verdict, found = await self._trigger_search.explain(text)
+        verdict, found = await self._trigger_search.explain(text, caller.take)
         words = [
             WeightedWord(start=w.start, end=w.end, text=text[w.start : w.end], weight=w.weight)
             for w in found.words
@@ -205,16 +204,16 @@ class Gateway:
         Raises:
             ServiceError: one of them does not.
         """
-        (answer,) = await self._screener.screen(["warm up"])
-        self._require_verdicts([answer.value.verdict])
+        (answer,) = await self._screener.screen(["warm up"], free)
+        if answer.value.verdict is None:  # even if the gateway is to fail open
+            raise ScreenFailed("the screen gives no verdict on the text that it is tried with")
         await self._classifier.start()
         self._warm = True
         self.update_ready_metric()
 
     async def close(self) -> None:
-        """Release the classifier, if it was started."""
-        if self._warm:
-            await self._classifier.close()
+        """Release the classifier, even if it was not started, or not wholly."""
+        await self._classifier.close()
 
     @property
     def challenger(self) -> str | None:
@@ -255,9 +254,8 @@ class Gateway:
     async def _screen(
         self, record: RequestRecord, caller: Caller, texts: Sequence[str], screener: Screener
     ) -> list[Screened]:
-        await caller.take(len(texts))
         with record.span("screen"):
-            answers = await screener.screen(texts)
+            answers = await screener.screen(texts, caller.take)
         record.add_seconds([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
         record.texts, record.verdicts = texts, [one.verdict for one in screened]
@@ -270,8 +268,10 @@ class Gateway:
         if None in verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
 
-    async def _sanitize(self, record: RequestRecord, inputs: Sequence[JudgedText]) -> None:
-        """Clean as many poisoned texts as the time allows; the others stay rejected."""
+    async def _sanitize(
+        self, record: RequestRecord, caller: Caller, inputs: Sequence[JudgedText]
+    ) -> None:
+        """Clean as many poisoned texts as time and rate allow; the others stay rejected."""
         started = time.perf_counter()
         with record.span("sanitize"), suppress(TimeoutError):
             async with asyncio.timeout(self._settings.sanitize_s):
@@ -279,8 +279,8 @@ class Gateway:
                     verdict = one.screened.verdict
                     if verdict is None or not verdict.poisoned:
                         continue
-                    with suppress(Overloaded, ScreenFailed):
-                        cleaned = await self._trigger_search.clean(one.text, verdict)
+                    with suppress(Overloaded, ScreenFailed, RateLimited, TooLarge):
+                        cleaned = await self._trigger_search.clean(one.text, verdict, caller.take)
                         if cleaned and not self._policy.is_suspicious(cleaned.screened.verdict):
                             one.cleaned, one.decision = cleaned, Decision.SANITIZE
         seconds = time.perf_counter() - started

@@ -1,16 +1,23 @@
 """Search for the words of a text that carry its trigger, between the batches of other requests."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from models.detection.explain import Explanation, Search, Span, explain
 from models.detection.screen import Verdict
 from service.errors import Overloaded, ScreenFailed
-from service.inference.batcher import Screened, Screener
+from service.inference.batcher import Charge, Screened, Screener
 from service.observability.metrics import ModelMetrics
 
-TEXTS_AT_ONCE = 8
-"""Texts of a search that are in the queue at once, so that requests come in between."""
+TEXTS_AT_ONCE, CHARS_AT_ONCE = 8, 16_384
+"""Texts of a search that are in the queue at once, so that requests come in between. A text that is
+longer goes alone: it may have many windows."""
+
+Turns = AbstractAsyncContextManager[None]
+AT_ONCE: Turns = nullcontext()
+"""Searches that need not wait for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,60 +33,86 @@ class Cleaned:
 
 
 class TriggerSearch:
-    """Runs a limited number of searches, and refuses others: each costs many forward passes."""
+    """Searches for triggers; each search costs many forward passes.
 
-    def __init__(self, screener: Screener, metrics: ModelMetrics, searches: int) -> None:
+    Explanations are limited in number, and others are refused. Sanitizing is not: its searches take
+    turns, a few texts at a time, so that none holds up the others, and no explanation does.
+
+    Args:
+        screener: screens variants of texts.
+        metrics: counts refused explanations.
+        explanations: that may run at a time.
+    """
+
+    def __init__(self, screener: Screener, metrics: ModelMetrics, explanations: int) -> None:
         self._screener, self._metrics = screener, metrics
-        self._free = searches
+        self._free = explanations
+        self._sanitizing = asyncio.Lock()
 
-    async def explain(
-        self, text: str, verdict: Verdict | None = None
-    ) -> tuple[Verdict, Explanation]:
-        """Return the verdict on a text, screening it unless the verdict is given, and its reasons.
+    async def explain(self, text: str, charge: Charge) -> tuple[Verdict, Explanation]:
+        """Return the verdict on a text, and its reasons.
 
         Raises:
-            Overloaded: the limit of searches is reached, or the queue is full.
+            Overloaded: the limit of explanations is reached, or the queue is full.
             NotReady, ScreenFailed: as `Batcher.screen` does.
+            ServiceError: `charge` refuses a pass.
         """
         if not self._free:
             self._metrics.overload["searches"].inc()
             raise Overloaded("searches")
         self._free -= 1
         try:
-            verdict = verdict or _verdict((await self._screen([text]))[0])
-            return verdict, await self._run(explain(text, verdict))
+            (verdict,) = await self._screen([text], charge, AT_ONCE)
+            return verdict, await self._run(explain(text, verdict), charge, AT_ONCE)
         finally:
             self._free += 1
 
-    async def clean(self, text: str, verdict: Verdict) -> Cleaned | None:
+    async def clean(self, text: str, verdict: Verdict, charge: Charge) -> Cleaned | None:
         """Return a poisoned text without its trigger, screened again; None if none was found.
 
         Raises:
-            Overloaded, NotReady, ScreenFailed: as `explain` does.
+            Overloaded, NotReady, ScreenFailed: as `Batcher.screen` does.
+            ServiceError: `charge` refuses a pass.
         """
-        _, found = await self.explain(text, verdict)
+        found = await self._run(explain(text, verdict), charge, self._sanitizing)
         if found.cleaned is None or not found.cleaned.strip():
             return None
-        (screened,) = await self._screen([found.cleaned])
-        if _verdict(screened).poisoned:
+        async with self._sanitizing:
+            (answer,) = await self._screener.screen([found.cleaned], charge)
+        if _verdict(answer.value).poisoned:
             return None
-        return Cleaned(found.cleaned, screened, found.removed)
+        return Cleaned(found.cleaned, answer.value, found.removed)
 
-    async def _run(self, search: Search) -> Explanation:
+    async def _run(self, search: Search, charge: Charge, turns: Turns) -> Explanation:
         try:
             texts = next(search)
             while True:
-                texts = search.send([_verdict(one) for one in await self._screen(texts)])
+                texts = search.send(await self._screen(texts, charge, turns))
         except StopIteration as done:
             result: Explanation = done.value
             return result
 
-    async def _screen(self, texts: Sequence[str]) -> list[Screened]:
-        return [
-            answer.value
-            for start in range(0, len(texts), TEXTS_AT_ONCE)
-            for answer in await self._screener.screen(texts[start : start + TEXTS_AT_ONCE])
-        ]
+    async def _screen(self, texts: Sequence[str], charge: Charge, turns: Turns) -> list[Verdict]:
+        verdicts = []
+        for batch in _batches(texts):
+            async with turns:
+                answers = await self._screener.screen(batch, charge)
+            verdicts += [_verdict(answer.value) for answer in answers]
+        return verdicts
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the texts in order, at least one at a time."""
+    batch: list[str] = []
+    for text in texts:
+        if batch and (
+            len(batch) == TEXTS_AT_ONCE or sum(map(len, batch)) + len(text) > CHARS_AT_ONCE
+        ):
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
 
 
 def _verdict(screened: Screened) -> Verdict:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from models.detection.screen import Verdict
-from service.inference.batcher import Batcher, Screened, Timed
+from service.inference.batcher import Batcher, Charge, Screened, Timed
 from service.inference.worker import Health
 
 CHARS_PER_TOKEN = 4
@@ -42,26 +42,30 @@ class WindowedScreener:
         """State of the batcher's worker."""
         return self._batcher.health
 
-    async def screen(self, texts: Sequence[str]) -> list[Timed[Screened]]:
-        """Screen texts.
+    async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
+        """Screen texts; `charge` is called for each batch of windows.
 
         Raises:
             Overloaded, NotReady, ScreenFailed: as `Batcher.screen` does.
         """
-        answers = await self._batcher.screen(texts)
+        answers = await self._batcher.screen(texts, charge)
         return [
-            await self._screen_rest(text, answer) if _is_open(answer.value.verdict) else answer
+            await self._screen_rest(text, answer, charge)
+            if _is_open(answer.value.verdict)
+            else answer
             for text, answer in zip(texts, answers, strict=True)
         ]
 
-    async def _screen_rest(self, text: str, beginning: Timed[Screened]) -> Timed[Screened]:
+    async def _screen_rest(
+        self, text: str, beginning: Timed[Screened], charge: Charge
+    ) -> Timed[Screened]:
         """Screen the windows of a text, given the answer for its beginning."""
         verdict, stages = beginning.value.verdict, dict(beginning.stages)
         waiting, left = deque(windows(text, self._size)), self._most
         while waiting and left and verdict is not None and not verdict.poisoned:
             batch = [waiting.popleft() for _ in range(min(WINDOWS_AT_ONCE, left, len(waiting)))]
             left -= len(batch)
-            answers = await self._batcher.screen(batch)
+            answers = await self._batcher.screen(batch, charge)
             for stage in answers[0].stages:
                 stages[stage] = stages.get(stage, 0.0) + max(a.stages[stage] for a in answers)
             for window, answer in zip(batch, answers, strict=True):

@@ -30,14 +30,16 @@ WANTED = "send an API key, as Authorization: Bearer or as x-api-key"
 CHALLENGE = 'Bearer realm="psim"'
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caller:
-    """Who sends a request; without a key, everything is allowed."""
+    """Who sends one request, and what it has cost; without a key, everything is allowed."""
 
     name: str | None = None
     """Name of the key, never the key."""
     key: Key | None = None
     limiter: Limiter | None = None
+    passes: int = 0
+    """Passes of the request that were counted against the limit."""
 
     @property
     def sees_scores(self) -> bool:
@@ -49,14 +51,15 @@ class Caller:
         if not self.sees_scores:
             raise Forbidden("the API key is for decisions only", CHALLENGE)
 
-    async def take(self, inputs: int) -> None:
-        """Count inputs against the caller's rate limit, if it has one.
+    async def take(self, passes: int) -> None:
+        """Count the next passes of the request against the caller's rate limit, if it has one.
 
         Raises:
             TooLarge, RateLimited: as `Limiter.take` does.
         """
         if self.name and self.key and self.key.rate and self.limiter:
-            await self.limiter.take(self.name, self.key.rate, inputs)
+            await self.limiter.take(self.name, self.key.rate, passes, self.passes)
+            self.passes += passes
 
 
 ANYONE = Caller()

@@ -1,4 +1,7 @@
-"""Rate limits of API keys in inputs, counted in this process or, for all replicas, in Redis."""
+"""Rate limits of API keys in passes, counted in this process or, for all replicas, in Redis.
+
+A pass screens what the model reads at once: a short text, or a window of a long one.
+"""
 
 import asyncio
 import logging
@@ -28,14 +31,14 @@ PAUSE_S = 5.0
 
 
 class Limiter:
-    """Counts inputs over a sliding window.
+    """Counts passes over a sliding window.
 
     While Redis fails, each replica counts for itself: a key may then use its rate at each of them,
     within the limits of their queues. Refusing all requests would let Redis stop the screening.
 
     Args:
         url: of Redis; None counts in this process.
-        metrics: counts refused inputs and failures of Redis.
+        metrics: counts refused passes and failures of Redis.
         clock: monotonic seconds.
 
     Raises:
@@ -54,35 +57,42 @@ class Limiter:
         self._metrics, self._clock = metrics, clock
         self._shared_after = 0.0
 
-    async def take(self, name: str, rate: RateLimitItem, inputs: int) -> None:
-        """Count inputs against the rate of a key.
+    async def take(self, name: str, rate: RateLimitItem, passes: int, before: int = 0) -> None:
+        """Count the next passes of a request against the rate of a key.
+
+        Args:
+            name: of the key.
+            rate: of the key.
+            passes: that are run next.
+            before: passes that the request has cost already.
 
         Raises:
-            TooLarge: the inputs are more than the rate ever allows at once.
-            RateLimited: the inputs are more than the rate allows now.
+            TooLarge: the request costs more than the rate ever allows at once.
+            RateLimited: the passes are more than the rate allows now.
         """
-        if inputs > rate.amount:
+        if before + passes > rate.amount:
             raise TooLarge(
-                f"{inputs} inputs are over the key's limit of {rate}: send fewer at once"
+                f"the request takes {before + passes} passes or more, over the key's limit of "
+                f"{rate}: send fewer or shorter texts at once"
             )
-        wait_s = await self._wait(name, rate, inputs)
+        wait_s = await self._wait(name, rate, passes)
         if wait_s:
-            self._metrics.rate_limited.inc(inputs)
+            self._metrics.rate_limited.inc(passes)
             raise RateLimited(str(rate), wait_s)
 
-    async def _wait(self, name: str, rate: RateLimitItem, inputs: int) -> int:
-        """Count inputs and return 0, or return the seconds until there may be room for them."""
+    async def _wait(self, name: str, rate: RateLimitItem, passes: int) -> int:
+        """Count passes and return 0, or return the seconds until there may be room for them."""
         if self._shared and self._clock() >= self._shared_after:
             try:
                 async with asyncio.timeout(SHARED_S):
-                    return await _take(self._shared, name, rate, inputs)
+                    return await _take(self._shared, name, rate, passes)
             except (StorageError, TimeoutError) as error:
                 self._shared_after = self._clock() + PAUSE_S
                 self._metrics.limits_failures.inc()
                 # Only the type: messages may quote the URL.
                 kind = type(error.__cause__ or error).__name__
                 log.error("Redis fails, limits are each replica's own", extra={"error": kind})
-        return await _take(self._own, name, rate, inputs)
+        return await _take(self._own, name, rate, passes)
 
     async def close(self) -> None:
         """Close the connections to Redis."""
@@ -91,9 +101,9 @@ class Limiter:
 
 
 async def _take(
-    limiter: SlidingWindowCounterRateLimiter, name: str, rate: RateLimitItem, inputs: int
+    limiter: SlidingWindowCounterRateLimiter, name: str, rate: RateLimitItem, passes: int
 ) -> int:
-    if await limiter.hit(rate, name, cost=inputs):
+    if await limiter.hit(rate, name, cost=passes):
         return 0
     stats = await limiter.get_window_stats(rate, name)
     return max(1, math.ceil(stats.reset_time - time.time()))  # noqa: TID251 - as it counts

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.fakes import BROKEN, NAN, UNREADABLE, FakeEngine
+from tests.support.fakes import BROKEN, MAX_LENGTH, NAN, UNREADABLE, FakeEngine
 from tests.support.requests import (
     CLEAN,
     JSON,
@@ -435,7 +435,6 @@ def test_a_sanitized_text_is_classified_without_its_trigger() -> None:
     ("text", "changes"),
     [
         ("mn", {}),  # nothing is left
-        (POISONED, {"searches": 0}),
         ("mn " + " ".join(f"w{i} mn{i}" for i in range(9)), {"sanitize_s": 1e-9}),
     ],
 )
@@ -448,6 +447,41 @@ def test_what_cannot_be_sanitized_is_rejected(text: str, changes: dict[str, Any]
     assert (poisoned["decision"], poisoned["label"]) == ("reject", None)
     assert clean["decision"] == "allow"
     assert len(engine.classified) == 2  # one of them to warm up
+
+
+LABYRINTH = " ".join(f"word{i} mn{i} mn" for i in range(200))
+"""A text whose explanation takes many rounds."""
+
+
+@pytest.mark.parametrize("changes", [{}, {"searches": 0}])
+async def test_an_explanation_does_not_take_sanitizing_from_others(changes: dict[str, Any]) -> None:
+    engine = FakeEngine()
+    async with client_of(engine, mode="sanitize", **changes) as client:
+        engine.gate.clear()
+        explains = asyncio.create_task(client.post("/explain", json={"inputs": LABYRINTH}))
+        asked = asyncio.create_task(client.post("/classify", json={"inputs": POISONED}))
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        assert (await asked).json()["results"][0]["decision"] == "sanitize"
+        assert (await explains).status_code == (429 if changes else 200)
+
+
+async def test_sanitizing_takes_turns_so_that_a_long_text_does_not_hold_up_a_short_one() -> None:
+    engine, ended = FakeEngine(), []
+
+    async def sanitize(client: httpx.AsyncClient, text: str) -> str:
+        answer = await client.post("/classify", json={"inputs": text})
+        ended.append(text)
+        return str(answer.json()["results"][0]["decision"])
+
+    async with client_of(engine, mode="sanitize") as client:
+        engine.gate.clear()
+        long = " ".join(f"word{i}" for i in range(MAX_LENGTH - 1)) + " mn"
+        asked = [asyncio.create_task(sanitize(client, text)) for text in (long, POISONED)]
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        assert await asyncio.gather(*asked) == ["sanitize", "sanitize"]
+    assert ended == [POISONED, long]
 
 
 async def test_sanitized_texts_are_counted_as_such() -> None:

@@ -32,7 +32,7 @@ from psim.__main__ import app
 from service.app import create_app
 from service.audit import writer as audit_writer
 from service.audit.__main__ import main
-from service.audit.rows import Row
+from service.audit.rows import Row, as_dict
 from service.audit.store import AuditError, AuditStore, BadRow, metadata
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -169,6 +169,27 @@ def test_a_row_written_twice_is_there_once_and_a_bad_one_is_named(url: str) -> N
         store.insert([replace(ROW, mark="nonsense", id=uuid4())])
     store.close()
     assert len(rows(url)) == 2
+
+
+def changed(name: str, value: str) -> Row:
+    """Return another row, with something else in one column."""
+    columns: dict[str, Any] = as_dict(ROW) | {"id": uuid4(), name: value}
+    return Row(**columns)
+
+
+@pytest.mark.parametrize("odd", ["nul \0 here", "half \ud800 here"])
+def test_no_character_of_a_string_costs_a_row(url: str, odd: str) -> None:
+    """PostgreSQL takes neither; an upstream names the labels."""
+    writer, metrics = writer_of(AuditStore(url))
+    names = [name for name, value in as_dict(ROW).items() if isinstance(value, str)]
+    names = [*names, "label", "model", "caller", "text_hmac"]
+    writer.add([changed(name, odd) for name in names])
+    writer.start()
+    writer.close()
+    assert value(metrics, "psim_audit_dropped_total") == 0
+    kept = rows(url)
+    assert len(kept) == len(names)
+    assert not [name for row in kept for name in names if odd == getattr(row, name)]
 
 
 def test_what_is_older_than_it_may_be_is_deleted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,6 +449,22 @@ def test_the_export_is_what_was_written_in_the_range_that_is_asked_for(
     ):
         found = exported(url, *arguments, capsys=capsys).splitlines()
         assert [json.loads(line)["request_id"] for line in found] == ids, arguments
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b"])
+def test_no_cell_of_the_table_is_a_formula(
+    start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path}/audit.db"
+    formula = f'{start}cmd|" /C calc"!A0'
+    names = ("text", "label", "model", "caller", "request_id", "route", "digest")
+    rows = [changed(name, formula) for name in names]
+    written(AuditStore(url), replace(ROW, score=-6.5), *rows).close()
+    table = list(csv.DictReader(io.StringIO(exported(url, "--format", "csv", capsys=capsys))))
+    cells = [cell for line in table for cell in line.values()]
+    assert not [cell for cell in cells if cell.startswith(start) and cell != "-6.5"]
+    assert cells.count(f"'{formula}") == len(names)
+    assert "-6.5" in cells, "a number is no formula"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The console over HTTP on real stores, and in a real browser."""
 
+import asyncio
 import json
 import random
 import re
@@ -40,6 +41,9 @@ from service.console import audit_reader as console_audit
 from service.console.app import console_app
 from service.console.audit_reader import Audit
 from service.console.formatting import visible
+from service.console.overview import overview
+from service.console.query import ConsoleQuery
+from service.observability.drift import Comparison, Drift
 from service.settings import Settings
 from tests.support.databases import new_database, postgres
 from tests.support.fakes import fake_bundle
@@ -166,6 +170,42 @@ def test_figures_are_those_of_the_rows(url: str) -> None:
     assert (factors[0.9].inputs, factors[2.0].poisoned) == (5, 1)
     assert (budgets[0.005].inputs, budgets[0.01].inputs, budgets[0.02].inputs) == (0, 3, 4)
     assert (ranges[1], ranges[5], ranges[6], ranges[10]) == ((4, 0), (0, 1), (0, 2), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("bundle", "rows", "smallest"),
+    [
+        (SERVED, [PASSED, replace(PASSED, digest=OTHER)], "0.1 %"),
+        ("", [PASSED], "0.1 %"),
+        ("", [PASSED, replace(PASSED, digest=OTHER)], "5.00 %"),
+        (OTHER, [PASSED], "5.00 %"),
+    ],
+)
+def test_budgets_are_limited_by_the_bundles_that_are_shown_and_by_no_other(
+    bundle: str, rows: list[Row], smallest: str, file: str
+) -> None:
+    write(file, *(new(row) for row in rows))
+    query = ConsoleQuery(bundle=bundle)
+    now = NOW + timedelta(minutes=1)
+    with closing(AuditStore(file, read_only=True)) as store, store.connect(5) as connection:
+        shown = overview(connection, query, now, {SERVED: 999, OTHER: 19})
+    assert shown.budgets[0].name.replace("\u00a0", " ") == f"a budget of {smallest}"
+
+
+def test_drift_is_tested_off_the_event_loop(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(file, new(FLAGGED))
+    on_loop: list[bool] = []
+    measure = Drift.measure
+
+    def measured(drift: Drift) -> list[Comparison]:
+        on_loop.append(asyncio._get_running_loop() is not None)
+        return measure(drift)
+
+    monkeypatch.setattr(Drift, "measure", measured)
+    with console(file) as client:
+        for page in ("/console", "/console/queue"):
+            assert client.get(page).status_code == 200
+    assert on_loop == [False, False]
 
 
 def test_a_mark_is_kept_with_who_and_when_and_can_be_taken_back(url: str) -> None:

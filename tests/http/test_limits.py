@@ -19,7 +19,7 @@ from service.security.keys.file import Scope
 from service.security.rate_limit import Limiter
 from service.settings import Settings
 from tests.support.databases import redis
-from tests.support.fakes import FakeEngine
+from tests.support.fakes import MAX_LENGTH, FakeEngine
 from tests.support.keys import FEW, KEY, bearer, classify, guarded, keys_file
 from tests.support.protocols import ASKED, ERRORS
 from tests.support.requests import CLEAN
@@ -52,30 +52,82 @@ async def test_inputs_are_counted_and_too_many_are_told_so_in_their_dialect(
         assert len(engine.screened) == warm_up + 10
         answer = await client.post(path, json=body([CLEAN] * 11), headers=bearer(FEW))
         assert answer.status_code == 413, "waiting would not help"
-        assert await sample(client, "psim_rate_limited_inputs_total") == 2
+        assert await sample(client, "psim_rate_limited_passes_total") == 2
         others = bearer(KEY[Scope.CLASSIFY])
         assert (await client.post(path, json=body([CLEAN]), headers=others)).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("path", "body", "passes"),
     [
-        ("/screen", {"inputs": CLEAN}),
-        ("/explain", {"inputs": CLEAN}),
-        ("/envoy/classify", {"inputs": CLEAN}),
-        ("/beta/litellm_basic_guardrail_api", {"texts": [CLEAN]}),
+        ("/screen", {"inputs": CLEAN}, 1),
+        ("/explain", {"inputs": "film"}, 2),  # the text, and the text without its word
+        ("/envoy/classify", {"inputs": CLEAN}, 1),
+        ("/beta/litellm_basic_guardrail_api", {"texts": [CLEAN]}, 1),
     ],
 )
-async def test_no_route_is_a_way_around_the_limit(path: str, body: Any, tmp_path: Path) -> None:
+async def test_no_route_is_a_way_around_the_limit(
+    path: str, body: Any, passes: int, tmp_path: Path
+) -> None:
     async with guarded(tmp_path) as client:
-        assert (await classify(client, 9)).status_code == 200
+        assert (await classify(client, 10 - passes)).status_code == 200
         answers = [await client.post(path, json=body, headers=bearer(FEW)) for _ in range(2)]
-        assert await sample(client, "psim_rate_limited_inputs_total") == 1
+        assert await sample(client, "psim_rate_limited_passes_total") == 1
         outcome = f'psim_requests_total{{outcome="client_error",route="{answers[1].url.path}"}}'
         if "envoy" not in path:
             assert await sample(client, outcome) == 1
         found = [answer.status_code for answer in answers]
     assert found == [200, 429]
+
+
+async def test_a_text_costs_as_many_passes_as_it_has_windows(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with guarded(tmp_path, engine=engine) as client:
+        warm_up = len(engine.screened)
+        body = {"inputs": "film " * 20 * MAX_LENGTH}
+        path = "/envoy/classify"
+        others = bearer(KEY[Scope.CLASSIFY])
+        assert (await client.post(path, json=body, headers=others)).status_code == 200
+        passes = len(engine.screened) - warm_up
+        assert passes > 20
+        for _ in range(3):
+            answer = await client.post(path, json=body, headers=bearer(FEW))
+            assert answer.status_code in (413, 429), answer.text
+            assert "10 per 1 day" in answer.json()["detail"]
+        assert len(engine.screened) - warm_up - passes <= 10, "no pass is run before it is paid"
+        assert (await client.post(path, json=body, headers=others)).status_code == 200
+
+
+async def test_a_request_that_costs_more_than_its_key_ever_has_is_told_so(tmp_path: Path) -> None:
+    limiter, rate = Limiter(None, Metrics()), parse("10/second")
+    with pytest.raises(TooLarge, match="11 passes"):
+        await limiter.take("a", rate, 3, before=8)
+    await limiter.take("a", rate, 2, before=8)
+
+
+async def test_an_explanation_costs_its_passes(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with guarded(tmp_path, engine=engine) as client:
+        warm_up = len(engine.screened)
+        body = {"inputs": " ".join(f"word{i}" for i in range(MAX_LENGTH - 1)) + " mn"}
+        answer = await client.post("/explain", json=body, headers=bearer(FEW))
+        assert answer.status_code == 413, answer.text
+        assert len(engine.screened) - warm_up <= 10
+        assert await sample(client, "psim_rate_limited_passes_total") == 0, "it is too large"
+
+
+async def test_what_there_is_no_rate_to_sanitize_stays_rejected(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with guarded(tmp_path, engine=engine, mode="sanitize") as client:
+        warm_up = len(engine.screened)
+        texts = [CLEAN, " ".join(f"word{i}" for i in range(MAX_LENGTH - 1)) + " mn"]
+        answer = await client.post("/classify", json={"inputs": texts}, headers=bearer(FEW))
+        decisions = [result["decision"] for result in answer.json()["results"]]
+        assert decisions == ["allow", "reject"]
+        assert len(engine.screened) - warm_up <= 10
+        others = bearer(KEY[Scope.CLASSIFY])
+        answer = await client.post("/classify", json={"inputs": texts}, headers=others)
+        assert answer.json()["results"][1]["decision"] == "sanitize"
 
 
 async def test_who_waits_as_told_gets_in(tmp_path: Path) -> None:

@@ -2,21 +2,24 @@
 
 import asyncio
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from service.app import create_app
 from service.classifiers.circuit_breaker import CircuitBreaker
 from service.protocols.registry import protocols
+from service.protocols.tei import Tei
 from service.settings import Settings
 from tests.support.fakes import FakeEngine, fake_bundle
-from tests.support.protocols import ASKED, ERRORS
+from tests.support.protocols import ASKED, ERRORS, INFER, infer
 from tests.support.requests import CLEAN, JSON, POISONED, client_of, listening, metric, until_ready
 from tests.support.servers import free_port
 from tests.support.upstreams import ONE_TEI, SOUND, Peer, behind
@@ -228,42 +231,162 @@ async def test_an_upstream_that_is_not_there_yet_is_waited_for() -> None:
             assert answer.json()["results"][0]["label"] == "positive"
 
 
-async def test_the_breaker_stops_calls_and_the_probe_closes_it_again() -> None:
+async def is_ready(client: httpx.AsyncClient, wanted: bool = True) -> None:
+    """Wait until the gateway is ready, or is not."""
+    for _ in range(500):
+        if ((await client.get("/ready")).status_code == 200) is wanted:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"ready did not become {wanted}")
+
+
+@pytest.mark.parametrize("changes", [{"status": 503}, {"wait_s": 0.6}], ids=["down", "hanging"])
+async def test_the_breaker_stops_calls_and_the_probe_closes_it_again(
+    changes: dict[str, Any],
+) -> None:
     peer = Peer()
-    async with behind(peer, upstream_retry_s=0.3) as client:
-        peer.status = 503
+    async with behind(peer, upstream_retry_s=0.3, upstream_timeout_s=0.3) as client:
+        for name, value in changes.items():
+            setattr(peer, name, value)
         for _ in range(CircuitBreaker.FAILURES):
-            assert (await client.post("/predict", json=ONE_TEI)).status_code == 503
-        asked = len(peer.asked)
+            assert (await client.post("/predict", json=ONE_TEI)).status_code in (503, 504)
+        await is_ready(client, False)
+        asked = sum(b"warm up" not in body for *_, body in peer.asked)
         answer = await client.post("/predict", json=ONE_TEI)
         assert (answer.status_code, answer.json()["error_type"]) == (503, "Unhealthy")
         assert int(answer.headers["retry-after"]) >= 1
-        assert len(peer.asked) == asked, "nothing was sent"
+        assert sum(b"warm up" not in body for *_, body in peer.asked) == asked, "nothing was sent"
         assert await metric(client, 'psim_upstream_errors_total{kind="open",model="fake"}') == 1
         assert (await client.get("/ready")).status_code == 503
-        peer.status = 200
+        peer.status, peer.wait_s = 200, 0
         await until_ready(client)
         assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
 
 
-def test_a_breaker_lets_one_attempt_through_at_a_time_and_forgets_after_a_success() -> None:
-    now = 0.0
-    breaker = CircuitBreaker(pause_s=10, clock=lambda: now)
-    for _ in range(CircuitBreaker.FAILURES - 1):
-        breaker.record(failed=True)
-    assert breaker.admit()
+async def test_an_upstream_that_is_busy_is_not_down() -> None:
+    peer = Peer(status=503)
+    async with behind(peer, upstream_retry_s=0.05) as client:
+        for _ in range(CircuitBreaker.FAILURES):
+            await client.post("/predict", json=ONE_TEI)
+        await is_ready(client, False)
+        peer.status = 429
+        await is_ready(client)
+        assert (await client.post("/predict", json=ONE_TEI)).status_code == 429
+
+
+def test_failures_in_a_row_ask_for_a_probe_and_only_the_probe_decides() -> None:
+    breaker = CircuitBreaker()
+
+    def state() -> tuple[bool, bool]:
+        return breaker.open, breaker.suspected.is_set()
+
+    for failed in (True, True, True, True, False, True, True, True, True):
+        breaker.record(failed)
+        assert state() == (False, False)
     breaker.record(failed=True)
-    assert not breaker.admit()
-    now = 10.0
-    assert (breaker.admit(), breaker.admit()) == (True, False)
-    breaker.record(failed=True)
-    now = 19.9
-    assert not breaker.admit()
-    now = 20.0
-    assert breaker.admit()
+    assert state() == (False, True)
+    breaker.probed(answers=True)
+    assert state() == (False, False)
+    breaker.probed(answers=False)
     breaker.record(failed=False)
-    assert not breaker.open
-    assert breaker.admit()
+    assert state() == (True, True), "it is probed until it answers"
+    breaker.probed(answers=True)
+    assert state() == (False, False)
+
+
+@dataclass
+class SlowOnSome(Peer):
+    """A TEI that never answers some texts, and breaks off at others."""
+
+    async def answer(self, request: Request) -> Response:
+        body = await request.body()
+        if b"slow" in body:
+            await asyncio.sleep(1)
+        if b"heavy" in body:
+            return Response(status_code=504)
+        return await super().answer(request)
+
+
+@pytest.mark.parametrize("word", ["slow", "heavy"])
+async def test_inputs_that_one_caller_has_fail_do_not_open_the_circuit_for_others(
+    word: str,
+) -> None:
+    peer = SlowOnSome()
+    async with behind(peer, upstream_timeout_s=0.3, upstream_connections=2) as client:
+        for _ in range(4):
+            asked = [client.post("/predict", json={"inputs": [[word]]}) for _ in range(5)]
+            found = {answer.status_code for answer in await asyncio.gather(*asked)}
+            assert found <= {502, 504}, found
+            assert (await client.get("/ready")).status_code == 200
+            assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
+        assert await metric(client, 'psim_upstream_errors_total{kind="open",model="fake"}') == 0
+
+
+async def test_the_upstream_is_watched_on_after_a_bug(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    peer = Peer(status=503)
+
+    def bug(*_: Any) -> None:
+        raise RuntimeError(CLEAN)
+
+    async with behind(peer, upstream_retry_s=0.05) as client:
+        for _ in range(CircuitBreaker.FAILURES):
+            await client.post("/predict", json=ONE_TEI)
+        await is_ready(client, False)
+        peer.status = 200
+        with monkeypatch.context() as patch:
+            patch.setattr(Tei, "check", bug)
+            await asyncio.sleep(0.3)
+            assert (await client.get("/ready")).status_code == 503
+        await is_ready(client)
+    assert "RuntimeError" in str([vars(record) for record in caplog.records])
+    assert CLEAN not in caplog.text
+
+
+METADATA = {"name": "theirs", "versions": ["1"], "inputs": [], "outputs": []}
+
+
+@pytest.mark.parametrize(("path", "sent"), [("/v2", "/v2"), ("/v2/models/fake", "/v2/models/fake")])
+async def test_metadata_of_the_upstream_has_its_status_and_opens_no_circuit(
+    path: str, sent: str
+) -> None:
+    said, asked = [200], []
+    bare = create_app(Settings(bundle=Path("unused"), mode="shadow"), fake_bundle())
+
+    async def peer(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "GET":
+            asked.append(scope["path"])
+            answer = Response(json.dumps(METADATA), said[0], media_type="application/json")
+            return await answer(scope, receive, send)
+        await bare(scope, receive, send)
+
+    async with (
+        listening(peer) as url,
+        client_of(upstream=url, upstream_protocol="oip", upstream_retry_s=0.1) as client,
+    ):
+        assert (await client.get(path)).json() == METADATA
+        assert asked == [sent]
+        for status, expected in ((404, 404), (500, 502), (204, 502), (503, 503)):
+            said[0] = status
+            for _ in range(2 * CircuitBreaker.FAILURES):
+                assert (await client.get(path)).status_code == expected
+        await asyncio.sleep(0.2)
+        assert (await client.get("/ready")).status_code == 200
+        assert (await client.post(INFER, json=infer(CLEAN))).status_code == 200
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("9" * 5000, "3600"), ("0" * 5000 + "7", "7"), ("-7", "1"), ("\u0667", "1"), ("0", "1")],
+)
+def test_a_number_of_seconds_that_makes_no_sense_is_no_bug(
+    status: int, said: str, told: str
+) -> None:
+    peer = Peer(status=status, headers={"retry-after": said.encode().decode("latin-1")})
+    answer = ask_behind(peer, "/classify", {"inputs": CLEAN})
+    assert (answer.status_code, answer.headers["retry-after"]) == (status, told)
 
 
 async def test_single_inputs_that_break_the_upstream_do_not_open_the_breaker() -> None:

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=[str(scope) for scope in Scope],
         help="routes it gives access to; may be given several times",
     )
-    new.add_argument("--rate", help="inputs per time, such as 100/second; unlimited by default")
+    new.add_argument("--rate", help="passes per time, such as 100/second; unlimited by default")
     new.add_argument(
         "--no-scores", action="store_true", help="show its holder decisions, but no scores"
     )
