@@ -203,7 +203,7 @@ class ProxiedRequest:
 def _scope(head: HttpHeaders, partial: bool) -> Scope:
     """Return the ASGI scope of a request."""
     fields = head.headers.headers if head.headers else []
-    headers = [(f.key.encode(), f.raw_value or f.value.encode()) for f in fields]
+    headers = [(f.key.lower().encode(), f.raw_value or f.value.encode()) for f in fields]
     pseudo = dict(headers)
     path, _, query = pseudo.get(b":path", b"/").partition(b"?")
     headers = [(name, value) for name, value in headers if not name.startswith(b":")]
