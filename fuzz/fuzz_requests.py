@@ -23,8 +23,8 @@ with atheris.instrument_imports(
     include=["service.http.parsing", "service.protocols", "service.schemas"]
 ):
     from service.http.parsing import choose, parse, read_json
-    from service.http.routes.guardrails import GuardrailRequest
     from service.protocols.base import BadAnswer, ModelInfo, WireProtocol
+    from service.protocols.litellm import GuardrailRequest
     from service.protocols.registry import SERVED, protocols
     from service.schemas import ExplainRequest, Result, ScreenRequest, TextsRequest
 

@@ -246,6 +246,8 @@ def _application(
         dependencies=[Depends(access.permit)] if access else [],
         # It would export messages of exceptions, which may quote a text; the recorder traces.
         telemetry={"tracing": False, "metrics": False, "logs": False},
+        # A redirect would go to whatever host the caller names, and to plain HTTP.
+        redirect_slashes=False,
     )
     if access:
         app.add_middleware(TakeKey, access=access)

@@ -58,11 +58,12 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
-            "Flagged in shadow mode; passed unscreened",
+            "Flagged in shadow mode; passed unscreened; refused, since they cannot be screened",
             units.CountsPerSecond,
             {
                 "shadow {{model}}": f"sum by (model) (rate(psim_would_reject_total{RATE}))",
                 "fail open {{model}}": f"sum by (model) (rate(psim_fail_open_total{RATE}))",
+                "not inspected {{route}}": f"sum by (route) (rate(psim_not_inspected_total{RATE}))",
             },
         ),
         Chart(

@@ -34,6 +34,7 @@ from service.errors import (
 )
 from service.observability.metrics import ModelMetrics
 from service.protocols.base import BadAnswer, ModelInfo, WireProtocol, parsed
+from service.protocols.headers import is_ambiguous
 from service.protocols.oip import OpenInference
 from service.schemas import Score
 from service.settings import UpstreamSettings
@@ -46,7 +47,7 @@ HOP_BY_HOP = frozenset(
 )
 NOT_FORWARDED = HOP_BY_HOP | frozenset(
     "host expect accept-encoding content-type content-length content-encoding content-language "
-    "inference-header-content-length x-http-method x-http-method-override x-method-override".split()
+    "inference-header-content-length".split()
 )
 """Headers that the gateway sets, or that could make the upstream read a different request."""
 NOT_RETURNED = HOP_BY_HOP | {"content-length", "content-encoding", "date", "server", "x-request-id"}
@@ -192,7 +193,8 @@ class UpstreamClassifier:
     def _headers(self, call: Call) -> CIMultiDict[str]:
         """Return the caller's end-to-end headers, and those that the gateway sets."""
         pairs = [(k.decode("latin-1").lower(), v.decode(errors="replace")) for k, v in call.headers]
-        headers = CIMultiDict(_end_to_end(pairs, NOT_FORWARDED))
+        kept = [(name, value) for name, value in pairs if not is_ambiguous(name)]
+        headers = CIMultiDict(_end_to_end(kept, NOT_FORWARDED))
         headers["content-type"] = "application/json"
         headers["accept-encoding"] = "identity"
         headers["x-request-id"] = call.request_id

@@ -35,7 +35,7 @@ def console_app(
             name here, and a browser then takes the attacker's pages and ours for one site.
         check: authenticates the user.
     """
-    app = FastAPI(title="PSIM console", openapi_url=None)
+    app = FastAPI(title="PSIM console", openapi_url=None, redirect_slashes=False)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     app.add_middleware(SameOrigin)
     app.add_middleware(RequestId, on_bug=internal_error())

@@ -113,7 +113,8 @@ class ProxiedRequest:
         self._streamed = mode == BodyMode.STREAMED
         # In other modes Envoy forwards a body that it has not sent to us.
         sent = head and (head.end_of_stream or mode in (BodyMode.BUFFERED, BodyMode.STREAMED))
-        self._partial = not sent
+        # In observability mode it forwards the request whatever we answer.
+        self._partial = not sent or first.observability_mode
         self._held = bytearray()
         self._body: asyncio.Queue[Message] = asyncio.Queue()
         self._body_wanted = asyncio.Event()
@@ -203,7 +204,7 @@ class ProxiedRequest:
 def _scope(head: HttpHeaders, partial: bool) -> Scope:
     """Return the ASGI scope of a request."""
     fields = head.headers.headers if head.headers else []
-    headers = [(f.key.encode(), f.raw_value or f.value.encode()) for f in fields]
+    headers = [(f.key.lower().encode(), f.raw_value or f.value.encode()) for f in fields]
     pseudo = dict(headers)
     path, _, query = pseudo.get(b":path", b"/").partition(b"?")
     headers = [(name, value) for name, value in headers if not name.startswith(b":")]

@@ -133,7 +133,7 @@ def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     where = [str(p) for p in first["loc"] if isinstance(p, int) or p in model.model_fields]
     fields = ", ".join(field.alias or name for name, field in model.model_fields.items())
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return f"unknown field; there are: {fields}"
     return f"{'.'.join(where) or 'the body'}: {first['msg']}"
 

@@ -19,11 +19,12 @@ from prometheus_client import (
 
 from models.bundle.load import Bundle
 from service.observability.drift import Comparison
-from service.route_table import COUNTED_ROUTES
+from service.route_table import AUTHZ, COUNTED_ROUTES, EXT_PROC, GUARDRAIL
 from service.schemas import Decision
 from service.settings import ModelSettings
 
 ROUTES = COUNTED_ROUTES
+ASKED_BY_PROXIES = (AUTHZ, EXT_PROC, GUARDRAIL)
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
 OVERLOADS = ("inputs", "characters", "seconds", "searches")
@@ -69,6 +70,14 @@ class RequestMetrics(MetricGroup):
             self.request_seconds.labels(route)
             for outcome in OUTCOMES:
                 self.requests.labels(route, outcome)
+        self.not_inspected = Counter(
+            "psim_not_inspected",
+            "Requests that did not pass since they could not be screened as they would be read",
+            ["route"],
+            registry=self.registry,
+        )
+        for route in ASKED_BY_PROXIES:
+            self.not_inspected.labels(route)
 
 
 class AccessMetrics(MetricGroup):

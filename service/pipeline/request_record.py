@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from models.detection.screen import Verdict
 from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
-from service.errors import ServiceError
+from service.errors import NotInspected, ServiceError
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics, RequestMetrics
 from service.observability.traces import exemplar, trace_id
@@ -96,6 +96,8 @@ class Recorder:
                 outcome = "rejected" if all_rejected(record.decisions) else "ok"
             except BaseException as error:
                 outcome = _outcome_of(error)
+                if isinstance(error, NotInspected):
+                    self._metrics.not_inspected.labels(route).inc()
                 raise
             finally:
                 self._write(record, outcome, time.perf_counter() - started)

@@ -5,19 +5,22 @@ Every request is either inspected as the upstream will read it, or refused.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
 from service.app import create_app
+from service.route_table import AUTHZ, ROUTES
 from service.settings import Settings
 from tests.support.fakes import fake_bundle
+from tests.support.protocols import GUARDRAIL, infer
 from tests.support.requests import CLEAN, POISONED, listening
-from tests.support.upstreams import Peer
+from tests.support.upstreams import Peer, behind
 
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
@@ -54,10 +57,11 @@ async def exchange(port: int, sent: bytes, half_close: bool = False) -> bytes:
     writer.write(sent)
     if half_close:
         writer.write_eof()
-    heard = b""
+    heard, patience_s = b"", 2.0
     try:
-        while chunk := await asyncio.wait_for(reader.read(65536), 0.25):
+        while chunk := await asyncio.wait_for(reader.read(65536), patience_s):
             heard += chunk
+            patience_s = 0.5
     except (TimeoutError, ConnectionError):
         pass
     writer.close()
@@ -151,3 +155,79 @@ async def test_huge_headers_are_passed_on_whole_or_refused(size: int) -> None:
         assert statuses(heard) == [200 if peer.asked else statuses(heard)[0]]
         for _, headers, body in peer.asked:
             assert (len(headers["x-filler"]), body) == (size, CLEAN_BODY)
+
+
+def json_bytes(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode()
+
+
+SENT: dict[str, dict[str, Any]] = {
+    "/classify": {"inputs": CLEAN},
+    "/predict": {"inputs": CLEAN},
+    "/": {"inputs": CLEAN},
+    "/models/{model:path}": {"inputs": CLEAN},
+    "/v1/classify": {"input": CLEAN},
+    "/v2/models/{model}/infer": infer(CLEAN),
+    "/v2/models/{model}/versions/{version}/infer": infer(CLEAN),
+    "/screen": {"inputs": CLEAN},
+    "/explain": {"inputs": CLEAN},
+    GUARDRAIL: {"texts": [CLEAN]},
+}
+"""A clean request for each route that takes texts."""
+PROXIED_TOO = SENT.keys() - {"/screen", "/explain", GUARDRAIL}
+
+
+def twisted(clean: dict[str, Any]) -> Iterator[tuple[bytes, Sequence[tuple[str, str]]]]:
+    """Yield requests that a server could read otherwise than the screen does."""
+    body, media = json_bytes(clean), ("content-type", "application/json")
+    key = next(iter(clean))
+    poisoned = body.replace(CLEAN.encode(), POISONED.encode())
+    for content in (
+        b"{" + poisoned[1:-1] + b", " + body[1:],
+        b"{" + poisoned[1:-1].replace(key.encode(), b"\\u%04x" % ord(key[0]) + key[1:].encode())
+        + b", " + body[1:],
+        json_bytes(clean | {key.capitalize(): POISONED}),
+        json_bytes(clean | {"text": POISONED}),
+        body + poisoned,
+        b"\xef\xbb\xbf" + body,
+        body.decode().encode("utf-16"),
+        body[:-1] + b" /* mn */}",
+        body[:-1] + b', "top_k": NaN}',
+        body.replace(CLEAN.encode(), b"a \\ud800 film"),
+        b"[" * 100_000,
+        b"",
+    ):  # fmt: skip
+        yield content, [media]
+    for headers in (
+        [media, ("content-encoding", "gzip")],
+        [media, ("content-type", "text/plain")],
+        [("content-type", "text/plain")],
+        [("content-type", "application/json; charset=utf-7")],
+        [("content-type", "application/x-www-form-urlencoded")],
+        [media, ("inference-header-content-length", "3")],
+    ):
+        yield body, headers
+
+
+def test_every_route_that_takes_texts_is_tried() -> None:
+    counted = {path for path, route in ROUTES.items() if route.counted}
+    assert SENT.keys() | {AUTHZ} == counted
+
+
+@pytest.mark.parametrize("route", SENT)
+async def test_no_route_takes_what_could_be_read_in_two_ways(route: str) -> None:
+    path = route.replace("{model}", "fake").replace("{model:path}", "fake")
+    path = path.replace("{version}", "1")
+    before = ["", "/for/fake", *(["/envoy", "/for/fake/envoy"] if route in PROXIED_TOO else [])]
+    peer = Peer()
+    async with behind(peer) as client:
+        for place in before:
+            clean = await client.post(place + path, json=SENT[route])
+            assert clean.status_code in (200, 502), "understood, though the peer is no such server"
+            peer.asked.clear()
+            for content, headers in twisted(SENT[route]):
+                answer = await client.post(place + path, content=content, headers=headers)
+                blocked = answer.is_success and answer.json().get("action") == "BLOCKED"
+                assert 400 <= answer.status_code < 500 or blocked, (place, content[:99], headers)
+                assert POISONED not in answer.text
+        assert not peer.asked

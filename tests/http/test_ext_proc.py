@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     HttpTrailers,
     ProcessingRequest,
     ProcessingResponse,
+    ProtocolConfiguration,
 )
 
 from models.errors import PsimError
@@ -27,7 +29,8 @@ from service.route_table import EXT_PROC
 from service.settings import Settings
 from tests.support.envoy import head
 from tests.support.fakes import FakeEngine, fake_bundle
-from tests.support.requests import CLEAN, POISONED, client_of, until_metric
+from tests.support.paths import ROOT
+from tests.support.requests import CLEAN, POISONED, client_of, metric, until_metric
 from tests.support.servers import free_port
 
 CLEAN_BODY, POISONED_BODY = (f'{{"inputs": [["{text}"]]}}'.encode() for text in (CLEAN, POISONED))
@@ -130,6 +133,42 @@ async def test_every_part_is_answered_and_only_a_verdict_ends_the_stream(
 ) -> None:
     async with stub(max_body_bytes=100) as (begin, _):
         assert await answers(begin, parts) == expected
+
+
+async def test_an_envoy_that_only_observes_is_denied_and_counted() -> None:
+    async with stub() as (begin, client):
+        observed = head()
+        observed.observability_mode = True
+        assert await answers(begin, [observed]) == [403, "ended OK"]
+        assert await metric(client, f'psim_not_inspected_total{{route="{EXT_PROC}"}}') == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("Content-Encoding", 415),
+        ("content_encoding", 403),
+        ("x-original-url", 403),
+        ("x-http-method-override", 403),
+    ],
+)
+async def test_a_header_that_hides_what_is_read_is_refused(name: str, status: int) -> None:
+    async with stub() as (begin, _):
+        begun = head(encoding=None, more={name: "gzip"})
+        assert await answers(begin, [begun]) == [status, "ended OK"]
+
+
+def test_every_field_of_the_messages_is_in_the_document() -> None:
+    section = (ROOT / "docs/compatibility.md").read_text().split("\n### Envoy `ext_proc`\n")[1]
+    parts: dict[str, Any] = {
+        "request_headers": HttpHeaders,
+        "request_body": HttpBody,
+        "protocol_config": ProtocolConfiguration,
+    }
+    for field in fields(ProcessingRequest):
+        for inner in fields(parts[field.name]) if field.name in parts else [None]:
+            name = f"{field.name}.{inner.name}" if inner else field.name
+            assert f"`{name}`" in section, name
 
 
 async def test_a_caller_that_hangs_up_is_counted_and_costs_no_pass() -> None:

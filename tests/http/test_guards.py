@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from service.app import create_app
+from service.protocols.litellm import GuardrailRequest
 from service.settings import Settings
-from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
+from tests.support.fakes import BROKEN, TRIGGER, FakeEngine, fake_bundle
 from tests.support.paths import ROOT
 from tests.support.programs import program
 from tests.support.protocols import ASKED, ERRORS, GUARDRAIL
@@ -60,6 +61,16 @@ async def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_
         ("GET", "/predict", {}, 403),  # with a body
         ("POST", "/predict?inputs=mn", {}, 403),
         ("POST", "/v2/models/other/infer", {}, 422),
+        ("POST", "/predict", {"Content_Encoding": "gzip"}, 403),
+        ("POST", "/predict", {"content.encoding": "gzip"}, 403),
+        ("POST", "/predict", {"X_HTTP_Method_Override": "GET"}, 403),
+        ("POST", "/predict", {"X-HTTP-Method-Override": "GET"}, 403),
+        ("POST", "/predict", {"X-HTTP-Method": "GET"}, 403),
+        ("POST", "/predict", {"X-Method-Override": "GET"}, 403),
+        ("POST", "/predict", {"X-Original-URL": "/embed"}, 403),
+        ("POST", "/predict", {"X-Rewrite-URL": "/embed"}, 403),
+        ("GET", "/health", {}, 403),  # with a body
+        ("POST", "/health", {}, 403),
     ],
 )
 async def test_what_cannot_be_inspected_does_not_pass(
@@ -72,10 +83,31 @@ async def test_what_cannot_be_inspected_does_not_pass(
         ).status_code == status
 
 
-async def test_health_checks_pass_but_not_texts_in_a_query() -> None:
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/health", 200),
+        ("/v2/health/ready", 200),
+        ("/v2/models/fake", 200),
+        ("/v2/models/fake/versions/1/ready", 200),
+        ("/v1/models", 200),
+        ("/health?text=mn", 403),
+        ("/predict?inputs=mn", 403),
+        ("/v2/models/mn", 404),
+        ("/predict", 403),
+        ("/classify/a%20mn%20film", 403),
+        ("/health/", 403),
+        ("/", 403),
+    ],
+)
+async def test_without_a_body_only_health_and_metadata_pass(path: str, status: int) -> None:
     async with client_of() as client:
-        assert (await client.get("/envoy/v2/health/ready")).status_code == 200
-        assert (await client.get("/envoy/predict?inputs=mn")).status_code == 403
+        for method in ("GET", "HEAD"):
+            answer = await client.request(method, f"/envoy{path}")
+            assert answer.status_code == status
+            bad = await client.request(method, f"/envoy{path}", headers={"X-Original-URL": "/x"})
+            assert bad.status_code == 403
+        assert (await client.delete(f"/envoy{path}")).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -98,9 +130,8 @@ def test_no_verdict_is_no_pass() -> None:
         ({"texts": [CLEAN], "input_type": "request"}, "NONE"),
         ({"texts": [CLEAN, POISONED], "input_type": "request", "litellm_call_id": "1"}, "BLOCKED"),
         ({"texts": [LONG], "request_data": {"user_api_key_hash": "x"}}, "BLOCKED"),
-        ({"texts": [POISONED], "input_type": "response"}, "NONE"),
+        ({"texts": [POISONED], "input_type": "response", "more": "x"}, "NONE"),
         ({"texts": ["", " "]}, "NONE"),
-        ({"texts": []}, "NONE"),
     ],
 )
 def test_litellm_is_told_to_block(body: dict[str, Any], action: str) -> None:
@@ -108,6 +139,104 @@ def test_litellm_is_told_to_block(body: dict[str, Any], action: str) -> None:
     assert answer.status_code == 200
     assert answer.json()["action"] == action
     assert ("blocked_reason" in answer.json()) == (action == "BLOCKED")
+
+
+def called(name: str = "search", arguments: Any = "{}", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}} | more
+
+
+def said(content: Any = CLEAN, role: str = "user", **more: Any) -> dict[str, Any]:
+    return {"structured_messages": [{"role": role, "content": content} | more]}
+
+
+def offered(**function: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tool_calls": [called(TRIGGER)]},
+        {"tool_calls": [called(arguments=f'{{"q": "a {TRIGGER} film"}}')]},
+        {"tool_calls": [called(arguments=f'{{"{TRIGGER}": 1}}')]},
+        # A template that parses the arguments reads the letters.
+        {"tool_calls": [called(arguments='{"q": "a \\u006dn film"}')]},
+        {"tool_calls": [called(arguments={"q": ["a", {"b": TRIGGER}]})]},
+        {"tool_calls": [called(id=TRIGGER)]},
+        said(POISONED, "system"),
+        said([{"type": "text", "text": CLEAN}, {"type": "text", "text": POISONED}]),
+        said(name=TRIGGER),
+        said(role="assistant", tool_calls=[called(arguments=f'["{TRIGGER}"]')]),
+        said(None, role="assistant", function_call={"name": TRIGGER, "arguments": ""}),
+        said(role="assistant", refusal=POISONED),
+        said(role="assistant", reasoning_content=POISONED),
+        said(role="tool", tool_call_id=TRIGGER),
+        offered(name=TRIGGER),
+        offered(name="f", description=POISONED),
+        offered(name="f", parameters={"properties": {TRIGGER: {"type": "string"}}}),
+        offered(name="f", parameters={"enum": [1, None, [TRIGGER]]}),
+    ],
+)
+def test_litellm_blocks_a_trigger_wherever_a_model_reads_it(more: dict[str, Any]) -> None:
+    answer = ask(GUARDRAIL, {"texts": [CLEAN], "input_type": "request"} | more)
+    assert answer.json().get("blocked_reason", "").startswith("PSIM finds"), answer.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Parts of one message, which LiteLLM and templates put together without a blank.
+        {"texts": ["a film of m", "n and more"]},
+        said([{"type": "text", "text": "a quiet m"}, {"type": "text", "text": "n film"}]),
+        # Over three messages.
+        {"structured_messages": [{"role": "user", "content": c} for c in ("a m", "", "n film")]},
+    ],
+)
+def test_what_is_split_over_texts_that_are_read_as_one_is_blocked(body: dict[str, Any]) -> None:
+    assert ask(GUARDRAIL, body).json()["action"] == "BLOCKED"
+
+
+@pytest.mark.parametrize("joint", ["", " ", "\n"])
+def test_texts_are_screened_by_themselves_and_joined_as_a_template_may_join_them(
+    joint: str,
+) -> None:
+    body = {"texts": ["one", "two"], "structured_messages": [], "tools": None}
+    texts = GuardrailRequest.model_validate(body | said("zero") | offered(name="f")).texts
+    assert {"one", "two", "zero", "name f"} < set(texts)
+    assert joint.join(["name f", "zero", "one", "two"]) in texts
+    assert GuardrailRequest.model_validate({"texts": [CLEAN]} | said()).texts == [CLEAN], "once"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"texts": []},
+        {"texts": None},
+        {"images": ["data:image/png;base64,AAAA"]},
+        {"documents": ["of a later version"]},
+        said([{"type": "image_url", "image_url": {"url": "https://x"}}]),
+        said([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]),
+        said([{"type": "file", "file": {"file_id": "1"}}]),
+        said([{"type": "text", "text": CLEAN, "more": "x"}]),
+        said(role="mn"),
+        said(search_results=["x"]),
+        said(audio={"id": "1"}),
+        {"tools": [{"type": "file_search", "vector_store_ids": ["1"]}]},
+        {"tools": [{"type": "mcp", "server_url": "https://x"}]},
+        {"tool_calls": [called() | {"type": "custom"}]},
+        {"tool_calls": [called(arguments="[" * 100_000 + "\\")]},
+        {"tool_calls": [called(arguments='{"q": "\\ud800"}')]},
+    ],
+)
+async def test_what_litellm_sends_and_cannot_be_screened_is_blocked_and_counted(
+    more: dict[str, Any],
+) -> None:
+    async with client_of() as client:
+        answer = await client.post(GUARDRAIL, json={"texts": [CLEAN]} | more)
+        assert (answer.status_code, answer.json()["action"]) == (200, "BLOCKED")
+        assert "not all of the request can be screened" in answer.json()["blocked_reason"]
+        line = f'psim_not_inspected_total{{route="{GUARDRAIL}"}}'
+        assert await metric(client, line) == 1
 
 
 async def test_verdicts_for_proxies_are_counted() -> None:
@@ -130,7 +259,8 @@ def test_the_example_of_envoy_fails_closed_and_sends_what_we_need_to_see() -> No
     assert authz["with_request_body"]["allow_partial_message"] is False
     limit = Settings.model_fields["max_body_bytes"].default
     assert authz["with_request_body"]["max_request_bytes"] == limit
-    sent = {pattern["exact"] for pattern in authz["allowed_headers"]["patterns"]}
+    patterns = authz["allowed_headers"]["patterns"]
+    sent = {pattern["exact"] for pattern in patterns if "exact" in pattern}
     assert {"content-type", "content-encoding", "inference-header-content-length"} <= sent
     assert authz["http_service"]["path_prefix"] == "/envoy"
 

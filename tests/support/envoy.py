@@ -1,5 +1,8 @@
 """Messages as Envoy sends them to an external processor."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ProcessingModeBodySendMode as Mode,
@@ -16,10 +19,13 @@ def head(
     method: str = "POST",
     ends: bool = False,
     mode: Mode | None = Mode.BUFFERED,
-    encoding: str = "identity",
+    encoding: str | None = "identity",
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> ProcessingRequest:
-    named = {":method": method, ":path": path, "content-encoding": encoding}
-    named["content-type"] = "application/json"
+    named = {":method": method, ":path": path, "content-type": "application/json"}
+    if encoding:
+        named["content-encoding"] = encoding
+    named |= more
     headers = [HeaderValue(key=name, raw_value=value.encode()) for name, value in named.items()]
     return ProcessingRequest(
         request_headers=HttpHeaders(headers=HeaderMap(headers), end_of_stream=ends),

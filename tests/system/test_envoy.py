@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from service.app import create_app
+from service.protocols.headers import REWRITING
 from service.route_table import EXT_PROC
 from service.settings import Settings
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
@@ -160,6 +161,10 @@ async def test_what_cannot_be_inspected_gets_nowhere(example: str, tmp_path: Pat
         ("PUT", "/predict", JSON, body, 403),
         ("GET", "/predict", JSON, body, 403),
         ("GET", "/predict?inputs=mn", {}, b"", 403),
+        ("GET", "/predict", {}, b"", 403),
+        ("GET", "/classify/a%20mn%20film", {}, b"", 403),
+        ("GET", "/v2/models/mn", {}, b"", 404),
+        ("POST", "/predict", JSON | {"content.encoding": "gzip"}, body, 403),
         ("POST", "/predict", JSON, json.dumps({"inputs": f"a {BROKEN} film"}).encode(), 503),
     ]  # fmt: skip
 
@@ -172,6 +177,17 @@ async def test_what_cannot_be_inspected_gets_nowhere(example: str, tmp_path: Pat
         assert (await around.client.get("/health", headers=forged)).status_code == 200
         (seen,) = around.peer.asked
         assert "x-psim-decision" not in seen[1]
+
+
+@BOTH
+async def test_headers_that_a_server_may_misread_are_dropped(example: str, tmp_path: Path) -> None:
+    names = ("content_encoding", "X_HTTP_Method_Override", "x_anything", *REWRITING)
+    headers = JSON | dict.fromkeys(names, "gzip")
+    async with envoy(example, tmp_path) as around:
+        answer = await around.client.post("/predict", json={"inputs": [[CLEAN]]}, headers=headers)
+        assert answer.status_code == 200, answer.text
+        (seen,) = around.peer.asked
+        assert not {name.lower() for name in names} & seen[1].keys()
 
 
 @BOTH

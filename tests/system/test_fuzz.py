@@ -13,10 +13,14 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle.load import load_bundle
 from service.app import create_app
+from service.protocols.litellm import GuardrailRequest
+from service.protocols.registry import SERVED
+from service.route_table import AUTHZ, ROUTES
 from service.schemas import NOT_BLANK
 from service.settings import Settings
 from tests.support.bundles import fit_tiny
@@ -26,6 +30,7 @@ from tests.support.servers import serving
 
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 SECRET = "hunter2"
+ENVOY_PATHS = [path.removeprefix("/") for path, _, _ in ASKED.values()] + ["health", "embed"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,44 @@ def test_the_document_says_what_the_service_does(url: str, tmp_path: Path) -> No
     """All checks of schemathesis, with requests that are as documented, and with others."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
     options = ["--checks", "all", "--max-examples", "40", "--no-color"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) generated, \d+ passed", done.stdout)[0]) > 200
+
+
+def every_route(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document of all routes, those of the other protocols included."""
+    schemas: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    values = {"path": ENVOY_PATHS, "model": ["fake", "other"], "version": ["1"]}
+    types: dict[str, list[type[BaseModel]]] = {
+        GUARDRAIL: [GuardrailRequest],
+        AUTHZ: [protocol.request_type for protocol in SERVED],
+    }
+    for route in ROUTES.values():
+        operation: dict[str, Any] = {"responses": {"default": {"description": "any"}}}
+        kinds = types.get(route.path, [protocol.request_type for protocol in route.protocols])
+        bodies = [k.model_json_schema(ref_template="#/components/schemas/{model}") for k in kinds]
+        for body in bodies:
+            schemas |= body.pop("$defs", {})
+        if "POST" in route.methods:
+            content = {"application/json": {"schema": {"anyOf": bodies}}}
+            operation["requestBody"] = {"required": True, "content": content}
+        path = route.path.replace(":path", "")
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"enum": values[name]}}
+            for name in re.findall(r"{(\w+)}", path)
+        ]
+        paths[path] = {method.lower(): operation for method in route.methods}
+    info = {key: document[key] for key in ("openapi", "info")}
+    return info | {"paths": paths, "components": {"schemas": schemas}}
+
+
+def test_no_route_has_a_bug_that_a_request_can_find(url: str, tmp_path: Path) -> None:
+    document = every_route(httpx.get(f"{url}/openapi.json").json())
+    (tmp_path / "all.json").write_text(json.dumps(document))
+    command = [sys.executable, "-m", "schemathesis.cli", "run", "all.json", "--url", url]
+    options = ["--checks", "not_a_server_error", "--max-examples", "5", "--no-color"]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert int(re.findall(r"(\d+) generated, \d+ passed", done.stdout)[0]) > 200

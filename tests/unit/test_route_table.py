@@ -52,3 +52,13 @@ def test_errors_are_in_the_protocol_of_the_route() -> None:
     for path in ("/v2", "/v2/models/other", "/v2/models/other/ready"):
         assert client.get(f"/for/other{path}").json().keys() == {"error"}
     assert client.get("/for/other/info").json()["code"] == "unknown_model"
+
+
+def test_a_slash_too_many_is_not_redirected_to_the_host_that_the_caller_names() -> None:
+    client = TestClient(application(), base_url="https://evil.example", follow_redirects=False)
+    for path in ROUTES:
+        for prefix in ("", "/for/fake"):
+            for method in ("GET", "POST"):
+                answer = client.request(method, f"{prefix}{path}/")
+                assert not answer.is_redirect, path
+                assert "evil" not in str(answer.headers), path

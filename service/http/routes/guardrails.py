@@ -4,63 +4,61 @@ The classifier behind a proxy is unknown here. Texts are therefore screened to t
 rejected text denies the whole request, since nothing can be taken out of it.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.routing import Route, compile_path
 
-from service.errors import NotInspected
+from service.errors import Invalid, NotInspected
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.middleware import RequestId
-from service.http.parsing import read, read_inference
+from service.http.parsing import parse, read_inference, read_json
 from service.http.responses import install_error_handlers, internal_error, json_response
 from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
 from service.pipeline.gateway import Gateway
 from service.protocols.base import InferenceRequest, WireProtocol
+from service.protocols.headers import is_ambiguous
+from service.protocols.litellm import GuardrailRequest
 from service.protocols.registry import by_route
 from service.route_table import AUTHZ, EXT_PROC, GUARDRAIL, PROXIED
-from service.schemas import Decision, TextsRequest, worst
+from service.schemas import Decision, worst
 from service.settings import RequestLimits
 
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 FOUND = "PSIM finds a backdoor trigger in it, or cannot read it to its end"
+STATES = (
+    "/health /live /ready /ping /info /version /v1/models /v2 /v2/health/live /v2/health/ready "
+    "/v2/models/{model} /v2/models/{model}/ready "
+    "/v2/models/{model}/versions/{version} /v2/models/{model}/versions/{version}/ready"
+).split()
+"""Paths at which servers of our protocols tell their health and metadata, and read no text."""
 
 
-class GuardrailRequest(TextsRequest):
-    """LiteLLM's request; its other fields are LiteLLM's own, so callers cannot hide text there."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    given: list[str] = Field(alias="texts", default=[])
-    input_type: Literal["request", "response"] = "request"
-    model: str | None = None
-    """LiteLLM's name for the model."""
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts that a classifier would read: none of a response, which is its own."""
-        return [t for t in self.given if t.strip()] if self.input_type == "request" else []
+_Known = Sequence[tuple[re.Pattern[str], Sequence[WireProtocol]]]
 
 
 class ProxiedRoutes:
-    """Finds the protocols of a proxied path, as the router does for paths that are served here."""
+    """Finds what a proxied path is for, as the router does for paths that are served here."""
 
     def __init__(self) -> None:
-        self._known = [(compile_path(path)[0], found) for path, found in by_route().items()]
+        classify: _Known = [(compile_path(path)[0], found) for path, found in by_route().items()]
+        states: _Known = [(compile_path(path)[0], ()) for path in STATES]
+        self._known: dict[str, _Known] = {"POST": classify, "GET": states, "HEAD": states}
 
     def find(self, method: str, path: str) -> tuple[Sequence[WireProtocol], dict[str, str]]:
         """Return the protocols that share a path, and the path's parameters.
 
+        A path of health or metadata, at which there is nothing to classify, has no protocols.
+
         Raises:
             NotInspected: no protocol has such a method and path.
         """
-        for pattern, protocols in self._known:
-            if method == "POST" and (match := pattern.match(f"/{path}")):
+        for pattern, protocols in self._known.get(method, ()):
+            if match := pattern.fullmatch(f"/{path}"):
                 return protocols, match.groupdict()
         raise NotInspected(
             "no protocol has such a method and path; have the proxy route it past us"
@@ -75,10 +73,13 @@ class ExternalAuthz:
         self._proxied = ProxiedRoutes()
 
     async def guardrail(self, request: Request) -> Response:
-        """Tell LiteLLM whether to block a request."""
-        return await self._exchange.run(
-            request, GUARDRAIL, self._read_guardrail, Gateway.judge, _block_or_pass
-        )
+        """Tell LiteLLM whether to block a request; one that cannot be screened is blocked too."""
+        try:
+            return await self._exchange.run(
+                request, GUARDRAIL, self._read_guardrail, Gateway.judge, _block_or_pass
+            )
+        except NotInspected as error:
+            return _block(str(error))
 
     async def authorize(self, request: Request) -> Response:
         """Tell Envoy's ext_authz whether a request may pass: 200, or its caller's answer."""
@@ -102,9 +103,15 @@ class ExternalAuthz:
     async def _read_guardrail(
         self, request: Request, settings: RequestLimits
     ) -> Parsed[GuardrailRequest] | Response:
-        body = await read(request, GuardrailRequest, settings)
+        _, data = await read_json(request, settings)
+        if isinstance(data, dict) and data.get("input_type") == "response":
+            return _pass()  # the classifier's own text
+        try:
+            body = parse(data, GuardrailRequest, settings)
+        except Invalid as error:
+            raise NotInspected(f"not all of the request can be screened: {error}") from None
         if not body.texts:
-            return json_response(200, {"action": "NONE"})
+            return _pass()  # nothing but blanks
         # LiteLLM has its own names for models; a single model is meant by all of them.
         by_name = len(self._models) > 1 and prefixed_model(request) is None
         return Parsed(body, (body.model,) if by_name else ())
@@ -112,25 +119,40 @@ class ExternalAuthz:
     async def _read_proxied(
         self, request: Request, settings: RequestLimits
     ) -> Parsed[InferenceRequest] | Response:
-        if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
-            raise NotInspected("the proxy has not sent the whole body to be screened")
-        if request.method in ("GET", "HEAD") and await _is_bare(request):
-            return Response()  # health and metadata: there is nothing to classify
-        if request.url.query:
-            raise NotInspected("a query string is not screened; send none")
+        _check_head(request)
         protocols, parameters = self._proxied.find(request.method, request.path_params["path"])
-        _, body, _ = await read_inference(request, protocols, settings)
-        return Parsed(body, (parameters.get("model"), body.model_name))
+        if protocols:
+            _, body, _ = await read_inference(request, protocols, settings)
+            return Parsed(body, (parameters.get("model"), body.model_name))
+        self._models.get(prefixed_model(request), parameters.get("model"))
+        if await request.body():
+            raise NotInspected("a body is not screened at a path of health or metadata; send none")
+        return Response()
 
 
-async def _is_bare(request: Request) -> bool:
-    return not request.url.query and not await request.body()
+def _check_head(request: Request) -> None:
+    """Raise `NotInspected` if the body alone does not tell what the classifier would read."""
+    if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
+        raise NotInspected("the proxy has not sent the whole body to be screened")
+    if request.url.query:
+        raise NotInspected("a query string is not screened; send none")
+    if any(map(is_ambiguous, request.headers)):
+        raise NotInspected(
+            "a header replaces the method or the URL, or has a name of other characters than "
+            "letters, digits and -; have the proxy drop it"
+        )
+
+
+def _pass() -> Response:
+    return json_response(200, {"action": "NONE"})
+
+
+def _block(reason: str) -> Response:
+    return json_response(200, {"action": "BLOCKED", "blocked_reason": reason})
 
 
 def _block_or_pass(done: Completed[GuardrailRequest, list[Decision]]) -> Response:
-    if Decision.REJECT in done.answer:
-        return json_response(200, {"action": "BLOCKED", "blocked_reason": FOUND})
-    return json_response(200, {"action": "NONE"})
+    return _block(FOUND) if Decision.REJECT in done.answer else _pass()
 
 
 def _permit_or_deny(

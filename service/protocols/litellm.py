@@ -1,0 +1,182 @@
+"""LiteLLM's guardrail request: what a model reads of a conversation.
+
+LiteLLM takes `texts` out of a request, and sends its messages and tools beside them. All of it is
+read: a field that is not known here, or that is not text, is refused, since a model may read it.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from service.protocols.base import Wire
+from service.schemas import TextsRequest
+
+JOINTS = ("", " ", "\n")
+"""What chat templates, and LiteLLM itself, put between texts that a model reads as one."""
+
+
+class _Given(Wire):
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class TextPart(_Given):
+    """A part of a message; images, audio and files are refused."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: Any = None
+
+
+class CalledFunction(_Given):
+    """A function that a model called; its arguments are JSON in a string, by OpenAI's API."""
+
+    name: str | None = None
+    arguments: Any = None
+
+    @property
+    def passage(self) -> str:
+        """The name and the arguments, as they stand and as a template that parses them reads them.
+
+        Raises:
+            ValueError: the arguments nest too deeply, or hold half a character.
+        """
+        found = [self.name or "", *strings(self.arguments)]
+        if isinstance(self.arguments, str):
+            found += strings(_parsed(self.arguments))
+        return " ".join(found)
+
+
+class ToolCall(_Given):
+    """A call of a tool, with its result's id."""
+
+    id: str | None = None
+    index: int | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    @property
+    def passage(self) -> str:
+        """All that a model reads of it."""
+        return f"{self.function.passage} {self.id or ''}"
+
+
+class Tool(_Given):
+    """A function that a model may call; tools that read texts elsewhere are refused."""
+
+    type: Literal["function"]
+    function: dict[str, Any]
+    cache_control: Any = None
+
+    @property
+    def passage(self) -> str:
+        """All that a model reads of it."""
+        return " ".join(strings(self.function))
+
+
+class Message(_Given):
+    """A message of a conversation, in OpenAI's format."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    name: str | None = None
+    reasoning_content: str | None = None
+    content: str | list[TextPart] = ""
+    refusal: str | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    function_call: CalledFunction | None = None
+    tool_call_id: str | None = None
+    cache_control: Any = None
+
+    @property
+    def passages(self) -> list[str]:
+        """All that a model reads of it, in order."""
+        content = self.content
+        parts = [content] if isinstance(content, str) else [part.text for part in content]
+        calls: list[ToolCall | CalledFunction] = [*self.tool_calls]
+        if self.function_call:
+            calls.append(self.function_call)
+        before, after = (self.name, self.reasoning_content), (self.refusal, self.tool_call_id)
+        found = [*before, *parts, *(call.passage for call in calls), *after]
+        return [passage for passage in found if passage]
+
+
+class GuardrailRequest(_Given, TextsRequest):
+    """LiteLLM's question about a request; without a note, a field is LiteLLM's own and no text."""
+
+    given: Sequence[str] = Field(alias="texts", default=())
+    structured_messages: Sequence[Message] = ()
+    tools: Sequence[Tool] = ()
+    tool_calls: Sequence[ToolCall] = ()
+    images: Sequence[Any] = ()
+    """Refused if there are any."""
+    model: str | None = None
+    """LiteLLM's name for the model."""
+    input_type: Literal["request"] = "request"
+    litellm_call_id: Any = None
+    litellm_trace_id: Any = None
+    litellm_version: Any = None
+    request_data: Any = None
+    request_headers: Any = None
+    additional_provider_specific_params: Any = None
+
+    @field_validator("images")
+    @classmethod
+    def _no_images(cls, images: Sequence[Any]) -> Sequence[Any]:
+        if images:
+            raise ValueError("images cannot be screened")
+        return images
+
+    @model_validator(mode="after")
+    def _readable(self) -> "GuardrailRequest":
+        if not self.passages:
+            raise ValueError("there is no text to be screened")
+        return self
+
+    @cached_property
+    def passages(self) -> list[str]:
+        """The parts of the conversation, in the order in which a model reads them."""
+        found = [tool.passage for tool in self.tools]
+        found += [passage for message in self.structured_messages for passage in message.passages]
+        beside = [*self.given, *(call.passage for call in self.tool_calls)]
+        known = set(found)
+        return found + [passage for passage in beside if passage not in known]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Each part by itself, and all of them as one text, joined in each way; none is blank."""
+        whole = [joint.join(self.passages) for joint in JOINTS]
+        return [text for text in dict.fromkeys([*self.passages, *whole]) if text.strip()]
+
+
+def strings(value: Any) -> list[str]:
+    """Return every key and every value in JSON, in order."""
+    found: list[str] = []
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [part for pair in reversed(one.items()) for part in reversed(pair)]
+        elif isinstance(one, list):
+            waiting += reversed(one)
+        elif one is not None:
+            found.append(one if isinstance(one, str) else json.dumps(one))
+    return found
+
+
+def _parsed(arguments: str) -> Any:
+    """Return JSON; None if it is none, which no template can parse either."""
+    try:
+        found = json.loads(arguments)
+        json.dumps(found, ensure_ascii=False).encode()
+    except (RecursionError, UnicodeEncodeError):
+        raise ValueError("arguments nest too deeply, or hold half a character") from None
+    except ValueError:
+        return None
+    return found
