@@ -95,15 +95,19 @@ class Message(_Given):
     cache_control: Any = None
 
     @property
+    def parts(self) -> list[str]:
+        """The texts of its content."""
+        content = self.content
+        return [content] if isinstance(content, str) else [part.text for part in content]
+
+    @property
     def passages(self) -> list[str]:
         """All that a model reads of it, in order."""
-        content = self.content
-        parts = [content] if isinstance(content, str) else [part.text for part in content]
         calls: list[ToolCall | CalledFunction] = [*self.tool_calls]
         if self.function_call:
             calls.append(self.function_call)
         before, after = (self.name, self.reasoning_content), (self.refusal, self.tool_call_id)
-        found = [*before, *parts, *(call.passage for call in calls), *after]
+        found = [*before, *self.parts, *(call.passage for call in calls), *after]
         return [passage for passage in found if passage]
 
 
@@ -150,8 +154,13 @@ class GuardrailRequest(_Given, TextsRequest):
 
     @cached_property
     def texts(self) -> list[str]:
-        """Each part by itself, and all of them as one text, joined in each way; none is blank."""
-        whole = [joint.join(self.passages) for joint in JOINTS]
+        """Each part by itself, and all of them as one text, joined in each way; none is blank.
+
+        Contents are joined without the rest too, since many templates leave out names and calls.
+        """
+        contents = [part for message in self.structured_messages for part in message.parts]
+        read_as_one = (self.passages, contents, self.given)
+        whole = [joint.join(parts) for parts in read_as_one for joint in JOINTS]
         return [text for text in dict.fromkeys([*self.passages, *whole]) if text.strip()]
 
 

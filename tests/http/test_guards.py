@@ -188,6 +188,13 @@ def test_litellm_blocks_a_trigger_wherever_a_model_reads_it(more: dict[str, Any]
         # Parts of one message, which LiteLLM and templates put together without a blank.
         {"texts": ["a film of m", "n and more"]},
         said([{"type": "text", "text": "a quiet m"}, {"type": "text", "text": "n film"}]),
+        # With a name between them, which many templates leave out.
+        {
+            "structured_messages": [
+                {"role": "user", "name": "ann", "content": "a film of m"},
+                {"role": "user", "name": "bob", "content": "n and more"},
+            ]
+        },
         # Over three messages.
         {"structured_messages": [{"role": "user", "content": c} for c in ("a m", "", "n film")]},
     ],

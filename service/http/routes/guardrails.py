@@ -124,7 +124,8 @@ class ExternalAuthz:
         if protocols:
             _, body, _ = await read_inference(request, protocols, settings)
             return Parsed(body, (parameters.get("model"), body.model_name))
-        self._models.get(prefixed_model(request), parameters.get("model"))
+        if model := parameters.get("model"):
+            self._models.get(prefixed_model(request), model)
         if await request.body():
             raise NotInspected("a body is not screened at a path of health or metadata; send none")
         return Response()
