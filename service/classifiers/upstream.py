@@ -87,6 +87,8 @@ class UpstreamClassifier:
         self._breaker = CircuitBreaker(settings.upstream_retry_s)
         self.protocol: WireProtocol | None = None
         """Protocol of the upstream; None until its first answer."""
+        self.max_length: int | None = None
+        """Tokens after which the upstream says that it cuts a text."""
 
     async def start(self) -> None:
         """Open the pool; probe the upstream now, and whenever it is down."""
@@ -280,8 +282,12 @@ class UpstreamClassifier:
                 reply = await self._send(path, self._headers(call), body)
                 if reply.status == HTTPStatus.OK:
                     protocol.check(reply.body, 1)
+                    self.max_length = await self._ask_max_length(protocol, self._headers(call))
                     self.protocol = protocol
-                    log.info("upstream answers", extra={"protocol": protocol.name})
+                    log.info(
+                        "upstream answers",
+                        extra={"protocol": protocol.name, "max_length": self.max_length},
+                    )
                     return
                 failures.append(f"{protocol.name}: HTTP {reply.status}")
             except BadAnswer as error:
@@ -290,6 +296,20 @@ class UpstreamClassifier:
                 failures.append(f"{protocol.name}: {error}")
                 break  # it cannot be reached, in any protocol
         log.warning("the upstream has no answer yet: %s", "; ".join(failures))
+
+    async def _ask_max_length(
+        self, protocol: WireProtocol, headers: CIMultiDict[str]
+    ) -> int | None:
+        """Return after how many tokens the upstream cuts a text, if it tells."""
+        if protocol.limit_path is None:
+            return None
+        try:
+            reply = await self._exchange("GET", protocol.limit_path, headers, b"")
+            if reply.status == HTTPStatus.OK:
+                return protocol.max_length(reply.body, self._model_info.model)
+        except (TimeoutError, aiohttp.ClientError, BadAnswer) as error:
+            log.warning("the upstream does not tell its limit: %s", type(error).__name__)
+        return None
 
     def _count(self, kind: str) -> None:
         self._metrics.upstream_errors[kind].inc()

@@ -78,6 +78,8 @@ class WireProtocol(ABC):
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"
+    limit_path: ClassVar[str | None] = None
+    """Path at which an upstream tells after how many tokens it cuts a text."""
 
     def claims(self, data: object) -> bool:
         """Return whether a body is in this protocol, where several share a route."""
@@ -112,6 +114,14 @@ class WireProtocol(ABC):
         Raises:
             BadAnswer: a text lacks scores, or they are not finite.
         """
+
+    def max_length(self, body: bytes, model: str) -> int | None:
+        """Return the limit that the answer at `limit_path` tells; None if it tells none.
+
+        Raises:
+            BadAnswer: it cannot be read.
+        """
+        return None
 
     def check(self, body: bytes, count: int) -> None:
         """Raise `BadAnswer` unless the answer has finite numbers for each of `count` texts."""

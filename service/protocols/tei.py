@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import field_validator
+from pydantic import BaseModel, TypeAdapter, field_validator
 
-from service.protocols.base import InferenceRequest, ModelInfo, WireProtocol, checked_count
+from service.protocols.base import (
+    InferenceRequest,
+    ModelInfo,
+    WireProtocol,
+    checked_count,
+    parsed,
+)
 from service.protocols.hf import HfParameters, predictions
 from service.schemas import Result, Score, Text
 
@@ -71,10 +77,18 @@ def _wire(scores: Sequence[Score]) -> list[dict[str, Any]]:
     return [{"score": s.score, "label": s.label} for s in scores]
 
 
+class _TeiInfo(BaseModel):
+    max_input_length: int | None = None
+
+
+INFO = TypeAdapter(_TeiInfo)
+
+
 class Tei(WireProtocol):
     """text-embeddings-inference."""
 
     name = "tei"
+    limit_path = "/info"
     routes = ("/predict",)
     request_type = TeiRequest
 
@@ -85,6 +99,10 @@ class Tei(WireProtocol):
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/predict`."""
         return "/predict"
+
+    def max_length(self, body: bytes, model: str) -> int | None:
+        """Return the limit that `/info` tells."""
+        return parsed(INFO, body).max_input_length
 
     def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores; always a batch, since a flat list could be a pair."""

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -85,13 +85,24 @@ class _VllmResponse(BaseModel):
     data: list[_Datum]
 
 
+class _Model(BaseModel):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
 ANSWER = TypeAdapter(_VllmResponse)
+MODELS = TypeAdapter(_Models)
 
 
 class Vllm(WireProtocol):
     """vLLM."""
 
     name = "vllm"
+    limit_path: ClassVar[str | None] = "/v1/models"
     routes = ("/classify", "/v1/classify")
     request_type = VllmRequest
     requires_all_scores = True
@@ -108,6 +119,11 @@ class Vllm(WireProtocol):
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/classify`."""
         return "/classify"
+
+    def max_length(self, body: bytes, model: str) -> int | None:
+        """Return the limit of the model that the gateway names in its requests."""
+        limits = (one.max_model_len for one in parsed(MODELS, body).data if one.id == model)
+        return next(limits, None)
 
     def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
@@ -130,6 +146,7 @@ class Sglang(Vllm):
     """SGLang: vLLM's format at another path."""
 
     name = "sglang"
+    limit_path = None  # it refuses longer texts, or cuts off the special token behind them too
 
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/v1/classify`."""
