@@ -6,12 +6,38 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
 
 from service.schemas import Result, Score, TextsRequest
 
 Parsed = TypeVar("Parsed")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def harmless_cut(*values: object) -> BeforeValidator:
+    """Return a validator for an option that cuts texts: it takes null and the given values.
+
+    A text is screened whole, and as the upstream cuts it by itself. Anywhere else, a cut could
+    leave the beginning of a word that is a trigger.
+    """
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if value is not None and value not in values:
+            raise ValueError(
+                f"{info.field_name} chooses where a text is cut, and it is not screened so; "
+                "leave it out"
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
 class BadAnswer(ValueError):
@@ -47,6 +73,11 @@ class InferenceRequest(TextsRequest):
     def unsupported_option(self) -> str | None:
         """An option in use that only an upstream of the same protocol supports."""
         return None
+
+    @property
+    def may_be_pair(self) -> bool:
+        """Whether a server of another protocol at the same path would read two texts as one."""
+        return False
 
     @property
     def forward_as_is(self) -> bool:

@@ -1,7 +1,7 @@
 """text-embeddings-inference: `POST /predict`."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, TypeAdapter, field_validator
 
@@ -10,6 +10,7 @@ from service.protocols.base import (
     ModelInfo,
     WireProtocol,
     checked_count,
+    harmless_cut,
     parsed,
 )
 from service.protocols.hf import HfParameters, predictions
@@ -25,7 +26,7 @@ class TeiRequest(InferenceRequest):
 
     inputs: Text | list[list[Text]]
     truncate: bool | None = None
-    truncation_direction: Literal["Left", "Right"] | None = None
+    truncation_direction: Annotated[Literal["Right"] | None, harmless_cut("Right")] = None
     raw_scores: bool = False
     parameters: HfParameters | None = None
     """Sent by clients of Hugging Face Inference; TEI ignores it."""
@@ -57,9 +58,7 @@ class TeiRequest(InferenceRequest):
 
     @property
     def unsupported_option(self) -> str | None:
-        """The option for logits, or for truncation at the left: only TEI has them."""
-        if self.truncation_direction == "Left":
-            return "truncation_direction"
+        """The option for logits: only TEI has it."""
         return "raw_scores" if self.raw_scores else None
 
     def with_texts(self, texts: Sequence[str]) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from service.protocols.base import (
     BadAnswer,
@@ -15,6 +15,7 @@ from service.protocols.base import (
     ModelInfo,
     WireProtocol,
     checked_count,
+    harmless_cut,
     parsed,
 )
 from service.schemas import Result, Score, Text, best_first
@@ -29,11 +30,21 @@ class VllmRequest(InferenceRequest):
     request_id: str | None = None
     rid: str | None = None
     priority: int | None = None
-    truncate_prompt_tokens: int | None = None
-    truncation_side: Literal["left", "right"] | None = None
+    truncate_prompt_tokens: Annotated[Literal[-1] | None, harmless_cut(-1)] = None
+    """-1 cuts at the limit of the model, on a side that depends on the version of vLLM."""
+    truncation_side: Annotated[Literal["right"] | None, harmless_cut("right")] = None
     add_special_tokens: Literal[True] | None = None
     """Without special tokens, the classifier would read a different text from the screen."""
     use_activation: bool | None = None
+
+    @model_validator(mode="after")
+    def _cut_on_the_right(self) -> Self:
+        if self.truncate_prompt_tokens and self.truncation_side is None:
+            raise ValueError(
+                "truncate_prompt_tokens may cut on the left; leave it out, or add "
+                "truncation_side: right"
+            )
+        return self
 
     @property
     def texts(self) -> list[str]:
