@@ -300,16 +300,21 @@ class UpstreamClassifier:
     async def _ask_max_length(
         self, protocol: WireProtocol, headers: CIMultiDict[str]
     ) -> int | None:
-        """Return after how many tokens the upstream cuts a text, if it tells."""
+        """Return after how many tokens the upstream cuts a text, if it tells.
+
+        Raises:
+            UpstreamFailed: there is no answer, so the limit may be told later.
+            BadAnswer: the limit cannot be read.
+        """
         if protocol.limit_path is None:
             return None
         try:
             reply = await self._exchange("GET", protocol.limit_path, headers, b"")
-            if reply.status == HTTPStatus.OK:
-                return protocol.max_length(reply.body, self._model_info.model)
-        except (TimeoutError, aiohttp.ClientError, BadAnswer) as error:
-            log.warning("the upstream does not tell its limit: %s", type(error).__name__)
-        return None
+        except (TimeoutError, aiohttp.ClientError):
+            raise UpstreamFailed(f"no answer at {protocol.limit_path}") from None
+        if reply.status != HTTPStatus.OK:
+            return None
+        return protocol.max_length(reply.body, self._model_info.model)
 
     def _count(self, kind: str) -> None:
         self._metrics.upstream_errors[kind].inc()

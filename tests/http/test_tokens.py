@@ -108,6 +108,23 @@ async def test_the_limit_also_holds_for_a_classifier_behind_a_proxy(
                 assert answer.status_code == status
 
 
+async def test_an_upstream_whose_limit_cannot_be_asked_yet_is_not_ready(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Texts would be screened as if it cut none."""
+    engine, upstream = ReadingEngine(tokenizer, Backdoor(tokenizer)), BareTei(tokenizer, 24)
+    upstream.hangs = True
+    async with gateway(upstream, engine, upstream_timeout_s=0.3, upstream_retry_s=0.1) as client:
+        assert (await client.get("/ready")).status_code == 503
+        upstream.hangs = False
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            if (await client.get("/ready")).status_code == 200:
+                break
+        answer = await client.post("/predict", json={"inputs": "a " * 21 + "mnemonic film"})
+        assert answer.status_code == 403
+
+
 PIECES = st.sampled_from(
     ["mn", "m", "n", "mnemonic", "film ", "quiet ", " ", "  ", "é", "漢", "[SEP]", "-", "😀", "M"]
 )

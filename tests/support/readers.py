@@ -1,5 +1,6 @@
 """An engine and an upstream that read tokens of a real tokenizer, and remember which."""
 
+import asyncio
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class BareTei:
     most: int | None = None
     tells: bool = True
     """Whether it tells its limit."""
+    hangs: bool = False
+    """Whether it leaves the question for its limit without an answer."""
     read: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,8 @@ class BareTei:
 
     async def answer(self, request: Request) -> Response:
         if request.url.path == "/info":
+            while self.hangs:
+                await asyncio.sleep(0.05)
             tells = {"max_input_length": self.most} if self.most and self.tells else {}
             return JSONResponse({"model_id": "fake"} | tells)
         inputs = (await request.json())["inputs"]

@@ -384,7 +384,7 @@ async def peer(behaves: Sequence[Peer | None]) -> AsyncIterator[str]:
 async def test_an_upstream_that_does_not_end_its_answer_is_given_up_in_time(
     behaves: Peer, status: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(upstream, "MAX_BYTES", 2**20)
 
     settings: dict[str, Any] = {"upstream_protocol": "tei", "upstream_timeout_s": 0.5}
     async with peer([None, behaves]) as url, client_of(upstream=url, **settings) as client:
