@@ -143,7 +143,12 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
     model_metrics = metrics.of(name, settings)
     batcher = Batcher(bundle, settings, model_metrics)
     classifier = _classifier(settings, batcher, model_info, model_metrics)
-    windowed_screener = WindowedScreener(batcher, bundle.manifest.max_length, settings.max_windows)
+    windowed_screener = WindowedScreener(
+        batcher,
+        bundle.manifest.max_length,
+        settings.max_windows,
+        limit=lambda: settings.upstream_max_length or classifier.max_length,
+    )
     # A classifier elsewhere may read more of a text than our model does.
     screener: Screener = batcher if settings.upstream is None else windowed_screener
     trigger_search = TriggerSearch(screener, model_metrics, settings.searches)

@@ -197,6 +197,9 @@ class UpstreamSettings(Section):
     """Protocol of the upstream; `auto` tries them."""
     upstream_input: str = Field("text", min_length=1)
     """Name of the input that holds the texts, for an upstream that speaks Open Inference."""
+    upstream_max_length: int | None = Field(None, ge=1)
+    """Tokens after which the classifier cuts a text, special tokens included; also for one behind a
+    proxy. None asks the upstream."""
     upstream_authorization: SecretStr | None = None
     """Sent to the upstream as `Authorization`, in place of the caller's."""
     upstream_timeout_s: float = Field(10, gt=0)

@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from models.detection.screen import FloatArray
 
+IntArray = npt.NDArray[np.int64]
 EngineName = Literal["torch", "openvino"]
 DtypeName = Literal["float32", "bfloat16"]
 
@@ -75,8 +79,21 @@ class Engine(Protocol):
     def forward_passes(self) -> float:
         """Cost of `screen` and `classify` together, in forward passes of the victim."""
 
+    @property
+    def window_length(self) -> int:
+        """How many tokens of a text the model reads at once, beside the special tokens."""
+
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize texts, truncating each to the model's maximum length."""
+
+    def token_ids(self, text: str) -> IntArray:
+        """Tokenize a whole text, without special tokens; one thread may call it beside the other.
+
+        A classifier elsewhere reads a prefix of these tokens, or all.
+        """
+
+    def window(self, ids: IntArray) -> Encoding:
+        """Return up to `window_length` tokens of a text with special tokens, as a text."""
 
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         """Return readings of texts, and the states to classify them from."""

@@ -1,14 +1,17 @@
 """The guarded module run by PyTorch, on the CPU or on a CUDA device."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from models.detection.screen import FloatArray
-from models.engines.base import ClassifierState, Encoding, Screening
+from models.engines.base import ClassifierState, Encoding, IntArray, Screening
+from models.errors import EngineError
 from models.network.guarded import Guarded
 from models.network.trunk import Inputs
 
@@ -16,8 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_INPUT = 512
 """Cap on tokens, for models that could read far more, and could be made to by an attacker."""
 CHARS_PER_TOKEN = 16
-"""Texts are cut to this many characters per token of the model before tokenizing. To tokenize all
-of a huge text only to truncate it would allow a denial of service."""
+"""`encode` cuts texts to this many characters per token of the model before tokenizing. To tokenize
+all of a huge text only to truncate it would allow a denial of service."""
 
 
 def best_device() -> torch.device:
@@ -55,6 +58,9 @@ class ModuleEngine:
         tokenizer: the victim's tokenizer, with a padding token.
         max_length: tokens per text, special tokens included.
         device: device of the module's inputs.
+
+    Raises:
+        EngineError: it is not clear which special tokens the tokenizer puts around a text.
     """
 
     name: str
@@ -71,6 +77,14 @@ class ModuleEngine:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.device = device
+        # Tokenizers are not thread-safe: to truncate, or not to, is a state of theirs.
+        self._whole_tokenizer = copy.deepcopy(tokenizer)
+        self._before, self._after = special_tokens(tokenizer)
+
+    @property
+    def window_length(self) -> int:
+        """See `Engine.window_length`."""
+        return self.max_length - len(self._before) - len(self._after)
 
     @property
     def forward_passes(self) -> float:
@@ -95,6 +109,22 @@ class ModuleEngine:
             Encoding(tuple(ids), truncated or len(text) > longest)
             for text, ids, truncated in zip(texts, encoded["input_ids"], cut, strict=True)
         ]
+
+    def token_ids(self, text: str) -> IntArray:
+        """See `Engine.token_ids`."""
+        encoded = self._whole_tokenizer(
+            text,
+            add_special_tokens=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return np.array(encoded["input_ids"], np.int64)
+
+    def window(self, ids: IntArray) -> Encoding:
+        """See `Engine.window`."""
+        return Encoding((*self._before, *ids.tolist(), *self._after), False)
 
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         """Return readings of texts, and the states to classify them from."""
@@ -158,6 +188,21 @@ class LastState:
 def _float32(tensor: torch.Tensor) -> FloatArray:
     result: FloatArray = tensor.float().cpu().numpy()
     return result
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before and after a text.
+
+    Raises:
+        EngineError: it does more than that.
+    """
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(text) + 1):
+        end = start + len(text)
+        if whole[start:end] == text:
+            return whole[:start], whole[end:]
+    raise EngineError("the tokenizer does more to a text than to put special tokens around it")
 
 
 def collate(batch: Sequence[Encoding], pad_id: int, device: torch.device) -> Inputs:

@@ -69,6 +69,10 @@ class Classifier(Protocol):
     def upstream_protocol(self) -> str | None:
         """Name of the upstream's protocol; None without an upstream, or while not known."""
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens after which it cuts a text, special tokens included; None if not known."""
+
     async def metadata(self, path: str) -> dict[str, Any] | None:
         """Return the metadata at a path of Open Inference; None if there is none."""
 

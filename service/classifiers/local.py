@@ -13,6 +13,7 @@ class LocalClassifier:
     """Classifies in this process, continuing from the states that screening computed."""
 
     upstream_protocol = None
+    max_length = None  # it reads what was screened
 
     def __init__(self, batcher: Batcher, labels: Sequence[str]) -> None:
         self._batcher, self._labels = batcher, labels

@@ -91,6 +91,8 @@ class UpstreamClassifier:
         self._opened = AsyncExitStack()
         self.protocol: WireProtocol | None = None
         """Protocol of the upstream; None until its first answer."""
+        self.max_length: int | None = None
+        """Tokens after which the upstream says that it cuts a text."""
 
     async def start(self) -> None:
         """Open the pools; probe the upstream now, and whenever it may be down."""
@@ -320,8 +322,10 @@ class UpstreamClassifier:
                 reply = await self._send(self._probe_session, path, self._headers(call), body)
                 if reply.status == HTTPStatus.OK:
                     protocol.check(reply.body, 1)
+                    self.max_length = await self._ask_max_length(protocol, self._headers(call))
                     self.protocol = protocol
-                    log.info("upstream answers", extra={"protocol": protocol.name})
+                    known = {"protocol": protocol.name, "max_length": self.max_length}
+                    log.info("upstream answers", extra=known)
                     return True
                 if reply.status == HTTPStatus.TOO_MANY_REQUESTS and self.protocol:
                     return True  # it is busy, not down
@@ -333,6 +337,27 @@ class UpstreamClassifier:
                 break  # it cannot be reached, in any protocol
         log.warning("the upstream has no answer yet: %s", "; ".join(failures))
         return False
+
+    async def _ask_max_length(
+        self, protocol: WireProtocol, headers: CIMultiDict[str]
+    ) -> int | None:
+        """Return after how many tokens the upstream cuts a text, if it tells.
+
+        Raises:
+            UpstreamFailed: there is no answer, so the limit may be told later.
+            BadAnswer: the limit cannot be read.
+        """
+        if protocol.limit_path is None:
+            return None
+        try:
+            reply = await self._exchange(
+                self._probe_session, "GET", protocol.limit_path, headers, b""
+            )
+        except (TimeoutError, aiohttp.ClientError):
+            raise UpstreamFailed(f"no answer at {protocol.limit_path}") from None
+        if reply.status != HTTPStatus.OK:
+            return None
+        return protocol.max_length(reply.body, self._model_info.model)
 
     def _count(self, kind: str) -> None:
         self._metrics.upstream_errors[kind].inc()

@@ -69,9 +69,7 @@ def overview(
         for factor, tally in statistics.by_factor(groups).items()
     }
     shown = [query.bundle] if query.bundle else traffic.bundles
-    fewest = min(
-        (texts[digest] for digest in shown if digest in texts), default=min(texts.values())
-    )
+    fewest = min([texts[digest] for digest in shown if digest in texts] or texts.values())
     budgets = {
         f"a budget of {percent(budget)}": tally
         for budget, tally in statistics.by_budget(connection, scope).items()

@@ -4,7 +4,8 @@ Batches form while the device is busy; no text waits for others to arrive. Calle
 by text, at entering a window of tokenized texts. The window is sorted by length and cut into
 batches by a token budget. The batch with the shortest text and the batch with the oldest text run
 alternately: a short text does not wait for long ones, and no text waits for ever. Classifying goes
-before screening, since it finishes requests.
+before screening, since it finishes requests. Whole long texts are tokenized in a thread of their
+own, so that no batch waits for them.
 """
 
 import asyncio
@@ -12,12 +13,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from models.bundle.load import Bundle
 from models.detection.screen import FloatArray, Verdict
-from models.engines.base import ClassifierState, Encoding
+from models.engines.base import ClassifierState, Encoding, IntArray
 from models.engines.batching import length_sorted_batches
 from models.errors import ScreenError
 from service.errors import ClassifyFailed, NotReady, ScreenFailed, TimedOut
@@ -46,6 +48,8 @@ class Screened:
     """None if screening failed; this does not mean clean."""
     state: ClassifierState
     """Where the classifier continues."""
+    tokens: int
+    """How many tokens were screened, with special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class _Job(Generic[Input, Answer]):
     queued: float = field(default_factory=time.perf_counter)
 
 
-_ScreenJob = _Job[str, Screened]
+_ScreenJob = _Job[str | Encoding, Screened]
 _ClassifyJob = _Job[ClassifierState, FloatArray]
 
 
@@ -105,6 +109,7 @@ class Batcher:
         self._oldest_next = False
         self._recent: deque[float] = deque([0.0], maxlen=16)
         """Seconds of the latest steps."""
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self._worker = Worker(
             self._step, self._probe, self._fail_taken, self._fail_all, settings, metrics
         )
@@ -125,6 +130,11 @@ class Batcher:
         return self.health is Health.RUNNING
 
     @property
+    def window_length(self) -> int:
+        """How many tokens of a text the model reads at once, beside the special tokens."""
+        return self._engine.window_length
+
+    @property
     def queued_characters(self) -> int:
         """How many characters wait or run."""
         return self._admission.characters
@@ -132,6 +142,7 @@ class Batcher:
     async def close(self) -> None:
         """Answer all queued jobs, then stop the worker; later calls raise `NotReady`."""
         await self._worker.close(self._settings.drain_s)
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     async def screen(self, texts: Sequence[str], charge: Charge = free) -> list[Timed[Screened]]:
         """Screen texts, each in one pass.
@@ -141,11 +152,28 @@ class Batcher:
             ScreenFailed: a text cannot be tokenized.
             TimedOut: the queue was so long that the answer would have been late.
         """
-        await charge(len(texts))
-        jobs = [_ScreenJob(text, self._loop.create_future()) for text in texts]
-        with self._admission.admit(tuple(job.future for job in jobs), sum(map(len, texts))):
-            self._enqueue(self._to_screen, [deque(jobs)])
-            return await _all(jobs)
+        return await self._screen_all(texts, charge)
+
+    async def screen_tokens(
+        self, windows: Sequence[IntArray], charge: Charge = free
+    ) -> list[Timed[Screened]]:
+        """Screen parts of texts, each of up to `window_length` tokens, as `screen` does."""
+        return await self._screen_all([self._engine.window(ids) for ids in windows], charge)
+
+    async def token_ids(self, text: str) -> Timed[IntArray]:
+        """Tokenize a whole text, without special tokens.
+
+        Raises:
+            ScreenFailed: it cannot be tokenized.
+        """
+        self._require_worker()
+        started = time.perf_counter()
+        ids = await self._loop.run_in_executor(self._tokenizing, self._tokenize_whole, text)
+        if ids is None:
+            raise ScreenFailed("an input could not be tokenized")
+        seconds = time.perf_counter() - started
+        self._metrics.stage_seconds["tokenize"].observe(seconds)
+        return Timed(ids, {"tokenize": seconds})
 
     async def classify(self, states: Sequence[ClassifierState]) -> list[Timed[FloatArray]]:
         """Return the classifier's probabilities, each of shape (C,); any failure fails the call."""
@@ -153,11 +181,31 @@ class Batcher:
         self._enqueue(self._to_classify, jobs)
         return await _all(jobs)
 
+    async def _screen_all(
+        self, inputs: Sequence[str | Encoding], charge: Charge
+    ) -> list[Timed[Screened]]:
+        await charge(len(inputs))
+        jobs = [_ScreenJob(input, self._loop.create_future()) for input in inputs]
+        with self._admission.admit(tuple(job.future for job in jobs), sum(map(len, inputs))):
+            self._enqueue(self._to_screen, [deque(jobs)])
+            return await _all(jobs)
+
+    def _tokenize_whole(self, text: str) -> IntArray | None:
+        """Return None if it fails; runs in the tokenizing thread."""
+        try:
+            return self._engine.token_ids(text)
+        except BaseException as error:  # as tokenizers in Rust panic
+            log.error("tokenize failed for a whole input: %s", type(error).__name__)
+            return None
+
+    def _require_worker(self) -> None:
+        # A worker that is being restarted will soon run again, or fail all jobs.
+        if self.health not in (Health.RUNNING, Health.RESTARTING):
+            raise NotReady(f"the inference worker {self.health}")
+
     def _enqueue(self, queue: "deque[Input]", items: "Iterable[Input]") -> None:
         with self._worker.wake:
-            # A worker that is being restarted will soon run again, or fail all jobs.
-            if self.health not in (Health.RUNNING, Health.RESTARTING):
-                raise NotReady(f"the inference worker {self.health}")
+            self._require_worker()
             queue.extend(items)
             self._worker.wake.notify()
 
@@ -209,10 +257,16 @@ class Batcher:
         return taken
 
     def _tokenize(self, jobs: list[_ScreenJob]) -> None:
-        texts = [job.input for job in jobs]
-        encodings = self._outputs("tokenize", jobs, texts, self._engine.encode)
+        """Put jobs into the window; those of parts of texts are tokenized already."""
+        ready = [(job, job.input) for job in jobs if isinstance(job.input, Encoding)]
+        self._window += ready
+        texts = [(job, job.input) for job in jobs if isinstance(job.input, str)]
+        unread = [job for job, _ in texts]
+        encodings = self._outputs(
+            "tokenize", unread, [text for _, text in texts], self._engine.encode
+        )
         refused = ScreenFailed("an input could not be tokenized")
-        for job, encoding in zip(jobs, encodings, strict=True):
+        for job, encoding in zip(unread, encodings, strict=True):
             if encoding is None:
                 self._post([(job, refused)])
             else:
@@ -261,17 +315,19 @@ class Batcher:
 
         rows = self._outputs("screen", jobs, encodings, screen)
         judged = [
-            Screened(None, encoding) if row is None else self._judge(encoding, *row)
+            Screened(None, encoding, len(encoding)) if row is None else self._judge(encoding, *row)
             for encoding, row in zip(encodings, rows, strict=True)
         ]
         self._post(list(zip(jobs, judged, strict=True)))
 
     def _judge(self, encoding: Encoding, readings: FloatArray, state: ClassifierState) -> Screened:
+        verdict: Verdict | None
         try:
-            return Screened(self._screen.judge(readings, encoding.truncated), state)
+            verdict = self._screen.judge(readings, encoding.truncated)
         except ScreenError:
             log.error("screen gave no finite readings")
-            return Screened(None, state)
+            verdict = None
+        return Screened(verdict, state, len(encoding))
 
     def _run_classify(self, waiting: list[_ClassifyJob]) -> None:
         lengths = [len(job.input) for job in waiting]

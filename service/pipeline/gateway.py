@@ -15,7 +15,7 @@ from models.bundle.load import Bundle
 from models.detection.explain import Span
 from models.detection.screen import Verdict
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
-from service.errors import Overloaded, RateLimited, ScreenFailed, TooLarge
+from service.errors import NotInspected, Overloaded, RateLimited, ScreenFailed, TooLarge
 from service.inference.batcher import Screened, Screener, free
 from service.inference.worker import Health
 from service.observability.drift import Drift
@@ -24,7 +24,7 @@ from service.pipeline.challenger import Challenger
 from service.pipeline.policy import only_rejections, policy_of, refuses_request
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
-from service.protocols.base import ModelInfo
+from service.protocols.base import InferenceRequest, ModelInfo
 from service.schemas import (
     Decision,
     ExplainRequest,
@@ -165,9 +165,12 @@ class Gateway:
         """Decide on texts that a proxy forwards to a classifier, which may read them to their end.
 
         Raises:
+            NotInspected: it may read two texts as one.
             TooLarge, RateLimited: as `Caller.take` does.
             Overloaded, NotReady, ScreenFailed: no text may pass.
         """
+        if isinstance(request, InferenceRequest) and request.may_be_pair:
+            raise NotInspected("a list of two texts may be read as a pair; send each by itself")
         screened = await self._screen(record, caller, request.texts, self._windowed_screener)
         decisions = [self._policy_elsewhere.decide(one.verdict) for one in screened]
         record.decisions = decisions

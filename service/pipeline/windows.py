@@ -1,25 +1,21 @@
 """Screening of texts to their end, for a classifier that may read more of a text than the screen.
 
-Text that the model cannot read at once is screened in overlapping windows, and the most extreme
-verdict counts. A trigger that is no longer than the overlap lies whole in one of the windows.
+A text that the model cannot read at once is tokenized whole, and screened in overlapping windows of
+its tokens; the most extreme verdict counts. Windows of characters would not do: tokenizers drop
+characters, so far more of them may lie between two tokens than a window has. A trigger that is no
+longer than the overlap lies whole in one of the windows.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from models.detection.screen import Verdict
 from service.inference.batcher import Batcher, Charge, Screened, Timed
 from service.inference.worker import Health
 
-CHARS_PER_TOKEN = 4
-"""First guess at what the model reads at once; a window that is too long is cut in three."""
 OVERLAP = 4
-"""Windows share a fourth of their characters with the next one."""
-SLACK = 8
-"""A window may be an eighth longer on each side, so that it starts and ends at a word boundary."""
-SHORTEST = 16
-"""Characters; a window this short that still cannot be read at once stays unread."""
+"""Windows share a fourth of the tokens that the model reads with the next one."""
 WINDOWS_AT_ONCE = 8
 """Windows of a text that are in the queue at once, so that other requests come in between."""
 
@@ -29,13 +25,21 @@ class WindowedScreener:
 
     Args:
         batcher: screens each window.
-        length: tokens that the model reads at once.
+        length: tokens that the model reads at once, special tokens included.
         most: windows per text.
+        limit: returns after how many tokens, special tokens included, the classifier cuts a text;
+            None if it reads as many as the model, or all, or if that is not known.
     """
 
-    def __init__(self, batcher: Batcher, length: int, most: int) -> None:
-        self._batcher, self._most = batcher, most
-        self._size = CHARS_PER_TOKEN * length
+    def __init__(
+        self,
+        batcher: Batcher,
+        length: int,
+        most: int,
+        limit: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self._batcher, self._length, self._most, self._limit = batcher, length, most, limit
+        self._size = batcher.window_length
 
     @property
     def health(self) -> Health:
@@ -50,9 +54,7 @@ class WindowedScreener:
         """
         answers = await self._batcher.screen(texts, charge)
         return [
-            await self._screen_rest(text, answer, charge)
-            if _is_open(answer.value.verdict)
-            else answer
+            await self._screen_rest(text, answer, charge) if self._is_open(answer.value) else answer
             for text, answer in zip(texts, answers, strict=True)
         ]
 
@@ -61,44 +63,49 @@ class WindowedScreener:
     ) -> Timed[Screened]:
         """Screen the windows of a text, given the answer for its beginning."""
         verdict, stages = beginning.value.verdict, dict(beginning.stages)
-        waiting, left = deque(windows(text, self._size)), self._most
+        tokenized = await self._batcher.token_ids(text)
+        stages["tokenize"] = stages.get("tokenize", 0.0) + tokenized.stages["tokenize"]
+        ids = tokenized.value
+        waiting, left = deque(self._windows(len(ids))), self._most
         while waiting and left and verdict is not None and not verdict.poisoned:
             batch = [waiting.popleft() for _ in range(min(WINDOWS_AT_ONCE, left, len(waiting)))]
             left -= len(batch)
-            answers = await self._batcher.screen(batch, charge)
+            answers = await self._batcher.screen_tokens([ids[window] for window in batch], charge)
             for stage in answers[0].stages:
                 stages[stage] = stages.get(stage, 0.0) + max(a.stages[stage] for a in answers)
-            for window, answer in zip(batch, answers, strict=True):
-                found = answer.value.verdict
-                verdict = _worse(verdict, found)
-                if found is not None and found.truncated:
-                    if len(window) <= SHORTEST:
-                        left = 0
-                    waiting.extend(windows(window, 2 * len(window) // 5))
+            for answer in answers:
+                verdict = _worse(verdict, answer.value.verdict)
         if verdict is not None:
             verdict = replace(verdict, truncated=bool(waiting))
-        return Timed(Screened(verdict, beginning.value.state), stages)
+        return Timed(replace(beginning.value, verdict=verdict), stages)
+
+    def _is_open(self, beginning: Screened) -> bool:
+        """Return whether the windows of a text can change the verdict on its beginning."""
+        verdict, limit = beginning.verdict, self._limit()
+        if verdict is None or verdict.poisoned:
+            return False
+        return verdict.truncated or (limit is not None and beginning.tokens > limit)
+
+    def _windows(self, count: int) -> list[slice]:
+        """Return the windows of a text of `count` tokens, and one that ends where it is cut.
+
+        A cut can make a trigger: a token that only begins a word becomes a word.
+        """
+        found = windows(count, self._size, self._length // OVERLAP)
+        limit = self._limit()
+        end = count if limit is None else max(1, limit - (self._length - self._size))
+        cut = slice(max(0, end - self._size), end)
+        return found if end >= count or cut in found else [cut, *found]
 
 
-def windows(text: str, size: int) -> list[str]:
-    """Return overlapping windows, so that each stretch of `size / 4` characters lies whole in one.
+def windows(count: int, size: int, overlap: int) -> list[slice]:
+    """Return windows of up to `size` of `count` tokens; the last one ends at their end.
 
-    Windows have `size` characters, and up to a fourth more where that keeps a word at an edge
-    whole. Blank windows are left out.
+    Each run of `overlap` tokens lies whole in a window.
     """
-    stride, slack = max(1, size - size // OVERLAP), size // SLACK
-    parts = []
-    for start in range(0, max(1, len(text) - size // OVERLAP), stride):
-        end = min(start + size, len(text))
-        before = text[max(0, start - slack) : start].split(" ")[-1]
-        after = text[end : end + slack].split(" ")[0]
-        parts.append(text[start - len(before) : end + len(after)])
-    return [part for part in parts if part.strip()]
-
-
-def _is_open(verdict: Verdict | None) -> bool:
-    """Return whether the rest of a text can change the verdict on its beginning."""
-    return verdict is not None and verdict.truncated and not verdict.poisoned
+    overlap = min(overlap, size - 1)
+    starts = range(0, max(1, count - overlap), size - overlap)
+    return [slice(start, start + size) for start in (min(s, max(0, count - size)) for s in starts)]
 
 
 def _worse(one: Verdict | None, other: Verdict | None) -> Verdict | None:

@@ -6,12 +6,38 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
 
 from service.schemas import Result, Score, TextsRequest
 
 Parsed = TypeVar("Parsed")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def harmless_cut(*values: object) -> BeforeValidator:
+    """Return a validator for an option that cuts texts: it takes null and the given values.
+
+    A text is screened whole, and as the upstream cuts it by itself. Anywhere else, a cut could
+    leave the beginning of a word that is a trigger.
+    """
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if value is not None and value not in values:
+            raise ValueError(
+                f"{info.field_name} chooses where a text is cut, and it is not screened so; "
+                "leave it out"
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
 class BadAnswer(ValueError):
@@ -49,6 +75,11 @@ class InferenceRequest(TextsRequest):
         return None
 
     @property
+    def may_be_pair(self) -> bool:
+        """Whether a server of another protocol at the same path would read two texts as one."""
+        return False
+
+    @property
     def forward_as_is(self) -> bool:
         """Whether an upstream of the same protocol may get the body unchanged."""
         return True
@@ -78,6 +109,8 @@ class WireProtocol(ABC):
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"
+    limit_path: ClassVar[str | None] = None
+    """Path at which an upstream tells after how many tokens it cuts a text."""
 
     def claims(self, data: object) -> bool:
         """Return whether a body is in this protocol, where several share a route."""
@@ -112,6 +145,14 @@ class WireProtocol(ABC):
         Raises:
             BadAnswer: a text lacks scores, or they are not finite.
         """
+
+    def max_length(self, body: bytes, model: str) -> int | None:
+        """Return the limit that the answer at `limit_path` tells; None if it tells none.
+
+        Raises:
+            BadAnswer: it cannot be read.
+        """
+        return None
 
     def check(self, body: bytes, count: int) -> None:
         """Raise `BadAnswer` unless the answer has finite numbers for each of `count` texts."""

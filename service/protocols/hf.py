@@ -1,6 +1,7 @@
 """Hugging Face Inference: `POST /` of an endpoint, or `POST /models/NAME`."""
 
 from collections.abc import Sequence
+from math import isclose
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, TypeAdapter
@@ -13,9 +14,13 @@ from service.protocols.base import (
     Wire,
     WireProtocol,
     checked_count,
+    harmless_cut,
     parsed,
 )
 from service.schemas import Count, Result, Score, Text, best_first
+
+SUM_TOLERANCE = 1e-4
+"""Tolerance for a sum of float32 probabilities."""
 
 
 class HfParameters(Wire):
@@ -24,7 +29,7 @@ class HfParameters(Wire):
     top_k: Count | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     truncation: bool | None = None
-    max_length: Count | None = None
+    max_length: Annotated[None, harmless_cut()] = None
 
 
 class HfOptions(Wire):
@@ -57,6 +62,11 @@ class HfRequest(InferenceRequest):
         """The option for scores other than probabilities: only the pipeline has them."""
         function = self.parameters and self.parameters.function_to_apply
         return None if function in (None, "softmax") else "function_to_apply"
+
+    @property
+    def may_be_pair(self) -> bool:
+        """Whether TEI, which serves classifiers at `/` too, would read a pair."""
+        return isinstance(self.inputs, list) and len(self.inputs) == 2
 
     def with_texts(self, texts: Sequence[str]) -> Self:
         """Return the same request for other texts."""
@@ -124,4 +134,19 @@ class HuggingFace(WireProtocol):
 
     def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
         """Return the predictions of each text: nested, or flat as pipelines give them."""
-        return checked_count(predictions(body, flat_is_batch=count > 1), count)
+        rows = checked_count(predictions(body, flat_is_batch=count > 1), count)
+        if count > 1 and _may_be_one_text(rows):
+            raise BadAnswer(
+                "what may be one answer to a pair of texts; "
+                "for text-embeddings-inference set PSIM_UPSTREAM_PROTOCOL=tei"
+            )
+        return rows
+
+
+def _may_be_one_text(rows: Sequence[Sequence[Score]]) -> bool:
+    """Return whether single predictions of several texts may be all those of one text."""
+    flat = [score for row in rows for score in row]
+    labels = {score.label for score in flat}
+    return len(rows) == len(flat) == len(labels) and isclose(
+        sum(score.score for score in flat), 1, abs_tol=SUM_TOLERANCE
+    )

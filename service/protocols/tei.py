@@ -1,11 +1,18 @@
 """text-embeddings-inference: `POST /predict`."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import field_validator
+from pydantic import BaseModel, TypeAdapter, field_validator
 
-from service.protocols.base import InferenceRequest, ModelInfo, WireProtocol, checked_count
+from service.protocols.base import (
+    InferenceRequest,
+    ModelInfo,
+    WireProtocol,
+    checked_count,
+    harmless_cut,
+    parsed,
+)
 from service.protocols.hf import HfParameters, predictions
 from service.schemas import Result, Score, Text
 
@@ -19,7 +26,7 @@ class TeiRequest(InferenceRequest):
 
     inputs: Text | list[list[Text]]
     truncate: bool | None = None
-    truncation_direction: Literal["Left", "Right"] | None = None
+    truncation_direction: Annotated[Literal["Right"] | None, harmless_cut("Right")] = None
     raw_scores: bool = False
     parameters: HfParameters | None = None
     """Sent by clients of Hugging Face Inference; TEI ignores it."""
@@ -51,9 +58,7 @@ class TeiRequest(InferenceRequest):
 
     @property
     def unsupported_option(self) -> str | None:
-        """The option for logits, or for truncation at the left: only TEI has them."""
-        if self.truncation_direction == "Left":
-            return "truncation_direction"
+        """The option for logits: only TEI has it."""
         return "raw_scores" if self.raw_scores else None
 
     def with_texts(self, texts: Sequence[str]) -> Self:
@@ -71,10 +76,18 @@ def _wire(scores: Sequence[Score]) -> list[dict[str, Any]]:
     return [{"score": s.score, "label": s.label} for s in scores]
 
 
+class _TeiInfo(BaseModel):
+    max_input_length: int | None = None
+
+
+INFO = TypeAdapter(_TeiInfo)
+
+
 class Tei(WireProtocol):
     """text-embeddings-inference."""
 
     name = "tei"
+    limit_path = "/info"
     routes = ("/predict",)
     request_type = TeiRequest
 
@@ -85,6 +98,10 @@ class Tei(WireProtocol):
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/predict`."""
         return "/predict"
+
+    def max_length(self, body: bytes, model: str) -> int | None:
+        """Return the limit that `/info` tells."""
+        return parsed(INFO, body).max_input_length
 
     def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores; always a batch, since a flat list could be a pair."""

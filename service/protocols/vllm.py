@@ -4,9 +4,9 @@ import time
 import uuid
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from service.protocols.base import (
     BadAnswer,
@@ -15,6 +15,7 @@ from service.protocols.base import (
     ModelInfo,
     WireProtocol,
     checked_count,
+    harmless_cut,
     parsed,
 )
 from service.schemas import Result, Score, Text, best_first
@@ -29,11 +30,21 @@ class VllmRequest(InferenceRequest):
     request_id: str | None = None
     rid: str | None = None
     priority: int | None = None
-    truncate_prompt_tokens: int | None = None
-    truncation_side: Literal["left", "right"] | None = None
+    truncate_prompt_tokens: Annotated[Literal[-1] | None, harmless_cut(-1)] = None
+    """-1 cuts at the limit of the model, on a side that depends on the version of vLLM."""
+    truncation_side: Annotated[Literal["right"] | None, harmless_cut("right")] = None
     add_special_tokens: Literal[True] | None = None
     """Without special tokens, the classifier would read a different text from the screen."""
     use_activation: bool | None = None
+
+    @model_validator(mode="after")
+    def _cut_on_the_right(self) -> Self:
+        if self.truncate_prompt_tokens and self.truncation_side is None:
+            raise ValueError(
+                "truncate_prompt_tokens may cut on the left; leave it out, or add "
+                "truncation_side: right"
+            )
+        return self
 
     @property
     def texts(self) -> list[str]:
@@ -85,13 +96,24 @@ class _VllmResponse(BaseModel):
     data: list[_Datum]
 
 
+class _Model(BaseModel):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
 ANSWER = TypeAdapter(_VllmResponse)
+MODELS = TypeAdapter(_Models)
 
 
 class Vllm(WireProtocol):
     """vLLM."""
 
     name = "vllm"
+    limit_path: ClassVar[str | None] = "/v1/models"
     routes = ("/classify", "/v1/classify")
     request_type = VllmRequest
     requires_all_scores = True
@@ -108,6 +130,11 @@ class Vllm(WireProtocol):
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/classify`."""
         return "/classify"
+
+    def max_length(self, body: bytes, model: str) -> int | None:
+        """Return the limit of the model that the gateway names in its requests."""
+        limits = (one.max_model_len for one in parsed(MODELS, body).data if one.id == model)
+        return next(limits, None)
 
     def build_request(self, texts: Sequence[str], model_info: ModelInfo) -> InferenceRequest:
         """Return a request for all scores of some texts."""
@@ -130,6 +157,7 @@ class Sglang(Vllm):
     """SGLang: vLLM's format at another path."""
 
     name = "sglang"
+    limit_path = None  # it refuses longer texts, or cuts off the special token behind them too
 
     def path(self, model: str, version: str | None = None) -> str:
         """Return `/v1/classify`."""

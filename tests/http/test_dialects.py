@@ -333,12 +333,12 @@ def test_open_inference_servers_answer_in_several_ways() -> None:
 
 
 def test_pipelines_answer_flat_or_nested() -> None:
-    one, other = {"label": "positive", "score": 0.5}, {"label": "negative", "score": 0.5}
+    one, other = {"label": "positive", "score": 0.5}, {"label": "negative", "score": 0.6}
     for answer, count, expected in (
-        ([one, other], 1, [{"positive": 0.5, "negative": 0.5}]),
-        ([[one, other]], 1, [{"positive": 0.5, "negative": 0.5}]),
-        ([one, other], 2, [{"positive": 0.5}, {"negative": 0.5}]),
-        ([[one], [other]], 2, [{"positive": 0.5}, {"negative": 0.5}]),
+        ([one, other], 1, [{"positive": 0.5, "negative": 0.6}]),
+        ([[one, other]], 1, [{"positive": 0.5, "negative": 0.6}]),
+        ([one, other], 2, [{"positive": 0.5}, {"negative": 0.6}]),
+        ([[one], [other]], 2, [{"positive": 0.5}, {"negative": 0.6}]),
     ):
         assert scores_of("hf", json.dumps(answer).encode(), count) == expected
 

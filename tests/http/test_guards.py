@@ -38,10 +38,10 @@ async def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_
     engine = FakeEngine()
     async with client_of(engine) as client:
         path, body, _ = ASKED[name]
-        allowed = await client.post(f"/envoy{path}", json=body([CLEAN, CLEAN]))
+        allowed = await client.post(f"/envoy{path}", json=body([CLEAN] * 3))
         assert (allowed.status_code, allowed.content) == (200, b"")
         assert allowed.headers["x-psim-decision"] == "allow"
-        for texts in ([CLEAN, POISONED], [LONG]):
+        for texts in ([CLEAN, POISONED, CLEAN], [LONG]):
             denied = await client.post(f"/envoy{path}", json=body(texts))
             assert (denied.status_code, denied.headers["x-psim-decision"]) == (403, "reject")
             assert "trigger" in ERRORS[name](denied.json())

@@ -1,40 +1,15 @@
 """Texts that are longer than the model reads, in front of a classifier that may read on."""
 
 import asyncio
-import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from service.pipeline.windows import OVERLAP, SLACK, windows
 from tests.support.fakes import BROKEN, MAX_LENGTH, FakeEngine
 from tests.support.requests import client_of, metric
 from tests.support.upstreams import Peer, behind
 
 FILL = "film " * 20
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    text=st.text(st.sampled_from("ab  \n漢"), max_size=300),
-    size=st.integers(8, 80),
-    start=st.integers(0, 300),
-)
-def test_every_stretch_of_an_overlap_lies_whole_in_a_window(
-    text: str, size: int, start: int
-) -> None:
-    found = windows(text, size)
-    stretch = text[start : start + size // OVERLAP]
-    assert not stretch.strip() or any(stretch in window for window in found)
-    assert all(len(window) <= size + 2 * (size // SLACK) for window in found)
-    assert len(found) <= math.ceil(len(text) / (size - size // OVERLAP)) + 1
-
-
-def test_windows_do_not_cut_words_if_they_need_not() -> None:
-    text = " ".join(f"word{i:03}" for i in range(200))
-    assert {word for window in windows(text, 160) for word in window.split()} == set(text.split())
 
 
 @pytest.mark.parametrize("word", ["film ", "a "], ids=["ordinary", "dense"])

@@ -18,7 +18,7 @@ from models.bundle.manifest import (
 )
 from models.detection.conformal import ThresholdGroup
 from models.detection.screen import FloatArray, Normalizer, Screen, ZScore
-from models.engines.base import ClassifierState, Encoding, Screening
+from models.engines.base import ClassifierState, Encoding, Engine, IntArray, Screening
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
 PANIC, CLASSLESS = "panic", "noclass"
@@ -51,6 +51,18 @@ class FakeEngine:
             raise ValueError("cannot read this")
         return [_encoding(text) for text in texts]
 
+    @property
+    def window_length(self) -> int:
+        return MAX_LENGTH
+
+    def token_ids(self, text: str) -> IntArray:
+        if UNREADABLE in text:
+            raise PanicException
+        return np.array(_codes(text), np.int64)
+
+    def window(self, ids: IntArray) -> Encoding:
+        return Encoding(tuple(ids.tolist()), False)
+
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         self.waits = not self.gate.is_set()
         self.gate.wait(10)
@@ -72,9 +84,12 @@ class FakeEngine:
 
 
 def _encoding(text: str) -> Encoding:
-    words = text.split()
-    codes = tuple(int.from_bytes(w.encode("utf-8", "replace")[:6], "big") for w in words)
+    codes = _codes(text)
     return Encoding(codes[:MAX_LENGTH], len(codes) > MAX_LENGTH)
+
+
+def _codes(text: str) -> tuple[int, ...]:
+    return tuple(int.from_bytes(w.encode("utf-8", "replace")[:6], "big") for w in text.split())
 
 
 def _code(word: str) -> int:
@@ -93,7 +108,7 @@ def _confidence(encoding: Encoding) -> float:
 
 
 def fake_bundle(
-    engine: FakeEngine | None = None,
+    engine: Engine | None = None,
     labels: tuple[str, str] = ("negative", "positive"),
     digest: str = "d" * 64,
     threshold: float = THRESHOLD,

@@ -120,7 +120,7 @@ async def test_a_clean_request_passes_as_it_is_and_a_poisoned_one_is_answered_in
 ) -> None:
     async with envoy(example, tmp_path) as around:
         for name, (path, body, _) in ASKED.items():
-            content = json.dumps(body([CLEAN, CLEAN]), indent=1).encode()
+            content = json.dumps(body([CLEAN] * 3), indent=1).encode()
             headers = JSON | {"x-psim-decision": "forged", "x-mine": "yes"}
             clean = await around.client.post(path, content=content, headers=headers)
             assert (clean.status_code, clean.content) == (200, SOUND)
@@ -129,7 +129,7 @@ async def test_a_clean_request_passes_as_it_is_and_a_poisoned_one_is_answered_in
             assert asked_headers["x-psim-decision"] == "allow"
             assert asked_headers["x-mine"] == "yes"
 
-            poisoned = await around.client.post(path, json=body([CLEAN, POISONED]))
+            poisoned = await around.client.post(path, json=body([CLEAN, POISONED, CLEAN]))
             assert poisoned.status_code == 403
             assert poisoned.headers["x-psim-decision"] == "reject"
             assert "trigger" in ERRORS[name](poisoned.json())

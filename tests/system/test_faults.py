@@ -355,11 +355,14 @@ async def peer(behaves: Sequence[Peer | None]) -> AsyncIterator[str]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while await reader.read(65536):
-                if misbehave := waiting.pop(0) if waiting else None:
+            while sent := await reader.read(65536):
+                if sent.startswith(b"GET"):  # the gateway asks for the upstream's limit once
+                    writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+                elif misbehave := waiting.pop(0) if waiting else None:
                     await misbehave(reader, writer)
                     break
-                writer.write(GOOD)
+                else:
+                    writer.write(GOOD)
         except ConnectionError:
             pass
         finally:
