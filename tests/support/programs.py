@@ -14,7 +14,7 @@ REQUIRE = "TESTS_REQUIRE_SERVERS"
 PACKAGES = {
     "chromium": "chromium",
     "initdb": "postgresql",
-    "nginx": "nginx",
+    "nginx": "nginx-light",
     "postgres": "postgresql",
     "prometheus": "prometheus",
     "promtool": "prometheus",
