@@ -92,6 +92,18 @@ def test_compose_publishes_on_loopback_only_and_every_port_that_is_served() -> N
     assert published == set(map(int, exposed.split()))
 
 
+def test_grafana_in_compose_takes_no_password_and_so_not_the_one_that_everybody_knows() -> None:
+    variables = COMPOSE["services"]["grafana"]["environment"]
+    assert variables == {
+        "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
+        # Grafana has two ways to take a password, also that of an older volume's admin.
+        "GF_AUTH_BASIC_ENABLED": "false",
+        "GF_AUTH_DISABLE_LOGIN_FORM": "true",
+        "GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION": "true",
+    }
+
+
 def test_prometheus_scrapes_the_gateway_where_compose_runs_it() -> None:
     config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
