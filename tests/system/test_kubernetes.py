@@ -294,8 +294,10 @@ def test_the_rayservice_serves_what_the_committed_configuration_does_to_other_po
     (application,) = config["applications"]
     variables = application["runtime_env"]["env_vars"]
     assert variables.pop("PSIM_HOST") == "0.0.0.0"
+    assert variables.pop("PSIM_PORT") != "0", "a free one may be any, beside those of Ray"
     del here["http_options"]["host"]
-    del here["applications"][0]["runtime_env"]["env_vars"]["PSIM_HOST"]
+    for name in ("PSIM_HOST", "PSIM_PORT"):
+        del here["applications"][0]["runtime_env"]["env_vars"][name]
     assert config == here
 
 
@@ -325,10 +327,54 @@ def test_prometheus_asks_each_replica_on_ray_and_may() -> None:
     )
     (discovery,) = scrape["httpSDConfigs"]
     assert httpx.URL(discovery["url"]).path in SCOPES
-    (policy,) = [p for p in of(RAY, "NetworkPolicy") if "Ingress" in p["spec"]["policyTypes"]]
-    open_to = {p["port"]: p.get("endPort") for p in policy["spec"]["ingress"][-1]["ports"]}
-    assert httpx.URL(discovery["url"]).port in open_to
-    assert open_to[32768] == 60999, "Linux's own range, from which PSIM_PORT=0 takes one"
+    replica = int(serve_config()["applications"][0]["runtime_env"]["env_vars"]["PSIM_PORT"])
+    assert {replica, httpx.URL(discovery["url"]).port} == {
+        port for ports, sources in ways_in() for port in ports if PROMETHEUS in sources
+    }
+
+
+def serve_config() -> Any:
+    return yaml.safe_load(the(RAY, "RayService")["serveConfigV2"])
+
+
+PROMETHEUS = ("monitoring", "prometheus")
+OPERATOR = ("ray-system", "kuberay-operator")
+"""Namespace and name of pods elsewhere."""
+
+
+def ways_in() -> list[tuple[set[int], list[Any]]]:
+    """Return ports that the policies on Ray open, and to whom: pods elsewhere, or labels here."""
+    found = []
+    for policy in of(RAY, "NetworkPolicy"):
+        for rule in policy["spec"].get("ingress", []):
+            assert all("endPort" not in port for port in rule.get("ports", []))
+            ports = {port["port"] for port in rule.get("ports", [])}
+            found.append((ports, [source(peer) for peer in rule["from"]]))
+    return found
+
+
+def source(peer: Manifest) -> Any:
+    labels = peer["podSelector"]["matchLabels"]
+    if "namespaceSelector" not in peer:
+        return labels
+    # An empty selector means every namespace, where anybody gives pods any label.
+    (namespace,) = peer["namespaceSelector"]["matchLabels"].items()
+    assert namespace[0] == "kubernetes.io/metadata.name", "the one label that nobody chooses"
+    return namespace[1], labels["app.kubernetes.io/name"]
+
+
+def test_on_ray_ports_that_run_code_are_open_to_the_cluster_and_its_operator_only() -> None:
+    service = serve_config()
+    served = {service["http_options"]["port"]}
+    served.add(int(service["applications"][0]["runtime_env"]["env_vars"]["PSIM_PORT"]))
+    cluster = {"app.kubernetes.io/name": "psim-gateway", "ray.io/is-ray-node": "yes"}
+    for ports, sources in ways_in():
+        if not ports:  # all of them
+            assert sources == [cluster]
+        elif not ports <= served:
+            assert (ports - served, sources) == ({8265}, [OPERATOR])
+    (head,) = [p["spec"] for p in of(RAY, "NetworkPolicy") if "8265" in yaml.safe_dump(p)]
+    assert head["podSelector"]["matchLabels"]["ray.io/node-type"] == "head"
 
 
 def test_policies_open_the_ways_that_are_needed_and_no_other() -> None:
