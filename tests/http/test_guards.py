@@ -1,16 +1,27 @@
 """What proxies are told that ask whether a request may pass: Envoy and LiteLLM, as they ask."""
 
+import asyncio
 import json
+import re
 import subprocess
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from service.app import create_app
 from service.protocols.litellm import GuardrailRequest
+from service.protocols.registry import by_route
+from service.route_table import PROXIED as METHODS
+from service.route_table import ROUTES
 from service.settings import Settings
 from tests.support.fakes import BROKEN, TRIGGER, FakeEngine, fake_bundle
 from tests.support.paths import ROOT
@@ -29,6 +40,7 @@ from tests.support.requests import (
 )
 from tests.support.servers import free_port
 from tests.support.upstreams import Peer
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -272,35 +284,87 @@ def test_the_example_of_envoy_fails_closed_and_sends_what_we_need_to_see() -> No
     assert authz["http_service"]["path_prefix"] == "/envoy"
 
 
+@asynccontextmanager
+async def nginx_before(url: str, folder: Path) -> AsyncIterator[int]:
+    """Yield the port of an nginx with the example's configuration, in front of a gateway."""
+    port = free_port()
+    conf = (ROOT / "deploy/nginx/psim.conf").read_text()
+    conf = conf.replace("127.0.0.1:8000", url.removeprefix("http://"))
+    conf = conf.replace("listen 8080", f"listen 127.0.0.1:{port}")
+    whole = f"pid {folder}/pid; daemon off; events {{}} http {{ access_log off; "
+    for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+        whole += f"{name}_temp_path {folder}/{name}; "
+    (folder / "nginx.conf").write_text(f"{whole}{conf}}}")
+    command = [program("nginx"), "-c", str(folder / "nginx.conf"), "-e", f"{folder}/log"]
+    process = subprocess.Popen(command)
+
+    async def answers() -> bool:
+        try:
+            return bool(await status(port, "GET", "/"))
+        except OSError:
+            return False
+
+    try:
+        await until(answers)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+async def status(port: int, method: str, path: str) -> int:
+    """Return the status of an answer to a request without a body, sent as it is written here."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+    line = await reader.readline()
+    writer.close()
+    return int(line.split()[1])
+
+
 async def test_nginx_before_the_gateway(tmp_path: Path) -> None:
-    nginx = program("nginx")
-
-    from starlette.applications import Starlette
-    from starlette.routing import Route
-
     peer = Peer()
     behind = Starlette(routes=[Route("/predict", peer.answer, methods=["POST"])])
     async with listening(behind) as upstream:
         settings = Settings.model_validate({"bundle": Path("unused"), "upstream": upstream})
-        async with listening(create_app(settings, fake_bundle())) as url:
-            port = free_port()
-            conf = (ROOT / "deploy/nginx/psim.conf").read_text()
-            conf = conf.replace("127.0.0.1:8000", url.removeprefix("http://"))
-            conf = conf.replace("listen 8080", f"listen 127.0.0.1:{port}")
-            whole = f"pid {tmp_path}/pid; daemon off; events {{}} http {{ access_log off; "
-            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
-                whole += f"{name}_temp_path {tmp_path}/{name}; "
-            (tmp_path / "nginx.conf").write_text(f"{whole}{conf}}}")
-            command = [nginx, "-c", str(tmp_path / "nginx.conf"), "-e", f"{tmp_path}/log"]
-            process = subprocess.Popen(command)
-            try:
-                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-                    await until_ready(client)
-                    clean = await client.post("/predict", json={"inputs": [[CLEAN]]})
-                    assert (clean.status_code, clean.content) == (200, peer.body)
-                    poisoned = await client.post("/predict", json={"inputs": POISONED})
-                    assert poisoned.status_code == 403
-                    assert (await client.get("/metrics")).status_code == 404
-            finally:
-                process.terminate()
-                process.wait(10)
+        async with (
+            listening(create_app(settings, fake_bundle())) as url,
+            nginx_before(url, tmp_path) as port,
+            httpx.AsyncClient(base_url=url) as gateway,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        ):
+            await until_ready(gateway)
+            clean = await client.post("/predict", json={"inputs": [[CLEAN]]})
+            assert (clean.status_code, clean.content) == (200, peer.body)
+            poisoned = await client.post("/predict", json={"inputs": POISONED})
+            assert poisoned.status_code == 403
+
+
+async def test_nginx_lets_callers_classify_and_do_nothing_else(tmp_path: Path) -> None:
+    passed = []
+
+    async def gateway(request: Request) -> Response:
+        passed.append(f"{request.method} {request.scope['raw_path'].decode()}")
+        return Response()
+
+    def filled(paths: Iterable[str]) -> list[str]:
+        return [re.sub(r"{(\w+)[^}]*}", r"\1", path) for path in paths]
+
+    routes = filled(ROUTES)
+    wanted = {f"POST {path}" for path in filled(by_route())}
+    odd = [
+        "/envoy/../classify", "/for/x/envoy/../../../classify", "/for/x/models/../../../classify",
+        "/classify/../explain", "/classify/", "//explain", "//classify", "/%65xplain",
+        "/models/../explain", "/models/x/../../explain", "/models/%2e%2e/explain", "/models/",
+        "/v2/models/x/infer/../../../../info", "/classify%3F/../explain", "/explain?/classify",
+        "/explain#/classify", "http://x/explain", "http://x/metrics?/classify", "/envoy/predict",
+    ]  # fmt: skip
+    async with (
+        listening(Starlette(routes=[Route("/{path:path}", gateway, methods=[*METHODS])])) as url,
+        nginx_before(url, tmp_path) as port,
+    ):
+        for method in METHODS:
+            for path in (*routes, *(f"/for/fake{path}" for path in routes), *odd):
+                allowed = f"{method} {path}" in wanted
+                assert (await status(port, method, path) == 200) == allowed, f"{method} {path}"
+        assert set(passed) == wanted
+        assert await status(port, "POST", "/models/an-org/a.model?wait=1") == 200
