@@ -181,6 +181,9 @@ def test_documents_link_to_what_is_there() -> None:
 
 
 def test_tests_that_documents_name_are_there() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for path in re.findall(r"\btests/[\w/]+\.py", document.read_text()):
+            assert (ROOT / path).exists(), f"{document.name}: {path}"
     named = re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs/reliability.md").read_text())
     assert named
     for file, name in named:
