@@ -26,7 +26,7 @@ SAFE_METHODS = ("GET", "HEAD")
 
 
 def anybody(request: Request) -> str:
-    """Admit everyone who reaches the port: without keys, it is on the loopback interface."""
+    """Admit everyone who reaches the port, which is on loopback, or open on purpose."""
     return "console"
 
 
