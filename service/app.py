@@ -113,7 +113,7 @@ def create_app(
     access = _access(settings, limiter, metrics)
     exchange = Exchange(models, Recorder(metrics, tracer, audit), settings)
     authz = ExternalAuthz(models, exchange)
-    ext_proc = _ext_proc(settings, authz)
+    ext_proc = _ext_proc(settings, authz, access)
     console = _console(settings, models, metrics, access)
     app = _application(
         access, lambda _: _running(models, reloader, limiter, ext_proc, console, audit, traces)
@@ -211,7 +211,9 @@ def _access(settings: AccessSettings, limiter: Limiter, metrics: Metrics) -> Acc
     return Access(keys, limiter, metrics)
 
 
-def _ext_proc(settings: ExtProcSettings, authz: ExternalAuthz) -> "ExtProc | None":
+def _ext_proc(
+    settings: ExtProcSettings, authz: ExternalAuthz, access: Access | None
+) -> "ExtProc | None":
     if settings.ext_proc_port is None:
         return None
     try:
@@ -220,7 +222,7 @@ def _ext_proc(settings: ExtProcSettings, authz: ExternalAuthz) -> "ExtProc | Non
         raise PsimError(
             f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
         ) from error
-    return ExtProc(ext_proc_app(authz), settings)
+    return ExtProc(ext_proc_app(authz), settings, access)
 
 
 def _console(
@@ -276,6 +278,8 @@ def _warn(settings: Settings) -> None:
         log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
     if settings.open_to_others:
         log.warning("PSIM_KEYS is not set: whoever reaches the port may classify and read metrics")
+        if settings.ext_proc_port is not None:
+            log.warning("PSIM_KEYS is not set: whoever reaches PSIM_EXT_PROC_PORT may ask there")
 
 
 @asynccontextmanager

@@ -70,6 +70,12 @@ class Forbidden(NotAllowed):
     status, code = 403, "forbidden"
 
 
+class CrossSite(ClientError):
+    """A browser sends the request for a page of another site."""
+
+    status, code = 403, "cross_site"
+
+
 class NotInspected(ClientError):
     """A proxied request cannot be screened the way its upstream would read it."""
 

@@ -112,15 +112,28 @@ class AccessSettings(ServerSettings):
         return self.keys is None and not is_loopback(self.host)
 
 
-class ConsoleSettings(Section):
+class ConsoleSettings(AccessSettings):
     """The port of the console."""
 
     console_port: int | None = Field(None, ge=0, le=65535)
     """Port of the console; None switches it off."""
     console_host: str = "127.0.0.1"
-    """Address it listens on. Without keys, whoever reaches it may see and mark everything."""
+    """Address it listens on."""
+    console_open: bool = False
+    """Without keys, let whoever reaches that address see and mark everything."""
     console_name: str | None = Field(None, min_length=1)
     """Host name by which browsers reach it, if that is not one of the loopback interface."""
+
+    @model_validator(mode="after")
+    def _others_need_keys(self) -> Self:
+        alone = self.console_port is None or is_loopback(self.console_host)
+        if not (alone or self.keys or self.console_open):
+            raise ValueError(
+                "PSIM_CONSOLE_HOST lets other machines reach the console, and without PSIM_KEYS "
+                "they may see and mark everything: set PSIM_KEYS, or PSIM_CONSOLE_OPEN=true if "
+                "something else decides who reaches that address"
+            )
+        return self
 
 
 class AuditSettings(Section):

@@ -1,12 +1,13 @@
 """Who may use the console, and from which pages: checked here and nowhere else."""
 
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.security.origin import same_origin
 
 Check = Callable[[Request], str]
 """Returns the name of the user, which is kept with marks; raises if access is denied."""
@@ -25,7 +26,7 @@ SAFE_METHODS = ("GET", "HEAD")
 
 
 def anybody(request: Request) -> str:
-    """Admit everyone who reaches the port: without keys, it is on the loopback interface."""
+    """Admit everyone who reaches the port, which is on loopback, or open on purpose."""
     return "console"
 
 
@@ -47,15 +48,7 @@ class SameOrigin:
             await send(message)
 
         app = self._app
-        if scope["method"] not in SAFE_METHODS and not _same_origin(Headers(scope=scope)):
+        if scope["method"] not in SAFE_METHODS and not same_origin(Headers(scope=scope)):
             refusal = "refused: the request does not come from a page of the console"
             app = PlainTextResponse(f"{refusal}; a program must send its Origin\n", 403)
         await app(scope, receive, send_with_headers)
-
-
-def _same_origin(headers: Headers) -> bool:
-    # Browsers send `sec-fetch-site` over TLS and to loopback only, and `origin` with every POST.
-    site = headers.get("sec-fetch-site")
-    if site is not None:
-        return site == "same-origin"
-    return urlsplit(headers.get("origin", "")).netloc == headers.get("host", "-")

@@ -36,8 +36,11 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from starlette.types import ASGIApp, Message, Scope
 
+from service.errors import Forbidden, NotAllowed, Unauthorized
 from service.http.responses import problem
 from service.http.routes.guardrails import PARTIAL_BODY
+from service.security.access import ANYONE, Access, Caller
+from service.security.keys.file import Scope as KeyScope
 from service.settings import ExtProcSettings
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -50,6 +53,12 @@ CONTINUE = {
 }
 """Answers to the parts of a response, which is not screened."""
 
+DENIED: dict[type[NotAllowed], grpc.StatusCode] = {
+    Unauthorized: grpc.StatusCode.UNAUTHENTICATED,
+    Forbidden: grpc.StatusCode.PERMISSION_DENIED,
+}
+"""Status of a call without a key of the right scope."""
+
 DECISION = "x-psim-decision"
 NOT_INSPECTED = problem(403, "not_inspected", "not all of the request was sent to be screened")
 
@@ -57,10 +66,13 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 class ExtProc:
-    """gRPC server for Envoy that gives each request to an ASGI application."""
+    """gRPC server for Envoy that gives each request to an ASGI application.
 
-    def __init__(self, app: ASGIApp, settings: ExtProcSettings) -> None:
-        self._app, self._settings = app, settings
+    With `access`, Envoy sends an API key of its own in the metadata of the call.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ExtProcSettings, access: Access | None) -> None:
+        self._app, self._settings, self._access = app, settings, access
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -90,10 +102,11 @@ class ExtProc:
 
     async def _process(self, parts: AsyncIterator[ProcessingRequest], context: Any) -> None:
         """Answer the parts of one request, each once and in order, until there is a verdict."""
+        caller = await self._caller(context)
         request: ProxiedRequest | None = None
         try:
             async for part in parts:
-                request = request or ProxiedRequest(self._app, part)
+                request = request or ProxiedRequest(self._app, part, caller)
                 await context.write(await request.answer(part))
                 if request.decided:
                     return
@@ -101,11 +114,27 @@ class ExtProc:
             if request:
                 await request.close()
 
+    async def _caller(self, context: Any) -> Caller:
+        """Return who calls; end the call if its key does not allow it."""
+        if self._access is None:
+            return ANYONE
+        # Values of keys that end in `-bin` are bytes; none of them is a key of ours.
+        metadata = [
+            (name.encode(), value.encode())
+            for name, value in context.invocation_metadata() or ()
+            if isinstance(value, str)
+        ]
+        try:
+            return self._access.require(self._access.identify(metadata)[0], KeyScope.CLASSIFY)
+        except NotAllowed as error:
+            await context.abort(DENIED[type(error)], str(error))
+            raise
+
 
 class ProxiedRequest:
     """HTTP request that an application reads while Envoy sends it; `first` is its first part."""
 
-    def __init__(self, app: ASGIApp, first: ProcessingRequest) -> None:
+    def __init__(self, app: ASGIApp, first: ProcessingRequest, caller: Caller) -> None:
         self.decided = False
         """Whether Envoy has been told the verdict."""
         head, config = first.request_headers, first.protocol_config
@@ -121,6 +150,7 @@ class ProxiedRequest:
         self._status, self._reply = 500, b""
         self._headers: Headers = ()
         scope = _scope(head or HttpHeaders(), self._partial)
+        scope["state"] = {"caller": caller}
         self._work = asyncio.ensure_future(app(scope, self._receive, self._send))
 
     async def answer(self, part: ProcessingRequest) -> ProcessingResponse:

@@ -190,6 +190,7 @@ class Gateway:
         caller.require_scores()
         text = request.inputs
         verdict, found = await self._trigger_search.explain(text, caller.take)
+        record.texts, record.verdicts = [text], [verdict]
         words = [
             WeightedWord(start=w.start, end=w.end, text=text[w.start : w.end], weight=w.weight)
             for w in found.words

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import pytest
@@ -25,7 +25,7 @@ from service.security.keys.file import Keys, KeysError, Scope, hash_of
 from service.security.rate_limit import Limiter
 from service.settings import Mode, Settings
 from tests.support.fakes import FakeEngine, fake_bundle
-from tests.support.keys import BLIND, FEW, KEY, bearer, guarded, keys_file
+from tests.support.keys import BLIND, FEW, KEY, bearer, classify, guarded, keys_file
 from tests.support.protocols import ASKED, ERRORS, GUARDRAIL
 from tests.support.requests import CLEAN, POISONED, client_of, lifespan
 from tests.support.upstreams import ONE_TEI, Peer, behind
@@ -379,3 +379,20 @@ async def test_a_key_for_decisions_is_neither_told_thresholds_nor_what_the_scree
             info = (await client.get("/info", headers=bearer(key))).text
             assert ("threshold" not in info) == hidden
             assert "labels" in info
+
+
+async def test_a_key_for_decisions_learns_nothing_of_its_score_from_info(tmp_path: Path) -> None:
+    """On a quiet service, drift after one text is the exact rank of its score."""
+    async with guarded(tmp_path) as client:
+
+        async def info(key: str) -> dict[str, Any]:
+            found: dict[str, Any] = (await client.get("/info", headers=bearer(key))).json()
+            return found
+
+        before, seen = await info(BLIND), await info(KEY[Scope.CLASSIFY])
+        assert {"calibrations", "recalibration"} <= seen["manifest"].keys(), "with scores"
+        assert (await classify(client, 1, BLIND)).status_code == 200
+        assert await info(BLIND) == before, "nothing moves"
+        assert (await info(KEY[Scope.CLASSIFY]))["drift"] != seen["drift"]
+        assert before.keys() == seen.keys() - {"drift"}
+        assert not before["manifest"].keys() & {"calibrations", "recalibration"}

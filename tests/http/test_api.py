@@ -381,16 +381,21 @@ def test_an_explanation_names_the_trigger_and_where_it_stands() -> None:
     assert (clean["screen"]["poisoned"], clean["removed"]) == (False, [])
 
 
-async def test_explanations_take_one_text_and_never_count_as_traffic() -> None:
+async def test_an_explanation_takes_one_text_and_is_recorded_as_screened_but_not_decided(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
     async with client_of() as client:
         assert (await client.post("/explain", json={"inputs": [CLEAN]})).status_code == 422
         assert (await client.post("/explain", json={"inputs": POISONED})).status_code == 200
-        assert await metric(client, "psim_screen_score_count") == 0
+        assert await metric(client, 'psim_screen_score_count{model="fake"}') == 1
         assert (
             await metric(client, 'psim_inputs_total{decision="reject",mode="enforce",model="fake"}')
             == 0
         )
         assert await metric(client, 'psim_requests_total{outcome="ok",route="/explain"}') == 1
+    line = [r for r in caplog.records if r.name == "psim.request"][-1].__dict__
+    assert (line["route"], line["poisoned"], line["decisions"]) == ("/explain", 1, {})
 
 
 async def test_no_more_searches_run_than_the_setting_says() -> None:

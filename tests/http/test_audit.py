@@ -119,7 +119,8 @@ def test_every_input_that_was_answered_is_there_when_the_service_is_down(url: st
     assert decisions.count(("/classify", "allow", "positive")) == 20
     assert decisions.count(("/classify", "reject", None)) == 20
     assert decisions.count(("/screen", None, None)) == 1
-    assert len(found) == 41
+    assert decisions.count(("/explain", None, None)) == 1
+    assert len(found) == 42
     rejected = next(row for row in found if row.decision == "reject")
     assert (rejected.request_id, rejected.number, rejected.mode) == ("mine", 1, "enforce")
     assert rejected.model == "fake"

@@ -24,6 +24,7 @@ import pytest
 import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from pydantic import ValidationError
 
 from service.app import create_app
 from service.audit.review import CHARS, PAGE
@@ -539,6 +540,18 @@ def test_the_console_is_on_loopback_and_on_no_other_port() -> None:
         assert httpx.get(f"http://127.0.0.1:{settings.console_port}/metrics").status_code == 404
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{settings.console_port}/console")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gateway.internal"])
+def test_a_console_that_others_can_reach_needs_keys_or_a_setting_that_says_so(host: str) -> None:
+    given: dict[str, Any] = {"bundle": Path("unused"), "console_host": host}
+    with pytest.raises(ValidationError, match="or PSIM_CONSOLE_OPEN=true if"):
+        Settings(**given, console_port=8001)
+    Settings(**given)  # there is no console
+    Settings(**given, console_port=8001, keys=Path("keys.toml"))
+    Settings(**given, console_port=8001, console_open=True)
+    for own in ("127.0.0.1", "::1", "localhost"):
+        Settings(**given | {"console_host": own}, console_port=8001)
 
 
 def traffic_of_a_day() -> list[Row]:

@@ -25,10 +25,13 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
 
 from models.errors import PsimError
 from service.app import create_app
+from service.audit.store import AuditStore
 from service.route_table import EXT_PROC
+from service.security.keys.file import Scope
 from service.settings import Settings
 from tests.support.envoy import head
 from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.keys import FEW, KEY, bearer, keys_file
 from tests.support.paths import ROOT
 from tests.support.requests import CLEAN, POISONED, client_of, metric, until_metric
 from tests.support.servers import free_port
@@ -182,6 +185,59 @@ async def test_a_caller_that_hangs_up_is_counted_and_costs_no_pass() -> None:
         line = f'psim_requests_total{{outcome="cancelled",route="{EXT_PROC}"}}'
         await until_metric(client, line, 1)
         assert len(engine.screened) == screened
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, "UNAUTHENTICATED"),
+        (bearer("psim_unknown"), "UNAUTHENTICATED"),
+        ({"x-api-key-bin": b"\xff"}, "UNAUTHENTICATED"),
+        (bearer(KEY[Scope.METRICS]), "PERMISSION_DENIED"),
+        (bearer(KEY[Scope.CLASSIFY]), "request_headers"),
+        ({"x-api-key": KEY[Scope.CLASSIFY]}, "request_headers"),
+    ],
+)
+async def test_envoy_needs_a_key_of_its_own_whatever_its_user_sends(
+    metadata: dict[str, str | bytes], expected: str, tmp_path: Path
+) -> None:
+    """The key is in the metadata of the call; what is in the request is its user's."""
+    audit = f"sqlite:///{tmp_path}/audit.db"
+    async with stub(keys=keys_file(tmp_path), audit_url=audit) as (begin, client):
+        stream = begin(metadata=tuple(metadata.items()))
+        try:
+            await stream.write(head(more=bearer(KEY[Scope.CLASSIFY])))
+            answer = await stream.read()
+            found = which_one_of(answer, "response")[0]
+            await stream.write(body(CLEAN_BODY))
+            assert which_one_of(await stream.read(), "response")[0] == "request_body"
+        except grpc.aio.AioRpcError as error:
+            found = error.code().name
+            assert "psim_" not in str(error.details())
+        assert found == expected
+        metrics = await client.get("/metrics", headers=bearer(KEY[Scope.METRICS]))
+        denied = 'psim_denied_total{reason="key"} 1.0' in metrics.text.splitlines()
+        assert denied == (expected == "UNAUTHENTICATED")
+    callers = [row.caller for row in AuditStore(audit, read_only=True).read()]
+    assert callers == (["classify"] if expected == "request_headers" else [])
+
+
+async def test_the_rate_of_the_key_holds_here_too(tmp_path: Path) -> None:
+    async with stub(keys=keys_file(tmp_path)) as (begin, _):
+        metadata = (("x-api-key", FEW),)
+        passed = ["request_headers", "request_body", "ended OK"]
+        for expected in (*[passed] * 10, ["request_headers", 429, "ended OK"]):
+            parts = [head(), body(CLEAN_BODY)]
+            assert await answers(lambda: begin(metadata=metadata), parts) == expected
+
+
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+async def test_a_port_that_is_open_to_all_is_warned_of_here_too(
+    host: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stub(host=host):
+        pass
+    assert any("reaches PSIM_EXT_PROC_PORT" in r.getMessage() for r in caplog.records) == warned
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,6 +304,33 @@ async def test_a_request_in_flight_ends_on_the_old_model(monkeypatch: pytest.Mon
         assert await metric(client, "psim_queue_inputs") == 0
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # a program
+        ({"sec-fetch-site": "same-origin", "origin": "http://test"}, 200),
+        ({"origin": "http://test"}, 200),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "cross-site", "origin": "http://test"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://test:81"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": ""}, 403),
+    ],
+)
+async def test_no_page_of_another_site_can_make_a_browser_reload(
+    headers: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_in_turn(monkeypatch, fake_bundle(), fake_bundle(digest=NEW))
+    async with client_of(create_app(Settings(bundle=Path("unused"), admin=True))) as client:
+        answer = await client.post("/admin/reload", headers=headers)
+        assert answer.status_code == status
+        assert status == 200 or answer.json()["code"] == "cross_site"
+        served = await client.post("/classify", json={"inputs": CLEAN})
+        assert served.json()["bundle"] == (NEW if status == 200 else OLD)
+
+
 async def test_only_one_reload_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = FakeEngine()
     load_in_turn(monkeypatch, fake_bundle(), fake_bundle(slow, digest=NEW), fake_bundle())

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from sqlalchemy import make_url
 
-from service.settings import Settings, unknown_variables
+from models.errors import PsimError
+from service.settings import Settings, load_settings, unknown_variables
 from tests.support.deploy import (
     DOCKERFILE,
     dockerfile_command,
@@ -72,6 +73,19 @@ def test_image_and_compose_set_only_what_the_service_knows() -> None:
     names += COMPOSE["services"]["gateway"]["environment"]
     assert "PSIM_BUNDLE" in names
     assert not unknown_variables(names)
+
+
+def test_compose_opens_the_console_on_purpose_and_the_service_takes_its_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = COMPOSE["services"]["gateway"]["environment"] | {"PSIM_AUDIT_TEXT": "false"}
+    for name, value in (image_environment() | gateway | {"PSIM_MODE": "enforce"}).items():
+        if name.startswith("PSIM_"):
+            monkeypatch.setenv(name, str(value))
+    assert load_settings().console_open
+    monkeypatch.delenv("PSIM_CONSOLE_OPEN")
+    with pytest.raises(PsimError, match="set PSIM_KEYS, or PSIM_CONSOLE_OPEN=true"):
+        load_settings()
 
 
 def test_compose_keeps_the_audit_where_the_image_lets_it_write() -> None:

@@ -18,8 +18,10 @@ from starlette.routing import Route
 from service.app import create_app
 from service.protocols.headers import REWRITING
 from service.route_table import EXT_PROC
+from service.security.keys.file import Scope
 from service.settings import Settings
 from tests.support.fakes import BROKEN, FakeEngine, fake_bundle
+from tests.support.keys import KEY, keys_file
 from tests.support.paths import ROOT
 from tests.support.programs import program
 from tests.support.protocols import ASKED, ERRORS
@@ -32,9 +34,15 @@ EXAMPLES = ROOT / "deploy/envoy"
 BOTH = pytest.mark.parametrize("example", ["envoy", "ext_proc"])
 
 
-def configuration(example: str, ports: dict[str, int], processing: dict[str, str]) -> Any:
+def configuration(
+    example: str, ports: dict[str, int], processing: dict[str, str], key: str | None
+) -> Any:
     """Return an example of ours, with addresses on this machine."""
-    found = yaml.safe_load((EXAMPLES / f"{example}.yaml").read_text())
+    text = (EXAMPLES / f"{example}.yaml").read_text()
+    if key:
+        text = text.replace("# initial_metadata", "initial_metadata").replace("psim_…", key)
+        assert key in text
+    found = yaml.safe_load(text)
     (listener,) = found["static_resources"]["listeners"]
     listener["address"]["socket_address"] = {
         "address": "127.0.0.1",
@@ -71,10 +79,13 @@ async def envoy(
     folder: Path,
     engine: FakeEngine | None = None,
     processing: dict[str, str] | None = None,
+    key: str | None = None,
 ) -> AsyncIterator[Around]:
+    """Run Envoy; with `key`, the gateway asks for keys, and Envoy sends this one."""
     installed = program("envoy")
     ext_proc = free_port()
-    settings = Settings(bundle=Path("unused"), ext_proc_port=ext_proc)
+    keys = keys_file(folder) if key else None
+    settings = Settings(bundle=Path("unused"), ext_proc_port=ext_proc, keys=keys)
     peer = Peer()
     methods = ["GET", "POST", "PUT"]
     behind = Starlette(routes=[Route("/{path:path}", peer.answer, methods=methods)])
@@ -90,7 +101,7 @@ async def envoy(
             "classifier": int(upstream.rsplit(":", 1)[1]),
         }
         config = folder / "envoy.json"
-        config.write_text(json.dumps(configuration(example, ports, processing or {})))
+        config.write_text(json.dumps(configuration(example, ports, processing or {}, key)))
         options = ["--disable-hot-restart", "--concurrency", "1"]
         process = subprocess.Popen(
             [installed, "-c", config, *options, "--log-path", folder / "log"]
@@ -264,3 +275,21 @@ async def test_an_envoy_that_does_not_send_all_is_noticed(
         assert "screened" in answer.json()["detail"]
         if "response_header_mode" not in processing:
             assert not around.peer.asked
+
+
+async def test_ext_proc_needs_the_key_of_the_example_and_nothing_passes_without(
+    tmp_path: Path,
+) -> None:
+    async with envoy("ext_proc", tmp_path, key=KEY[Scope.CLASSIFY]) as around:
+        clean, poisoned = (ASKED["tei"][1]([text]) for text in (CLEAN, POISONED))
+        assert (await around.client.post("/predict", json=clean)).status_code == 200
+        assert (await around.client.post("/predict", json=poisoned)).status_code == 403
+        (tmp_path / "keys.toml").write_text("")
+
+        async def denied() -> bool:
+            return (await around.client.post("/predict", json=clean)).status_code == 500
+
+        await until(denied)  # the file of keys is looked at every second
+        asked = len(around.peer.asked)
+        assert (await around.client.post("/predict", json=clean)).status_code == 500
+        assert len(around.peer.asked) == asked

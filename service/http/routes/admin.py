@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Request, Response
 
+from service.errors import CrossSite
 from service.http.openapi import problems
 from service.http.responses import json_response, problem
 from service.http.routing import add_route
 from service.lifecycle.registry import Registry
 from service.lifecycle.reload import Reloader, ReloadFailed, ReloadRunning
+from service.security.origin import same_origin
 
 
 class AdminRoutes:
@@ -30,7 +32,13 @@ class AdminRoutes:
 
     def router(self) -> APIRouter:
         """Return the routes."""
-        router = APIRouter()
+        router = APIRouter(dependencies=[Depends(_not_cross_site)])
         errors = problems(401, 403, 409, 422)
         add_route(router, "/admin/reload", self.reload, response_model=None, responses=errors)
         return router
+
+
+def _not_cross_site(request: Request) -> None:
+    """Raise `CrossSite` if another site's page has a browser send the request."""
+    if same_origin(request.headers) is False:
+        raise CrossSite("the request comes from a page of another site; send it from a program")

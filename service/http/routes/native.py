@@ -33,6 +33,8 @@ from service.settings import RequestLimits
 Texts = TypeVar("Texts", bound=TextsRequest)
 LIMITS = ("max_body_bytes", "max_inputs", "max_chars", "request_timeout_s")
 """RequestLimits that `/info` shows."""
+THRESHOLDS = ("calibrations", "recalibration")
+"""Parts of a manifest that hold thresholds, which `/info` shows only with scores."""
 
 
 class ModelRoutes:
@@ -63,9 +65,7 @@ class ModelRoutes:
         """Return the served model and the limits of requests."""
         gateway = self._models.get(prefixed_model(request)).gateway
         bundle, engine = gateway.bundle, gateway.bundle.engine
-        # Thresholds are of use only to callers that are told scores.
-        hidden = {"files"} if caller_of(request).sees_scores else {"files", "calibrations"}
-        return {
+        shown: dict[str, Any] = {
             "bundle": bundle.digest,
             "challenger": gateway.challenger,
             "mode": gateway.mode,
@@ -78,9 +78,13 @@ class ModelRoutes:
                 "passes": round(engine.forward_passes, 2),
             },
             "limits": {name: getattr(self._settings, name) for name in LIMITS},
-            "drift": [asdict(one) for one in await asyncio.to_thread(gateway.drift.measure)],
-            "manifest": bundle.manifest.model_dump(mode="json", exclude=hidden),
+            "manifest": bundle.manifest.model_dump(mode="json", exclude={"files", *THRESHOLDS}),
         }
+        if caller_of(request).sees_scores:
+            # After a single text, drift is its score's rank.
+            shown["drift"] = [asdict(d) for d in await asyncio.to_thread(gateway.drift.measure)]
+            shown["manifest"] |= bundle.manifest.model_dump(mode="json", include={*THRESHOLDS})
+        return shown
 
     def router(self) -> APIRouter:
         """Return the routes."""
