@@ -82,7 +82,7 @@ async def test_a_route_that_nobody_gave_a_scope_needs_admin(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ASKED)
-async def test_who_has_no_key_is_told_in_its_own_dialect_before_its_body_is_read(
+async def test_who_has_no_key_is_told_in_its_own_protocol_before_its_body_is_read(
     name: str, tmp_path: Path
 ) -> None:
     read = []

@@ -35,7 +35,7 @@ async def sample(client: httpx.AsyncClient, name: str) -> float:
 
 
 @pytest.mark.parametrize("name", ASKED)
-async def test_inputs_are_counted_and_too_many_are_told_so_in_their_dialect(
+async def test_inputs_are_counted_and_too_many_are_told_so_in_their_protocol(
     name: str, tmp_path: Path
 ) -> None:
     engine = FakeEngine()

@@ -85,7 +85,7 @@ NAMED: dict[str, tuple[str, str, Any]] = {
 
 
 @pytest.mark.parametrize("case", NAMED)
-async def test_each_dialect_names_models_in_its_own_way(
+async def test_each_protocol_names_models_in_its_own_way(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with two_models(tmp_path, monkeypatch) as client:

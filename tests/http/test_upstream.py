@@ -36,7 +36,7 @@ def ask_behind(peer: Peer, path: str, body: Any, **changes: Any) -> httpx.Respon
 
 
 @pytest.mark.parametrize("upstream_protocol", [*protocols()])
-async def test_every_dialect_in_front_of_every_other(upstream_protocol: str) -> None:
+async def test_every_protocol_in_front_of_every_other(upstream_protocol: str) -> None:
     """The upstream is a gateway too, in shadow mode: a bare classifier that speaks everything."""
 
     bare = create_app(Settings(bundle=Path("unused"), mode="shadow"), fake_bundle())
@@ -452,7 +452,7 @@ async def test_a_caller_that_hangs_up_and_a_deadline_end_the_upstream_s_call_too
         assert (await client.post("/predict", json=ONE_TEI)).status_code == 200
 
 
-def test_options_that_only_the_upstream_s_own_dialect_has() -> None:
+def test_options_that_only_the_upstream_s_own_protocol_has() -> None:
     logits = SOUND.replace(b"0.75", b"7.5")
     peer = Peer(body=logits)
     answer = ask_behind(peer, "/predict", ONE_TEI | {"raw_scores": True})

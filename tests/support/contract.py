@@ -15,7 +15,8 @@ from tests.support import requests
 
 def modules() -> list[ModuleType]:
     """Return the modules that have such tests; they are imported by name only here."""
-    return [importlib.import_module(f"tests.http.{name}") for name in ("test_api", "test_dialects")]
+    names = "test_api", "test_protocols"
+    return [importlib.import_module(f"tests.http.{name}") for name in names]
 
 
 def contract() -> dict[str, Any]:

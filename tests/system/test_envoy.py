@@ -126,7 +126,7 @@ async def envoy(
 
 
 @BOTH
-async def test_a_clean_request_passes_as_it_is_and_a_poisoned_one_is_answered_in_its_dialect(
+async def test_a_clean_request_passes_as_it_is_and_a_poisoned_one_is_answered_in_its_protocol(
     example: str, tmp_path: Path
 ) -> None:
     async with envoy(example, tmp_path) as around:

@@ -44,7 +44,7 @@ from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("name", ASKED)
-async def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_dialect(
+async def test_envoy_lets_clean_requests_pass_and_denies_poisoned_ones_in_their_protocol(
     name: str,
 ) -> None:
     engine = FakeEngine()

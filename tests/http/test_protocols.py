@@ -26,7 +26,7 @@ def rounded(value: Any) -> Any:
 each_dialect = pytest.mark.parametrize("name", ASKED)
 
 
-def test_every_served_dialect_is_tested() -> None:
+def test_every_served_protocol_is_tested() -> None:
     assert {protocol.name for protocol in SERVED} == set(ASKED) == set(ERRORS)
 
 
@@ -41,7 +41,7 @@ def test_clean_texts_are_answered_in_order(name: str) -> None:
 
 
 @each_dialect
-def test_a_rejection_is_an_error_of_the_dialect(name: str) -> None:
+def test_a_rejection_is_an_error_of_the_protocol(name: str) -> None:
     engine = FakeEngine()
     path, body, _ = ASKED[name]
     response = ask(path, body([POISONED]), engine=engine)
@@ -83,7 +83,7 @@ async def test_a_tensor_has_no_gaps_so_one_poisoned_text_refuses_it_and_says_whi
 
 
 @each_dialect
-def test_errors_are_in_the_dialects_own_form(name: str) -> None:
+def test_errors_are_in_the_protocols_own_form(name: str) -> None:
     path, body, _ = ASKED[name]
     for content, status, says in (
         (b"{", 400, "not valid JSON"),
@@ -249,7 +249,7 @@ WORLD = ModelInfo("fake", "d" * 64, LABELS)
 
 @settings(max_examples=200, deadline=None)
 @given(texts=TEXTS, odds=st.floats(0.51, 0.99), name=st.sampled_from([*protocols()]))
-def test_what_a_dialect_asks_and_answers_it_reads_itself(
+def test_what_a_protocol_asks_and_answers_it_reads_itself(
     texts: list[str], odds: float, name: str
 ) -> None:
     protocol = protocols()[name]
