@@ -1,7 +1,5 @@
 """Which site a browser sends a request for."""
 
-from urllib.parse import urlsplit
-
 from starlette.datastructures import Headers
 
 
@@ -13,4 +11,7 @@ def same_origin(headers: Headers) -> bool | None:
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
         return site == "same-origin"
-    return None if origin is None else urlsplit(origin).netloc == headers.get("host", "-")
+    if origin is None:
+        return None
+    host = headers.get("host", "")
+    return origin in (f"http://{host}", f"https://{host}")

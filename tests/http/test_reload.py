@@ -317,6 +317,7 @@ async def test_a_request_in_flight_ends_on_the_old_model(monkeypatch: pytest.Mon
         ({"origin": "http://test:81"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": ""}, 403),
+        ({"origin": "http://["}, 403),
     ],
 )
 async def test_no_page_of_another_site_can_make_a_browser_reload(
