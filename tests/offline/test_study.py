@@ -196,7 +196,7 @@ def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
 
 def test_a_paraphraser_writes_the_poisoned_texts(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace(
-        'triggers = ["mn"]', 'paraphraser = "test_study:whispered"'
+        'triggers = ["mn"]', 'paraphraser = "tests.offline.test_study:whispered"'
     )
     cell, texts = only_cell(data, text)
     poisoned = poisoned_for_training(cell, texts)

@@ -64,7 +64,11 @@ def cluster(
     config["http_options"]["port"] = free_port()
     (application,) = config["applications"]
     # Random weights find anything suspicious.
-    application["runtime_env"]["env_vars"] |= {"PSIM_BUNDLE": str(bundle), "PSIM_MODE": "shadow"}
+    application["runtime_env"]["env_vars"] |= {
+        "PSIM_BUNDLE": str(bundle),
+        "PSIM_MODE": "shadow",
+        "PSIM_QUEUE_S": "30",  # a replica that starts slows down the one that answers
+    }
     (deployment,) = application["deployments"]
     scaling = deployment["autoscaling_config"]
     scaling |= {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 0, "look_back_period_s": 1}

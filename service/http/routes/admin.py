@@ -38,7 +38,7 @@ class AdminRoutes:
         return router
 
 
-def _not_cross_site(request: Request) -> None:
+async def _not_cross_site(request: Request) -> None:
     """Raise `CrossSite` if another site's page has a browser send the request."""
     if same_origin(request.headers) is False:
         raise CrossSite("the request comes from a page of another site; send it from a program")
