@@ -59,7 +59,7 @@ bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/
 test: lint ## all checks and tests
 	$(BIN)/python -m pytest --cov=psim --cov=service --cov=models --cov-report=term
 
-test-fast: $(READY) ## the tests that start and train nothing: two minutes
+test-fast: $(READY) ## the tests that start and train nothing: three to four minutes
 	$(BIN)/python -m pytest -m fast
 
 lint: $(READY) ## format, lint, types, import contracts
