@@ -236,15 +236,6 @@ async def test_an_upstream_that_is_not_there_yet_is_waited_for() -> None:
             assert answer.json()["results"][0]["label"] == "positive"
 
 
-async def is_ready(client: httpx.AsyncClient, wanted: bool = True) -> None:
-    """Wait until the gateway is ready, or is not."""
-    for _ in range(500):
-        if ((await client.get("/ready")).status_code == 200) is wanted:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"ready did not become {wanted}")
-
-
 @pytest.mark.parametrize("changes", [{"status": 503}, {"wait_s": 0.6}], ids=["down", "hanging"])
 async def test_the_breaker_stops_calls_and_the_probe_closes_it_again(
     changes: dict[str, Any],
@@ -255,7 +246,7 @@ async def test_the_breaker_stops_calls_and_the_probe_closes_it_again(
             setattr(peer, name, value)
         for _ in range(CircuitBreaker.FAILURES):
             assert (await client.post("/predict", json=ONE_TEI)).status_code in (503, 504)
-        await is_ready(client, False)
+        await until_ready(client, False)
         asked = sum(b"warm up" not in body for *_, body in peer.asked)
         answer = await client.post("/predict", json=ONE_TEI)
         assert (answer.status_code, answer.json()["error_type"]) == (503, "Unhealthy")
@@ -273,9 +264,9 @@ async def test_an_upstream_that_is_busy_is_not_down() -> None:
     async with behind(peer, upstream_retry_s=0.05) as client:
         for _ in range(CircuitBreaker.FAILURES):
             await client.post("/predict", json=ONE_TEI)
-        await is_ready(client, False)
+        await until_ready(client, False)
         peer.status = 429
-        await is_ready(client)
+        await until_ready(client)
         assert (await client.post("/predict", json=ONE_TEI)).status_code == 429
 
 
@@ -338,13 +329,13 @@ async def test_the_upstream_is_watched_on_after_a_bug(
     async with behind(peer, upstream_retry_s=0.05) as client:
         for _ in range(CircuitBreaker.FAILURES):
             await client.post("/predict", json=ONE_TEI)
-        await is_ready(client, False)
+        await until_ready(client, False)
         peer.status = 200
         with monkeypatch.context() as patch:
             patch.setattr(Tei, "check", bug)
             await asyncio.sleep(0.3)
             assert (await client.get("/ready")).status_code == 503
-        await is_ready(client)
+        await until_ready(client)
     assert "RuntimeError" in str([vars(record) for record in caplog.records])
     assert CLEAN not in caplog.text
 

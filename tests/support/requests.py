@@ -103,10 +103,10 @@ async def until_metric(
     await until(reached)
 
 
-async def until_ready(client: httpx.AsyncClient) -> None:
-    """Wait until the gateway says that it is ready."""
+async def until_ready(client: httpx.AsyncClient, wanted: bool = True) -> None:
+    """Wait until the gateway says that it is ready, or that it is not."""
 
-    async def ready() -> bool:
-        return (await client.get("/ready")).status_code == 200
+    async def as_wanted() -> bool:
+        return ((await client.get("/ready")).status_code == 200) is wanted
 
-    await until(ready)
+    await until(as_wanted)
