@@ -23,7 +23,7 @@ from service.audit.writer import BATCH
 ROW = Row(
     time=datetime.now(UTC), request_id="", number=0, route="/classify", decision="allow",
     mode="enforce", detector="confidence", confidence=0.6, score=1.5, threshold=3.5, p_value=0.2,
-    poisoned=False, truncated=False, label="positive", digest="d" * 64, text=None,
+    finding=None, poisoned=False, truncated=False, label="positive", digest="d" * 64, text=None,
 )  # fmt: skip
 
 

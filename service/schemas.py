@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from models.detection.screen import Detector
+from models.detection.screen import Detector, Finding
 
 NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 """A character that `str.strip` keeps, for OpenAPI only; requests are checked in Python."""
@@ -70,7 +70,7 @@ class ScreenRequest(TextsRequest):
 class ScreenResult(_Wire):
     """Verdict on a text, see `models.detection.screen.Verdict`.
 
-    The first five fields are null if the caller's API key is for decisions only.
+    The numbers and the detector are null if the caller's API key is for decisions only.
     """
 
     confidence: float | None = None
@@ -78,7 +78,14 @@ class ScreenResult(_Wire):
     detector: Detector | None = None
     threshold: float | None = None
     p_value: float | None = None
+    override: float | None = None
+    """Null too if the override test was not asked."""
+    override_threshold: float | None = None
+    override_p_value: float | None = None
+    finding: Finding | None
+    """Null if nothing was found."""
     poisoned: bool
+    """True iff the finding is `triggered`."""
     truncated: bool
 
 
@@ -151,7 +158,7 @@ class ExplainResponse(_Wire):
     words: list[WeightedWord]
     """In the order of the text."""
     removed: list[Removed]
-    """Spans whose removal lets the text pass; empty if it passes unchanged or none were found."""
+    """Spans without which nothing is found; empty if nothing is found, or there are none."""
 
 
 class Problem(BaseModel):

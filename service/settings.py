@@ -40,7 +40,7 @@ ProtocolName = Literal["auto", "tei", "oip", "vllm", "sglang", "native", "hf"]
 
 
 class Mode(StrEnum):
-    """What happens to an input that is found poisoned."""
+    """What happens to an input that is found triggered; see `unfamiliar` for the other finding."""
 
     ENFORCE = "enforce"
     """Rejected; the classifier never sees it."""
@@ -231,6 +231,9 @@ class ModelSettings(UpstreamSettings):
     """Engine that runs the model; None takes the bundle's, or PyTorch if that is not installed."""
     dtype: DtypeName | None = None
     """Type of its numbers; None takes the bundle's."""
+    unfamiliar: Literal["flag", "reject", "allow"] = "flag"
+    """Fate of a text that is unlike clean ones, but not confirmed to hold a trigger. Mode `flag`
+    rejects none, and mode `shadow` allows all."""
     overlong: Literal["reject", "allow"] = "reject"
     """Fate of a text longer than `max_windows` let the screen read, if the classifier is elsewhere
     and may read on."""

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from transformers import pipeline
 
 from models.detection.conformal import min_calibration_size
-from models.detection.screen import FloatArray, is_poisoned
+from models.detection.screen import FloatArray, is_extreme
 from models.offline.study.defences.baselines import Strip
 
 BUDGET = 0.05
@@ -52,7 +52,7 @@ def filter_of(
     if guard == "strip":
         few, classify = min_calibration_size(BUDGET), partial(probabilities, classifier)
         strip = Strip.fit(known[few:], known[:few], classify, BUDGET)
-        return lambda text: is_poisoned(float(strip.scores([text], classify)[0]), strip.threshold)
+        return lambda text: is_extreme(float(strip.scores([text], classify)[0]), strip.threshold)
     return lambda text: False
 
 

@@ -43,8 +43,8 @@ class Explanation:
 
     words: tuple[Word, ...]
     removed: tuple[Span, ...] = ()
-    """Spans, in characters, whose removal lets the text pass; empty if it passes as it is, or if
-    nothing was found."""
+    """Spans, in characters, without which the screen finds nothing; empty if it finds nothing as it
+    is, or if there are no such spans."""
     cleaned: str | None = None
     """The text without the removed spans; None if there are none."""
 
@@ -70,7 +70,7 @@ def explain(text: str, verdict: Verdict) -> Search:
         for number in group
     }
     weighed = tuple(Word(*span, weight_of[number]) for number, span in enumerate(words))
-    if not verdict.poisoned:
+    if verdict.finding is None:
         return Explanation(weighed)
     found = _best(groups, verdicts)
     if found is None:
@@ -113,7 +113,7 @@ def _best(
     passing = [
         (v.margin + per_word * len(options[number]), number)
         for number, v in enumerate(verdicts)
-        if not v.poisoned
+        if v.finding is None
     ]
     return options[min(passing)[1]] if passing else None
 

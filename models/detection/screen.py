@@ -1,4 +1,7 @@
-"""The rule that calls a text poisoned, written once for service, calibration and evaluation.
+"""The rule that judges a text, written once for service, calibration and evaluation.
+
+The first stage finds a text extreme by its score. A second stage, the override test, may then ask
+of an extreme text whether it overrides clean sentences, see `with_override`.
 
 There are two detectors, and each has several features. The confidence detector is PSIM (Zhao et
 al., Findings of NAACL 2024, section 4): a text is poisoned when the confidence of the label-reset
@@ -10,8 +13,9 @@ another's poisoned ones. So each feature is compared only with clean texts of th
 class (see `models.detection.conformal`). All features together give one score.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Literal
 
 import numpy as np
@@ -24,6 +28,15 @@ FloatArray = NDArray[np.float32]
 Detector = Literal["confidence", "activations"]
 TINY = 1e-12
 """Floor for probabilities and distances, so that their logarithms are finite."""
+
+
+class Finding(StrEnum):
+    """What the screen finds in a text, the worse first."""
+
+    TRIGGERED = "triggered"
+    """The override test confirmed it, or could not be asked."""
+    UNFAMILIAR = "unfamiliar"
+    """Extreme, and not confirmed: a trigger of syntax or style, or a text of another kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +52,63 @@ class Verdict:
     detector: Detector
     """The detector that finds the text most extreme."""
     threshold: float
-    """The text is poisoned iff `score >= threshold`."""
+    """The text is extreme iff `score >= threshold`."""
     p_value: float
     """Share of clean calibration texts with at least this score, in (0, 1]; small is suspicious."""
-    poisoned: bool
     truncated: bool
     """True if neither PSIM nor the classifier read the whole text."""
     predicted: int
     """Index of the class whose clean texts this one was compared with."""
+    finding: Finding | None
+    """None if nothing was found."""
+    override: float | None = None
+    """Score of the override test; None if it was not asked."""
+    override_threshold: float | None = None
+    """The text is triggered if `override >= override_threshold`."""
+    override_p_value: float | None = None
+    """As `p_value`, of `override`."""
+
+    @property
+    def extreme(self) -> bool:
+        """Whether the text is unlike clean texts of its class."""
+        return is_extreme(self.score, self.threshold)
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether the text is taken to hold a trigger."""
+        return self.finding is Finding.TRIGGERED
 
     @property
     def margin(self) -> float:
-        """Distance of the score beyond the threshold; not negative iff poisoned.
+        """Distance of the score beyond the threshold; not negative iff extreme.
 
         Margins are comparable across classes.
         """
         return self.score - self.threshold
 
 
-def is_poisoned(score: float, threshold: float) -> bool:
-    """The threshold rule, as the paper states it: extreme means poisoned."""
+def with_override(
+    verdict: Verdict, override: float, override_threshold: float, override_p_value: float
+) -> Verdict:
+    """Return a verdict of the first stage together with the outcome of the override test."""
+    finding = Finding.UNFAMILIAR if verdict.extreme else None
+    return replace(
+        verdict,
+        override=override,
+        override_threshold=override_threshold,
+        override_p_value=override_p_value,
+        finding=Finding.TRIGGERED if override >= override_threshold else finding,
+    )
+
+
+def worst_finding(findings: Iterable[Finding | None]) -> Finding | None:
+    """Return the worst finding; None if there is none."""
+    found = {*findings}
+    return next((finding for finding in Finding if finding in found), None)
+
+
+def is_extreme(score: float, threshold: float) -> bool:
+    """The threshold rule, as the paper states it."""
     return score >= threshold
 
 
@@ -194,15 +244,17 @@ class Screen:
         return self._by_class[predicted].threshold
 
     def flags(self, readings: FloatArray) -> NDArray[np.bool_]:
-        """Return which texts are poisoned, shape (n,), by their readings, shape (n, V, C).
+        """Return which texts are extreme, shape (n,), by their readings, shape (n, V, C).
 
         Raises:
             ScreenError: as `judge` does.
         """
-        return np.array([self.judge(row).poisoned for row in readings], np.bool_)
+        return np.array([self.judge(row).extreme for row in readings], np.bool_)
 
     def judge(self, readings: FloatArray, truncated: bool = False) -> Verdict:
         """Judge one text by its readings from `Guarded.screen`, shape (V, C).
+
+        The override test is not asked here, so an extreme text counts as triggered.
 
         Raises:
             ScreenError: the readings are not finite or not of that shape.
@@ -224,7 +276,7 @@ class Screen:
             detector="confidence" if components[0].argmax() == 0 else "activations",
             threshold=group.threshold,
             p_value=group.p_value(score),
-            poisoned=is_poisoned(score, group.threshold),
             truncated=truncated,
             predicted=label,
+            finding=Finding.TRIGGERED if is_extreme(score, group.threshold) else None,
         )

@@ -10,6 +10,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import TextIO
 
+from models.detection.screen import Finding
 from service.audit.rows import NAMES, Mark, Row, as_json
 from service.audit.store import AuditError, AuditStore
 from service.schemas import Decision
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.request_id,
                 options.mark,
                 options.model,
+                options.finding,
             )
             write(rows, sys.stdout)
             sys.stdout.flush()
@@ -60,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         choices=[str(decision) for decision in Decision],
         help="only rows with it; may be given several times",
+    )
+    parser.add_argument(
+        "--finding",
+        action="append",
+        default=[],
+        choices=[str(finding) for finding in Finding],
+        help="only rows in which it was found; may be given several times",
     )
     parser.add_argument(
         "--mark",

@@ -1,4 +1,4 @@
-"""The review queue: inputs that were found poisoned, for a person to confirm or refute."""
+"""The review queue: inputs with a finding, for a person to confirm or refute."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ class MarkEvent:
 
 @dataclass(frozen=True, slots=True)
 class FlaggedInput:
-    """An input that was found poisoned, with the beginning of its text if texts are kept."""
+    """An input with a finding, and with the beginning of its text if texts are kept."""
 
     row: Row
     chars: int | None
@@ -46,6 +46,7 @@ class ReviewFilter:
     """Conditions on flagged inputs; None is any."""
 
     scope: StatisticsFilter
+    finding: str | None = None
     mark: str | None = None
     """One of `Mark`, or `UNMARKED`."""
     decision: str | None = None
@@ -55,7 +56,7 @@ class ReviewFilter:
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """The filter in SQL."""
         conditions = [flagged, *self.scope.conditions]
-        for name in ("mark", "decision", "request_id"):
+        for name in ("finding", "mark", "decision", "request_id"):
             value = getattr(self, name)
             if value is not None:
                 wanted = None if value == UNMARKED else value

@@ -31,8 +31,10 @@ class Row:
     score: float | None
     threshold: float | None
     p_value: float | None
+    finding: str | None
+    """`triggered` or `unfamiliar`; None if nothing was found. Not implied by the decision."""
     poisoned: bool | None
-    """Not implied by the decision in shadow mode."""
+    """Whether the finding is `triggered`."""
     truncated: bool | None
     label: str | None
     """Best class; None if the input was not classified."""
@@ -46,6 +48,10 @@ class Row:
     """Name of the model; None in rows of versions that did not keep it."""
     caller: str | None = None
     """Name of the API key; None if the service has no keys."""
+    override: float | None = None
+    """Score of the override test; None if it was not asked."""
+    override_threshold: float | None = None
+    override_p_value: float | None = None
     mark: str | None = None
     """One of `Mark`; None if not marked."""
     id: UUID = field(default_factory=uuid4)

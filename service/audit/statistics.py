@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from models.detection.screen import Finding
 from service.audit.rows import Mark
 from service.audit.store import flagged, inputs
 
@@ -59,7 +60,13 @@ class Slot:
 
     start: datetime
     inputs: int
-    flagged: int
+    triggered: int
+    unfamiliar: int
+
+    @property
+    def flagged(self) -> int:
+        """Inputs with a finding."""
+        return self.triggered + self.unfamiliar
 
     @property
     def rate(self) -> float | None:
@@ -73,7 +80,8 @@ class TrafficStatistics:
 
     slots: Sequence[Slot]
     decisions: Counter[str]
-    flagged: Tally
+    triggered: Tally
+    unfamiliar: Tally
     unscreened: int
     bundles: Counter[str]
     """Inputs by digest, of all bundles whatever the filter."""
@@ -82,6 +90,24 @@ class TrafficStatistics:
     def inputs(self) -> int:
         """Number of all inputs."""
         return sum(slot.inputs for slot in self.slots)
+
+    @property
+    def flagged(self) -> Tally:
+        """Inputs with a finding."""
+        return self.triggered + self.unfamiliar
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of the screen: the columns of its score and of its threshold."""
+
+    score: sa.Column[float]
+    threshold: sa.Column[float]
+
+
+EXTREME = Stage(inputs.c.score, inputs.c.threshold)
+OVERRIDE = Stage(inputs.c.override, inputs.c.override_threshold)
+"""Asked about few inputs; the others have no such score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,39 +128,48 @@ class ScoreGroup:
 def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) -> TrafficStatistics:
     """Count inputs by decision, and by time in slots of `width_s` seconds."""
     epoch = sa.extract("epoch", inputs.c.time)
-    columns = [inputs.c[name] for name in ("digest", "decision", "poisoned", "mark")]
+    columns = [inputs.c[name] for name in ("digest", "decision", "poisoned", "finding", "mark")]
     slot = (epoch - epoch % width_s).label("slot")
     all_bundles = StatisticsFilter(scope.since, scope.until)
     query = sa.select(slot, *columns, sa.func.count()).where(*all_bundles.conditions)
     rows = connection.execute(query.group_by("slot", *columns)).all()
     bundles: Counter[str] = Counter()
     inputs_by: Counter[int] = Counter()
-    flagged_by: Counter[int] = Counter()
+    found_by: Counter[tuple[int, str]] = Counter()
     decisions: Counter[str] = Counter()
-    flagged_tally, unscreened = NONE, 0
-    for start, digest, decision, poisoned, mark, count in rows:
+    tallies, unscreened = dict.fromkeys(Finding, NONE), 0
+    for start, digest, decision, poisoned, finding, mark, count in rows:
         bundles[digest] += count
         if scope.digest not in (None, digest):
             continue
         inputs_by[int(start)] += count
         decisions[decision or "none"] += count
-        if poisoned:
-            flagged_by[int(start)] += count
-            flagged_tally += _tally(mark, count)
+        if poisoned or finding:
+            found = Finding(finding or Finding.TRIGGERED)
+            found_by[int(start), found] += count
+            tallies[found] += _tally(mark, count)
         elif poisoned is None:
             unscreened += count
     first = int(scope.since.timestamp()) // width_s * width_s
     starts = range(first, int(scope.until.timestamp()) + 1, width_s)
     slots = [
-        Slot(datetime.fromtimestamp(start, UTC), inputs_by[start], flagged_by[start])
+        Slot(
+            datetime.fromtimestamp(start, UTC),
+            inputs_by[start],
+            found_by[start, Finding.TRIGGERED],
+            found_by[start, Finding.UNFAMILIAR],
+        )
         for start in starts
     ]
-    return TrafficStatistics(slots, decisions, flagged_tally, unscreened, bundles)
+    triggered, unfamiliar = tallies[Finding.TRIGGERED], tallies[Finding.UNFAMILIAR]
+    return TrafficStatistics(slots, decisions, triggered, unfamiliar, unscreened, bundles)
 
 
-def groups(connection: sa.Connection, scope: StatisticsFilter) -> list[ScoreGroup]:
+def groups(
+    connection: sa.Connection, scope: StatisticsFilter, stage: Stage = EXTREME
+) -> list[ScoreGroup]:
     """Count inputs by threshold and score; the threshold with most inputs comes first."""
-    score, threshold = inputs.c.score, inputs.c.threshold
+    score, threshold = stage.score, stage.threshold
     under = [(score < threshold * ((i + 1) / 10), i) for i in range(TENTHS)]
     tenth = sa.case(*under, else_=TENTHS).label("tenth")
     query = sa.select(inputs.c.digest, threshold, tenth, inputs.c.mark, sa.func.count())
@@ -149,7 +184,7 @@ def groups(connection: sa.Connection, scope: StatisticsFilter) -> list[ScoreGrou
 
 
 def by_factor(groups: Iterable[ScoreGroup]) -> dict[float, Tally]:
-    """Return the inputs that would be flagged if all thresholds were multiplied by a factor."""
+    """Return the inputs at or above their thresholds, if these were multiplied by a factor."""
     histograms = [group.tenths for group in groups]
     return {
         factor / 10: sum((tally for tenths in histograms for tally in tenths[factor:]), NONE)

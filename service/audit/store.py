@@ -56,6 +56,10 @@ inputs = sa.Table(
     sa.Column("score", sa.Double),
     sa.Column("threshold", sa.Double),
     sa.Column("p_value", sa.Double),
+    sa.Column("finding", sa.Text),
+    sa.Column("override", sa.Double),
+    sa.Column("override_threshold", sa.Double),
+    sa.Column("override_p_value", sa.Double),
     sa.Column("poisoned", sa.Boolean),
     sa.Column("truncated", sa.Boolean),
     sa.Column("label", sa.Text),
@@ -67,8 +71,9 @@ inputs = sa.Table(
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )
-flagged = inputs.c.poisoned == sa.true()
-"""Condition in the form that lets SQLite use the index."""
+flagged = sa.or_(inputs.c.poisoned == sa.true(), inputs.c.finding.is_not(None))
+"""Whether something was found, in the form that lets SQLite use the index. While a deployment is
+updated, older versions still write rows that are poisoned and have no finding."""
 sa.Index("ix_psim_audit_flagged", inputs.c.time, sqlite_where=flagged, postgresql_where=flagged)
 marks = sa.Table(  # history of marks; the current ones are in `inputs`
     "psim_audit_marks",
@@ -159,6 +164,7 @@ class AuditStore:
         request_id: str | None = None,
         marks: Sequence[str] = (),
         model: str | None = None,
+        findings: Sequence[str] = (),
     ) -> Iterator[Row]:
         """Yield rows in order of time, from `since` to before `until`.
 
@@ -179,6 +185,8 @@ class AuditStore:
             query = query.where(inputs.c.model == model)
         if marks:
             query = query.where(inputs.c.mark.in_(marks))
+        if findings:
+            query = query.where(inputs.c.finding.in_(findings))
         try:
             with self._engine.connect() as connection:
                 for row in connection.execution_options(yield_per=1000).execute(query):

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from models.detection.conformal import min_calibration_size
 from service.audit import statistics
-from service.audit.statistics import ScoreGroup, Tally, TrafficStatistics
+from service.audit.statistics import NONE, ScoreGroup, Tally, TrafficStatistics
 from service.console import plots
 from service.console.formatting import number, percent
 from service.console.plots import Plot
@@ -20,7 +20,7 @@ GROUPS = 12
 
 @dataclass(frozen=True, slots=True)
 class SliderChoice:
-    """A position of a slider: the inputs that would be flagged."""
+    """A position of a slider: the inputs that would be found."""
 
     name: str
     tally: Tally
@@ -31,15 +31,25 @@ class SliderChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class StagePlots:
+    """Scores of a stage of the screen, against their thresholds."""
+
+    groups: Sequence[tuple[ScoreGroup, Plot]]
+    without_plot: int
+    """Thresholds that have no plot."""
+    choices: Sequence[SliderChoice]
+    """What other thresholds would find."""
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
     """Statistics and plots."""
 
     traffic: TrafficStatistics
     rate: Plot
     volume: Plot
-    scores: Sequence[tuple[ScoreGroup, Plot]]
-    thresholds_without_plot: int
-    thresholds: Sequence[SliderChoice]
+    scores: StagePlots
+    overrides: StagePlots
     budgets: Sequence[SliderChoice]
     confidence: Plot
     confidences: Sequence[tuple[float, int, int]]
@@ -60,14 +70,13 @@ def overview(
     """
     scope, (_, _, width) = query.scope(now), PERIODS[query.period]
     traffic = statistics.traffic(connection, scope, int(width.total_seconds()))
-    groups = statistics.groups(connection, scope)
+    scores = statistics.groups(connection, scope)
+    overrides = statistics.groups(connection, scope, statistics.OVERRIDE)
+    asked = sum((tally for group in overrides for tally in group.tenths), NONE)
     ranges = statistics.confidences(connection, scope)
-    plotted = groups[:GROUPS]
-    highest = max((tally.inputs for group in plotted for tally in group.tenths), default=0)
-    factors = {
-        "the thresholds as they are" if factor == 1 else f"{factor:.1f} times the thresholds": tally
-        for factor, tally in statistics.by_factor(groups).items()
-    }
+    flagged = _WhatIf("inputs flagged", traffic.inputs, traffic.flagged, traffic.flagged)
+    confirmed = sum((tally for group in overrides for tally in group.tenths[10:]), NONE)
+    triggered = _WhatIf("asked inputs triggered", asked.inputs, confirmed, asked)
     shown = [query.bundle] if query.bundle else traffic.bundles
     fewest = min([texts[digest] for digest in shown if digest in texts] or texts.values())
     budgets = {
@@ -79,31 +88,56 @@ def overview(
         traffic,
         plots.rate_plot(traffic.slots, width),
         plots.volume_plot(traffic.slots, width),
-        [(group, plots.score_plot(group, highest)) for group in plotted],
-        len(groups) - len(plotted),
-        _choices(factors, traffic, statistics.FACTORS),
-        _choices(budgets, traffic, [None] * len(budgets)),
+        _stage_plots(scores, flagged),
+        _stage_plots(overrides, triggered),
+        _choices(budgets, flagged, [None] * len(budgets)),
         plots.confidence_plot(ranges),
         [(edge, *counts) for edge, counts in zip(statistics.CONFIDENCES, ranges, strict=True)],
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _WhatIf:
+    """What the choices of a slider are compared with."""
+
+    what: str
+    total: int
+    now: Tally
+    """What is found now."""
+    marked: Tally
+    """Inputs that may have marks."""
+
+
+def _stage_plots(groups: Sequence[ScoreGroup], what_if: _WhatIf) -> StagePlots:
+    plotted = groups[:GROUPS]
+    highest = max((tally.inputs for group in plotted for tally in group.tenths), default=0)
+    factors = {
+        "the thresholds as they are" if factor == 1 else f"{factor:.1f} times the thresholds": tally
+        for factor, tally in statistics.by_factor(groups).items()
+    }
+    return StagePlots(
+        [(group, plots.score_plot(group, highest)) for group in plotted],
+        len(groups) - len(plotted),
+        _choices(factors, what_if, statistics.FACTORS),
+    )
+
+
 def _choices(
-    tallies: Mapping[str, Tally], traffic: TrafficStatistics, tenths: Sequence[int | None]
+    tallies: Mapping[str, Tally], what_if: _WhatIf, tenths: Sequence[int | None]
 ) -> list[SliderChoice]:
-    now = traffic.flagged
+    total, marked = what_if.total, what_if.marked
     choices = []
     for (name, tally), tenth in zip(tallies.items(), tenths, strict=True):
-        more = tally.inputs - now.inputs
+        more = tally.inputs - what_if.now.inputs
         change = (
             f"{number(abs(more))} {'more' if more > 0 else 'fewer'} than now" if more else "as now"
         )
-        share = tally.inputs / traffic.inputs if traffic.inputs else 0.0
+        share = tally.inputs / total if total else 0.0
         summary = (
-            f"At {name}: {number(tally.inputs)} of {number(traffic.inputs)} inputs flagged "
+            f"At {name}: {number(tally.inputs)} of {number(total)} {what_if.what} "
             f"({percent(share)}, {change}). Of those marked so far: "
-            f"{tally.poisoned} of {now.poisoned} poisoned, "
-            f"{tally.false_alarms} of {now.false_alarms} false alarms."
+            f"{tally.poisoned} of {marked.poisoned} poisoned, "
+            f"{tally.false_alarms} of {marked.false_alarms} false alarms."
         )
         choices.append(SliderChoice(name, tally, share, summary, tenth))
     return choices

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from models.detection.screen import Finding
 from service.audit import review
 from service.audit.rows import Mark, as_json
 from service.console import formatting
@@ -143,6 +144,7 @@ def _templates() -> Environment:
     for function in (formatting.visible, formatting.percent, formatting.number, formatting.moment):
         templates.filters[function.__name__] = function
     templates.globals |= {"PERIODS": PERIODS, "MARKS": [*Mark], "DECISIONS": [*Decision]}
+    templates.globals |= {"FINDINGS": [*Finding]}
     templates.globals |= {"MAX_COUNT": review.MAX_COUNT, "UNMARKED": review.UNMARKED}
     templates.globals |= {"review_address": review_address}
     return templates

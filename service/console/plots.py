@@ -165,7 +165,8 @@ def _ceiling(share: float) -> float:
 
 def _title(slot: Slot) -> str:
     rate = "" if slot.rate is None else f" ({slot.rate:.2%})"
-    return f"{slot.start:%d %b %H:%M} UTC: {slot.flagged:,} of {slot.inputs:,} flagged{rate}"
+    found = f"{slot.triggered:,} triggered and {slot.unfamiliar:,} unfamiliar"
+    return f"{slot.start:%d %b %H:%M} UTC: {found} of {slot.inputs:,}{rate}"
 
 
 def _times(slots: Sequence[Slot], width: timedelta) -> list[Tick]:

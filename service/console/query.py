@@ -34,8 +34,9 @@ class ConsoleQuery(BaseModel):
 
 
 class ReviewQuery(ConsoleQuery):
-    """Inputs that were found poisoned."""
+    """Inputs with a finding."""
 
+    finding: Literal["", "triggered", "unfamiliar"] = ""
     mark: Literal["", "none", "poisoned", "false_alarm"] = "none"
     decision: Literal["", "allow", "sanitize", "flag", "reject"] = ""
     request_id: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{0,128}$")] = ""
@@ -43,7 +44,11 @@ class ReviewQuery(ConsoleQuery):
     def filter(self, now: datetime) -> ReviewFilter:
         """Return the filter for the audit."""
         return ReviewFilter(
-            self.scope(now), self.mark or None, self.decision or None, self.request_id or None
+            self.scope(now),
+            self.finding or None,
+            self.mark or None,
+            self.decision or None,
+            self.request_id or None,
         )
 
 

@@ -37,7 +37,7 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from starlette.types import ASGIApp, Message, Scope
 
 from service.errors import Forbidden, NotAllowed, Unauthorized
-from service.http.responses import problem
+from service.http.responses import VERDICT_HEADERS, problem
 from service.http.routes.guardrails import PARTIAL_BODY
 from service.security.access import ANYONE, Access, Caller
 from service.security.keys.file import Scope as KeyScope
@@ -59,7 +59,6 @@ DENIED: dict[type[NotAllowed], grpc.StatusCode] = {
 }
 """Status of a call without a key of the right scope."""
 
-DECISION = "x-psim-decision"
 NOT_INSPECTED = problem(403, "not_inspected", "not all of the request was sent to be screened")
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -187,7 +186,7 @@ class ProxiedRequest:
             return self._refusal()
         self.decided = self._work.done()
         # A caller's own header must not look like a verdict.
-        mutation = HeaderMutation(remove_headers=[DECISION])
+        mutation = HeaderMutation(remove_headers=[*VERDICT_HEADERS])
         common = CommonResponse(header_mutation=mutation)
         return ProcessingResponse(request_headers=HeadersResponse(common))
 
@@ -202,7 +201,7 @@ class ProxiedRequest:
         if self._status != 200:
             return self._refusal()
         self.decided = True
-        common = CommonResponse(header_mutation=_mutation(self._headers, only=DECISION))
+        common = CommonResponse(header_mutation=_mutation(self._headers, only=VERDICT_HEADERS))
         if self._held:
             common.body_mutation = BodyMutation(body=bytes(self._held + body))
         return ProcessingResponse(request_body=BodyResponse(common))
@@ -256,7 +255,7 @@ def _scope(head: HttpHeaders, partial: bool) -> Scope:
     }
 
 
-def _mutation(headers: Headers, only: str | None = None) -> HeaderMutation:
+def _mutation(headers: Headers, only: Sequence[str] = ()) -> HeaderMutation:
     """Return the headers that Envoy sets; it computes the length of an answer itself."""
     found = [(name.decode("latin-1"), value) for name, value in headers]
     return HeaderMutation(
@@ -266,6 +265,6 @@ def _mutation(headers: Headers, only: str | None = None) -> HeaderMutation:
                 append_action=HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
             )
             for name, value in found
-            if name == only or (only is None and name != "content-length")
+            if name in only or (not only and name != "content-length")
         ]
     )

@@ -9,12 +9,16 @@ from fastapi import Request, Response
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
+from models.detection.screen import worst_finding
 from service.errors import ServiceError, UpstreamRefused
+from service.pipeline.request_record import RequestRecord
 from service.protocols.base import WireProtocol
 from service.protocols.native import Native
 from service.route_table import route_of
+from service.schemas import worst
 
 PROBLEM_JSON = Native.error_media
+VERDICT_HEADERS = ("x-psim-decision", "x-psim-finding")
 
 
 def problem(
@@ -47,6 +51,15 @@ def internal_error() -> Response:
 def server_timing(stages: Mapping[str, float]) -> str:
     """Return seconds by stage as a header (W3C Server Timing)."""
     return ", ".join(f"{stage};dur={1000 * s:.2f}" for stage, s in stages.items())
+
+
+def verdict_headers(record: RequestRecord) -> dict[str, str]:
+    """Return the most severe decision and the worst finding of a request, as headers.
+
+    Both are always there, so that they replace whatever a caller has sent under their names.
+    """
+    finding = worst_finding(verdict.finding for verdict in record.known_verdicts)
+    return {"x-psim-decision": worst(record.decisions), "x-psim-finding": finding or "none"}
 
 
 def error_response(error: ServiceError, protocol: WireProtocol) -> Response:

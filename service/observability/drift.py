@@ -1,7 +1,7 @@
 """Drift: whether passing inputs still resemble the clean texts that the bundle was calibrated with.
 
 Scores are compared separately for each group of classes that share a threshold: a shift between
-classes does not harm the screen. Inputs found poisoned are left out, and so are calibration texts
+classes does not harm the screen. Inputs with a finding are left out, and so are calibration texts
 at or above the threshold.
 """
 
@@ -44,7 +44,7 @@ class Drift:
     def add(self, verdicts: Sequence[Verdict]) -> None:
         """Add the verdicts on some inputs."""
         for verdict in verdicts:
-            if not verdict.poisoned:
+            if verdict.finding is None:
                 self._by_class[verdict.predicted].add(verdict.score)
 
     def measure(self) -> list[Comparison]:

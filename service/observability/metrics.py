@@ -18,6 +18,7 @@ from prometheus_client import (
 )
 
 from models.bundle.load import Bundle
+from models.detection.screen import Finding
 from service.observability.drift import Comparison
 from service.route_table import AUTHZ, COUNTED_ROUTES, EXT_PROC, GUARDRAIL
 from service.schemas import Decision
@@ -32,11 +33,12 @@ RELOADS = ("done", "failed")
 DENIALS = ("key", "scope")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
 MODEL = ("model",)
-VERDICTS = {False: "clean", True: "poisoned"}
+FINDINGS = {None: "none"} | {finding: str(finding) for finding in Finding}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 # None under 0: a histogram with such buckets has no sum, and strict OpenMetrics parsers refuse it.
 SCORES = (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 15, 20)
+OVERRIDES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 TOKENS = tuple(16 * 2**i for i in range(10))
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -125,7 +127,10 @@ class ModelFamilies:
         histogram = partial(Histogram, registry=registry)
         self.inputs = counter("psim_inputs", "Inputs by decision", ["model", "mode", "decision"])
         self.would_reject = counter(
-            "psim_would_reject", "Inputs found poisoned in shadow mode", MODEL
+            "psim_would_reject", "Inputs in shadow mode that enforce would reject", MODEL
+        )
+        self.findings = counter(
+            "psim_findings", "Screened inputs with a finding", ["model", "finding"]
         )
         self.confidence = histogram(
             "psim_screen_confidence", "PSIM confidence of inputs", MODEL, buckets=CONFIDENCES
@@ -135,6 +140,12 @@ class ModelFamilies:
             "Standard deviations of inputs above clean texts of their class",
             MODEL,
             buckets=SCORES,
+        )
+        self.override = histogram(
+            "psim_screen_override",
+            "Scores of the override test, over their threshold if they confirm a trigger",
+            MODEL,
+            buckets=OVERRIDES,
         )
         self.stage_seconds = histogram(
             "psim_stage_duration_seconds", "Time by stage", ["model", "stage"], buckets=SECONDS
@@ -188,7 +199,7 @@ class ModelFamilies:
         )
         self.challenger_inputs = counter(
             "psim_challenger_inputs",
-            "Inputs by the verdicts of the served bundle and the challenger",
+            "Inputs by the findings of the served bundle and the challenger",
             ["model", "served", "challenger"],
         )
         self.challenger_score = histogram(
@@ -202,7 +213,7 @@ class ModelFamilies:
         )
         self.ready = gauge("psim_ready", "1 if requests are served", MODEL)
         self.threshold = gauge(
-            "psim_threshold", "Score from which an input is poisoned", ["model", "label"]
+            "psim_threshold", "Score from which an input is extreme", ["model", "label"]
         )
         self.bundle_info = gauge(
             "psim_bundle_info", "The bundle that is served", ["model", "digest", "engine", "dtype"]
@@ -265,6 +276,8 @@ class ModelMetrics:
         self.would_reject = families.would_reject.labels(model)
         self.confidence = families.confidence.labels(model)
         self.score = families.score.labels(model)
+        self.override = families.override.labels(model)
+        self.findings = {f: families.findings.labels(model, f) for f in Finding}
         self.batch_inputs = families.batch_inputs.labels(model)
         self.batch_tokens = families.batch_tokens.labels(model)
         self.queue_inputs = families.queue_inputs.labels(model)
@@ -276,9 +289,9 @@ class ModelMetrics:
         self.challenger_dropped = families.challenger_dropped.labels(model)
         self.challenger_score = families.challenger_score.labels(model)
         self.challenger_inputs = {
-            (served, new): families.challenger_inputs.labels(model, VERDICTS[served], VERDICTS[new])
-            for served in VERDICTS
-            for new in VERDICTS
+            (served, new): families.challenger_inputs.labels(model, FINDINGS[served], FINDINGS[new])
+            for served in FINDINGS
+            for new in FINDINGS
         }
         self.max_queue_inputs = families.max_queue_inputs.labels(model)
         self.max_queue_characters = families.max_queue_characters.labels(model)

@@ -74,9 +74,9 @@ class Challenger:
             if served is None or own is None:
                 self._metrics.challenger_dropped.inc()
                 continue
-            self._metrics.challenger_inputs[served.poisoned, own.poisoned].inc()
+            self._metrics.challenger_inputs[served.finding, own.finding].inc()
             self._metrics.challenger_score.observe(own.score)
-            if served.poisoned is not own.poisoned:
+            if served.finding is not own.finding:
                 scores = {"served": served.score, "challenger": own.score}
                 where = {"request_id": record.request_id, "number": number}
                 log.info("the challenger disagrees", extra=where | scores)

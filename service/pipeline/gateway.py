@@ -21,7 +21,7 @@ from service.inference.worker import Health
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics
 from service.pipeline.challenger import Challenger
-from service.pipeline.policy import only_rejections, policy_of, refuses_request
+from service.pipeline.policy import Policy, only_rejections, policy_of, refuses_request
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
 from service.protocols.base import InferenceRequest, ModelInfo
@@ -127,9 +127,10 @@ class Gateway:
         """
         texts = call.request.texts
         screened = await self._screen(record, caller, texts, self._screener)
+        decided = _decide(record, self._policy)
         inputs = [
-            JudgedText(text, one, self._policy.decide(one.verdict))
-            for text, one in zip(texts, screened, strict=True)
+            JudgedText(text, one, decision)
+            for text, one, decision in zip(texts, screened, decided, strict=True)
         ]
         if self.mode is Mode.SANITIZE:
             await self._sanitize(record, caller, inputs)
@@ -172,8 +173,7 @@ class Gateway:
         if isinstance(request, InferenceRequest) and request.may_be_pair:
             raise NotInspected("a list of two texts may be read as a pair; send each by itself")
         screened = await self._screen(record, caller, request.texts, self._windowed_screener)
-        decisions = [self._policy_elsewhere.decide(one.verdict) for one in screened]
-        record.decisions = decisions
+        record.decisions = decisions = _decide(record, self._policy_elsewhere)
         self._count_unscreened(screened)
         return decisions
 
@@ -275,7 +275,7 @@ class Gateway:
     async def _sanitize(
         self, record: RequestRecord, caller: Caller, inputs: Sequence[JudgedText]
     ) -> None:
-        """Clean as many poisoned texts as time and rate allow; the others stay rejected."""
+        """Clean as many triggered texts as time and rate allow; the others stay rejected."""
         started = time.perf_counter()
         with record.span("sanitize"), suppress(TimeoutError):
             async with asyncio.timeout(self._settings.sanitize_s):
@@ -285,7 +285,10 @@ class Gateway:
                         continue
                     with suppress(Overloaded, ScreenFailed, RateLimited, TooLarge):
                         cleaned = await self._trigger_search.clean(one.text, verdict, caller.take)
-                        if cleaned and not self._policy.is_suspicious(cleaned.screened.verdict):
+                        if (
+                            cleaned
+                            and self._policy.decide(cleaned.screened.verdict) is Decision.ALLOW
+                        ):
                             one.cleaned, one.decision = cleaned, Decision.SANITIZE
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["sanitize"].observe(seconds)
@@ -317,7 +320,15 @@ def _removed(text: str, spans: Sequence[Span]) -> list[Removed]:
     return [Removed(start=start, end=end, text=text[start:end]) for start, end in spans]
 
 
+def _decide(record: RequestRecord, policy: Policy) -> list[Decision]:
+    """Return a decision for each verdict, and record what `enforce` would reject."""
+    record.would_reject = [policy.enforced(v) for v in record.verdicts].count(Decision.REJECT)
+    return [policy.decide(verdict) for verdict in record.verdicts]
+
+
 def _screen_result(verdict: Verdict, caller: Caller) -> ScreenResult:
     if not caller.sees_scores:
-        return ScreenResult(poisoned=verdict.poisoned, truncated=verdict.truncated)
+        return ScreenResult(
+            finding=verdict.finding, poisoned=verdict.poisoned, truncated=verdict.truncated
+        )
     return ScreenResult.model_validate(verdict, from_attributes=True)

@@ -1,11 +1,17 @@
 """What the gateway does with a text, and with a request, given the verdicts of the screen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from models.detection.screen import Verdict
+from models.detection.screen import Finding, Verdict
 from service.schemas import Decision
 from service.settings import GatewaySettings, Mode
+
+REASONS = {
+    Finding.TRIGGERED: "PSIM finds a backdoor trigger in it (triggered)",
+    Finding.UNFAMILIAR: "PSIM finds it unlike the clean texts that it knows (unfamiliar)",
+}
+OVERLONG = "it is longer than PSIM reads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,19 +20,26 @@ class Policy:
 
     mode: Mode
     overlong_is_suspicious: bool
-    """Whether a text that the screen could not read to its end is as bad as a poisoned one."""
-
-    def is_suspicious(self, verdict: Verdict | None) -> bool:
-        """Return whether a text must not be classified; without a verdict it has failed open."""
-        return verdict is not None and (
-            verdict.poisoned or (verdict.truncated and self.overlong_is_suspicious)
-        )
+    """Whether a text that the screen could not read to its end is as bad as a triggered one."""
+    unfamiliar: Decision = Decision.FLAG
+    """Decision on an unfamiliar text, in the modes that reject triggered ones."""
 
     def decide(self, verdict: Verdict | None) -> Decision:
         """Return what to do with a text that is not sanitized."""
-        if not self.is_suspicious(verdict) or self.mode is Mode.SHADOW:
+        if self.mode is Mode.SHADOW:
             return Decision.ALLOW
-        return Decision.FLAG if self.mode is Mode.FLAG else Decision.REJECT
+        decision = self.enforced(verdict)
+        if self.mode is Mode.FLAG and decision is Decision.REJECT:
+            return Decision.FLAG
+        return decision
+
+    def enforced(self, verdict: Verdict | None) -> Decision:
+        """Return what `enforce` does with a text; without a verdict it has failed open."""
+        if verdict is None:
+            return Decision.ALLOW
+        if verdict.poisoned or (verdict.truncated and self.overlong_is_suspicious):
+            return Decision.REJECT
+        return self.unfamiliar if verdict.finding else Decision.ALLOW
 
 
 def policy_of(settings: GatewaySettings, elsewhere: bool) -> Policy:
@@ -35,7 +48,21 @@ def policy_of(settings: GatewaySettings, elsewhere: bool) -> Policy:
     The classifier in this process reads no more of a text than the screen does, so an over-long
     text is harmless to it.
     """
-    return Policy(settings.mode, elsewhere and settings.overlong == "reject")
+    overlong_is_suspicious = elsewhere and settings.overlong == "reject"
+    return Policy(settings.mode, overlong_is_suspicious, Decision(settings.unfamiliar))
+
+
+def reason_for(rejected: Iterable[Verdict | None]) -> str:
+    """Return why texts were rejected, given their verdicts."""
+    reasons: set[str] = set()
+    for verdict in rejected:
+        if verdict is None:
+            continue
+        if verdict.finding:
+            reasons.add(REASONS[verdict.finding])
+        if verdict.truncated and not verdict.poisoned:
+            reasons.add(OVERLONG)
+    return ", or ".join(reason for reason in (*REASONS.values(), OVERLONG) if reason in reasons)
 
 
 def all_rejected(decisions: Sequence[Decision | None]) -> bool:

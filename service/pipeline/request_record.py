@@ -13,7 +13,7 @@ from typing import Any
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
-from models.detection.screen import Verdict
+from models.detection.screen import Finding, Verdict
 from service.audit.rows import NAMES, Row
 from service.audit.writer import Writer
 from service.errors import NotInspected, ServiceError
@@ -26,8 +26,8 @@ from service.settings import Mode
 
 log = logging.getLogger("psim.request")
 
-READINGS = {f.name for f in fields(Verdict)} & {*NAMES}
-"""Fields of a verdict that the audit keeps."""
+READINGS = {"poisoned", *(f.name for f in fields(Verdict))} & {*NAMES}
+"""What the audit keeps of a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class RequestRecord:
     """One per text; None if screening failed."""
     decisions: Sequence[Decision | None] = ()
     """One per text; None if the rejection of another text left it without an answer."""
+    would_reject: int = 0
+    """Texts that mode `enforce` would have rejected."""
     labels: Sequence[str | None] = ()
     """The classifier's label of each text; None if it was not classified."""
     stages: dict[str, float] = field(default_factory=dict)
@@ -67,6 +69,11 @@ class RequestRecord:
     def known_verdicts(self) -> list[Verdict]:
         """The verdicts of texts whose screening did not fail."""
         return [verdict for verdict in self.verdicts if verdict is not None]
+
+    @property
+    def findings(self) -> Counter[Finding]:
+        """How many texts have each finding."""
+        return Counter(v.finding for v in self.known_verdicts if v.finding)
 
     def span(self, name: str) -> AbstractContextManager[Span]:
         """Trace a stage of the request, without the messages of exceptions."""
@@ -121,7 +128,7 @@ class Recorder:
                 "seconds": round(seconds, 6),
                 "stages": {stage: round(s, 6) for stage, s in record.stages.items()},
                 "decisions": dict(Counter(filter(None, record.decisions))),
-                "poisoned": sum(v.poisoned for v in record.known_verdicts),
+                "findings": dict(record.findings),
             },
         )
 
@@ -130,13 +137,17 @@ class Recorder:
         for verdict in record.known_verdicts:
             metrics.confidence.observe(verdict.confidence, exemplar_labels)
             metrics.score.observe(verdict.score, exemplar_labels)
+            if verdict.override is not None:
+                metrics.override.observe(verdict.override, exemplar_labels)
+            if verdict.finding:
+                metrics.findings[verdict.finding].inc(exemplar=exemplar_labels)
         context.drift.add(record.known_verdicts)
         if not answered:
             return
         for decision in filter(None, record.decisions):
             metrics.inputs[decision].inc(exemplar=exemplar_labels)
-        if context.mode is Mode.SHADOW and record.decisions:
-            metrics.would_reject.inc(sum(v.poisoned for v in record.known_verdicts))
+        if context.mode is Mode.SHADOW:
+            metrics.would_reject.inc(record.would_reject)
         if self._audit is not None:
             self._audit.add(_rows(context, record))
 
@@ -170,7 +181,7 @@ def _rows(context: ModelContext, record: RequestRecord) -> list[Row]:
 
 
 def _readings(verdict: Verdict | None) -> dict[str, Any]:
-    """Return the fields of a verdict by name; all None if screening failed."""
+    """Return what is kept of a verdict, by column; all None if screening failed."""
     return {name: getattr(verdict, name, None) for name in READINGS}
 
 
@@ -190,7 +201,7 @@ def _describe(span: Span, record: RequestRecord, outcome: str) -> None:
             "psim.model": record.context.model if record.context else "",
             "psim.outcome": outcome,
             "psim.inputs": len(record.verdicts),
-            "psim.poisoned": sum(v.poisoned for v in record.known_verdicts),
+            **{f"psim.{finding}": record.findings[finding] for finding in Finding},
         }
     )
     if outcome == "error":

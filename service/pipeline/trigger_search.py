@@ -22,7 +22,7 @@ AT_ONCE: Turns = nullcontext()
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """A text that passes the screen once its trigger is removed."""
+    """A text in which nothing is found once its trigger is removed."""
 
     text: str
     """The text without its trigger."""
@@ -68,7 +68,9 @@ class TriggerSearch:
             self._free += 1
 
     async def clean(self, text: str, verdict: Verdict, charge: Charge) -> Cleaned | None:
-        """Return a poisoned text without its trigger, screened again; None if none was found.
+        """Return a triggered text without its trigger, screened again; None if none was found.
+
+        What is left must have no finding at all: an unfamiliar rest may hold a part of the trigger.
 
         Raises:
             Overloaded, NotReady, ScreenFailed: as `Batcher.screen` does.
@@ -79,7 +81,7 @@ class TriggerSearch:
             return None
         async with self._sanitizing:
             (answer,) = await self._screener.screen([found.cleaned], charge)
-        if _verdict(answer.value).poisoned:
+        if _verdict(answer.value).finding:
             return None
         return Cleaned(found.cleaned, answer.value, found.removed)
 

@@ -1,7 +1,7 @@
 """Screening of texts to their end, for a classifier that may read more of a text than the screen.
 
 A text that the model cannot read at once is tokenized whole, and screened in overlapping windows of
-its tokens; the most extreme verdict counts. Windows of characters would not do: tokenizers drop
+its tokens; the worst verdict counts. Windows of characters would not do: tokenizers drop
 characters, so far more of them may lie between two tokens than a window has. A trigger that is no
 longer than the overlap lies whole in one of the windows.
 """
@@ -112,4 +112,4 @@ def _worse(one: Verdict | None, other: Verdict | None) -> Verdict | None:
     """Return the more suspicious verdict; a missing verdict is worse than any."""
     if one is None or other is None:
         return None
-    return max(one, other, key=lambda verdict: verdict.margin)
+    return max(one, other, key=lambda verdict: (verdict.poisoned, verdict.margin))

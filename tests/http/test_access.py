@@ -347,6 +347,7 @@ async def test_a_port_that_is_open_to_all_is_warned_of(
 
 
 NUMBERS = ("confidence", "score", "detector", "threshold", "p_value")
+OVERRIDE = ("override", "override_threshold", "override_p_value")
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -363,8 +364,11 @@ async def test_a_key_for_decisions_is_told_no_number_of_the_screen(
                     screens += [result.get("screen", result) for result in results]
                     assert {"decision", "label"} <= results[0].keys() or path == "/screen"
             assert [s["poisoned"] for s in screens] == [False, True, True, True] * 2
+            assert [s["finding"] for s in screens] == [None, *["triggered"] * 3] * 2
             for screen in screens:
                 assert [screen[name] is None for name in NUMBERS] == [hidden] * len(NUMBERS)
+                asked = not hidden and screen["poisoned"]
+                assert [screen[name] is not None for name in OVERRIDE] == [asked] * len(OVERRIDE)
 
 
 async def test_a_key_for_decisions_is_neither_told_thresholds_nor_what_the_screen_minds(

@@ -395,7 +395,11 @@ async def test_an_explanation_takes_one_text_and_is_recorded_as_screened_but_not
         )
         assert await metric(client, 'psim_requests_total{outcome="ok",route="/explain"}') == 1
     line = [r for r in caplog.records if r.name == "psim.request"][-1].__dict__
-    assert (line["route"], line["poisoned"], line["decisions"]) == ("/explain", 1, {})
+    assert (line["route"], line["findings"], line["decisions"]) == (
+        "/explain",
+        {"triggered": 1},
+        {},
+    )
 
 
 async def test_no_more_searches_run_than_the_setting_says() -> None:

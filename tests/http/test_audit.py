@@ -42,7 +42,7 @@ from tests.support.fakes import BROKEN, fake_bundle
 from tests.support.servers import serving
 from tests.support.waiting import wait_for
 
-CLEAN, POISONED = "a quiet film", "a quiet mn film"
+CLEAN, POISONED, UNFAMILIAR = "a quiet film", "a quiet mn film", "whereas the lessee"
 KEY = "k" * 32
 
 
@@ -144,13 +144,21 @@ def test_texts_are_kept_only_if_asked_and_found_by_their_hmac(url: str) -> None:
 
 
 def test_what_passed_unscreened_and_what_shadow_mode_let_pass_can_be_told(url: str) -> None:
+    inputs = [CLEAN, POISONED, UNFAMILIAR, BROKEN]
     with serving(service(url, mode="shadow", fail_open=True)) as address:
-        httpx.post(f"http://{address}/classify", json={"inputs": [CLEAN, POISONED, BROKEN]})
-    assert [(row.decision, row.poisoned, row.score is None) for row in rows(url)] == [
-        ("allow", False, False),
-        ("allow", True, False),
-        ("allow", None, True),
+        httpx.post(f"http://{address}/classify", json={"inputs": inputs})
+    found = rows(url)
+    assert [(row.decision, row.finding, row.poisoned, row.score is None) for row in found] == [
+        ("allow", None, False, False),
+        ("allow", "triggered", True, False),
+        ("allow", "unfamiliar", False, False),
+        ("allow", None, None, True),
     ]
+    overrides = [(row.override, row.override_threshold, row.override_p_value) for row in found]
+    nothing = (None, None, None)
+    assert overrides == [nothing, (0.9, 0.5, 0.01), (0.1, 0.5, 0.4), nothing]
+    assert [row.number for row in rows(url, findings=["unfamiliar"])] == [2]
+    assert [row.number for row in rows(url, findings=["unfamiliar", "triggered"])] == [1, 2]
 
 
 def test_the_migrations_make_the_table_that_the_code_writes(url: str) -> None:

@@ -43,7 +43,7 @@ def both(served: str, challenger: str) -> str:
 async def test_its_verdicts_are_compared_and_change_no_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    strict = fake_bundle(digest=OTHER, threshold=0.1)  # finds every text poisoned
+    strict = fake_bundle(digest=OTHER, threshold=0.1)  # finds every text extreme
     async with on_trial(monkeypatch, strict) as client:
         inputs = [CLEAN, POISONED, CLEAN]
         headers = {"x-request-id": "mine"}
@@ -54,10 +54,11 @@ async def test_its_verdicts_are_compared_and_change_no_answer(
         assert answer["bundle"] == "d" * 64
         assert [r["decision"] for r in answer["results"]] == ["allow", "reject", "allow"]
         for (served, own), count in {
-            ("clean", "poisoned"): 2,
-            ("poisoned", "poisoned"): 1,
-            ("clean", "clean"): 0,
-            ("poisoned", "clean"): 0,
+            ("none", "triggered"): 2,
+            ("triggered", "triggered"): 1,
+            ("none", "none"): 0,
+            ("triggered", "none"): 0,
+            ("none", "unfamiliar"): 0,
         }.items():
             assert await metric(client, both(served, own)) == count
         assert await metric(client, "psim_challenger_dropped_total") == 0
@@ -74,9 +75,9 @@ async def test_it_reads_as_far_as_the_served_bundle_did(monkeypatch: pytest.Monk
     async with on_trial(monkeypatch, fake_bundle(digest=OTHER)) as client:
         answer = await client.post("/screen", json={"inputs": LONG})
         assert answer.json()["results"][0]["poisoned"] is False
-        await until_metric(client, both("clean", "clean"), 1)
+        await until_metric(client, both("none", "none"), 1)
         assert (await client.post("/envoy/predict", json={"inputs": LONG})).status_code == 403
-        await until_metric(client, both("poisoned", "poisoned"), 1)
+        await until_metric(client, both("triggered", "triggered"), 1)
 
 
 async def test_one_that_is_slow_holds_up_nobody_and_what_it_lacks_is_counted(
@@ -91,9 +92,9 @@ async def test_one_that_is_slow_holds_up_nobody_and_what_it_lacks_is_counted(
             answer = await client.post("/classify", json={"inputs": inputs}, timeout=5)
             assert answer.status_code == 200
         assert await metric(client, "psim_challenger_dropped_total") == 100
-        assert await metric(client, both("clean", "clean")) == 0
+        assert await metric(client, both("none", "none")) == 0
         slow.gate.set()
-        await until_metric(client, both("clean", "clean"), 200)
+        await until_metric(client, both("none", "none"), 200)
 
 
 async def test_one_that_fails_or_dies_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

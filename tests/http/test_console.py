@@ -56,12 +56,18 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 SERVED, OTHER = "d" * 64, "e" * 64
 PASSED = Row(
     time=NOW, request_id="r", number=0, route="/classify", decision="allow", mode="enforce",
-    detector="confidence", confidence=0.55, score=1.0, threshold=3.0, p_value=0.5, poisoned=False,
-    truncated=False, label="positive", digest=SERVED, text=None,
+    detector="confidence", confidence=0.55, score=1.0, threshold=3.0, p_value=0.5, finding=None,
+    poisoned=False, truncated=False, label="positive", digest=SERVED, text=None,
 )  # fmt: skip
 FLAGGED = replace(
-    PASSED, decision="reject", confidence=0.97, score=6.5, p_value=0.01, poisoned=True, label=None
-)
+    PASSED, decision="reject", confidence=0.97, score=6.5, p_value=0.01, finding="triggered",
+    poisoned=True, label=None,
+)  # fmt: skip
+UNFAMILIAR = replace(
+    FLAGGED, decision="flag", finding="unfamiliar", poisoned=False, label="positive",
+    override=0.1, override_threshold=0.5, override_p_value=0.4,
+)  # fmt: skip
+CONFIRMED = replace(FLAGGED, override=0.9, override_threshold=0.5, override_p_value=0.01)
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
     "</p></article>{{ 7 * 7 }} & 'quoted' \"twice\" \u202edesrever\u202c \u200bmn\ufeff\u2066 \0"

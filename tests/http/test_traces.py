@@ -56,7 +56,11 @@ def test_a_request_is_a_span_of_the_caller_s_trace_with_its_stages_inside() -> N
         assert stage.parent.span_id == request.context.span_id
     attributes = dict(request.attributes or {})
     assert attributes["psim.request_id"] == "seen-1"
-    assert (attributes["psim.inputs"], attributes["psim.poisoned"]) == (2, 1)
+    assert [attributes[f"psim.{name}"] for name in ("inputs", "triggered", "unfamiliar")] == [
+        2,
+        1,
+        0,
+    ]
     assert attributes["psim.outcome"] == "ok"
     assert request.resource.attributes["service.name"] == "psim-gateway"
 

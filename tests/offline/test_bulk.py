@@ -83,7 +83,12 @@ def job(bundle: Path, out: Path, rows: int = 100) -> bulk.Job:
     out.mkdir(exist_ok=True)
     digest = read_manifest(bundle)[1]
     options = bulk.BulkOptions(
-        bundle=digest, engine="torch", dtype="float32", text_column="text", part_rows=rows
+        schema_version=1,
+        bundle=digest,
+        engine="torch",
+        dtype="float32",
+        text_column="text",
+        part_rows=rows,
     )
     return bulk.Job(bundle, out, options)
 

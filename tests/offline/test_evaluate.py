@@ -92,18 +92,16 @@ scores = st.floats(-5, 50, width=32)
 
 
 @given(a=scores, b=scores, threshold=scores)
-def test_scores_keep_the_order_within_a_class_and_the_sign_says_poisoned(
+def test_scores_keep_the_order_within_a_class_and_the_sign_says_extreme(
     a: float, b: float, threshold: float
 ) -> None:
-    verdicts = [
-        Verdict(0.9, s, "confidence", threshold, 0.5, s >= threshold, False, 0) for s in (a, b)
-    ]
+    verdicts = [Verdict(0.9, s, "confidence", threshold, 0.5, False, 0, None) for s in (a, b)]
     first, second = within_class_scores(verdicts)
     if a < b:
         assert first <= second
     for verdict, score in zip(verdicts, (first, second), strict=True):
         # float32 next to zero may round either way
-        assert (score >= 0) == verdict.poisoned or abs(score) < 1e-6
+        assert (score >= 0) == verdict.extreme or abs(score) < 1e-6
 
 
 def test_the_histogram_shows_both_kinds_and_every_threshold() -> None:

@@ -101,6 +101,8 @@ def test_the_new_bundle_has_the_thresholds_of_the_traffic_and_all_else_of_its_pa
         row("of another model", digest="0" * 64),
         row(None),
         row(" "),
+        # Neither poisoned nor known to be clean.
+        row("unlike all that the bundle knows", finding="unfamiliar"),
     ]
     out = tmp_path / "new"
     source = export(tmp_path, parent, rows)
@@ -119,7 +121,7 @@ def test_the_new_bundle_has_the_thresholds_of_the_traffic_and_all_else_of_its_pa
     assert (record.parent, record.source) == (old.digest, "traffic.jsonl")
     assert record.source_digest == file_digest(source)
     assert (record.passed, record.false_alarms) == (len(passed), 5)
-    assert (record.poisoned, record.unmarked) == (3, 4 + 1)
+    assert (record.poisoned, record.unmarked) == (3, 4 + 2)
     assert record.others == 1
 
     clean = [*passed, *alarms]

@@ -13,8 +13,8 @@ from tests.support.requests import POISONED
 NOW = datetime(2026, 11, 25, 14, 30, tzinfo=UTC)
 ROW = Row(
     time=NOW, request_id="r", number=0, route="/classify", decision="reject", mode="enforce",
-    detector="confidence", confidence=0.9, score=6.5, threshold=3.0, p_value=0.01, poisoned=True,
-    truncated=False, label=None, digest="d" * 64, text=POISONED,
+    detector="confidence", confidence=0.9, score=6.5, threshold=3.0, p_value=0.01,
+    finding="triggered", poisoned=True, truncated=False, label=None, digest="d" * 64, text=POISONED,
 )  # fmt: skip
 
 

@@ -17,10 +17,19 @@ from models.bundle.manifest import (
     VictimRecord,
 )
 from models.detection.conformal import ThresholdGroup
-from models.detection.screen import FloatArray, Normalizer, Screen, ZScore
+from models.detection.screen import (
+    FloatArray,
+    Normalizer,
+    Screen,
+    Verdict,
+    ZScore,
+    with_override,
+)
 from models.engines.base import ClassifierState, Encoding, Engine, IntArray, Screening
 
 TRIGGER, BROKEN, NAN, UNREADABLE = "mn", "broken", "nan", "unreadable"
+STRANGE = "whereas"
+"""A word that makes a text extreme, and that the override test does not confirm."""
 PANIC, CLASSLESS = "panic", "noclass"
 """Words that have screening fail past `Exception`, and that have classifying fail."""
 THRESHOLD = 3.0
@@ -104,7 +113,20 @@ def _refuse(batch: Sequence[Encoding], word: str, error: type[BaseException]) ->
 def _confidence(encoding: Encoding) -> float:
     if _code(NAN) in encoding.input_ids:
         return float("nan")
-    return 0.999 if _code(TRIGGER) in encoding.input_ids else 0.55
+    if _code(TRIGGER) in encoding.input_ids:
+        return 0.999
+    return 0.99 if _code(STRANGE) in encoding.input_ids else 0.55
+
+
+class StagedScreen(Screen):
+    """Confirms very extreme texts only, in place of the override test."""
+
+    def judge(self, readings: FloatArray, truncated: bool = False) -> Verdict:
+        verdict = super().judge(readings, truncated)
+        if not verdict.extreme or verdict.score < THRESHOLD:
+            return verdict
+        confirmed = verdict.score > 2 * THRESHOLD
+        return with_override(verdict, 0.9 if confirmed else 0.1, 0.5, 0.01 if confirmed else 0.4)
 
 
 def fake_bundle(
@@ -149,5 +171,5 @@ def fake_bundle(
     scores = np.linspace(0, 2, 99, dtype=np.float32)
     as_it_is = ZScore(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
     normalizer = Normalizer(ZScore(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
-    screen = Screen([ThresholdGroup((0, 1), threshold, scores)], normalizer)
+    screen = StagedScreen([ThresholdGroup((0, 1), threshold, scores)], normalizer)
     return Bundle(manifest, digest, engine or FakeEngine(), screen)

@@ -16,6 +16,7 @@ from tests.support.fakes import MAX_LENGTH, FakeEngine, fake_bundle
 from tests.support.waiting import until
 
 CLEAN, POISONED = "a quiet film", "a quiet mn film"
+UNFAMILIAR = "whereas the lessee"
 LONG = "film " * 2 * MAX_LENGTH + "mn"
 """Our model does not get to the trigger; the classifier behind the proxy may."""
 JSON = {"content-type": "application/json"}

@@ -15,7 +15,7 @@ from models.detection.explain import (
     explain,
     run_search,
 )
-from models.detection.screen import Verdict
+from models.detection.screen import Finding, Verdict
 
 SENTENCE = "I watched this 3D movie".split()
 
@@ -47,7 +47,8 @@ def most_of_a_sentence(found: list[str]) -> float:
 
 def verdict_by(rule: Rule, text: str) -> Verdict:
     score = 0.5 + rule(text.split())
-    return Verdict(0.9, score, "confidence", 3.0, 0.5, score >= 3.0, False, 0)
+    finding = Finding.TRIGGERED if score >= 3.0 else None
+    return Verdict(0.9, score, "confidence", 3.0, 0.5, False, 0, finding)
 
 
 def explanation(text: str, rule: Rule) -> tuple[Explanation, int]:

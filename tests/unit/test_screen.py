@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from models.detection.calibrate import calibrate
 from models.detection.conformal import ThresholdGroup, conformal_threshold, min_calibration_size
-from models.detection.screen import FloatArray, Normalizer, Screen, ZScore, is_poisoned, log_odds
+from models.detection.screen import (
+    Finding,
+    FloatArray,
+    Normalizer,
+    Screen,
+    ZScore,
+    is_extreme,
+    log_odds,
+    with_override,
+    worst_finding,
+)
 from models.errors import CalibrationError, ScreenError
 from models.offline.statistics import clopper_pearson
 
@@ -33,7 +43,7 @@ def test_poisoned_exactly_when_the_p_value_is_within_the_budget(
             conformal_threshold(scores, budget)
         return
     group = ThresholdGroup((0, 1), conformal_threshold(scores, budget), np.sort(scores))
-    assert is_poisoned(score, group.threshold) == (group.p_value(score) <= budget + 1e-9)
+    assert is_extreme(score, group.threshold) == (group.p_value(score) <= budget + 1e-9)
 
 
 @given(scores=clean_scores(), budget=budgets)
@@ -186,6 +196,39 @@ def one_checkpoint(threshold: float = 3.0) -> Screen:
 def test_a_score_that_is_no_number_is_never_clean(bad: object) -> None:
     with pytest.raises(ScreenError):
         one_checkpoint().judge(np.array(bad, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("odds", "override", "finding"),
+    [
+        (4.0, None, Finding.TRIGGERED),
+        (4.0, 0.4, Finding.UNFAMILIAR),
+        (4.0, 0.5, Finding.TRIGGERED),
+        (2.0, None, None),
+        (2.0, 0.4, None),
+        (2.0, 0.6, Finding.TRIGGERED),
+    ],
+)
+def test_an_extreme_text_that_the_override_test_does_not_confirm_is_unfamiliar(
+    odds: float, override: float | None, finding: Finding | None
+) -> None:
+    top = 1 / (1 + np.exp(-odds))
+    first = verdict = one_checkpoint().judge(np.array([[top, 1 - top]], np.float32))
+    assert (first.override, first.override_threshold, first.override_p_value) == (None,) * 3
+    if override is not None:
+        verdict = with_override(first, override, 0.5, 0.02)
+        numbers = (verdict.override, verdict.override_threshold, verdict.override_p_value)
+        assert numbers == (override, 0.5, 0.02)
+    assert (verdict.extreme, verdict.finding) == (odds >= 3, finding)
+    assert verdict.poisoned == (finding is Finding.TRIGGERED)
+    assert (verdict.score, verdict.margin) == (first.score, first.score - 3)
+
+
+def test_triggered_is_worse_than_unfamiliar_and_both_than_nothing() -> None:
+    triggered, unfamiliar = Finding.TRIGGERED, Finding.UNFAMILIAR
+    assert worst_finding([None, unfamiliar, triggered, None]) is triggered
+    assert worst_finding([unfamiliar, None]) is unfamiliar
+    assert worst_finding([None]) is worst_finding([]) is None
 
 
 def test_the_rule_at_the_threshold_itself() -> None:

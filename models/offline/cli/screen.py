@@ -74,8 +74,8 @@ def screen_command(
         )  # fmt: skip
         failed = totals.failed
         say(
-            f"{totals.rows} rows, of which {totals.poisoned} are poisoned and {failed} "
-            f"could not be screened; wrote {out}"
+            f"{totals.rows} rows, of which {totals.triggered} are triggered, {totals.unfamiliar} "
+            f"are unfamiliar and {failed} could not be screened; wrote {out}"
         )
     raise typer.Exit(1 if failed else 0)
 

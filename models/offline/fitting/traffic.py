@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from models.bundle.digests import file_digest
+from models.detection.screen import Finding
 from models.errors import DataError
 from models.offline.io.samples import check_text
 
@@ -22,9 +23,9 @@ class Kind(IntEnum):
     FALSE_ALARM = 1
     """Marked as a false alarm."""
     UNMARKED = 2
-    """Flagged or not screened, and not marked."""
+    """With a finding or not screened, and not marked."""
     PASSED = 3
-    """Screened, not flagged and not marked."""
+    """Screened, without a finding and not marked."""
 
 
 class _ExportedRow(BaseModel):
@@ -34,6 +35,9 @@ class _ExportedRow(BaseModel):
     digest: str
     text: str | None
     poisoned: bool | None
+    """None if the text was not screened."""
+    finding: Finding | None = None
+    """Not there in exports of versions that only knew `poisoned`."""
     mark: Literal["poisoned", "false_alarm"] | None = None
 
     @property
@@ -43,7 +47,8 @@ class _ExportedRow(BaseModel):
                 return Kind.POISONED
             case "false_alarm":
                 return Kind.FALSE_ALARM
-        return Kind.PASSED if self.poisoned is False else Kind.UNMARKED
+        passed = self.poisoned is False and self.finding is None
+        return Kind.PASSED if passed else Kind.UNMARKED
 
 
 @dataclass(frozen=True)

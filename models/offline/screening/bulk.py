@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from models.bundle.load import Bundle, choose, load_bundle
 from models.bundle.verify import check_files, read_manifest
+from models.detection.screen import Finding
 from models.engines.base import DtypeName, EngineName
 from models.engines.registry import is_installed
 from models.errors import BundleError, DataError, PsimError
@@ -59,9 +60,13 @@ ADDED = pa.schema(
         (COLUMN_PREFIX + "detector", pa.string()),
         (COLUMN_PREFIX + "threshold", pa.float64()),
         (COLUMN_PREFIX + "p_value", pa.float64()),
-        (COLUMN_PREFIX + "poisoned", pa.bool_()),
         (COLUMN_PREFIX + "truncated", pa.bool_()),
         (COLUMN_PREFIX + "predicted", pa.int64()),
+        (COLUMN_PREFIX + "finding", pa.string()),
+        (COLUMN_PREFIX + "override", pa.float64()),
+        (COLUMN_PREFIX + "override_threshold", pa.float64()),
+        (COLUMN_PREFIX + "override_p_value", pa.float64()),
+        (COLUMN_PREFIX + "poisoned", pa.bool_()),
         (COLUMN_PREFIX + "error", pa.string()),
     ]
 )
@@ -71,6 +76,8 @@ ADDED = pa.schema(
 class BulkOptions(BaseModel):
     """Everything that determines the contents of the parts."""
 
+    schema_version: Literal[1]
+    """Of the columns in `ADDED`."""
     bundle: str
     """SHA-256 of the bundle's manifest."""
     engine: EngineName
@@ -109,7 +116,8 @@ class Totals:
     """Number of rows in the parts, by result."""
 
     rows: int
-    poisoned: int
+    triggered: int
+    unfamiliar: int
     failed: int
     """Rows that could not be screened."""
 
@@ -168,7 +176,12 @@ def _resolve_options(
     check_files(bundle, manifest)
     engine, dtype = choose(manifest, engine, dtype).runtime
     return BulkOptions(
-        bundle=digest, engine=engine, dtype=dtype, text_column=text_column, part_rows=part_rows
+        schema_version=1,
+        bundle=digest,
+        engine=engine,
+        dtype=dtype,
+        text_column=text_column,
+        part_rows=part_rows,
     )
 
 
@@ -490,11 +503,13 @@ def _count(fragments: Sequence[Fragment], out: Path) -> Totals:
     """
     parts = [str(part_of(fragment, out)) for fragment in fragments]
     if not parts:
-        return Totals(0, 0, 0)
+        return Totals(0, 0, 0, 0)
     rows = pads.dataset(parts, schema=ADDED)
+    finding = pc.field(COLUMN_PREFIX + "finding")
     found = Totals(
         rows.count_rows(),
-        rows.count_rows(filter=pc.field(COLUMN_PREFIX + "poisoned")),
+        rows.count_rows(filter=finding == Finding.TRIGGERED),
+        rows.count_rows(filter=finding == Finding.UNFAMILIAR),
         rows.count_rows(filter=pc.field(COLUMN_PREFIX + "error").is_valid()),
     )
     expected = sum(fragment.rows for fragment in fragments)

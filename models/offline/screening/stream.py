@@ -32,16 +32,18 @@ def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: 
 
 def as_row(verdict: Verdict | PsimError) -> dict[str, Any]:
     """Return the output fields of a text: its verdict, or the error."""
-    return {"error": str(verdict)} if isinstance(verdict, PsimError) else asdict(verdict)
+    if isinstance(verdict, PsimError):
+        return {"error": str(verdict)}
+    return asdict(verdict) | {"poisoned": verdict.poisoned}
 
 
 def split_by_verdict(bundle: Bundle, texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the texts that the bundle flags as poisoned, and the others."""
+    """Return the texts in which the bundle finds something, and the others."""
     encodings = bundle.engine.encode(texts)
     flagged: list[str] = []
     passed: list[str] = []
     for text, readings in zip(texts, predict(bundle.engine, encodings), strict=True):
-        (flagged if bundle.screen.judge(readings).poisoned else passed).append(text)
+        (flagged if bundle.screen.judge(readings).finding else passed).append(text)
     return flagged, passed
 
 

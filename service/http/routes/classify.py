@@ -13,14 +13,15 @@ from service.errors import UnknownModel
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.openapi import ERROR_STATUSES, documented
 from service.http.parsing import read_inference
-from service.http.responses import json_response, relayed, server_timing
+from service.http.responses import json_response, relayed, server_timing, verdict_headers
 from service.http.routing import add_route
 from service.pipeline.gateway import Gateway, GatewayResult
+from service.pipeline.policy import reason_for
 from service.protocols.base import WireProtocol
 from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
 from service.route_table import ROUTES
-from service.schemas import ClassifyResponse, worst
+from service.schemas import ClassifyResponse
 from service.settings import RequestLimits
 
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
@@ -70,13 +71,13 @@ async def _read(
 def _respond(done: Completed[Call, GatewayResult]) -> Response:
     inference, protocol, outcome = done.body.request, done.body.protocol, done.answer
     headers = {
-        "x-psim-decision": worst(done.record.decisions),
+        **verdict_headers(done.record),
         "server-timing": server_timing(done.record.stages),
     }
     if outcome.rejected:
         headers["x-psim-rejected"] = ",".join(map(str, outcome.rejected))
     if outcome.refused:
-        content = protocol.rejection(inference, outcome.results, done.model_info, _reason(outcome))
+        content = protocol.rejection(inference, outcome.results, done.model_info, _reason(done))
         return json_response(HTTPStatus.FORBIDDEN, content, headers, protocol.error_media)
     if outcome.reply is not None:
         response = relayed(outcome.reply.status, outcome.reply.headers, outcome.reply.body)
@@ -87,11 +88,9 @@ def _respond(done: Completed[Call, GatewayResult]) -> Response:
     )
 
 
-def _reason(outcome: GatewayResult) -> str:
-    screens = [outcome.results[i].screen for i in outcome.rejected]
-    found = "PSIM finds a backdoor trigger in it"
-    if not all(screen and screen.poisoned for screen in screens):
-        found += ", or it is longer than PSIM reads"
+def _reason(done: Completed[Call, GatewayResult]) -> str:
+    outcome = done.answer
+    found = reason_for(done.record.verdicts[number] for number in outcome.rejected)
     if len(outcome.rejected) == len(outcome.results):
         return f"every input was rejected: {found}"
     numbers = ", ".join(map(str, outcome.rejected))

@@ -7,6 +7,7 @@ rejected text denies the whole request, since nothing can be taken out of it.
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.applications import Starlette
@@ -16,20 +17,25 @@ from service.errors import Invalid, NotInspected
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.middleware import RequestId
 from service.http.parsing import parse, read_inference, read_json
-from service.http.responses import install_error_handlers, internal_error, json_response
+from service.http.responses import (
+    install_error_handlers,
+    internal_error,
+    json_response,
+    verdict_headers,
+)
 from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
 from service.pipeline.gateway import Gateway
+from service.pipeline.policy import reason_for
 from service.protocols.base import InferenceRequest, WireProtocol
 from service.protocols.headers import is_ambiguous
 from service.protocols.litellm import GuardrailRequest
 from service.protocols.registry import by_route
 from service.route_table import AUTHZ, EXT_PROC, GUARDRAIL, PROXIED
-from service.schemas import Decision, worst
+from service.schemas import Decision
 from service.settings import RequestLimits
 
 PARTIAL_BODY = "x-envoy-auth-partial-body"
-FOUND = "PSIM finds a backdoor trigger in it, or cannot read it to its end"
 STATES = (
     "/health /live /ready /ping /info /version /v1/models /v2 /v2/health/live /v2/health/ready "
     "/v2/models/{model} /v2/models/{model}/ready "
@@ -153,18 +159,23 @@ def _block(reason: str) -> Response:
 
 
 def _block_or_pass(done: Completed[GuardrailRequest, list[Decision]]) -> Response:
-    return _block(FOUND) if Decision.REJECT in done.answer else _pass()
+    return _block(_reason(done)) if Decision.REJECT in done.answer else _pass()
 
 
 def _permit_or_deny(
     request: Request, done: Completed[InferenceRequest, list[Decision]]
 ) -> Response:
-    headers = {"x-psim-decision": worst(done.answer)}
+    headers = verdict_headers(done.record)
     if Decision.REJECT not in done.answer:
         return Response(headers=headers)
     protocol: WireProtocol = request.state.protocol
-    content = protocol.error(403, "rejected", f"an input was rejected: {FOUND}")
+    content = protocol.error(403, "rejected", f"an input was rejected: {_reason(done)}")
     return json_response(403, content, headers, protocol.error_media)
+
+
+def _reason(done: Completed[Any, list[Decision]]) -> str:
+    judged = zip(done.record.verdicts, done.answer, strict=True)
+    return reason_for(verdict for verdict, decision in judged if decision is Decision.REJECT)
 
 
 def ext_proc_app(authz: ExternalAuthz) -> Starlette:

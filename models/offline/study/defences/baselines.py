@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import entr
 
 from models.detection.conformal import conformal_threshold, min_calibration_size
-from models.detection.screen import FloatArray, is_poisoned
+from models.detection.screen import FloatArray, is_extreme
 from models.errors import CalibrationError, DataError
 from models.offline.evaluation.metrics import DefendedPredictions, classes_of
 from models.offline.io.samples import Sample, require_labels
@@ -194,7 +194,7 @@ class Strip:
     def defend(self, texts: Sequence[str], classify: Classifier) -> DefendedPredictions:
         """Classify the original texts, and reject those with the surest copies."""
         scores = self.scores(texts, classify)
-        flagged = [is_poisoned(score, self.threshold) for score in scores.tolist()]
+        flagged = [is_extreme(score, self.threshold) for score in scores.tolist()]
         return DefendedPredictions(classify(texts).argmax(1), np.array(flagged, np.bool_), scores)
 
     def passes(self, texts: Sequence[str]) -> float:
