@@ -379,7 +379,7 @@ async def test_a_key_for_decisions_is_neither_told_thresholds_nor_what_the_scree
             body = {"inputs": POISONED}
             answer = await client.post("/explain", json=body, headers=bearer(key))
             assert answer.status_code == (403 if hidden else 200)
-            assert "trigger" not in answer.text
+            assert ("trigger" in answer.text) != hidden
             info = (await client.get("/info", headers=bearer(key))).text
             assert ("threshold" not in info) == hidden
             assert "labels" in info

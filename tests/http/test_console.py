@@ -30,7 +30,10 @@ from service.app import create_app
 from service.audit.review import CHARS, PAGE
 from service.audit.rows import Row
 from service.audit.statistics import (
+    NONE,
+    OVERRIDE,
     StatisticsFilter,
+    Tally,
     by_budget,
     by_factor,
     confidences,
@@ -139,6 +142,7 @@ def test_figures_are_those_of_the_rows(url: str) -> None:
         new(FLAGGED, score=4.0, threshold=3.5, digest=OTHER, decision="flag", number=7),
         new(PASSED, score=None, threshold=None, p_value=None, confidence=None, poisoned=None),
         new(FLAGGED, time=NOW - timedelta(days=2)),
+        new(UNFAMILIAR, time=NOW - timedelta(days=2)),
     ]
     write(url, *rows)
     scope = StatisticsFilter(NOW - timedelta(hours=3), NOW + timedelta(hours=1))
@@ -149,6 +153,7 @@ def test_figures_are_those_of_the_rows(url: str) -> None:
         factors = by_factor(by_threshold)
         budgets = by_budget(connection, scope)
         ranges = confidences(connection, scope)
+    assert (found.triggered, found.unfamiliar) == (found.flagged, NONE)
     slots = {slot.start: (slot.inputs, slot.flagged) for slot in found.slots if slot.inputs}
     assert sum(n for n, _ in slots.values()) == found.inputs == 9
     assert slots[hour] == (5, 1)
@@ -177,6 +182,35 @@ def test_figures_are_those_of_the_rows(url: str) -> None:
     assert (factors[0.9].inputs, factors[2.0].poisoned) == (5, 1)
     assert (budgets[0.005].inputs, budgets[0.01].inputs, budgets[0.02].inputs) == (0, 3, 4)
     assert (ranges[1], ranges[5], ranges[6], ranges[10]) == ((4, 0), (0, 1), (0, 2), (0, 1))
+
+
+def test_each_finding_is_counted_by_itself(url: str) -> None:
+    rows = [
+        new(PASSED),
+        *(new(UNFAMILIAR, override=override) for override in (-0.2, 0.0, 0.24, 0.26)),
+        new(UNFAMILIAR, mark="false_alarm", score=3.2),
+        new(CONFIRMED, mark="poisoned"),
+        new(CONFIRMED, override=0.5),
+        new(FLAGGED),
+        # Of an older version, while a deployment is updated.
+        new(FLAGGED, finding=None),
+    ]
+    write(url, *rows)
+    scope = StatisticsFilter(NOW - timedelta(hours=3), NOW + timedelta(hours=1))
+    with closing(AuditStore(url, read_only=True)) as store, store.connect(5) as connection:
+        found = traffic(connection, scope, 3600)
+        (asked,) = groups(connection, scope, OVERRIDE)
+        shown = overview(connection, ConsoleQuery(), NOW + timedelta(minutes=1), {SERVED: 999})
+    assert (found.triggered, found.unfamiliar) == (Tally(4, 1, 0), Tally(5, 0, 1))
+    (slot,) = [slot for slot in found.slots if slot.inputs]
+    assert (slot.inputs, slot.triggered, slot.unfamiliar, slot.flagged) == (10, 4, 5, 9)
+    tenths = {number: tally.inputs for number, tally in enumerate(asked.tenths) if tally.inputs}
+    assert (asked.threshold, tenths) == (0.5, {0: 2, 2: 1, 4: 1, 5: 1, 10: 1, 18: 1})
+    at = {choice.tenth: choice for choice in shown.overrides.choices}
+    assert [at[tenth].tally.inputs for tenth in (5, 10, 11)] == [3, 2, 1]
+    assert "3 of 7 asked inputs triggered (42.86" in at[5].summary
+    assert "1 more than now" in at[5].summary
+    assert "1 of 1 poisoned, 0 of 1 false alarms" in at[11].summary
 
 
 @pytest.mark.parametrize(
@@ -222,7 +256,7 @@ def test_a_mark_is_kept_with_who_and_when_and_can_be_taken_back(url: str) -> Non
         answer = mark(client, row, "poisoned", period="7d", mark="none")
         assert answer.status_code == 303
         place = answer.headers["location"]
-        assert place.startswith("/console/queue?period=7d&bundle=&mark=none&")
+        assert place.startswith("/console/queue?period=7d&bundle=&finding=&mark=none&")
         assert {found.mark for found in kept(url)} == {"poisoned", None}
         page = client.get(place).text
         assert "Marked as <b>poisoned</b>" in page
@@ -568,7 +602,10 @@ def traffic_of_a_day() -> list[Row]:
         attack = 400 <= number < 460
         score = chance.uniform(3.1, 9) if attack or number % 150 == 0 else abs(chance.gauss(0, 1))
         poisoned = score >= 3.0
-        row = FLAGGED if poisoned else PASSED
+        override = chance.uniform(0.55, 1.2) if attack else chance.uniform(0, 0.45)
+        row = PASSED
+        if poisoned:
+            row = replace(CONFIRMED if attack else UNFAMILIAR, override=override)
         rows.append(
             new(
                 row,
@@ -662,21 +699,63 @@ def test_a_slider_says_what_would_be_flagged(browser: Browser, day: str) -> None
         page.goto("/console")
         slider = page.get_by_label("What if the thresholds were different?")
         says = page.locator("#factor-summary")
-        now = sum(row.poisoned is True for row in traffic_of_a_day())
+        now = sum(row.finding is not None for row in traffic_of_a_day())
         expect(says).to_contain_text(f"At the thresholds as they are: {now} of 1,500 inputs")
-        flagged = page.locator("rect[data-tenth].flagged").count()
+        bars = page.locator("section[aria-labelledby=scores] rect[data-tenth].flagged")
+        flagged = bars.count()
         slider.focus()
         for _ in range(3):
             page.keyboard.press("ArrowRight")
         expect(says).to_contain_text("At 1.3 times the thresholds:")
         expect(says).to_contain_text("fewer than now")
-        assert 0 < page.locator("rect[data-tenth].flagged").count() < flagged
+        assert 0 < bars.count() < flagged
         assert page.locator(".what-if").first.get_attribute("x1") != page.locator(
             ".cut"
         ).first.get_attribute("x1")
         assert slider.get_attribute("aria-valuetext") == "1.3 times the thresholds"
         page.get_by_text("Other thresholds, as a table").click()
         expect(page.locator("#factor-table tr.chosen th")).to_have_text("1.3 times the thresholds")
+
+
+def test_another_slider_says_what_the_override_test_would_confirm(
+    browser: Browser, day: str
+) -> None:
+    with opened(browser, day) as page:
+        page.goto("/console")
+        slider = page.get_by_label("What if the override test had another threshold?")
+        says = page.locator("#override-factor-summary")
+        asked = [row for row in traffic_of_a_day() if row.override is not None]
+        now = sum(row.finding == "triggered" for row in asked)
+        assert 0 < now < len(asked)
+        expect(says).to_contain_text(f"{now} of {len(asked)} asked inputs triggered")
+        others = page.locator("section[aria-labelledby=scores] .what-if").first
+        before = others.get_attribute("x1")
+        slider.focus()
+        for _ in range(5):
+            page.keyboard.press("ArrowLeft")
+        expect(says).to_contain_text("At 0.5 times the thresholds:")
+        expect(says).to_contain_text("more than now")
+        assert others.get_attribute("x1") == before, "it moves no threshold but its own"
+
+
+def test_the_queue_shows_findings_and_can_be_narrowed_to_one(browser: Browser, day: str) -> None:
+    wanted = [row.finding for row in traffic_of_a_day() if row.finding]
+    with opened(browser, day) as page:
+        page.goto("/console")
+        link = page.locator(".statistics a[href*='finding=unfamiliar']")
+        expect(link).to_have_text(str(wanted.count("unfamiliar")))
+        link.click()
+        articles = page.locator("article")
+        expect(articles).to_have_count(wanted.count("unfamiliar"))
+        expect(articles.first.locator(".pill").first).to_have_text("unfamiliar")
+        expect(articles.first).to_contain_text("under 0.50")
+        page.get_by_label("Finding").select_option("triggered")
+        page.get_by_role("button", name="Show").click()
+        expect(articles.first.locator(".pill").first).to_have_text("triggered")
+        assert page.locator(".pill", has_text="unfamiliar").count() == 0
+        expect(page.locator(".caption").first).to_contain_text(
+            f"{wanted.count('triggered')} flagged inputs"
+        )
 
 
 @pytest.mark.parametrize("scripts", [True, False])
