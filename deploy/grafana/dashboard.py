@@ -15,6 +15,8 @@ from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement
 from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
+from models.detection.screen import Finding
+
 SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
 RATE = "[$__rate_interval]"
 
@@ -42,6 +44,20 @@ def quantiles(metric: str, by: str = "") -> dict[str, str]:
     }
 
 
+def finding_chart(finding: Finding) -> Chart:
+    """Return the chart of the inputs with a finding."""
+    ratio = "job_model_finding:psim_findings:ratio"
+    only = f'{{finding="{finding}"}}'
+    return Chart(
+        f"Share of inputs that are {finding}: last 30 min and the day before",
+        units.PercentUnit,
+        {
+            "last 30 min {{model}}": f"{ratio}_rate30m{only}",
+            "day before {{model}}": f"{ratio}_rate1d{only}",
+        },
+    )
+
+
 CHARTS: dict[str, list[Chart]] = {
     "Screen": [
         Chart(
@@ -49,16 +65,10 @@ CHARTS: dict[str, list[Chart]] = {
             units.CountsPerSecond,
             {"{{model}} {{decision}}": f"sum by (model, decision) (rate(psim_inputs_total{RATE}))"},
         ),
+        finding_chart(Finding.TRIGGERED),
+        finding_chart(Finding.UNFAMILIAR),
         Chart(
-            "Flagged share of inputs: last 30 min and the day before",
-            units.PercentUnit,
-            {
-                "last 30 min {{model}}": "job_model:psim_flagged:ratio_rate30m",
-                "day before {{model}}": "job_model:psim_flagged:ratio_rate1d",
-            },
-        ),
-        Chart(
-            "Flagged in shadow mode; passed unscreened; refused, since they cannot be screened",
+            "Would be rejected but for shadow mode; passed unscreened; could not be screened",
             units.CountsPerSecond,
             {
                 "shadow {{model}}": f"sum by (model) (rate(psim_would_reject_total{RATE}))",
@@ -70,6 +80,11 @@ CHARTS: dict[str, list[Chart]] = {
             "Screen score (standard deviations)",
             units.NoUnit,
             quantiles("psim_screen_score", "model"),
+        ),
+        Chart(
+            "Override score",
+            units.NoUnit,
+            quantiles("psim_screen_override", "model"),
         ),
         Chart("PSIM confidence", units.PercentUnit, quantiles("psim_screen_confidence", "model")),
         Chart(
@@ -139,7 +154,7 @@ CHARTS: dict[str, list[Chart]] = {
     ],
     "Challenger": [
         Chart(
-            "Inputs by verdict of the served bundle / the challenger",
+            "Inputs by finding of the served bundle / the challenger",
             units.CountsPerSecond,
             {
                 "{{model}} {{served}} / {{challenger}}": (

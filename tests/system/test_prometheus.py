@@ -131,7 +131,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 SEEN = (
-    "job_model:psim_inputs:rate30m > 0 "
+    "job_model:psim_screened:rate30m > 0 "
     'and on (job, model) psim_inputs_total{decision="reject"} == 1'
 )
 
@@ -215,7 +215,11 @@ def test_every_expression_asks_for_what_is_really_scraped(prometheus: httpx.Clie
     there = set(answer(prometheus, "label/__name__/values"))
     there |= {rule["record"] for rule in RULES if "record" in rule}
     for expression in expressions:
-        asked = set(re.findall(r"\b(?:job(?:_model)?:)?(?:psim|process)_[\w:]+|\bup\b", expression))
+        asked = set(
+            re.findall(
+                r"\b(?:job(?:_model(?:_finding)?)?:)?(?:psim|process)_[\w:]+|\bup\b", expression
+            )
+        )
         assert asked, expression
         assert asked <= there, expression
         query = expression.replace("$__rate_interval", "1m")
@@ -243,4 +247,4 @@ def test_every_command_of_the_runbook_runs(live: Live, tmp_path: Path) -> None:
         assert not done.stderr, f"{command}: {done.stderr}"
         assert done.returncode == (1 if "grep '\"score\": null'" in command else 0), command
         assert "error" not in done.stdout.split(), f"{command}: {done.stdout}"
-    assert (tmp_path / "rejected.csv").read_text().count("\n") == 1 + 1
+    assert (tmp_path / "triggered.csv").read_text().count("\n") == 1 + 1
