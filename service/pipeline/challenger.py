@@ -77,6 +77,7 @@ class Challenger:
             self._metrics.challenger_inputs[served.finding, own.finding].inc()
             self._metrics.challenger_score.observe(own.score)
             if served.finding is not own.finding:
-                scores = {"served": served.score, "challenger": own.score}
                 where = {"request_id": record.request_id, "number": number}
-                log.info("the challenger disagrees", extra=where | scores)
+                scores = {"served": served.score, "challenger": own.score}
+                findings = {"served_finding": served.finding, "challenger_finding": own.finding}
+                log.info("the challenger disagrees", extra=where | scores | findings)

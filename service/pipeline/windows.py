@@ -74,7 +74,7 @@ class WindowedScreener:
             for stage in answers[0].stages:
                 stages[stage] = stages.get(stage, 0.0) + max(a.stages[stage] for a in answers)
             for answer in answers:
-                verdict = _worse(verdict, answer.value.verdict)
+                verdict = worse(verdict, answer.value.verdict)
         if verdict is not None:
             verdict = replace(verdict, truncated=bool(waiting))
         return Timed(replace(beginning.value, verdict=verdict), stages)
@@ -108,7 +108,7 @@ def windows(count: int, size: int, overlap: int) -> list[slice]:
     return [slice(start, start + size) for start in (min(s, max(0, count - size)) for s in starts)]
 
 
-def _worse(one: Verdict | None, other: Verdict | None) -> Verdict | None:
+def worse(one: Verdict | None, other: Verdict | None) -> Verdict | None:
     """Return the more suspicious verdict; a missing verdict is worse than any."""
     if one is None or other is None:
         return None

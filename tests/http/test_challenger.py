@@ -68,6 +68,9 @@ async def test_its_verdicts_are_compared_and_change_no_answer(
         assert (await client.get("/info")).json()["challenger"] == OTHER
     logged = [r.__dict__ for r in caplog.records if r.message == "the challenger disagrees"]
     assert [(row["request_id"], row["number"]) for row in logged] == [("mine", 0), ("mine", 2)]
+    assert {(row["served_finding"], row["challenger_finding"]) for row in logged} == {
+        (None, "triggered")
+    }
     assert "quiet" not in str(logged)
 
 

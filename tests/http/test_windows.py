@@ -1,10 +1,14 @@
 """Texts that are longer than the model reads, in front of a classifier that may read on."""
 
 import asyncio
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from models.detection.screen import Finding, Verdict
+from service.pipeline.windows import worse
 from tests.support.fakes import BROKEN, MAX_LENGTH, FakeEngine
 from tests.support.requests import client_of, metric
 from tests.support.upstreams import Peer, behind
@@ -70,6 +74,19 @@ async def test_what_becomes_of_a_text_that_is_too_long_to_read(
         assert len(peer.asked) == (status == 200)
         if status == 403:
             assert "longer than PSIM reads" in answer.json()["error"]
+
+
+def test_a_trigger_counts_more_than_the_most_unfamiliar_window() -> None:
+    clean = Verdict(0.5, 1.0, "confidence", 3.0, 0.5, False, 0, finding=None)
+    unfamiliar = replace(clean, score=9.0, finding=Finding.UNFAMILIAR)
+    triggered = replace(clean, score=4.0, finding=Finding.TRIGGERED)
+    for verdicts in itertools.permutations((clean, unfamiliar, triggered)):
+        worst: Verdict | None = verdicts[0]
+        for verdict in verdicts[1:]:
+            worst = worse(worst, verdict)
+        assert worst is triggered
+        assert worse(worst, None) is None
+    assert worse(clean, unfamiliar) is unfamiliar
 
 
 async def test_a_window_that_cannot_be_screened_fails_the_text() -> None:

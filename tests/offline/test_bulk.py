@@ -126,14 +126,18 @@ def test_rows_of_jsonl_that_cannot_be_screened_say_why_as_by_the_local_path(
 
 
 def without_prefix(part: pa.Table) -> list[dict[str, Any]]:
-    """Return rows as the local path writes them."""
+    """Return rows as the local path writes them: an error, or every field of a verdict."""
     rows = part.select(bulk.ADDED.names).rename_columns(
         [name.removeprefix(COLUMN_PREFIX) for name in bulk.ADDED.names]
     )
-    return [
-        {"line" if k == "row" else k: v for k, v in row.items() if k != "file" and v is not None}
-        for row in rows.to_pylist()
-    ]
+    found = []
+    for row in rows.to_pylist():
+        line, error = row.pop("row"), row.pop("error")
+        del row["file"]
+        if error is not None:
+            assert set(row.values()) == {None}
+        found.append({"line": line} | (row if error is None else {"error": error}))
+    return found
 
 
 def test_rows_of_csv_and_parquet_that_cannot_be_screened_say_why(

@@ -1,12 +1,21 @@
 """What is common to flagged texts is reported, and nothing else is."""
 
+import io
+import json
 import random
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.detection.screen import Finding
+from models.offline.screening.bulk import ADDED
+from models.offline.screening.fragments import COLUMN_PREFIX
+from models.offline.screening.stream import as_row, screen_file, screen_texts, split_by_finding
 from models.offline.screening.triggers import common_phrases, phrase_table
+from tests.support.fakes import fake_bundle
+from tests.support.requests import CLEAN, POISONED, UNFAMILIAR
 
 WORDS = [f"{a}{b}" for a in "bcdfgklmnprstv" for b in ("a", "ell", "ino", "ost", "urb")]
 
@@ -68,4 +77,37 @@ def test_traffic_may_be_flagged_as_a_whole(passed: list[str]) -> None:
 
 
 def test_a_table_says_when_nothing_was_found() -> None:
-    assert "nothing" in str(phrase_table([], 3, 4).caption)
+    table = phrase_table([], 2, 1, 4)
+    assert "nothing" in str(table.caption)
+    assert "3 of 7 texts are flagged (2 triggered, 1 unfamiliar)" in str(table.title)
+
+
+def test_texts_are_told_apart_by_their_finding() -> None:
+    found = split_by_finding(fake_bundle(), [CLEAN, UNFAMILIAR, POISONED, CLEAN])
+    assert found == {
+        Finding.TRIGGERED: [POISONED],
+        Finding.UNFAMILIAR: [UNFAMILIAR],
+        None: [CLEAN, CLEAN],
+    }
+
+
+def test_a_stream_has_the_finding_and_the_override_test_of_each_text() -> None:
+    lines = [json.dumps({"text": text}) for text in (CLEAN, UNFAMILIAR, POISONED)] + ["{}"]
+    out = io.StringIO()
+    assert screen_file(fake_bundle(), lines, out, "text") == 1
+    *rows, failed = map(json.loads, out.getvalue().splitlines())
+    keys = ("finding", "poisoned", "override", "override_threshold", "override_p_value")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        (None, False, None, None, None),
+        ("unfamiliar", False, 0.1, 0.5, 0.4),
+        ("triggered", True, 0.9, 0.5, 0.01),
+    ]
+    assert failed.keys() == {"line", "error"}
+
+
+def test_every_field_of_a_verdict_is_a_column_of_bulk_output() -> None:
+    (verdict,) = screen_texts(fake_bundle(), [UNFAMILIAR])
+    columns = {name.removeprefix(COLUMN_PREFIX) for name in ADDED.names}
+    assert columns == {"file", "row", "error", *as_row(verdict)}
+    (column,) = [f for f in ADDED if f.name == COLUMN_PREFIX + "finding"]
+    assert pa.array([as_row(verdict)["finding"]], column.type).to_pylist() == ["unfamiliar"]

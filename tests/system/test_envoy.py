@@ -132,17 +132,20 @@ async def test_a_clean_request_passes_as_it_is_and_a_poisoned_one_is_answered_in
     async with envoy(example, tmp_path) as around:
         for name, (path, body, _) in ASKED.items():
             content = json.dumps(body([CLEAN] * 3), indent=1).encode()
-            headers = JSON | {"x-psim-decision": "forged", "x-mine": "yes"}
+            forged = {"x-psim-decision": "forged", "x-psim-finding": "forged"}
+            headers = JSON | forged | {"x-mine": "yes"}
             clean = await around.client.post(path, content=content, headers=headers)
             assert (clean.status_code, clean.content) == (200, SOUND)
             (asked_path, asked_headers, asked_body) = around.peer.asked.pop()
             assert (asked_path, asked_body) == (path, content)
             assert asked_headers["x-psim-decision"] == "allow"
+            assert asked_headers["x-psim-finding"] == "none"
             assert asked_headers["x-mine"] == "yes"
 
             poisoned = await around.client.post(path, json=body([CLEAN, POISONED, CLEAN]))
             assert poisoned.status_code == 403
             assert poisoned.headers["x-psim-decision"] == "reject"
+            assert poisoned.headers["x-psim-finding"] == "triggered"
             assert "trigger" in ERRORS[name](poisoned.json())
             assert "json" in poisoned.headers["content-type"]
             assert not around.peer.asked
@@ -184,10 +187,10 @@ async def test_what_cannot_be_inspected_gets_nowhere(example: str, tmp_path: Pat
             answer = await around.client.request(method, path, headers=headers, content=content)
             assert answer.status_code == status, (method, path, headers, answer.text)
         assert not around.peer.asked
-        forged = {"x-psim-decision": "forged"}
+        forged = {"x-psim-decision": "forged", "x-psim-finding": "forged"}
         assert (await around.client.get("/health", headers=forged)).status_code == 200
         (seen,) = around.peer.asked
-        assert "x-psim-decision" not in seen[1]
+        assert not forged.keys() & seen[1].keys()
 
 
 @BOTH
@@ -244,12 +247,13 @@ async def test_a_body_that_is_streamed_is_held_until_all_of_it_is_screened(tmp_p
     async with envoy("ext_proc", tmp_path, processing=streamed) as around:
         for text, status, sent in ((CLEAN, 200, 1), (POISONED, 403, 0)):
             body = json.dumps({"inputs": [[text]]}).encode()
-            forged = JSON | {"x-psim-decision": "forged"}
+            forged = JSON | {"x-psim-decision": "forged", "x-psim-finding": "forged"}
             answer = await around.client.post("/predict", content=chunks(body), headers=forged)
             assert answer.status_code == status
             complete = [asked for asked in around.peer.asked if asked[2]]
             assert [asked[2] for asked in complete] == [body] * sent
-            assert all("x-psim-decision" not in asked[1] for asked in around.peer.asked)
+            for _, headers, _ in around.peer.asked:
+                assert not {"x-psim-decision", "x-psim-finding"} & headers.keys()
             around.peer.asked.clear()
 
 

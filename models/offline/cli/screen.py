@@ -123,16 +123,19 @@ def triggers_command(
     if out is not None and out.exists():
         raise DataError(f"{out} exists already; choose another --out")
     from models.bundle.load import load_bundle
+    from models.detection.screen import Finding
     from models.offline.io.samples import load_samples
-    from models.offline.screening.stream import split_by_verdict
+    from models.offline.screening.stream import split_by_finding
     from models.offline.screening.triggers import common_phrases, phrase_table
 
     samples = load_samples(texts, text_column=text_column, drop_empty=True)
-    by_verdict = split_by_verdict(load_bundle(bundle, dtype, engine), [s.text for s in samples])
-    phrases = common_phrases(*by_verdict, most)
-    flagged, passed = map(len, by_verdict)
-    stdout.print(phrase_table(phrases, flagged, passed))
+    found = split_by_finding(load_bundle(bundle, dtype, engine), [s.text for s in samples])
+    triggered, unfamiliar, passed = found[Finding.TRIGGERED], found[Finding.UNFAMILIAR], found[None]
+    phrases = common_phrases([*triggered, *unfamiliar], passed, most)
+    stdout.print(phrase_table(phrases, len(triggered), len(unfamiliar), len(passed)))
     if out is not None:
-        found = {"flagged": flagged, "passed": passed, "phrases": [asdict(p) for p in phrases]}
-        out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        counts = {"flagged": len(triggered) + len(unfamiliar), "passed": len(passed)}
+        counts |= {"triggered": len(triggered), "unfamiliar": len(unfamiliar)}
+        report = counts | {"phrases": [asdict(p) for p in phrases]}
+        out.write_text(json.dumps(report, indent=1), encoding="utf-8")
         say(f"wrote {out}")

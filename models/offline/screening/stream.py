@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from models.bundle.load import Bundle
-from models.detection.screen import Verdict
+from models.detection.screen import Finding, Verdict
 from models.errors import DataError, PsimError
 from models.offline.io.inference import predict
 from models.offline.io.samples import CHUNK, json_row, text_of
@@ -37,14 +37,13 @@ def as_row(verdict: Verdict | PsimError) -> dict[str, Any]:
     return asdict(verdict) | {"poisoned": verdict.poisoned}
 
 
-def split_by_verdict(bundle: Bundle, texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the texts in which the bundle finds something, and the others."""
+def split_by_finding(bundle: Bundle, texts: Sequence[str]) -> dict[Finding | None, list[str]]:
+    """Return the texts with each finding, and those in which the bundle finds nothing."""
     encodings = bundle.engine.encode(texts)
-    flagged: list[str] = []
-    passed: list[str] = []
+    found: dict[Finding | None, list[str]] = {finding: [] for finding in (*Finding, None)}
     for text, readings in zip(texts, predict(bundle.engine, encodings), strict=True):
-        (flagged if bundle.screen.judge(readings).finding else passed).append(text)
-    return flagged, passed
+        found[bundle.screen.judge(readings).finding].append(text)
+    return found
 
 
 def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:

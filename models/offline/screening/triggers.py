@@ -142,10 +142,12 @@ def _cut(texts: Sequence[str]) -> list[str]:
     return [text[:MAX_CHARS] for text in texts[:MAX_TEXTS]]
 
 
-def phrase_table(phrases: Sequence[Phrase], flagged: int, passed: int) -> Table:
+def phrase_table(phrases: Sequence[Phrase], triggered: int, unfamiliar: int, passed: int) -> Table:
     """Return a rich table of the phrases found in so many flagged and passed texts."""
+    flagged = triggered + unfamiliar
     table = Table(
-        title=f"{flagged} of {flagged + passed} texts are flagged; what they have in common",
+        title=f"{flagged} of {flagged + passed} texts are flagged ({triggered} triggered, "
+        f"{unfamiliar} unfamiliar); what they have in common",
         caption=None if phrases else "nothing that the other texts have not",
     )
     for column in ("phrase", "explains", "in flagged", "in passed", "lift"):
