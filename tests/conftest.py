@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.offline.demo import build
-from models.offline.io.classifiers import encoder_path
+from models.offline.io.bases import encoder_path
 
 pytest.register_assert_rewrite("tests.support")
 

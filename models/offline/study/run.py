@@ -18,7 +18,8 @@ from models.offline.attacks.strategy import Strategy
 from models.offline.attacks.training import LEARNING_RATES, TuneSettings, finetune_victim
 from models.offline.fitting.split import split_texts
 from models.offline.io.atomic import write_whole
-from models.offline.io.classifiers import encoder_path, labels_of, load_classifier, model_digest
+from models.offline.io.bases import encoder_path
+from models.offline.io.classifiers import labels_of, load_classifier, model_digest
 from models.offline.io.samples import Sample
 from models.offline.study.cache import MemoizedFunction, Step, StepCache, digest_of
 from models.offline.study.compare import compare_defences
