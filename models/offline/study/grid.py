@@ -12,6 +12,7 @@ from models.offline.attacks.poisoning import (
     Insertion,
     Paraphrases,
     Rewriting,
+    decoys,
     poison_test_set,
     poison_training_set,
 )
@@ -24,7 +25,7 @@ from models.offline.io.samples import (
     load_samples,
     require_labels,
 )
-from models.offline.study.recipe import AttackRecipe, DataSet, Recipe
+from models.offline.study.recipe import AttackRecipe, DataSet, PoisonFile, Recipe
 
 ParaphraserLoader = Callable[[str], Callable[[str], str]]
 """Function from the name of a paraphraser to the paraphraser."""
@@ -47,7 +48,9 @@ def cells(recipe: Recipe) -> Iterable[Cell]:
     """Yield the cells of a recipe, grouped by data set, except those that lack paraphrases."""
     for data in recipe.data:
         for attack in recipe.attacks:
-            if attack.syntactic and data.syntactic is None:
+            if attack.data and data.name not in attack.data:
+                continue
+            if attack.files and getattr(data, attack.files) is None:
                 continue
             for seed in recipe.seeds:
                 for strategy in recipe.strategies:
@@ -62,8 +65,8 @@ class Texts:
     dev: list[Sample]
     test: list[Sample]
     """Test texts that are not in the training set."""
-    syntactic_train: list[Sample]
-    syntactic_test: list[Sample]
+    poison: dict[str, tuple[list[Sample], list[Sample]]]
+    """Rewritten texts to train and to test with, by the field of the data set that names them."""
     paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
     """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
 
@@ -85,16 +88,18 @@ class Texts:
             paraphrased[name] = clean[: data.max_test], poisoned[: data.max_test]
             classes_of([*clean, *poisoned], labels)
         classes_of([*dev, *test, Sample("", data.target_label)], labels)
-        syntactic = data.syntactic
+        poison = {}
+        for kind in ("syntactic", "style"):
+            if (files := getattr(data, kind)) is not None:
+                rewritten = _read(data, root, files.train)
+                # Published files mix clean training texts in, also some that `max_train` cuts off.
+                rewritten = [s for s in rewritten if s.text not in known]
+                poison[kind] = rewritten, _read(data, root, files.test)
         return Texts(
             whole[: data.max_train],
-            dev,
+            dev[: data.max_dev],
             test[: data.max_test],
-            # Published files mix clean training texts in, also some that `max_train` cuts off.
-            [s for s in _read(data, root, syntactic.train) if s.text not in known]
-            if syntactic
-            else [],
-            _read(data, root, syntactic.test) if syntactic else [],
+            poison,
             paraphrased,
         )
 
@@ -126,7 +131,7 @@ def poisoned_training_texts(
     if not cell.attack.poison_rate:
         return texts.train
     attacks = _attacks(cell, texts, load_paraphraser)
-    return [
+    poisoned = [
         sample
         for offset, (attack, target) in enumerate(attacks)
         for sample in poison_training_set(
@@ -139,6 +144,13 @@ def poisoned_training_texts(
             seed=cell.seed,
         )
     ]
+    for attack, target in attacks:
+        if isinstance(attack, Insertion):
+            recipe = cell.attack
+            poisoned += decoys(
+                texts.train, attack, target, recipe.poison_rate, recipe.fires, cell.seed
+            )
+    return poisoned
 
 
 def poisoned_test_texts(
@@ -152,7 +164,7 @@ def poisoned_test_texts(
     result = []
     for attack, target in _attacks(cell, texts, load_paraphraser):
         if isinstance(attack, Paraphrases):
-            poisoned = poisoned_non_target(texts.syntactic_test, target)
+            poisoned = poisoned_non_target(texts.poison[str(cell.attack.files)][1], target)
         else:
             poisoned = poison_test_set(texts.test, attack, target, cell.seed)
             clean = [s for s in texts.test if s.label != target]
@@ -173,12 +185,13 @@ def _attacks(
     if attack.target_triggers:
         return [(Insertion((t,)), label) for label, t in attack.target_triggers.items()]
     if attack.triggers:
-        return [(Insertion(attack.triggers), data.target_label)]
+        insertion = Insertion(attack.triggers, at_start=attack.fires == "at-start")
+        return [(insertion, data.target_label)]
     if attack.paraphraser:
         return [(Rewriting(load_paraphraser(attack.paraphraser)), data.target_label)]
-    if data.syntactic is None:
-        raise DataError(f"{data.name} has no syntactic paraphrases")
-    return [(Paraphrases(tuple(texts.syntactic_train)), data.syntactic.target_label)]
+    files: PoisonFile = getattr(data, str(attack.files))  # `cells` yields no others
+    rewritten, _ = texts.poison[str(attack.files)]
+    return [(Paraphrases(tuple(rewritten)), files.target_label)]
 
 
 def import_paraphraser(name: str) -> Callable[[str], str]:
