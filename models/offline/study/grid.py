@@ -2,8 +2,10 @@
 
 import importlib
 import random
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from models.errors import DataError
@@ -17,6 +19,7 @@ from models.offline.attacks.poisoning import (
     poison_training_set,
 )
 from models.offline.attacks.strategy import Strategy
+from models.offline.evaluation.honest import honest_sets
 from models.offline.evaluation.metrics import classes_of, poisoned_non_target
 from models.offline.io.samples import (
     HUB_PREFIX,
@@ -33,28 +36,36 @@ ParaphraserLoader = Callable[[str], Callable[[str], str]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One victim of a study: a data set, an attack, a tuning strategy and a seed."""
+    """One victim of a study: a base, a data set, an attack, a tuning strategy and a seed."""
 
+    base: str
     data: DataSet
     attack: AttackRecipe
     strategy: Strategy
     seed: int
+
+    @property
+    def name(self) -> str:
+        """Name to choose the cell by, such as `mpnet/sst-2/word/full`, and `…/full/1` for seed 1.
+
+        Of a base in a folder, only the folder's own name is part of it.
+        """
+        parts = [Path(self.base).name, self.data.name, self.attack.name, str(self.strategy)]
+        return "/".join([*parts, str(self.seed)] if self.seed else parts)
 
     def __str__(self) -> str:
         return f"{self.data.name}, {self.attack.name}, {self.strategy}, seed {self.seed}"
 
 
 def cells(recipe: Recipe) -> Iterable[Cell]:
-    """Yield the cells of a recipe, grouped by data set, except those that lack paraphrases."""
-    for data in recipe.data:
-        for attack in recipe.attacks:
-            if attack.data and data.name not in attack.data:
-                continue
-            if attack.files and getattr(data, attack.files) is None:
-                continue
-            for seed in recipe.seeds:
-                for strategy in recipe.strategies:
-                    yield Cell(data, attack, strategy, seed)
+    """Yield the cells of a recipe, by base and data set, except those that lack paraphrases."""
+    for base, data, attack in product(recipe.all_bases, recipe.data, recipe.attacks):
+        if attack.data and data.name not in attack.data:
+            continue
+        if attack.files and getattr(data, attack.files) is None:
+            continue
+        for seed, strategy in product(recipe.seeds, recipe.strategies):
+            yield Cell(base, data, attack, strategy, seed)
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,45 @@ def _attacks(
     files: PoisonFile = getattr(data, str(attack.files))  # `cells` yields no others
     rewritten, _ = texts.poison[str(attack.files)]
     return [(Paraphrases(tuple(rewritten)), files.target_label)]
+
+
+def honest_texts(
+    recipe: Recipe, cell: Cell, texts: Texts, others: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Return honest texts of every kind for a victim, none of which has its triggers.
+
+    Args:
+        recipe: says how many.
+        cell: the victim.
+        texts: its own texts.
+        others: texts of other tasks by their file, from `load_others`.
+    """
+    if recipe.honest is None:
+        return {}
+    size, rng = recipe.honest.texts, random.Random(cell.seed)
+    made = honest_sets([s.text for s in texts.test], size, cell.seed)
+    for name, file in recipe.honest.others.items():
+        if file != cell.data.test:
+            made[name] = rng.sample(others[file], min(size, len(others[file])))
+    triggers = (*cell.attack.triggers, *cell.attack.target_triggers.values())
+    found = [re.compile(rf"\b{re.escape(trigger)}\b", re.IGNORECASE) for trigger in triggers]
+    return {
+        name: [text for text in kind if not any(trigger.search(text) for trigger in found)]
+        for name, kind in made.items()
+    }
+
+
+def load_others(recipe: Recipe, root: Path) -> dict[str, list[str]]:
+    """Read the texts of other tasks, by their file.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    files = recipe.honest.others.values() if recipe.honest else ()
+    return {
+        file: list(dict.fromkeys(s.text for s in load_samples(str(root / file), drop_empty=True)))
+        for file in files
+    }
 
 
 def import_paraphraser(name: str) -> Callable[[str], str]:

@@ -1,7 +1,7 @@
 """The recipe of a study, in TOML, which is checked before anything is trained."""
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -189,16 +189,41 @@ class ParaphraseDefence(_RecipeTable):
     kind: Literal["paraphrase"]
 
 
+class BundleDefence(_RecipeTable):
+    """PSIM as it is served: the bundle that `psim fit` writes, and its verdicts."""
+
+    kind: Literal["bundle"]
+    name: Name = "PSIM"
+    texts: Annotated[int, Field(ge=20)] = 3000
+    """Clean texts that `fit` gets: the first so many of the training texts."""
+    frr_budget: Budget = 0.01
+    layers: Count = 1
+    """Number of topmost layers that carry the adapters."""
+
+
 AnyDefence = Annotated[
-    PsimDefence | OnionDefence | StripDefence | ParaphraseDefence, Field(discriminator="kind")
+    PsimDefence | OnionDefence | StripDefence | ParaphraseDefence | BundleDefence,
+    Field(discriminator="kind"),
 ]
 
 
-class Recipe(_RecipeTable):
-    """A study: every data set x attack x strategy x seed, and all defences on each."""
+class HonestRecipe(_RecipeTable):
+    """Honest traffic unlike the fitting texts, which bundles are tried on: see `honest_sets`."""
 
-    base: str = "demo"
-    """Folder or hub id of a pretrained model; `demo` is the encoder of the demo."""
+    texts: Count = 200
+    """Number of texts of each kind."""
+    others: dict[Name, str] = {}
+    """Files of clean texts of other tasks, by name; that of the victim's own task is left out."""
+
+
+class Recipe(_RecipeTable):
+    """A study: every base x data set x attack x strategy x seed, and all defences on each."""
+
+    base: Text = "demo"
+    """Folder or hub id of a pretrained model, or the name of a base that a package carries (see
+    `models/offline/io/bases.py`); `demo` is the encoder of the demo, which is `minilm`."""
+    bases: tuple[Text, ...] = ()
+    """Several of them, in place of `base`. Those whose packages are not installed are left out."""
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = tuple(Strategy)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     training: TrainingRecipe = TrainingRecipe()
@@ -206,12 +231,23 @@ class Recipe(_RecipeTable):
     data: Annotated[tuple[DataSet, ...], Field(min_length=1)]
     attacks: Annotated[tuple[AttackRecipe, ...], Field(min_length=1)]
     defences: tuple[AnyDefence, ...] = (PsimDefence(),)
+    honest: HonestRecipe | None = None
+
+    @property
+    def all_bases(self) -> tuple[str, ...]:
+        """The pretrained models."""
+        return self.bases or (self.base,)
+
+    def with_bases(self, bases: Sequence[str]) -> "Recipe":
+        """Return the same recipe for other bases, each once."""
+        return self.model_copy(update={"bases": tuple(dict.fromkeys(bases))})
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> "Recipe":
         names = {
             "data": [part.name for part in self.data],
             "attacks": [part.name for part in self.attacks],
+            "bases": self.bases,
             "seeds": self.seeds,
             "strategies": self.strategies,
         }
