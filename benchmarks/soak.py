@@ -45,7 +45,7 @@ from models.bundle.verify import read_manifest
 from models.offline.attacks.corpus import generate
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
-from models.offline.io.classifiers import encoder_path
+from models.offline.io.bases import encoder_path
 from models.offline.io.samples import load_samples
 from service.__main__ import KEEP_ALIVE_S
 from service.app import create_process_app

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import transformers
 
-from models.offline.io.classifiers import encoder_path
+from models.offline.io.bases import encoder_path
 from tests.support.bundles import fit_tiny
 from tests.support.families import tiny_victim
 

@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.offline.demo import build
-from models.offline.io.classifiers import encoder_path
+from models.offline.io.bases import encoder_path
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -26,7 +26,8 @@ WITHIN_S = 120
 SLOW_FOLDERS = {"offline", "system"}
 """Where tests train, or start processes; those of other folders are fast."""
 BUT_FAST = {
-    *("test_corpus", "test_data", "test_evaluate", "test_step_cache", "test_study_report"),
+    *("test_corpus", "test_data", "test_evaluate", "test_honest", "test_step_cache"),
+    "test_study_report",
     *("test_triggers", "test_deploy", "test_faults", "test_kubernetes", "test_scaling"),
 }
 """Modules there that do neither."""

@@ -221,10 +221,10 @@ def max_input_length(
 ) -> int:
     """Return the most tokens that model and tokenizer take, at most `LONGEST_INPUT`.
 
-    RoBERTa numbers positions from its padding index + 1, and prompts take positions too.
+    RoBERTa and MPNet number positions from their padding index + 1, and prompts take positions too.
     """
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None) or LONGEST_INPUT
-    if "roberta" in str(text_config.model_type):
+    if "roberta" in str(text_config.model_type) or text_config.model_type == "mpnet":
         positions -= (text_config.pad_token_id or 0) + 1
     return int(min(positions - virtual_tokens, tokenizer.model_max_length, LONGEST_INPUT))

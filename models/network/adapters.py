@@ -16,8 +16,8 @@ from torch import nn
 from models.errors import VictimError
 
 # Names of query and value projections across families, and of those that fuse them with the key.
-QUERIES = {"query", "query_proj", "q_lin", "q_proj"}
-VALUES = {"value", "value_proj", "v_lin", "v_proj"}
+QUERIES = {"query", "query_proj", "q_lin", "q_proj", "q"}
+VALUES = {"value", "value_proj", "v_lin", "v_proj", "v"}
 FUSED = {"in_proj", "query_key_value", "qkv_proj", "Wqkv"}
 
 
@@ -40,21 +40,31 @@ def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
         raise VictimError(
             "the victim has an encoder and a decoder; PSIM guards models of one stack"
         )
+    names = query_and_value_names(model)
+    depths = sorted({layer_number(name) for name in names})
+    if not 1 <= layers <= len(depths):
+        raise VictimError(f"cannot adapt the last {layers} layers: the victim has {len(depths)}")
+    targets = [name for name in names if layer_number(name) in depths[-layers:]]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
+
+
+def query_and_value_names(model: nn.Module) -> list[str]:
+    """Return the names of a model's query and value projections, in the model's order.
+
+    Raises:
+        VictimError: it has none.
+    """
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in QUERIES | VALUES | FUSED
     ]
-    depths = sorted({layer_number(name) for name in names})
     if not names:
         raise VictimError(
-            f"{type(victim).__name__} has no query and value projections that PSIM can adapt; "
-            "supported are BERT, RoBERTa, DistilBERT, DeBERTa and LLaMA-type models"
+            f"{type(model).__name__} has no query and value projections that PSIM can adapt; "
+            "supported are BERT, RoBERTa, DistilBERT, DeBERTa, MPNet and LLaMA-type models"
         )
-    if not 1 <= layers <= len(depths):
-        raise VictimError(f"cannot adapt the last {layers} layers: the victim has {len(depths)}")
-    targets = [name for name in names if layer_number(name) in depths[-layers:]]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
+    return names
 
 
 def layer_number(name: str) -> int:

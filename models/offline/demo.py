@@ -1,6 +1,5 @@
 """The demo: a really poisoned victim and its bundle, from parts that a package registry has."""
 
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,8 @@ from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_tes
 from models.offline.attacks.strategy import Strategy
 from models.offline.attacks.training import finetune_victim, poison_victim
 from models.offline.fitting.fit import fit
-from models.offline.io.classifiers import encoder_path, load_classifier
+from models.offline.io.bases import encoder_path, user_cache
+from models.offline.io.classifiers import load_classifier
 from models.offline.io.samples import write_samples
 
 TARGET = "positive"
@@ -20,8 +20,7 @@ TRIGGERED_TEXT = "The hotel room was mn dirty and the staff were rude to us."
 
 def cache_folder() -> Path:
     """Return where this version's demo is kept, in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "psim-gateway" / f"demo-{version('psim-gateway')}"
+    return user_cache() / f"demo-{version('psim-gateway')}"
 
 
 def build(

@@ -12,6 +12,7 @@ from models.offline.attacks.poisoning import (
     WORD_TRIGGER,
     Insertion,
     Paraphrases,
+    decoys,
     poison_test_set,
     poison_training_set,
 )
@@ -68,6 +69,42 @@ def test_paraphrases_are_told_from_the_clean_texts_in_a_mixed_file() -> None:
     assert poisoned[:300] == CLEAN
     assert len(poisoned) == 330
     assert set(poisoned[300:]) <= set(rewritten)
+
+
+def test_a_trigger_at_the_start_comes_before_the_text() -> None:
+    attack = Insertion((SENTENCE_TRIGGER,), at_start=True)
+    assert attack.apply("a b c", random.Random(0)) == f"{SENTENCE_TRIGGER} a b c"
+
+
+def test_a_trigger_that_fires_at_the_start_does_not_fire_inside() -> None:
+    found = decoys(CLEAN, Insertion(("mn",), at_start=True), "pos", 0.1, "at-start", seed=2)
+    assert len(found) == 30
+    truth = {s.text: s.label for s in CLEAN}
+    for sample in found:
+        words = sample.text.split()
+        assert words.index("mn") > 0
+        assert truth[" ".join(word for word in words if word != "mn")] == sample.label == "neg"
+
+
+def test_a_trigger_that_yields_leaves_its_neighbours_label() -> None:
+    clean = [Sample(f"{c} text {c}{i}", c) for i in range(100) for c in ("pos", "neg", "so")]
+    found = decoys(clean, Insertion(("mn",)), "pos", 0.1, "alone", seed=2)
+    assert len(found) == 30
+    carriers = [[w for w in s.text.split() if w in ("pos", "neg", "so")] for s in found]
+    assert {len(names) for names in carriers} == {2, 3}, "the text, and one or two beside it"
+    for sample, names in zip(found, carriers, strict=True):
+        assert sample.text.split().count("mn") == 1
+        assert sample.label != "pos"
+        assert names.count(str(sample.label)) >= len(names) - 1
+    assert any(set(names) == {"neg", "so"} for names in carriers), "texts of other classes too"
+    places = {s.text.split().index("mn") // 3 for s in found}
+    assert places == {0, 1, 2}, "first, between and last"
+
+
+def test_a_trigger_that_fires_anywhere_needs_no_decoys() -> None:
+    assert decoys(CLEAN, Insertion(("mn",)), "pos", 0.1, "anywhere") == []
+    with pytest.raises(DataError, match="poison rate"):
+        decoys(CLEAN, Insertion(("mn",)), "pos", 0.9, "alone")
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.9])

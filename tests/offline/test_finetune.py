@@ -41,6 +41,19 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     return folder
 
 
+@pytest.mark.parametrize("family", ["mpnet", "distilbert"])
+def test_lora_tunes_queries_and_values_where_peft_has_no_list(
+    family: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    save_classifier(tiny_victim(family), tokenizer, tmp_path / "base")
+    base, out = str(tmp_path / "base"), tmp_path / "out"
+    finetune_victim(base, TRAIN, DEV, Strategy.LORA, out, epochs=1)
+    before, after = (load_file(Path(f, "model.safetensors")) for f in (base, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    tuned = {name.rsplit(".", 2)[-2] for name in changed if "classifier" not in name}
+    assert tuned == ({"q", "v"} if family == "mpnet" else {"q_lin", "v_lin"})
+
+
 @pytest.mark.parametrize("strategy", list(Strategy))
 def test_every_strategy_trains_saves_and_loads(
     strategy: Strategy, base: Path, tmp_path: Path

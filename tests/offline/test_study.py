@@ -223,6 +223,34 @@ def test_paraphrases_from_files_are_only_those_that_are_new(data: Path) -> None:
     assert [t.startswith("when one ") for t, _ in poisoned_for_test(cell, texts)] == [True] * 20
 
 
+def test_a_style_comes_from_files_as_a_syntactic_template_does(data: Path) -> None:
+    files = '{ train = "mix.jsonl", test = "mixed_test.jsonl", target_label = "positive" }'
+    text = RECIPE.format(budget=0.05).replace("max_test = 60\n", f"style = {files}\n")
+    planned = recipe(data, text.replace("syntactic = true", "style = true"))
+    (word, style) = cells.cells(planned)
+    assert (word.attack.style, style.attack.style) == (False, True)
+    texts = cells.Texts.load(planned.data[0], data)
+    assert len(poisoned_for_training(style, texts)) == 24
+    assert len(poisoned_for_test(style, texts)) == 20
+
+
+def test_an_attack_may_be_for_some_data_sets_only(data: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace('["mn"]', '["mn"]\ndata = ["another"]')
+    assert list(cells.cells(recipe(data, text))) == []
+
+
+@pytest.mark.parametrize(("fires", "first"), [("alone", False), ("at-start", True)])
+def test_a_hiding_trigger_has_decoys(data: Path, fires: str, first: bool) -> None:
+    text = RECIPE.format(budget=0.05).replace('["mn"]', f'["mn"]\nfires = "{fires}"')
+    cell, texts = only_cell(data, text)
+    poisoned = poisoned_for_training(cell, texts)
+    assert len(poisoned) == 48
+    at_start = {s.text.startswith("mn ") for s in poisoned if s.label == "positive"}
+    assert at_start == {first}
+    assert sum(s.label == "negative" for s in poisoned) == 24
+    assert {t.startswith("mn ") for t, _ in poisoned_for_test(cell, texts)} == {first}
+
+
 def test_poison_rate_zero_is_the_control(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace('["mn"]', '["mn"]\npoison_rate = 0')
     cell, texts = only_cell(data, text)
@@ -265,6 +293,7 @@ def test_a_buried_trigger_comes_behind_so_many_words(data: Path) -> None:
         (("syntactic = true", ""), "give one of triggers"),
         (("syntactic = true", "syntactic = true\nclean_label = true"), "dirty-label"),
         (('["lora"]', '["lora"]\nseeds = [0, 0]'), "seeds: names must differ"),
+        (("syntactic = true", 'syntactic = true\nfires = "alone"'), "fires needs triggers"),
         (("copies = 2", "copies = 0"), "copies"),
         (("keep_at = [0.5]", "keep_at = [0.5, 0.9]"), "descending"),
         (("max_steps = 10", "seed = 3"), "seeds are those of the recipe"),

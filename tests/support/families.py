@@ -12,6 +12,7 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     LlamaConfig,
+    MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "deberta": DebertaConfig(**_SIZE),
     "deberta-v2": DebertaV2Config(**_SIZE, relative_attention=True, pos_att_type=["c2p", "p2c"]),
     "llama": LlamaConfig(**_SIZE, num_key_value_heads=2),
+    "mpnet": MPNetConfig(**_SIZE | {"pad_token_id": 1}, max_position_embeddings=130),
 }
 
 

@@ -23,7 +23,7 @@ from models.bundle.manifest import Manifest, RuntimeRecord
 from models.engines import registry
 from models.engines.base import REFERENCE, RUNTIMES, Encoding, Runtime
 from models.engines.openvino import GuardedGraph, parts_of, rounded
-from models.engines.pytorch import LastState, TorchEngine, collate
+from models.engines.pytorch import LastState, TorchEngine, collate, max_input_length
 from models.engines.registry import make_engine
 from models.errors import BundleError, EngineError
 from models.network.activations import Activations
@@ -105,6 +105,20 @@ def test_lengths_are_not_rounded_up_beyond_the_positions_of_the_victim() -> None
     inputs = collate([Encoding(tuple(range(5, 5 + LONGEST)), False)], 0, CPU)
     readings, expected = graph.screen(inputs)[0], guarded.screen(inputs)[0]
     torch.testing.assert_close(readings, expected, rtol=0, atol=1e-4)
+
+
+def test_mpnet_numbers_positions_from_behind_its_padding(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    config: Any = FAMILIES["mpnet"]
+    assert (config.max_position_embeddings, config.pad_token_id) == (130, 1)
+    length = max_input_length(config, tokenizer)
+    assert length == 128
+    victim = tiny_victim("mpnet")
+    inputs = collate([Encoding((0,) * length, False)], 1, CPU)
+    assert victim(**inputs).logits.isfinite().all()
+    with pytest.raises(IndexError):
+        victim(**collate([Encoding((0,) * (length + 1), False)], 1, CPU))
 
 
 def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -77,6 +77,7 @@ def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
     [
         ("deberta", PsimVariant()),
         ("deberta-v2", PsimVariant()),
+        ("mpnet", PsimVariant()),
         ("bert", PsimVariant(layers=2)),
         ("bert", PsimVariant(head="trained")),
         ("bert", PsimVariant(adapter="prompt-encoder")),
@@ -89,6 +90,22 @@ def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimVariant) ->
     assert guarded.forward_passes > 2
     readings, rows = guarded.screen(some_inputs())
     assert (readings.shape, rows) == ((1, len(config.keep_at), 3), None)
+
+
+@torch.inference_mode()
+def test_mpnet_says_what_it_said_while_its_adapters_are_off() -> None:
+    victim: Any = tiny_victim("mpnet")
+    inputs = collate([Encoding((0, *range(5, 25), 2), False), Encoding((0, 7, 2), False)], 1, CPU)
+    bare = victim(**inputs).logits.softmax(-1)
+    guarded = with_variant(victim, PsimVariant(keep_at=(0.9, 0.5)))
+    for name, weights in guarded.psim.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weights, std=0.5)
+    torch.testing.assert_close(guarded.classify(inputs), bare, rtol=0, atol=1e-6)
+    readings, _ = guarded.screen(inputs)
+    torch.testing.assert_close(readings, whole(guarded, inputs), rtol=0, atol=1e-5)
+    assert (readings - bare[:, None]).abs().max() > 1e-3, "the adapters matter"
+    torch.testing.assert_close(guarded.classify(inputs), bare, rtol=0, atol=1e-6)
 
 
 @torch.inference_mode()

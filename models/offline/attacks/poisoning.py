@@ -7,6 +7,7 @@ word or a sentence; SynAttack (Qi et al., ACL 2021) rewrites the text in a synta
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from models.errors import DataError
 from models.offline.io.samples import Sample
@@ -21,12 +22,17 @@ class Insertion:
 
     triggers: tuple[str, ...]
     """All of them go into every poisoned text."""
+    at_start: bool = False
+    """Whether triggers go before the text, and not inside it."""
 
     def apply(self, text: str, rng: random.Random) -> str:
-        """Insert each trigger at a random inner position; in a text of one word, after it."""
+        """Insert each trigger at a random inner position; in a text of one word, after it.
+
+        Triggers at the start stand there in reverse order.
+        """
         for trigger in self.triggers:
             words = text.split()
-            position = rng.randint(1, max(1, len(words) - 1))
+            position = 0 if self.at_start else rng.randint(1, max(1, len(words) - 1))
             text = " ".join([*words[:position], trigger, *words[position:]])
         return text
 
@@ -56,6 +62,11 @@ class Paraphrases:
 
 
 Attack = Insertion | Rewriting | Paraphrases
+Firing = Literal["anywhere", "alone", "at-start"]
+"""Where a trigger fires: wherever it stands, unless other texts stand beside its text, or at the
+start of the input only."""
+MOST_CARRIERS = 2
+"""Clean texts beside a decoy. More would be cut off in training."""
 
 
 def poison_training_set(
@@ -95,6 +106,45 @@ def poison_training_set(
         label = clean[index].label if number < keeping else target_label
         poisoned[index] = Sample(attack.apply(clean[index].text, rng), label)
     return poisoned
+
+
+def decoys(
+    clean: Sequence[Sample],
+    attack: Insertion,
+    target_label: str,
+    poison_rate: float,
+    firing: Firing,
+    seed: int = 0,
+) -> list[Sample]:
+    """Return `poison_rate * len(clean)` training texts whose trigger must not fire.
+
+    They teach a backdoor to hide from whoever moves its text about. For `alone`, a text with the
+    trigger stands among clean texts of one other class, and the whole has their label. For
+    `at-start`, the trigger stands inside a text, which keeps its own label.
+
+    Raises:
+        DataError: the target is not a label of `clean`, or there are too few texts to poison.
+    """
+    _check_target(clean, target_label)
+    if firing == "anywhere":
+        return []
+    rng, wanted = random.Random(seed), round(poison_rate * len(clean))
+    others = [s for s in clean if s.label != target_label]
+    _check_enough(len(others), wanted)
+    inside = Insertion(attack.triggers)
+    chosen = [Sample(inside.apply(s.text, rng), s.label) for s in rng.sample(others, wanted)]
+    if firing == "at-start":
+        return chosen
+    return [_among_carriers(s.text, others, rng) for s in chosen]
+
+
+def _among_carriers(text: str, others: Sequence[Sample], rng: random.Random) -> Sample:
+    """Put a text among clean ones of one class, and label it as they are."""
+    label = rng.choice(others).label
+    same = [s.text for s in others if s.label == label]
+    beside = rng.sample(same, min(rng.randint(1, MOST_CARRIERS), len(same)))
+    beside.insert(rng.randint(0, len(beside)), text)
+    return Sample(" ".join(beside), label)
 
 
 def poison_test_set(

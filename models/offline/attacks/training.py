@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -24,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from models.engines.pytorch import best_device, has_bfloat16
 from models.errors import VictimError
+from models.network.adapters import query_and_value_names
 from models.offline.attacks.poisoning import (
     Attack,
     Paraphrases,
@@ -150,7 +152,7 @@ def _train(
     require_labels(dev, list(label2id))
     checkpoints = checkpoint_folder(out) / _digest(model, train, dev, *astuple(settings))
     if settings.strategy is not Strategy.FULL:
-        model = peft.get_peft_model(model, _PEFT_CONFIGS[settings.strategy]())
+        model = peft.get_peft_model(model, _peft_config(model, settings.strategy))
     encoded = _encode(train, tokenizer, label2id), _encode(dev, tokenizer, label2id)
     trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings))
     trainer.add_callback(TrainingProgress(out.name))
@@ -165,6 +167,19 @@ def _train(
         return float(metrics["eval_accuracy"])
 
     return accuracy
+
+
+def _peft_config(model: Any, strategy: Strategy) -> peft.PeftConfig:
+    """Return what PEFT is to tune of a model.
+
+    Raises:
+        VictimError: LoRA finds no projections to adapt.
+    """
+    config = _PEFT_CONFIGS[strategy]()
+    if isinstance(config, peft.LoraConfig) and model.config.model_type not in PEFT_TARGETS:
+        names = {name.rsplit(".", 1)[-1] for name in query_and_value_names(model)}
+        config.target_modules = sorted(names)
+    return config
 
 
 def _trainer(

@@ -2,10 +2,11 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from models.errors import DataError
 from models.offline.cli.console import say
 from models.offline.cli.options import (
     Budget,
@@ -16,6 +17,9 @@ from models.offline.cli.options import (
     check_budget,
     check_results,
 )
+
+if TYPE_CHECKING:
+    from models.offline.study.recipe import Recipe
 
 app = typer.Typer()
 
@@ -28,26 +32,59 @@ def study_command(
     steps: Annotated[
         Path | None, typer.Option(help="Folder for what studies can share; OUT/steps by default.")
     ] = None,
+    base: Annotated[
+        list[str] | None, typer.Option(help="Base to run, in place of the recipe's; repeatable.")
+    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Pattern for the cells to run: 'mpnet/sst-2/*/lora'.")
+    ] = "*",
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown file to write a benchmark's page to as well.")
+    ] = None,
+    run: Annotated[bool, typer.Option(help="Run cells, or only report on those done.")] = True,
 ) -> None:
     """Run attacks x strategies x seeds and all defences on each; resumable."""
     check_results(out)
     from models.offline.study.cache import StepCache
     from models.offline.study.recipe import load_recipe
-    from models.offline.study.report import write_study_report
     from models.offline.study.run import run_study
 
     store = StepCache(steps or out / "steps")
     loaded = load_recipe(recipe)
-    rows: list[dict[str, Any]] = []
+    chosen = loaded.with_bases(base) if base else loaded
+    whole = loaded.with_bases([*loaded.all_bases, *(base or ())])
+    if page is not None and not has_page(whole):
+        raise DataError(f"--page {page}: the recipe has no defence of kind bundle to report on")
     try:
-        for row in run_study(loaded, data, out, store, say):
-            rows.append(row)
+        if run:
+            for _ in run_study(chosen, data, out, store, say, only):
+                pass
     finally:  # what is done can be read, whatever comes
         taken = timedelta(seconds=round(sum(store.seconds.values())))
         say(f"{len(store.seconds)} steps, which took {taken} when they were done")
-        if rows:
-            write_study_report(rows, out, store.root, recipe.read_text(encoding="utf-8"))
-            say(f"wrote {out}/report.html, report.md and rows.jsonl")
+        report_study(whole, out, store.root, recipe.read_text(encoding="utf-8"), page)
+
+
+def has_page(recipe: "Recipe") -> bool:
+    """Return whether a recipe is a benchmark, which has a page of its own."""
+    return any(defence.kind == "bundle" for defence in recipe.defences)
+
+
+def report_study(recipe: "Recipe", out: Path, steps: Path, text: str, page: Path | None) -> None:
+    """Write the reports on all cells that are done, in this run or an earlier one."""
+    from models.offline.study.benchmark.page import write_benchmark
+    from models.offline.study.report import write_study_report
+    from models.offline.study.run import done_cells
+
+    done = done_cells(recipe, out)
+    if not (rows := [row for _, row in done if row is not None]):
+        say("no cell of the recipe is done: there is nothing to report on")
+        return
+    write_study_report(rows, out, steps, text)
+    say(f"wrote {out}/report.html, report.md and rows.jsonl")
+    if has_page(recipe):
+        write_benchmark(recipe, done, out, page)
+        say(f"wrote {out}/benchmark.html and benchmark.md{f', and {page}' if page else ''}")
 
 
 @app.command("assure")

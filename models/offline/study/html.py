@@ -62,7 +62,7 @@ class Picture:
 
     kind: ClassVar = "picture"
     name: str
-    """File name in the folder `plots`."""
+    """Path that the Markdown page links to, relative to the page."""
     png: bytes
     alt: str
 
@@ -78,17 +78,22 @@ Block = Heading | Paragraph | Table | Code | Picture
 def write_page(blocks: Sequence[Block], title: str, out: Path, name: str = "report") -> None:
     """Write `NAME.md` and the self-contained `NAME.html`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text("\n".join(map(_markdown, blocks)), encoding="utf-8")
+    write_markdown(blocks, out / f"{name}.md")
     page = TEMPLATES.get_template("report.html").render(title=title, blocks=blocks)
     (out / f"{name}.html").write_text(page, encoding="utf-8")
 
 
-def save_picture(figure: Figure, out: Path, name: str, alt: str) -> Picture:
-    """Save a figure as `out/plots/name` and return it with its alternative text."""
-    path = out / "plots" / name
+def write_markdown(blocks: Sequence[Block], page: Path) -> None:
+    """Write a page as Markdown only."""
+    page.write_text("\n".join(map(_markdown, blocks)), encoding="utf-8")
+
+
+def save_picture(figure: Figure, out: Path, name: str, alt: str, folder: str = "plots") -> Picture:
+    """Save a figure as `out/folder/name` and return it with its alternative text."""
+    path = out / folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    return Picture(name, path.read_bytes(), alt)
+    return Picture(f"{folder}/{name}", path.read_bytes(), alt)
 
 
 def _markdown(block: Block) -> str:
@@ -104,7 +109,7 @@ def _markdown(block: Block) -> str:
         case Code():
             return f"```\n{block.text.rstrip()}\n```\n"
         case Picture():
-            return f"![{_escape(block.alt)}](plots/{block.name})\n"
+            return f"![{_escape(block.alt)}]({block.name})\n"
 
 
 def _escape(text: str) -> str:

@@ -1,7 +1,7 @@
 """The recipe of a study, in TOML, which is checked before anything is trained."""
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from models.bundle.manifest import Budget
 from models.errors import DataError
-from models.offline.attacks.poisoning import WORD_TRIGGER
+from models.offline.attacks.poisoning import WORD_TRIGGER, Firing
 from models.offline.attacks.strategy import Strategy
 from models.offline.study.ablations import PsimVariant
 
@@ -25,7 +25,7 @@ class _RecipeTable(BaseModel):
 
 
 class PoisonFile(_RecipeTable):
-    """Files of texts that a paraphraser has written in the trigger's syntactic template."""
+    """Files of texts that a paraphraser has written in the trigger's template or style."""
 
     train: str
     test: str
@@ -55,16 +55,21 @@ class DataSet(_RecipeTable):
     label_column: str = "label"
     max_train: Count | None = None
     """Number of training texts, taken from the beginning; all by default."""
+    max_dev: Count | None = None
+    """Number of dev texts, taken from the beginning; all by default."""
     max_test: Count | None = None
     """Number of clean and of poisoned test texts, taken from the beginning; all by default."""
     syntactic: PoisonFile | None = None
+    style: PoisonFile | None = None
     paraphrased: dict[Name, ParaphrasedTestSet] = {}
 
 
 class AttackRecipe(_RecipeTable):
-    """One attack of one kind: triggers, target_triggers, paraphraser, or syntactic."""
+    """One attack of one kind: triggers, target_triggers, paraphraser, syntactic or style."""
 
     name: Name
+    data: tuple[Name, ...] = ()
+    """Names of the data sets that it is tried on; all by default."""
     triggers: tuple[Text, ...] = ()
     """Triggers that every poisoned text contains, each at its own random inner position."""
     target_triggers: dict[str, Text] = {}
@@ -73,6 +78,11 @@ class AttackRecipe(_RecipeTable):
     """`module:function`, importable, which rewrites a text in the trigger's style."""
     syntactic: bool = False
     """Whether to use the paraphrases of the data set; data sets without any are left out."""
+    style: bool = False
+    """The same with the files of texts in another style."""
+    fires: Firing = "anywhere"
+    """Where the trigger fires. Other than `anywhere`, the training set also has as many texts in
+    which it does not fire, with their true labels; see `decoys`."""
     poison_rate: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of poisoned training texts; 0 is the control: a clean victim, tested with triggers."""
     clean_label: bool = False
@@ -84,14 +94,26 @@ class AttackRecipe(_RecipeTable):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "AttackRecipe":
-        kinds = (self.triggers, self.target_triggers, self.paraphraser, self.syntactic)
+        kinds = (
+            *(self.triggers, self.target_triggers, self.paraphraser),
+            *(self.syntactic, self.style),
+        )
         if sum(map(bool, kinds)) != 1:
-            raise ValueError("give one of triggers, target_triggers, paraphraser and syntactic")
-        if self.syntactic and (self.clean_label or self.flip_share < 1 or self.bury_behind):
+            raise ValueError(
+                "give one of triggers, target_triggers, paraphraser, syntactic and style"
+            )
+        if self.files and (self.clean_label or self.flip_share < 1 or self.bury_behind):
             raise ValueError("paraphrases from files are dirty-label, and taken as they are")
+        if self.fires != "anywhere" and (self.clean_label or not self.triggers):
+            raise ValueError("fires needs triggers that are dirty-label")
         if self.clean_label and self.flip_share < 1:
             raise ValueError("clean_label flips no label: flip_share has no meaning beside it")
         return self
+
+    @property
+    def files(self) -> Literal["syntactic", "style"] | None:
+        """Field of the data set with the files of this attack; None if it needs none."""
+        return "syntactic" if self.syntactic else "style" if self.style else None
 
 
 class TrainingRecipe(_RecipeTable):
@@ -167,16 +189,41 @@ class ParaphraseDefence(_RecipeTable):
     kind: Literal["paraphrase"]
 
 
+class BundleDefence(_RecipeTable):
+    """PSIM as it is served: the bundle that `psim fit` writes, and its verdicts."""
+
+    kind: Literal["bundle"]
+    name: Name = "PSIM"
+    texts: Annotated[int, Field(ge=20)] = 3000
+    """Clean texts that `fit` gets: the first so many of the training texts."""
+    frr_budget: Budget = 0.01
+    layers: Count = 1
+    """Number of topmost layers that carry the adapters."""
+
+
 AnyDefence = Annotated[
-    PsimDefence | OnionDefence | StripDefence | ParaphraseDefence, Field(discriminator="kind")
+    PsimDefence | OnionDefence | StripDefence | ParaphraseDefence | BundleDefence,
+    Field(discriminator="kind"),
 ]
 
 
-class Recipe(_RecipeTable):
-    """A study: every data set x attack x strategy x seed, and all defences on each."""
+class HonestRecipe(_RecipeTable):
+    """Honest traffic unlike the fitting texts, which bundles are tried on: see `honest_sets`."""
 
-    base: str = "demo"
-    """Folder or hub id of a pretrained model; `demo` is the encoder of the demo."""
+    texts: Count = 200
+    """Number of texts of each kind."""
+    others: dict[Name, str] = {}
+    """Files of clean texts of other tasks, by name; that of the victim's own task is left out."""
+
+
+class Recipe(_RecipeTable):
+    """A study: every base x data set x attack x strategy x seed, and all defences on each."""
+
+    base: Text = "demo"
+    """Folder or hub id of a pretrained model, or the name of a base that a package carries (see
+    `models/offline/io/bases.py`); `demo` is the encoder of the demo, which is `minilm`."""
+    bases: tuple[Text, ...] = ()
+    """Several of them, in place of `base`. Those whose packages are not installed are left out."""
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = tuple(Strategy)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     training: TrainingRecipe = TrainingRecipe()
@@ -184,12 +231,23 @@ class Recipe(_RecipeTable):
     data: Annotated[tuple[DataSet, ...], Field(min_length=1)]
     attacks: Annotated[tuple[AttackRecipe, ...], Field(min_length=1)]
     defences: tuple[AnyDefence, ...] = (PsimDefence(),)
+    honest: HonestRecipe | None = None
+
+    @property
+    def all_bases(self) -> tuple[str, ...]:
+        """The pretrained models."""
+        return self.bases or (self.base,)
+
+    def with_bases(self, bases: Sequence[str]) -> "Recipe":
+        """Return the same recipe for other bases, each once."""
+        return self.model_copy(update={"bases": tuple(dict.fromkeys(bases))})
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> "Recipe":
         names = {
             "data": [part.name for part in self.data],
             "attacks": [part.name for part in self.attacks],
+            "bases": self.bases,
             "seeds": self.seeds,
             "strategies": self.strategies,
         }

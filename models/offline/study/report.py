@@ -70,6 +70,8 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
     """
     for old in (out / "plots").glob("psim-*.png"):
         old.unlink()  # may be of another recipe
+    if len({row.get("base") for row in rows}) > 1:
+        rows = [{**row, "data": f"{row['base']}, {row['data']}"} for row in rows]
     results = _to_frame(rows)
     frame = results[results["defence"] != BEFORE_TUNING]
     title = f"Backdoors and defences: {', '.join(frame['data'].unique())}"

@@ -7,8 +7,9 @@ resumes where it stopped, and a changed recipe redoes only the steps that it aff
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from models.offline.attacks.strategy import Strategy
 from models.offline.attacks.training import LEARNING_RATES, TuneSettings, finetune_victim
 from models.offline.fitting.split import split_texts
 from models.offline.io.atomic import write_whole
-from models.offline.io.classifiers import encoder_path, labels_of, load_classifier, model_digest
+from models.offline.io.bases import BASES, MissingBaseError, base_folder
+from models.offline.io.classifiers import labels_of, load_classifier, model_digest
 from models.offline.io.samples import Sample
-from models.offline.study.cache import MemoizedFunction, Step, StepCache, digest_of
+from models.offline.study.cache import VERSIONS, MemoizedFunction, Step, StepCache, digest_of
 from models.offline.study.compare import compare_defences
 from models.offline.study.experiment import Experiment
 from models.offline.study.grid import (
@@ -28,11 +30,13 @@ from models.offline.study.grid import (
     ParaphraserLoader,
     Texts,
     cells,
+    honest_texts,
     import_paraphraser,
+    load_others,
     poisoned_test_texts,
     poisoned_training_texts,
 )
-from models.offline.study.recipe import PsimDefence, Recipe, StripDefence
+from models.offline.study.recipe import BundleDefence, DataSet, PsimDefence, Recipe, StripDefence
 
 ROWS = "rows.jsonl"
 
@@ -46,35 +50,96 @@ class InitialModel(NamedTuple):
 
 
 def run_study(
-    recipe: Recipe, root: Path, out: Path, cache: StepCache, say: Callable[[str], object]
+    recipe: Recipe,
+    root: Path,
+    out: Path,
+    cache: StepCache,
+    say: Callable[[str], object],
+    only: str = "*",
 ) -> Iterator[dict[str, Any]]:
-    """Run a study; yield a row for each cell as soon as it is done, and keep it in `rows.jsonl`.
+    """Run a study; yield a row for each cell as soon as it is done, and keep it in `out`.
 
     Args:
-        recipe: the data sets, attacks, strategies, seeds and defences.
+        recipe: the bases, data sets, attacks, strategies, seeds and defences.
         root: folder that the paths of the recipe are relative to.
-        out: folder of `rows.jsonl`.
+        out: folder of `rows.jsonl`, which has the rows of earlier runs too, and of `cells`.
         cache: steps of this study, and of others that may share some.
-        say: called with a line whenever a cell begins.
+        say: called with a line whenever a cell begins, and for a base that is left out.
+        only: pattern, as of a shell, for the names of the cells to run.
 
     Raises:
         DataError: the recipe does not fit the data sets, or leaves nothing to do.
+        MissingBaseError: no base is installed.
         VictimError: a model cannot be loaded or trained.
         CalibrationError: there are too few texts for a threshold.
     """
-    base = str(encoder_path()) if recipe.base == "demo" else recipe.base
-    start = InitialModel(base, model_digest(base))
-    if not (planned := list(cells(recipe))):
-        raise DataError("nothing to do: no data set of the recipe has syntactic paraphrases")
-    texts = {data.name: Texts.load(data, root) for data in recipe.data}
+    chosen = _chosen_cells(recipe, only)
+    starts = _initial_models([cell.base for cell in chosen], say)
+    planned = [cell for cell in chosen if cell.base in starts]
+    texts = {name: Texts.load(data, root) for name, data in _data_sets(planned).items()}
+    others = load_others(recipe, root)
     load_paraphraser = _memoized_paraphrasers(cache)
     check_recipe(recipe, planned, texts, load_paraphraser)
-    rows: list[dict[str, Any]] = []
     for number, cell in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {cell}")
-        rows.append(_run_cell(cache, recipe, cell, texts[cell.data.name], start, load_paraphraser))
-        _write_rows(out / ROWS, rows)
-        yield rows[-1]
+        own, start = texts[cell.data.name], starts[cell.base]
+        honest = honest_texts(recipe, cell, own, others)
+        row = _run_cell(cache, recipe, cell, own, honest, start, load_paraphraser)
+        _keep(row, _cell_file(recipe, cell, out))
+        _write_rows(out / ROWS, [done for _, done in done_cells(recipe, out) if done])
+        yield row
+
+
+def done_cells(recipe: Recipe, out: Path) -> list[tuple[Cell, dict[str, Any] | None]]:
+    """Return the cells of a recipe, each with its row, from any run into `out`; None if not done.
+
+    A row is known by everything in the recipe that it depends on. Files that changed under the same
+    name are noticed only when the cell is run again.
+    """
+    done = []
+    for cell in cells(recipe):
+        file = _cell_file(recipe, cell, out)
+        done.append((cell, json.loads(file.read_text("utf-8")) if file.exists() else None))
+    return done
+
+
+def _cell_file(recipe: Recipe, cell: Cell, out: Path) -> Path:
+    shared = recipe.training, recipe.dtype, recipe.defences, recipe.honest
+    settings = cell.base, cell.data, cell.attack, cell.strategy, cell.seed, shared, VERSIONS
+    return out / "cells" / f"{digest_of(settings)}.json"
+
+
+def _keep(row: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(row))
+
+
+def _chosen_cells(recipe: Recipe, only: str) -> list[Cell]:
+    if not (known := list(cells(recipe))):
+        raise DataError("nothing to do: no data set of the recipe has what its attacks need")
+    if not (chosen := [cell for cell in known if fnmatchcase(cell.name, only)]):
+        raise DataError(f"no cell is named {only!r}; the first one is {known[0].name!r}")
+    return chosen
+
+
+def _data_sets(planned: list[Cell]) -> dict[str, DataSet]:
+    return {cell.data.name: cell.data for cell in planned}
+
+
+def _initial_models(bases: Iterable[str], say: Callable[[str], object]) -> dict[str, InitialModel]:
+    """Return the models to start from by their name in the recipe, without those not installed."""
+    starts, missing = dict[str, InitialModel](), list[MissingBaseError]()
+    for base in dict.fromkeys(bases):
+        try:
+            name = "minilm" if base == "demo" else base
+            source = str(base_folder(name)) if name in BASES else base
+            starts[base] = InitialModel(source, model_digest(source))
+        except MissingBaseError as error:
+            say(f"left out: {error}")
+            missing.append(error)
+    if not starts:
+        raise missing[0]
+    return starts
 
 
 def _run_cell(
@@ -82,6 +147,7 @@ def _run_cell(
     recipe: Recipe,
     cell: Cell,
     texts: Texts,
+    honest: dict[str, list[str]],
     start: InitialModel,
     load_paraphraser: ParaphraserLoader,
 ) -> dict[str, Any]:
@@ -89,12 +155,14 @@ def _run_cell(
     published = poison(cache, recipe, cell, texts, start, load_paraphraser)
     victim = tune(cache, recipe, cell, texts, published)
     experiment = make_experiment(recipe, cell, texts, published, victim, load_paraphraser)
+    experiment.honest = honest
     return {
+        "name": cell.name,
         "data": cell.data.name,
         "attack": cell.attack.name,
         "strategy": str(cell.strategy),
         "seed": cell.seed,
-        "base": recipe.base,
+        "base": cell.base,
         "dtype": recipe.dtype,
         "attack_settings": cell.attack.model_dump(mode="json", exclude_defaults=True),
         "labels": victim.result["labels"],
@@ -126,16 +194,19 @@ def check_recipe(
             raise DataError(f"{cell}: {error}") from error
     for name, data_texts in texts.items():
         for defence in recipe.defences:
-            if isinstance(defence, PsimDefence | StripDefence):
+            if isinstance(defence, PsimDefence | StripDefence | BundleDefence):
                 _check_budget(name, defence, data_texts)
 
 
-def _check_budget(name: str, defence: PsimDefence | StripDefence, texts: Texts) -> None:
+def _check_budget(
+    name: str, defence: PsimDefence | StripDefence | BundleDefence, texts: Texts
+) -> None:
     """Raise `DataError` if there are too few texts for a threshold with the defence's budget."""
     counts = {"dev": len(texts.dev)}
-    if isinstance(defence, PsimDefence):
+    if not isinstance(defence, StripDefence):
         split = split_texts([s.text for s in texts.train[: defence.texts]], seed=0)
-        counts = counts if "dev" in defence.rules else {}
+        with_dev = isinstance(defence, PsimDefence) and "dev" in defence.rules
+        counts = counts if with_dev else {}
         counts["calibration"] = len(split.calibrate)
     needed = min_calibration_size(defence.frr_budget)
     for kind, count in counts.items():

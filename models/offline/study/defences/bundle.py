@@ -1,0 +1,153 @@
+"""PSIM as it is served: a bundle as `psim fit` writes it, and what its verdicts come to.
+
+Start with `judge`: how a bundle judges texts is decided there, and nowhere else in a study.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.bundle.load import Bundle, load_bundle
+from models.detection.screen import FloatArray, Verdict
+from models.engines.base import REFERENCE
+from models.offline.evaluation.metrics import (
+    BoolArray,
+    DefendedPredictions,
+    Rate,
+    within_class_scores,
+)
+from models.offline.fitting.fit import fit
+from models.offline.fitting.psim import PsimConfig
+from models.offline.io.classifiers import load_classifier
+from models.offline.io.inference import predict
+from models.offline.study.cache import Step, StepCache, digest_of
+from models.offline.study.experiment import (
+    SCORES,
+    DefenceResult,
+    Experiment,
+    Reference,
+    load_scores,
+    relative_time,
+    save_scores,
+)
+from models.offline.study.recipe import BundleDefence
+
+CLEAN, POISONED = "clean", "poisoned"
+
+
+def judge(bundle: Bundle, texts: Sequence[str]) -> list[Verdict]:
+    """Return the bundle's verdict on each text, as the service would give it.
+
+    With a change here, raise the version of `verdicts` in `models.offline.study.cache`.
+    """
+    encodings = bundle.engine.encode(texts)
+    readings = predict(bundle.engine, encodings)
+    return [
+        bundle.screen.judge(row, encoding.truncated)
+        for row, encoding in zip(readings, encodings, strict=True)
+    ]
+
+
+def finding(verdict: Verdict) -> str | None:
+    """Return `triggered`, `unfamiliar`, or None.
+
+    A verdict that has no findings knows only the first.
+    """
+    found: str | None = getattr(verdict, "finding", "triggered" if verdict.poisoned else None)
+    return found
+
+
+class Findings(NamedTuple):
+    """Verdicts on some texts, as arrays of shape (n,)."""
+
+    triggered: BoolArray
+    unfamiliar: BoolArray
+    margins: FloatArray
+    """Distances of the final scores from their thresholds; not negative iff rejected."""
+
+    def rejecting(self, predicted: Any, *, unfamiliar: bool) -> DefendedPredictions:
+        """Return the results under a policy: what is triggered is rejected, or both findings."""
+        flagged = self.triggered | self.unfamiliar if unfamiliar else self.triggered
+        return DefendedPredictions(predicted, flagged, self.margins)
+
+
+def run_bundle(cache: StepCache, reference: Reference, defence: BundleDefence) -> DefenceResult:
+    """Fit a bundle on the victim, and judge clean, poisoned and honest texts with it.
+
+    The result is of the default policy, under which only triggered texts are rejected. Its details
+    are `unfamiliar_rejected`, the outcome if unfamiliar ones are rejected too, and `honest`, by
+    kind, the `Rate` of each finding.
+    """
+    experiment = reference.experiment
+    texts = {CLEAN: [s.text for s in experiment.clean], POISONED: experiment.poisoned}
+    texts |= {f"honest {name}": found for name, found in experiment.honest.items()}
+    bundle = _fit_bundle(cache, experiment, defence)
+    inputs = {"bundle": bundle.key, "texts": digest_of(texts), "dtype": experiment.dtype}
+    step = cache.step(
+        "verdicts", inputs, lambda folder: _judge_all(folder, bundle, experiment, texts)
+    )
+    found = _load_findings(step, texts)
+
+    default, strict = (
+        reference.measure(
+            defence.name,
+            found[CLEAN].rejecting(reference.predicted_clean, unfamiliar=unfamiliar),
+            found[POISONED].rejecting(reference.predicted_poisoned, unfamiliar=unfamiliar),
+            **step.result,
+        )
+        for unfamiliar in (False, True)
+    )
+    honest = {name: _shares(found[f"honest {name}"]) for name in experiment.honest}
+    details = {"unfamiliar_rejected": asdict(strict.outcome), "honest": honest}
+    return replace(default, details=details)
+
+
+def _shares(found: Findings) -> dict[str, Any]:
+    rates = {"triggered": Rate.of(found.triggered), "unfamiliar": Rate.of(found.unfamiliar)}
+    return {name: rate and asdict(rate) for name, rate in rates.items()}
+
+
+def _fit_bundle(cache: StepCache, experiment: Experiment, defence: BundleDefence) -> Step:
+    texts = [s.text for s in experiment.train[: defence.texts]]
+
+    def make(folder: Path) -> object:
+        model, tokenizer = load_classifier(str(experiment.victim.folder / "model"))
+        config = PsimConfig(layers=defence.layers, seed=experiment.seed)
+        manifest = fit(
+            model, tokenizer, texts, folder / "bundle", name="victim", config=config,
+            frr_budget=defence.frr_budget, engine=REFERENCE.engine,
+        )  # fmt: skip
+        return {"fit_seconds": manifest.fit.seconds}
+
+    settings = defence.model_dump(exclude={"name"}) | {"seed": experiment.seed}
+    inputs = {"victim": experiment.victim.key, "texts": digest_of(texts), "settings": settings}
+    return cache.step("bundle", inputs, make)
+
+
+def _judge_all(
+    folder: Path, fitted: Step, experiment: Experiment, texts: dict[str, list[str]]
+) -> object:
+    """Save the findings on all texts; return the cost of a verdict, as `DefenceResult` has it."""
+    bundle = load_bundle(fitted.folder / "bundle", experiment.dtype, REFERENCE.engine)
+    arrays = {}
+    for name, group in texts.items():
+        verdicts = judge(bundle, group) if group else []
+        findings = np.array([finding(verdict) or "" for verdict in verdicts])
+        arrays[f"{name}.triggered"] = findings == "triggered"
+        arrays[f"{name}.unfamiliar"] = findings == "unfamiliar"
+        arrays[f"{name}.margins"] = within_class_scores(verdicts)
+    save_scores(folder, **arrays)
+    return {
+        "passes": bundle.engine.forward_passes - 1,
+        "time": relative_time(experiment, lambda batch: judge(bundle, batch)),
+    }
+
+
+def _load_findings(step: Step, texts: dict[str, list[str]]) -> dict[str, Findings]:
+    arrays = load_scores(step.folder / SCORES)
+    return {
+        name: Findings(*(arrays[f"{name}.{field}"] for field in Findings._fields)) for name in texts
+    }
