@@ -8,12 +8,15 @@ psim/                    LoRA weights; their header names the victim they were t
 tokenizer/
 activations.safetensors  whitening and class means of hidden states, see
                          `models.network.activations.Activations`
-calibration.safetensors  readings of clean texts by `ENGINE/DTYPE`, shape (n, K + M, C)
+calibration.safetensors  readings of clean texts by `ENGINE/DTYPE`, shape (n, K + M, C), and the
+                         outcomes of override tests, see `models.detection.calibrate`
+carriers.json            clean texts for the override test, by class; `--carriers` names others
 """
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 READINGS = "calibration.safetensors"
 ACTIVATIONS = "activations.safetensors"
+CARRIERS = "carriers.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT = (f"prompt/{ADAPTER_CONFIG}", f"prompt/{ADAPTER_WEIGHTS}")
 PSIM = f"psim/{ADAPTER_WEIGHTS}"
@@ -23,6 +26,7 @@ WEIGHT_INDEX = "victim/model.safetensors.index.json"
 ALLOWED = (
     READINGS,
     ACTIVATIONS,
+    CARRIERS,
     VICTIM_CONFIG,
     "victim/generation_config.json",
     "victim/model*.safetensors",
@@ -37,3 +41,8 @@ adapter_config.json beside a victim sends transformers to weights elsewhere."""
 REQUIRED = (READINGS, VICTIM_CONFIG, PSIM, "tokenizer/tokenizer_config.json")
 """Files a bundle must hold. A library that misses one of them asks the Hub for it."""
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+def outcome_names(runtime: object) -> tuple[str, str]:
+    """Return the names, in `READINGS`, of override tests on clean texts and on harmless ones."""
+    return f"{runtime}/override", f"{runtime}/override/harmless"

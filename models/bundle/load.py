@@ -5,8 +5,10 @@ served. No library reads a file that `models.bundle.verify` has not checked, and
 unpickled.
 """
 
+import json
 import math
 import os.path
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,23 @@ from safetensors.torch import load_file as load_tensors
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from models.bundle.layout import ACTIVATIONS, PROMPT, PSIM, READINGS
-from models.bundle.manifest import ActivationsRecord, Calibration, Manifest
+from models.bundle.layout import ACTIVATIONS, CARRIERS, PROMPT, PSIM, READINGS, outcome_names
+from models.bundle.manifest import (
+    ActivationsRecord,
+    Calibration,
+    GroupRecord,
+    Manifest,
+    OverrideGroupRecord,
+)
 from models.bundle.verify import WeightTotals, checked_copy, read_manifest
-from models.detection.calibrate import calibrate, parity
+from models.detection.calibrate import (
+    OverrideOutcomes,
+    calibrate,
+    calibrate_override,
+    parity,
+)
+from models.detection.conformal import ThresholdGroup
+from models.detection.override import OverrideGeometry, OverrideTest
 from models.detection.screen import FloatArray, Screen
 from models.engines.base import REFERENCE, Engine, Runtime
 from models.engines.pytorch import max_input_length
@@ -43,6 +58,8 @@ class Bundle:
     """SHA-256 of `manifest.json`, which in turn holds the hash of every other file."""
     engine: Engine
     screen: Screen
+    override: OverrideTest | None
+    """The second stage; None if the bundle has no carriers."""
 
 
 def load_bundle(
@@ -66,10 +83,11 @@ def load_bundle(
     calibration = choose(manifest, engine, dtype)
     try:
         with checked_copy(path, manifest) as (copy, totals):
-            screen = _load_screen(copy, manifest, calibration)
+            screen, groups = _load_screen(copy, manifest, calibration)
             _check_memory(copy, manifest, totals)
             model = _load_engine(copy, manifest, calibration.runtime)
-        bundle = Bundle(manifest, digest, model, screen)
+            override = _load_override(copy, manifest, model, groups)
+        bundle = Bundle(manifest, digest, model, screen, override)
         _self_test(bundle)
     except PsimError as error:
         raise BundleError(f"{path}: {error}") from error
@@ -117,40 +135,49 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
     )
 
 
-def _load_screen(path: Path, manifest: Manifest, chosen: Calibration) -> Screen:
+def _load_screen(
+    path: Path, manifest: Manifest, chosen: Calibration
+) -> tuple[Screen, list[ThresholdGroup]]:
     """Calibrate all runtimes again; the results must be those of the manifest.
+
+    Returns the chosen runtime's screen, and the groups of its override test, if there is one.
 
     An altered threshold, or one that no text can reach, would let everything pass. And the chosen
     runtime must agree with the reference as well as the manifest claims.
     """
-    checkpoints = len(manifest.psim.checkpoints)
+    checkpoints, calibrations = len(manifest.psim.checkpoints), manifest.calibrations
     try:
-        readings = _load_readings(path, manifest)
+        arrays = load_arrays(path / READINGS)
+        readings = _readings(arrays, manifest)
         screens = {
             own.runtime: calibrate(readings[own.runtime], checkpoints, own.frr_budget)
-            for own in manifest.calibrations
+            for own in calibrations
         }
         reference, given = readings[REFERENCE], readings[chosen.runtime]
         judge = screens.get(REFERENCE) or calibrate(reference, checkpoints, chosen.frr_budget)
         found = parity((judge, reference), (screens[chosen.runtime], given))
+        groups = {own.runtime: _override_groups(arrays, manifest, own) for own in calibrations}
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
         raise BundleError(f"{READINGS} does not hold the calibration") from error
-    if not all(_agree(screens[own.runtime], own) for own in manifest.calibrations):
+    if not all(
+        _agree(screens[own.runtime].groups, own.groups)
+        and _agree(groups[own.runtime], own.override)
+        for own in calibrations
+    ):
         raise BundleError("a threshold is not what its calibration texts give")
     # Other processors may round a text or two at a threshold to the other side.
     if found.decisions_agree < chosen.parity.decisions_agree - 2.5 / len(reference):
         raise BundleError(f"{chosen.runtime} agrees less than the manifest says")
-    return screens[chosen.runtime]
+    return screens[chosen.runtime], groups[chosen.runtime]
 
 
-def _load_readings(path: Path, manifest: Manifest) -> dict[Runtime, FloatArray]:
+def _readings(arrays: Mapping[str, FloatArray], manifest: Manifest) -> dict[Runtime, FloatArray]:
     """Return the readings of the calibration texts by runtime, the reference included.
 
     Raises:
         KeyError: there are none of a runtime.
         ValueError: they are not of the shape that the manifest gives.
     """
-    arrays = load_arrays(path / READINGS)
     runtimes = (REFERENCE, *(own.runtime for own in manifest.calibrations))
     readings: dict[Runtime, FloatArray] = {runtime: arrays[str(runtime)] for runtime in runtimes}
     distances = Activations.FEATURES if manifest.activations else 0
@@ -161,12 +188,59 @@ def _load_readings(path: Path, manifest: Manifest) -> dict[Runtime, FloatArray]:
     return readings
 
 
-def _agree(screen: Screen, calibration: Calibration) -> bool:
+def _override_groups(
+    arrays: Mapping[str, FloatArray], manifest: Manifest, own: Calibration
+) -> list[ThresholdGroup]:
+    """Calibrate the override test of a runtime again; empty if the bundle has no test.
+
+    Raises:
+        KeyError, ValueError: the outcomes are missing, or not of their shape.
+        CalibrationError: they give no threshold.
+    """
+    if manifest.override is None:
+        return []
+    clean, harmless = (arrays[name] for name in outcome_names(own.runtime))
+    classes = len(manifest.labels)
+    for outcomes in (clean, harmless):
+        if outcomes.dtype != np.float32 or outcomes.ndim != 2 or outcomes.shape[1] != 2:
+            raise ValueError(f"{READINGS}: outcomes are not float32 of shape (n, 2)")
+        if not np.isin(outcomes[:, 0], range(classes)).all():
+            raise ValueError(f"{READINGS}: outcomes are of classes that the bundle does not have")
+    return calibrate_override(OverrideOutcomes(clean, harmless), classes, own.frr_budget)
+
+
+def _load_override(
+    path: Path, manifest: Manifest, engine: Engine, groups: Sequence[ThresholdGroup]
+) -> OverrideTest | None:
+    """Load the carriers; they must be as many as the manifest says."""
+    record = manifest.override
+    if record is None:
+        return None
+    try:
+        carriers = json.loads((path / CARRIERS).read_bytes())["carriers"]
+        counts = [len(own) for own in carriers]
+        tokens = [[engine.token_ids(text) for text in own] for own in carriers]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{CARRIERS} does not hold the carriers of the override test") from error
+    readable = engine.window_length
+    if counts != record.carriers or len(counts) != len(manifest.labels):
+        raise BundleError(f"{CARRIERS} does not have as many carriers as the manifest names")
+    if not all(len(ids) for own in tokens for ids in own):
+        raise BundleError(f"{CARRIERS} holds a text without a token")
+    if record.window + 2 * record.carrier > readable:
+        raise BundleError(f"the override test needs more than the {readable} tokens that are read")
+    geometry = OverrideGeometry(record.window, record.carrier)
+    return OverrideTest(tokens, geometry, len(manifest.psim.checkpoints), groups)
+
+
+def _agree(
+    found: Sequence[ThresholdGroup], recorded: Sequence[GroupRecord | OverrideGroupRecord]
+) -> bool:
     """Return whether thresholds are the recorded ones, but for rounding on other processors."""
-    recorded = {tuple(group.classes): group.threshold for group in calibration.groups}
-    found = {group.classes: group.threshold for group in screen.groups}
-    return recorded.keys() == found.keys() and all(
-        math.isclose(found[own], recorded[own], rel_tol=1e-4, abs_tol=1e-4) for own in found
+    expected = {tuple(group.classes): group.threshold for group in recorded}
+    actual = {group.classes: group.threshold for group in found}
+    return actual.keys() == expected.keys() and all(
+        math.isclose(actual[own], expected[own], rel_tol=1e-4, abs_tol=1e-4) for own in actual
     )
 
 

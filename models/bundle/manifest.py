@@ -64,6 +64,28 @@ class GroupRecord(_ManifestPart):
     """95 % Clopper-Pearson interval of this threshold's false rejection rate."""
 
 
+class OverrideRecord(_ManifestPart):
+    """Sizes of the override test, see `models.detection.override`."""
+
+    window: int = Field(ge=1)
+    carrier: int = Field(ge=1)
+    """Lengths in tokens."""
+    carriers: list[int] = Field(min_length=2)
+    """Number of carriers of each class."""
+
+
+class OverrideGroupRecord(_ManifestPart):
+    """The override test's threshold for one predicted class, or for several pooled ones."""
+
+    classes: list[int] = Field(min_length=1)
+    texts: int = Field(ge=1)
+    threshold: float
+    """In log-odds."""
+    natural: Probability
+    """Share of clean texts that keep their class beside carriers. The test can say little of a
+    class where that is common."""
+
+
 class RuntimeRecord(_ManifestPart):
     """An engine and the dtype that it computes in."""
 
@@ -96,6 +118,8 @@ class Calibration(RuntimeRecord):
 
     frr_budget: Budget
     groups: list[GroupRecord] = Field(min_length=1)
+    override: list[OverrideGroupRecord] = []
+    """Empty if there is no override test."""
     parity: ParityRecord
 
 
@@ -166,13 +190,15 @@ class RecalibrationRecord(_ManifestPart):
 class Manifest(_ManifestPart):
     """A bundle's table of contents."""
 
-    schema_version: Literal[4]
+    schema_version: Literal[5]
     victim: VictimRecord
     labels: list[str] = Field(min_length=2)
     max_length: int = Field(ge=8)
     psim: PsimRecord
     activations: ActivationsRecord | None
     """None if all of the victim's layers are adapted, so that none can be watched."""
+    override: OverrideRecord | None
+    """None if there are no carriers: then the first stage decides alone."""
     calibrations: list[Calibration] = Field(min_length=1)
     default: RuntimeRecord
     """The fastest runtime that agrees with the reference, on the machine that fitted."""

@@ -1,7 +1,8 @@
 """Writing the parts of a bundle; `models.bundle.layout` shows where each of them goes."""
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -11,9 +12,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.bundle.digests import hash_files, tree_digest
-from models.bundle.layout import ACTIVATIONS, ADAPTER_WEIGHTS, MANIFEST, PSIM, READINGS
+from models.bundle.layout import (
+    ACTIVATIONS,
+    ADAPTER_WEIGHTS,
+    CARRIERS,
+    MANIFEST,
+    PSIM,
+    READINGS,
+    outcome_names,
+)
 from models.bundle.manifest import Manifest
+from models.detection.calibrate import OverrideOutcomes
 from models.detection.screen import FloatArray
+from models.engines.base import Runtime
 from models.network.activations import Activations
 from models.network.adapters import adapter_weights
 from models.network.guarded import Guarded
@@ -81,3 +92,15 @@ def _save_activations(activations: Activations, file: Path) -> None:
 def save_readings(path: Path, readings: Mapping[str, FloatArray]) -> None:
     """Write the readings of the calibration texts, by `ENGINE/DTYPE`."""
     save_arrays(dict(readings), path / READINGS)
+
+
+def save_carriers(path: Path, carriers: Sequence[Sequence[str]]) -> None:
+    """Write the texts of the override test, by class."""
+    content = json.dumps({"carriers": carriers}, ensure_ascii=False, indent=1)
+    (path / CARRIERS).write_text(content, encoding="utf-8")
+
+
+def outcome_arrays(runtime: Runtime, outcomes: OverrideOutcomes) -> dict[str, FloatArray]:
+    """Return the arrays of `READINGS` that hold the outcomes of override tests."""
+    clean, harmless = outcome_names(runtime)
+    return {clean: outcomes.clean, harmless: outcomes.harmless}

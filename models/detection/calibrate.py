@@ -1,7 +1,7 @@
-"""Calibration of a screen from clean texts alone: one threshold per predicted class."""
+"""Calibration of both stages from clean texts alone: one threshold per predicted class."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from models.errors import CalibrationError
 
 MIN_CLASS_SIZE = 60
 """Texts that a class needs for a mean and a deviation of its own."""
+HARMLESS_BUDGET = 0.01
+"""Tolerated share of harmless texts of other kinds that the override test calls triggered."""
 MIN_SCALE = 1e-3
 """Floor for deviations; a class whose clean texts are all alike would have none."""
 
@@ -64,9 +66,13 @@ def calibrate(
 def _check(readings: FloatArray, frr_budget: float) -> None:
     if not np.isfinite(readings).all():
         raise CalibrationError("the victim gives NaN or infinite scores on the clean texts")
-    if len(readings) < (needed := min_calibration_size(frr_budget)):
+    _check_enough(len(readings), frr_budget)
+
+
+def _check_enough(count: int, frr_budget: float) -> None:
+    if count < (needed := min_calibration_size(frr_budget)):
         raise CalibrationError(
-            f"{len(readings)} calibration texts are too few for a false-rejection budget of "
+            f"{count} calibration texts are too few for a false-rejection budget of "
             f"{frr_budget}: it needs {needed}; give more clean texts or a larger --frr-budget"
         )
 
@@ -74,6 +80,43 @@ def _check(readings: FloatArray, frr_budget: float) -> None:
 def _group(classes: tuple[int, ...], scores: FloatArray, frr_budget: float) -> ThresholdGroup:
     ascending = np.sort(scores)
     return ThresholdGroup(classes, conformal_threshold(ascending, frr_budget), ascending)
+
+
+@dataclass(frozen=True)
+class OverrideOutcomes:
+    """Outcomes of override tests that ran to their end, on texts without a trigger."""
+
+    clean: FloatArray
+    """Class and score of clean texts like those to come, shape (n, 2)."""
+    harmless: FloatArray
+    """The same of texts of other kinds, shape (m, 2)."""
+
+
+def calibrate_override(
+    outcomes: OverrideOutcomes, classes: int, frr_budget: float
+) -> list[ThresholdGroup]:
+    """Return the thresholds of the override test by predicted class, small classes pooled.
+
+    A threshold keeps the budget on clean texts, whether all of them are tested or only suspicious
+    ones, and `HARMLESS_BUDGET` on texts of other kinds. Where there are too few of the latter for
+    that, it lies above all of them.
+
+    Raises:
+        CalibrationError: too few clean texts, or scores that are not finite.
+    """
+    clean, harmless = outcomes.clean, outcomes.harmless
+    if not (np.isfinite(clean).all() and np.isfinite(harmless).all()):
+        raise CalibrationError("the override test gives NaN or infinite scores on the clean texts")
+    _check_enough(len(clean), frr_budget)
+    counts = np.bincount(clean[:, 0].astype(np.intp), minlength=classes).tolist()
+    groups = []
+    for pool in _pool(counts, min_calibration_size(frr_budget)):
+        group = _group(pool, clean[np.isin(clean[:, 0], pool), 1], frr_budget)
+        others = harmless[np.isin(harmless[:, 0], pool), 1]
+        budget = max(HARMLESS_BUDGET, 1 / (len(others) + 1))
+        least = conformal_threshold(others, budget) if len(others) else group.threshold
+        groups.append(replace(group, threshold=max(group.threshold, least)))
+    return groups
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.conformal import ThresholdGroup
+from models.detection.conformal import (
+    ThresholdGroup,
+    conformal_threshold,
+    min_calibration_size,
+)
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
 Detector = Literal["confidence", "activations"]
+SUSPICION = 0.05
+"""Share of clean texts that the first stage passes on to the override test."""
 TINY = 1e-12
 """Floor for probabilities and distances, so that their logarithms are finite."""
 
@@ -212,6 +218,19 @@ def log_odds(probabilities: FloatArray) -> NDArray[np.float64]:
     return odds
 
 
+def log_odds_of(probabilities: FloatArray, index: int) -> NDArray[np.float64]:
+    """Return log(p / (1 - p)) of one class, shape (n, K).
+
+    Args:
+        probabilities: PSIM's, shape (n, K, C).
+        index: the class.
+    """
+    exact = probabilities.astype(np.float64)
+    own, rest = exact[..., index], np.delete(exact, index, -1).sum(-1)
+    odds: NDArray[np.float64] = np.log(np.maximum(own, TINY) / np.maximum(rest, TINY))
+    return odds
+
+
 class Screen:
     """Judges readings against those of clean texts; made by `models.detection.calibrate`.
 
@@ -226,6 +245,12 @@ class Screen:
     def __init__(self, groups: Sequence[ThresholdGroup], normalizer: Normalizer) -> None:
         self.groups, self.normalizer = tuple(groups), normalizer
         self._by_class = {index: group for group in groups for index in group.classes}
+        self._suspicion = {
+            index: min(group.threshold, conformal_threshold(group.scores, SUSPICION))
+            if len(group.scores) >= min_calibration_size(SUSPICION)
+            else group.threshold
+            for index, group in self._by_class.items()
+        }
         claimed = sum(len(group.classes) for group in groups)
         if claimed != len(self._by_class) or set(self._by_class) != set(range(claimed)):
             raise ValueError("calibration groups must cover classes 0..C-1, each once")
@@ -242,6 +267,10 @@ class Screen:
     def threshold_of(self, predicted: int) -> float:
         """Return the threshold for texts that PSIM assigns to class `predicted`."""
         return self._by_class[predicted].threshold
+
+    def suspicion_of(self, predicted: int) -> float:
+        """Return the score from which a text of class `predicted` is worth the override test."""
+        return self._suspicion[predicted]
 
     def flags(self, readings: FloatArray) -> NDArray[np.bool_]:
         """Return which texts are extreme, shape (n,), by their readings, shape (n, V, C).

@@ -95,6 +95,9 @@ class Engine(Protocol):
     def window(self, ids: IntArray) -> Encoding:
         """Return up to `window_length` tokens of a text with special tokens, as a text."""
 
+    def content(self, encoding: Encoding) -> IntArray:
+        """Return the tokens of a text without special tokens, the reverse of `window`."""
+
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         """Return readings of texts, and the states to classify them from."""
 

@@ -126,6 +126,11 @@ class ModuleEngine:
         """See `Engine.window`."""
         return Encoding((*self._before, *ids.tolist(), *self._after), False)
 
+    def content(self, encoding: Encoding) -> IntArray:
+        """See `Engine.content`."""
+        end = len(encoding) - len(self._after)
+        return np.array(encoding.input_ids[len(self._before) : end], np.int64)
+
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         """Return readings of texts, and the states to classify them from."""
         with torch.inference_mode():

@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 from models.offline.attacks.corpus import generate
 from models.offline.evaluation.honest import (
     code_and_digits,
-    cut,
-    fragment,
     honest_sets,
-    joins,
     misspell,
     other_languages,
 )
 from models.offline.fitting.generic import generic_texts
+from models.offline.fitting.unfamiliar import cut, fragment, joins
 from models.offline.io.samples import check_text
 
 TEXTS = [sample.text for sample in generate(120, seed=5)]

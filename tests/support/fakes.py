@@ -72,6 +72,9 @@ class FakeEngine:
     def window(self, ids: IntArray) -> Encoding:
         return Encoding(tuple(ids.tolist()), False)
 
+    def content(self, encoding: Encoding) -> IntArray:
+        return np.array(encoding.input_ids, np.int64)
+
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         self.waits = not self.gate.is_set()
         self.gate.wait(10)
@@ -141,7 +144,7 @@ def fake_bundle(
     )
     parity = ParityRecord(decisions_agree=1.0, largest_difference=0.0, texts_per_s=1.0)
     manifest = Manifest(
-        schema_version=4,
+        schema_version=5,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
         labels=list(labels),
         max_length=MAX_LENGTH,
@@ -156,6 +159,7 @@ def fake_bundle(
             curve=[],
         ),
         activations=None,
+        override=None,
         calibrations=[
             Calibration(
                 engine="torch", dtype="float32", frr_budget=0.01, groups=[group], parity=parity
@@ -172,4 +176,4 @@ def fake_bundle(
     as_it_is = ZScore(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
     normalizer = Normalizer(ZScore(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
     screen = StagedScreen([ThresholdGroup((0, 1), threshold, scores)], normalizer)
-    return Bundle(manifest, digest, engine or FakeEngine(), screen)
+    return Bundle(manifest, digest, engine or FakeEngine(), screen, None)

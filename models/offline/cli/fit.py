@@ -33,6 +33,13 @@ def fit_command(
         Literal["auto", EngineName],
         typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
     ] = "auto",
+    carriers: Annotated[
+        str | None,
+        typer.Option(
+            help="Clean texts that the override test may use, and the bundle may hold; some of "
+            "--texts by default."
+        ),
+    ] = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
@@ -50,6 +57,7 @@ def fit_command(
 
     check_writable(out, force)
     samples = load_samples(texts, text_column=text_column, label_column=label_column)
+    given = load_samples(carriers, text_column=text_column) if carriers else []
     model, tokenizer = load_classifier(victim)
     manifest = fit(
         model,
@@ -60,6 +68,7 @@ def fit_command(
         frr_budget=frr_budget,
         config=PsimConfig(layers=top_layers, seed=seed),
         engine=engine,
+        carriers=[s.text for s in given],
     )
     stdout.print(manifest_table(manifest))
     say(f"wrote {out}; next: psim serve --bundle {out}")

@@ -40,6 +40,10 @@ EngineOrRay = Annotated[
         help="What to compute by; the bundle's choice by default, also with ray: --on ray."
     ),
 ]
+Thorough = Annotated[
+    bool,
+    typer.Option("--thorough", help="Run the override test on every text, not on suspicious ones."),
+]
 
 
 @app.command("screen")
@@ -53,6 +57,7 @@ def screen_command(
     text_column: TextColumn = "text",
     dtype: Dtype = None,
     engine: EngineOrRay = None,
+    thorough: Thorough = False,
 ) -> None:
     """Screen a JSONL stream, one verdict per line, in order, on stdout; or many large files."""
     if engine == "ray":
@@ -62,7 +67,7 @@ def screen_command(
     if out is None:
         if len(files) > 1:
             raise DataError("several files need --on ray")
-        failed = screen_lines(Path(files[0]), bundle, text_column, dtype, engine)
+        failed = screen_lines(Path(files[0]), bundle, text_column, dtype, engine, thorough=thorough)
         if failed:
             say(f"{failed} lines could not be screened; their output has an error")
     else:
@@ -70,7 +75,7 @@ def screen_command(
 
         totals = screen_files(
             files, bundle, out, text_column=text_column, part_rows=part_rows, workers=workers,
-            dtype=dtype, engine=engine, say=say,
+            dtype=dtype, engine=engine, thorough=thorough, say=say,
         )  # fmt: skip
         failed = totals.failed
         say(
@@ -81,7 +86,13 @@ def screen_command(
 
 
 def screen_lines(
-    file: Path, bundle: Path, text_column: str, dtype: DtypeName | None, engine: EngineName | None
+    file: Path,
+    bundle: Path,
+    text_column: str,
+    dtype: DtypeName | None,
+    engine: EngineName | None,
+    *,
+    thorough: bool,
 ) -> int:
     """Screen a JSONL file, or stdin, to stdout; return how many lines could not be screened."""
     from tqdm import tqdm
@@ -93,7 +104,7 @@ def screen_lines(
     with open_lines(file) as lines:
         # No bar between verdicts on a terminal, and none where nobody would see it.
         watched = tqdm(lines, unit=" lines", disable=sys.stdout.isatty() or None)
-        return screen_file(loaded, watched, sys.stdout, text_column)
+        return screen_file(loaded, watched, sys.stdout, text_column, thorough=thorough)
 
 
 def open_lines(file: Path) -> TextIO:

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from models.bundle.load import Bundle
 from models.detection.screen import FloatArray, Screen, Verdict
-from models.engines.base import Engine
+from models.errors import ScreenError
 from models.offline.evaluation.metrics import (
     AttackOutcome,
     Classes,
@@ -19,7 +18,7 @@ from models.offline.evaluation.metrics import (
     undefended,
     within_class_scores,
 )
-from models.offline.io.inference import predict
+from models.offline.io.inference import judge_texts, predict
 from models.offline.io.samples import Sample
 
 PAPER_THRESHOLD = 0.7
@@ -33,7 +32,7 @@ class Evaluation:
     none: AttackOutcome
     """Outcome without a defence."""
     calibrated: AttackOutcome
-    """Outcome with the bundle's thresholds; the AUROC is that of the distance to the threshold."""
+    """Outcome with the bundle's thresholds; the AUROC is that of the final score."""
     paper: AttackOutcome
     """Outcome with `PAPER_THRESHOLD` on the last checkpoint's confidence, also for the AUROC."""
     clean_scores: FloatArray
@@ -55,8 +54,7 @@ def evaluate(
     target = int(classes_of([Sample("", target_label)], labels)[0])
     poisoned = poisoned_non_target(poisoned, target_label)
     screened_clean, screened_poisoned = (
-        ScreenedTexts.run(bundle.engine, bundle.screen, [s.text for s in samples])
-        for samples in (clean, poisoned)
+        ScreenedTexts.run(bundle, [s.text for s in samples]) for samples in (clean, poisoned)
     )
     return Evaluation(
         measure_outcome(screened_clean.undefended, truth, screened_poisoned.undefended, target),
@@ -70,25 +68,38 @@ def evaluate(
 
 @dataclass(frozen=True)
 class ScreenedTexts:
-    """Readings of PSIM and predictions of the victim on some texts."""
+    """Verdicts on some texts, and predictions of the victim."""
 
-    screen: Screen
-    readings: FloatArray
-    """Output of `Guarded.screen`, shape (n, V, C)."""
+    verdicts: Sequence[Verdict]
+    last_confidence: FloatArray
+    """Largest probability of PSIM's last checkpoint, shape (n,)."""
     predicted: Classes
     """Classes that the victim predicts, shape (n,)."""
 
     @staticmethod
-    def run(engine: Engine, screen: Screen, texts: Sequence[str]) -> "ScreenedTexts":
-        """Run texts through PSIM and the victim."""
-        encodings = engine.encode(texts)
-        predicted = predict(engine, encodings, classifier=True).argmax(1)
-        return ScreenedTexts(screen, predict(engine, encodings), predicted)
+    def run(bundle: Bundle, texts: Sequence[str]) -> "ScreenedTexts":
+        """Run texts through both stages and the victim.
 
-    @cached_property
-    def verdicts(self) -> list[Verdict]:
-        """The screen's verdict on each text."""
-        return [self.screen.judge(row) for row in self.readings]
+        Raises:
+            ScreenError: a text cannot be judged.
+        """
+        encodings = bundle.engine.encode(texts)
+        predicted = predict(bundle.engine, encodings, classifier=True).argmax(1)
+        verdicts = judge_texts(bundle, encodings)
+        for verdict in verdicts:
+            if isinstance(verdict, ScreenError):
+                raise verdict
+        return ScreenedTexts(
+            [verdict for verdict in verdicts if isinstance(verdict, Verdict)],
+            _last_confidence(bundle.screen, predict(bundle.engine, encodings)),
+            predicted,
+        )
+
+    @staticmethod
+    def of_first_stage(screen: Screen, readings: FloatArray, predicted: Classes) -> "ScreenedTexts":
+        """Return what the first stage alone makes of readings, shape (n, V, C)."""
+        verdicts = [screen.judge(row) for row in readings]
+        return ScreenedTexts(verdicts, _last_confidence(screen, readings), predicted)
 
     @property
     def scores(self) -> FloatArray:
@@ -109,5 +120,10 @@ class ScreenedTexts:
     @property
     def paper(self) -> DefendedPredictions:
         """Results with `PAPER_THRESHOLD` on the confidence of the last checkpoint."""
-        confidence = self.readings[:, self.screen.normalizer.checkpoints - 1].max(1)
+        confidence = self.last_confidence
         return DefendedPredictions(self.predicted, confidence >= PAPER_THRESHOLD, confidence)
+
+
+def _last_confidence(screen: Screen, readings: FloatArray) -> FloatArray:
+    confidence: FloatArray = readings[:, screen.normalizer.checkpoints - 1].max(1)
+    return confidence

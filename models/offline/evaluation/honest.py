@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Sequence
 from importlib import resources
 
+from models.offline.fitting.unfamiliar import cut, fragment, joins
+
 LETTER_ERRORS = 0.05
 """Share of letters with a typing error."""
 
@@ -32,26 +34,6 @@ def honest_sets(texts: Sequence[str], size: int, seed: int) -> dict[str, list[st
         "code and digits": code_and_digits(size, rng),
     }
     return {name: list(dict.fromkeys(found))[:size] for name, found in made.items()}
-
-
-def cut(text: str, rng: random.Random) -> str:
-    """Return the first one to four words of a text."""
-    return " ".join(text.split()[: rng.randint(1, 4)])
-
-
-def fragment(text: str, rng: random.Random) -> str:
-    """Return a half or a third of a text: words that follow each other, one at least."""
-    words = text.split()
-    length = max(1, len(words) // rng.choice([2, 3]))
-    start = rng.randint(0, len(words) - length)
-    return " ".join(words[start : start + length])
-
-
-def joins(texts: Sequence[str], rng: random.Random) -> list[str]:
-    """Return texts that each consist of two to four different ones."""
-    if len(texts) < 2:
-        return []
-    return [" ".join(rng.sample(texts, min(rng.randint(2, 4), len(texts)))) for _ in texts]
 
 
 def misspell(text: str, rng: random.Random, rate: float = LETTER_ERRORS) -> str:

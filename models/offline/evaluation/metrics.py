@@ -128,6 +128,10 @@ def poisoned_non_target(samples: Sequence[Sample], target_label: str) -> list[Sa
     return others or list(samples)
 
 
+CONFIRMED = 1e3
+"""More than the distance of any score from its threshold."""
+
+
 def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
     """Return the class index of each sample, -1 for samples without a label, shape (n,).
 
@@ -141,12 +145,13 @@ def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
 
 
 def within_class_scores(verdicts: Sequence[Verdict]) -> FloatArray:
-    """Return the distance of each score from its threshold, shape (n,); negative unless poisoned.
+    """Return the final score of each text, shape (n,), which can be compared between classes.
 
-    Unlike scores, distances can be compared between classes. Unlike p-values, they do not tie among
-    the most extreme texts.
+    It is the distance of the first stage's score from its threshold, and what the override test
+    confirms comes before all other texts. Unlike p-values, distances do not tie among the most
+    extreme texts.
     """
-    return np.array([v.margin for v in verdicts], np.float32)
+    return np.array([v.margin + CONFIRMED * v.poisoned for v in verdicts], np.float32)
 
 
 def auroc(clean: FloatArray | None, poisoned: FloatArray | None) -> float | None:

@@ -17,17 +17,20 @@ from transformers import PreTrainedTokenizerBase
 from models.bundle.digests import hash_files
 from models.bundle.load import load_bundle
 from models.bundle.manifest import Calibration, Manifest
-from models.bundle.save import save_manifest, save_readings, save_weights
+from models.bundle.save import save_carriers, save_manifest, save_readings, save_weights
+from models.detection.override import OverrideGeometry, OverrideTest
 from models.engines.pytorch import TorchEngine
 from models.network.adapters import lora_config
 from models.network.guarded import Guarded, guard
 from models.offline.fitting.activations import fit_activations
+from models.offline.fitting.carriers import Carriers, choose_carriers
 from models.offline.fitting.psim import PsimConfig, Training, reset_loss, train_psim
 from models.offline.fitting.records import (
     activations_record,
     calibration_records,
     fit_record,
     installed_versions,
+    override_record,
     psim_record,
     victim_record,
 )
@@ -37,6 +40,7 @@ from models.offline.fitting.runtimes import (
     check_installed,
     fastest,
     measure_runtimes,
+    measured_arrays,
 )
 from models.offline.fitting.split import Split, split_texts
 from models.offline.io.atomic import replaced
@@ -53,8 +57,21 @@ def fit(
     frr_budget: float = 0.01,
     config: PsimConfig | None = None,
     engine: str = AUTO,
+    carriers: Sequence[str] = (),
 ) -> Manifest:
     """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
+
+    Args:
+        victim: the classifier to guard.
+        tokenizer: its tokenizer.
+        texts: clean texts like those that it will read.
+        out: folder to write.
+        name: what to call the victim.
+        frr_budget: share of clean texts that each stage may reject, in (0, 1).
+        config: hyperparameters of PSIM.
+        engine: name of an engine, or `AUTO`.
+        carriers: clean texts that the override test may use and the bundle may hold; some of
+            `texts` if there are none.
 
     Raises:
         VictimError, DataError, CalibrationError, EngineError: see the message; nothing is written.
@@ -65,14 +82,19 @@ def fit(
     trained, training = train(victim, tokenizer, split, config)
     with replaced(out) as partial:
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
-        calibrations = _calibrate(partial, trained, split.calibrate, engine, frr_budget)
+        chosen = choose_carriers(trained, split, carriers)
+        test = override_test(trained, split, chosen) if chosen else None
+        if chosen:
+            save_carriers(partial, chosen)
+        calibrations = _calibrate(partial, trained, split.calibrate, engine, frr_budget, test)
         manifest = Manifest(
-            schema_version=4,
+            schema_version=5,
             victim=victim_record(victim, name, digest),
             labels=labels,
             max_length=trained.max_length,
             psim=psim_record(config, training),
             activations=activations_record(trained.guarded),
+            override=override_record(test),
             calibrations=calibrations,
             default=fastest(calibrations, engine),
             fit=fit_record(split, started),
@@ -107,13 +129,26 @@ def with_psim(victim: nn.Module, config: PsimConfig) -> Guarded:
     return guard(victim, lora_config(victim, config.layers, config.rank), len(config.keep_at))
 
 
+def override_test(engine: TorchEngine, split: Split, carriers: Carriers) -> OverrideTest:
+    """Return an override test without thresholds, sized by clean texts."""
+    lengths = [len(engine.content(text)) for text in engine.encode(split.held_out)]
+    geometry = OverrideGeometry.of(lengths, engine.window_length)
+    tokens = [[engine.token_ids(text) for text in own] for own in carriers]
+    return OverrideTest(tokens, geometry, len(engine.guarded.checkpoints))
+
+
 def _calibrate(
-    path: Path, trained: TorchEngine, texts: Sequence[str], engine: str, frr_budget: float
+    path: Path,
+    trained: TorchEngine,
+    texts: Sequence[str],
+    engine: str,
+    frr_budget: float,
+    test: OverrideTest | None,
 ) -> list[Calibration]:
     """Calibrate all runtimes, and write their readings into the bundle."""
-    measured = measure_runtimes(trained, engine, texts)
+    measured = measure_runtimes(trained, engine, texts, test)
     calibrated = calibrate_runtimes(measured, len(trained.guarded.checkpoints), frr_budget)
-    save_readings(path, {str(runtime): own.readings for runtime, own in measured.items()})
+    save_readings(path, measured_arrays(measured))
     return calibration_records(measured, calibrated, frr_budget)
 
 

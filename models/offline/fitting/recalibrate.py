@@ -40,6 +40,7 @@ from models.offline.fitting.runtimes import (
     calibrate_runtimes,
     fastest,
     measure,
+    measured_arrays,
 )
 from models.offline.fitting.split import MAX_CALIBRATE
 from models.offline.fitting.traffic import AuditedTraffic, Kind
@@ -55,7 +56,7 @@ class Recalibration:
     """Manifest of the new bundle, except for the digest of the readings."""
     record: RecalibrationRecord
     readings: Mapping[str, FloatArray]
-    """Readings of the clean texts, by `ENGINE/DTYPE`."""
+    """Readings of the clean texts, and outcomes of override tests, as the bundle names them."""
 
 
 def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
@@ -70,13 +71,13 @@ def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
     kinds = _sampled(traffic.kinds)
     clean = np.array([kind is not Kind.POISONED for kind in kinds.values()], np.bool_)
     _check_enough(int(clean.sum()), budget)
-    before, measured = _measure_all(bundle, parent, list(kinds))
+    before, measured = _measure_all(bundle, parent, list(kinds), int(clean.sum()))
     on_clean = {r: replace(own, readings=own.readings[clean]) for r, own in measured.items()}
     after = calibrate_runtimes(on_clean, len(parent.psim.checkpoints), budget)
     calibrations = calibration_records(on_clean, after, budget)
     changes: list[ChangeRecord] = []
     for runtime, own in measured.items():
-        screens = before[runtime], after[runtime][0]
+        screens = before[runtime], after[runtime].screen[0]
         changes += _changes(parent, runtime, screens, own.readings, clean)
     record = _record(traffic, digest, kinds, changes)
     manifest = parent.model_copy(
@@ -87,8 +88,7 @@ def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
             "versions": installed_versions(),
         }
     )
-    readings = {str(runtime): own.readings for runtime, own in on_clean.items()}
-    return Recalibration(bundle, manifest, record, readings)
+    return Recalibration(bundle, manifest, record, measured_arrays(on_clean))
 
 
 def _sampled(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
@@ -109,16 +109,20 @@ def _check_enough(clean: int, budget: float) -> None:
 
 
 def _measure_all(
-    bundle: Path, parent: Manifest, texts: Sequence[str]
+    bundle: Path, parent: Manifest, texts: Sequence[str], clean: int
 ) -> tuple[dict[Runtime, Screen], dict[Runtime, RuntimeMeasurement]]:
-    """Return the screen of each runtime that works here, and its measurement on texts."""
+    """Return the screen of each runtime that works here, and its measurement on texts.
+
+    The first `clean` texts are the clean ones.
+    """
     screens: dict[Runtime, Screen] = {}
     measured: dict[Runtime, RuntimeMeasurement] = {}
     for own in parent.calibrations:
         if own.engine == REFERENCE.engine or runs_here(own.runtime):
             loaded = load_bundle(bundle, own.dtype, own.engine)
             screens[own.runtime] = loaded.screen
-            measured[own.runtime] = measure(loaded.engine, loaded.engine.encode(texts))
+            test = loaded.override.uncalibrated() if loaded.override else None
+            measured[own.runtime] = measure(loaded.engine, texts, test, texts[:clean])
     return screens, measured
 
 

@@ -15,17 +15,20 @@ from models.bundle.manifest import (
     Calibration,
     FitRecord,
     GroupRecord,
+    OverrideGroupRecord,
+    OverrideRecord,
     ParityRecord,
     PsimRecord,
     VictimRecord,
 )
-from models.detection.calibrate import Calibrated, parity
+from models.detection.calibrate import parity
 from models.detection.conformal import ThresholdGroup, allowed_rejections
+from models.detection.override import OverrideTest
 from models.engines.base import REFERENCE, RUNTIMES, Runtime
 from models.engines.registry import is_installed
 from models.network.guarded import Guarded
 from models.offline.fitting.psim import PsimConfig, Training
-from models.offline.fitting.runtimes import RuntimeMeasurement
+from models.offline.fitting.runtimes import CalibratedRuntime, RuntimeMeasurement
 from models.offline.fitting.split import Split
 from models.offline.io.classifiers import pretrained_model
 from models.offline.statistics import clopper_pearson
@@ -91,20 +94,21 @@ def fit_record(split: Split, started: float) -> FitRecord:
 
 def calibration_records(
     measured: Mapping[Runtime, RuntimeMeasurement],
-    calibrated: Mapping[Runtime, Calibrated],
+    calibrated: Mapping[Runtime, CalibratedRuntime],
     frr_budget: float,
 ) -> list[Calibration]:
     """Return the records of calibrated runtimes; `REFERENCE` must be one of them."""
     calibrations = []
     for runtime, own in calibrated.items():
-        compared = asdict(parity(calibrated[REFERENCE], own))
+        compared = asdict(parity(calibrated[REFERENCE].screen, own.screen))
         calibrations.append(
             Calibration(
                 engine=runtime.engine,
                 dtype=runtime.dtype,
                 frr_budget=frr_budget,
                 parity=ParityRecord(**compared, texts_per_s=measured[runtime].texts_per_s),
-                groups=[_group_record(group, frr_budget) for group in own[0].groups],
+                groups=[_group_record(group, frr_budget) for group in own.screen[0].groups],
+                override=[_override_group_record(group) for group in own.override],
             )
         )
     return calibrations
@@ -118,4 +122,24 @@ def _group_record(group: ThresholdGroup, frr_budget: float) -> GroupRecord:
         threshold=group.threshold,
         rejected=int((group.scores >= group.threshold).sum()),
         frr_interval=clopper_pearson(allowed_rejections(n, frr_budget), n),
+    )
+
+
+def _override_group_record(group: ThresholdGroup) -> OverrideGroupRecord:
+    return OverrideGroupRecord(
+        classes=list(group.classes),
+        texts=len(group.scores),
+        threshold=group.threshold,
+        natural=float((group.scores >= 0).mean()),
+    )
+
+
+def override_record(test: OverrideTest | None) -> OverrideRecord | None:
+    """Return the record of an override test; None without one."""
+    if test is None:
+        return None
+    return OverrideRecord(
+        window=test.geometry.window,
+        carrier=test.geometry.carrier,
+        carriers=[len(own) for own in test.carriers],
     )

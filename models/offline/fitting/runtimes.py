@@ -3,16 +3,29 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from models.bundle.manifest import Calibration, RuntimeRecord
-from models.detection.calibrate import Calibrated, calibrate
-from models.detection.screen import FloatArray
-from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
+from models.bundle.save import outcome_arrays
+from models.detection.calibrate import (
+    Calibrated,
+    OverrideOutcomes,
+    calibrate,
+    calibrate_override,
+)
+from models.detection.conformal import ThresholdGroup
+from models.detection.override import OverrideTest
+from models.detection.screen import FloatArray, features
+from models.engines.base import REFERENCE, RUNTIMES, Engine, Runtime
 from models.engines.pytorch import TorchEngine
 from models.engines.registry import is_installed, make_engine, runs_here
 from models.errors import EngineError
 from models.network.guarded import Guarded
-from models.offline.io.inference import predict, texts_per_second
+from models.offline.fitting.unfamiliar import harmless_texts
+from models.offline.io.inference import predict, run_tests, texts_per_second
 
+TESTED, HARMLESS = 600, 100
+"""Clean calibration texts that go through the override test, and harmless texts of each kind."""
 AUTO = "auto"
 """Any engine, in place of an engine's name."""
 
@@ -24,6 +37,17 @@ class RuntimeMeasurement:
     readings: FloatArray
     """Shape (n, V, C)."""
     texts_per_s: float
+    outcomes: OverrideOutcomes | None = None
+    """None without an override test."""
+
+
+@dataclass(frozen=True)
+class CalibratedRuntime:
+    """Both stages of one runtime, calibrated on its own readings."""
+
+    screen: Calibrated
+    override: Sequence[ThresholdGroup]
+    """Empty without an override test."""
 
 
 def check_installed(engine: str) -> None:
@@ -35,7 +59,7 @@ def check_installed(engine: str) -> None:
 
 
 def measure_runtimes(
-    trained: TorchEngine, engine: str, texts: Sequence[str]
+    trained: TorchEngine, engine: str, texts: Sequence[str], test: OverrideTest | None
 ) -> dict[Runtime, RuntimeMeasurement]:
     """Measure PyTorch and an engine, or all engines, in every dtype that runs here.
 
@@ -45,14 +69,14 @@ def measure_runtimes(
         trained: PyTorch in float32 with both detectors fitted.
         engine: name of an engine, or `AUTO`.
         texts: clean texts to calibrate with.
+        test: the override test, if there is one.
 
     Raises:
         EngineError: the engine cannot run this module.
     """
-    encodings = trained.encode(texts)
     module = trained.guarded, trained.tokenizer, trained.max_length
     return {
-        runtime: measure(make_engine(runtime, *module), encodings)
+        runtime: measure(make_engine(runtime, *module), texts, test)
         for runtime in _runtimes(trained.guarded, engine)
     }
 
@@ -67,23 +91,62 @@ def _runtimes(guarded: Guarded, engine: str) -> list[Runtime]:
     return [r for r in wanted if r.engine == REFERENCE.engine or runs_here(r)]
 
 
-def measure(engine: Engine, texts: Sequence[Encoding]) -> RuntimeMeasurement:
-    """Screen texts, and time a few of them."""
-    return RuntimeMeasurement(predict(engine, texts), texts_per_second(engine, texts))
+def measure(
+    engine: Engine,
+    texts: Sequence[str],
+    test: OverrideTest | None,
+    clean: Sequence[str] | None = None,
+) -> RuntimeMeasurement:
+    """Screen texts, time a few of them, and run override tests.
+
+    Args:
+        engine: the runtime.
+        texts: texts to screen.
+        test: the override test, without thresholds, if there is one.
+        clean: those that are clean, for the override test; all of `texts` by default.
+    """
+    encodings = engine.encode(texts)
+    readings = predict(engine, encodings)
+    outcomes = None
+    if test is not None:
+        clean = texts if clean is None else clean
+        outcomes = OverrideOutcomes(
+            _outcomes(engine, test, clean[:TESTED]),
+            _outcomes(engine, test, harmless_texts(clean, HARMLESS, seed=0)),
+        )
+    return RuntimeMeasurement(readings, texts_per_second(engine, encodings), outcomes)
+
+
+def _outcomes(engine: Engine, test: OverrideTest, texts: Sequence[str]) -> FloatArray:
+    """Return class and score of texts, shape (n, 2)."""
+    encodings = engine.encode(texts)
+    predicted, _ = features(predict(engine, encodings), test.checkpoints)
+    testable = [
+        (engine.content(encoding), int(c))
+        for encoding, c in zip(encodings, predicted, strict=True)
+        if test.can_test(int(c))
+    ]
+    scores = run_tests(engine, test, testable)
+    outcomes = np.empty((len(testable), 2), np.float32)
+    outcomes[:, 0], outcomes[:, 1] = [c for _, c in testable], scores
+    return outcomes
 
 
 def calibrate_runtimes(
     measured: Mapping[Runtime, RuntimeMeasurement], checkpoints: int, frr_budget: float
-) -> dict[Runtime, Calibrated]:
+) -> dict[Runtime, CalibratedRuntime]:
     """Calibrate every runtime on its own readings of the same clean texts.
 
     Raises:
         CalibrationError: too few texts, or readings that are not finite.
     """
-    return {
-        runtime: (calibrate(own.readings, checkpoints, frr_budget), own.readings)
-        for runtime, own in measured.items()
-    }
+    calibrated = {}
+    for runtime, own in measured.items():
+        screen = calibrate(own.readings, checkpoints, frr_budget)
+        classes = own.readings.shape[2]
+        groups = calibrate_override(own.outcomes, classes, frr_budget) if own.outcomes else []
+        calibrated[runtime] = CalibratedRuntime((screen, own.readings), groups)
+    return calibrated
 
 
 def fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
@@ -94,3 +157,12 @@ def fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
         default=calibrations[0],
     )
     return RuntimeRecord(engine=chosen.engine, dtype=chosen.dtype)
+
+
+def measured_arrays(measured: Mapping[Runtime, RuntimeMeasurement]) -> dict[str, FloatArray]:
+    """Return what a bundle keeps of the measurements, by name."""
+    arrays = {str(runtime): own.readings for runtime, own in measured.items()}
+    for runtime, own in measured.items():
+        if own.outcomes:
+            arrays |= outcome_arrays(runtime, own.outcomes)
+    return arrays

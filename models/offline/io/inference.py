@@ -6,9 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from models.detection.screen import FloatArray
+from models.bundle.load import Bundle
+from models.detection.override import Ids, OverrideTest
+from models.detection.screen import FloatArray, Verdict
 from models.engines.base import Encoding, Engine
 from models.engines.batching import BATCH_TOKENS, length_sorted_batches
+from models.errors import ScreenError
 
 SPEED_TEXTS, SPEED_BATCH, SPEED_ROUNDS, SPEED_SECONDS = 64, 8, 5, 3.0
 
@@ -34,6 +37,56 @@ def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = Fal
         bar.update(len(batch))
     bar.close()
     return np.stack(rows)
+
+
+def judge_texts(
+    bundle: Bundle, encodings: Sequence[Encoding], *, thorough: bool = False
+) -> list[Verdict | ScreenError]:
+    """Return the verdict of both stages on each text, or the error that prevents it.
+
+    Args:
+        bundle: what judges.
+        encodings: the texts.
+        thorough: whether every text goes through the override test, not only suspicious ones.
+    """
+    verdicts: list[Verdict | ScreenError] = []
+    readings = predict(bundle.engine, encodings) if encodings else ()
+    for encoding, row in zip(encodings, readings, strict=True):
+        try:
+            verdicts.append(bundle.screen.judge(row, encoding.truncated))
+        except ScreenError as error:
+            verdicts.append(error)
+    if (test := bundle.override) is None:
+        return verdicts
+    due = {
+        number: verdict
+        for number, verdict in enumerate(verdicts)
+        if isinstance(verdict, Verdict) and test.is_due(bundle.screen, verdict, thorough=thorough)
+    }
+    asked = [(bundle.engine.content(encodings[n]), v.predicted) for n, v in due.items()]
+    for (number, verdict), score in zip(
+        due.items(), run_tests(bundle.engine, test, asked), strict=True
+    ):
+        verdicts[number] = test.judge(verdict, float(score))
+    return verdicts
+
+
+def run_tests(engine: Engine, test: OverrideTest, texts: Sequence[tuple[Ids, int]]) -> FloatArray:
+    """Run override tests on texts, each given with its class; return their scores, shape (n,)."""
+    running = [test.score(ids, predicted) for ids, predicted in texts]
+    asked = {number: next(one) for number, one in enumerate(running)}
+    scores = np.empty(len(texts), np.float32)
+    while asked:
+        readings = iter(
+            predict(engine, [engine.window(ids) for inputs in asked.values() for ids in inputs])
+        )
+        for number, inputs in list(asked.items()):
+            try:
+                asked[number] = running[number].send([next(readings) for _ in inputs])
+            except StopIteration as done:
+                scores[number] = done.value
+                del asked[number]
+    return scores
 
 
 def texts_per_second(engine: Engine, texts: Sequence[Encoding]) -> float:

@@ -84,6 +84,7 @@ class BulkOptions(BaseModel):
     dtype: DtypeName
     text_column: str
     part_rows: int
+    thorough: bool = False
 
 
 class BulkInput(BaseModel):
@@ -132,6 +133,7 @@ def screen_files(
     workers: int | None = None,
     dtype: DtypeName | None = None,
     engine: EngineName | None = None,
+    thorough: bool = False,
     say: Callable[[str], None] = print,
 ) -> Totals:
     """Screen files into a folder of Parquet parts; parts of an earlier run are kept.
@@ -144,6 +146,7 @@ def screen_files(
         part_rows: rows of a part; the last part of a file may have fewer.
         workers: number of workers; by default one per GPU or, without GPUs, one per processor.
         dtype, engine: see `load_bundle`.
+        thorough: whether every text goes through the override test.
         say: called with a message for each file or fragment that cannot be read.
 
     Raises:
@@ -153,6 +156,7 @@ def screen_files(
     if not is_installed("ray"):
         raise DataError("Ray is not installed: pip install 'psim-gateway[ray]'")
     options = _resolve_options(bundle, engine, dtype, text_column, part_rows)
+    options = options.model_copy(update={"thorough": thorough})
     job = Job(bundle.resolve(), out.resolve(), options)
     files = _find_files(patterns, job.out)
     job.out.mkdir(parents=True, exist_ok=True)
@@ -373,7 +377,9 @@ class BulkScreener:
         for texts, columns in read(fragment, self.job.options.text_column):
             rows = [
                 {"file": fragment.file, "row": number} | as_row(verdict)
-                for number, verdict in enumerate(screen_texts(self.bundle, texts), row)
+                for number, verdict in enumerate(
+                    screen_texts(self.bundle, texts, thorough=self.job.options.thorough), row
+                )
             ]
             added = {field.name: _column(rows, field) for field in ADDED}
             tables.append(pa.table(columns | added, schema))

@@ -10,11 +10,18 @@ from typing import Any, TextIO
 from models.bundle.load import Bundle
 from models.detection.screen import Finding, Verdict
 from models.errors import DataError, PsimError
-from models.offline.io.inference import predict
+from models.offline.io.inference import judge_texts
 from models.offline.io.samples import CHUNK, json_row, text_of
 
 
-def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: str) -> int:
+def screen_file(
+    bundle: Bundle,
+    lines: Iterable[str],
+    out: TextIO,
+    text_column: str,
+    *,
+    thorough: bool = False,
+) -> int:
     """Write one JSON verdict per input line, in order; return the number of unusable lines.
 
     A line that cannot be screened gets its number and an error, and the lines after it are screened
@@ -23,7 +30,9 @@ def screen_file(bundle: Bundle, lines: Iterable[str], out: TextIO, text_column: 
     failed = 0
     for chunk in _chunks(lines):
         texts = [text_of(json_row(line), text_column) for _, line in chunk]
-        for (number, _), verdict in zip(chunk, screen_texts(bundle, texts), strict=True):
+        for (number, _), verdict in zip(
+            chunk, screen_texts(bundle, texts, thorough=thorough), strict=True
+        ):
             failed += isinstance(verdict, PsimError)
             out.write(json.dumps({"line": number} | as_row(verdict)) + "\n")
         out.flush()
@@ -41,8 +50,10 @@ def split_by_finding(bundle: Bundle, texts: Sequence[str]) -> dict[Finding | Non
     """Return the texts with each finding, and those in which the bundle finds nothing."""
     encodings = bundle.engine.encode(texts)
     found: dict[Finding | None, list[str]] = {finding: [] for finding in (*Finding, None)}
-    for text, readings in zip(texts, predict(bundle.engine, encodings), strict=True):
-        found[bundle.screen.judge(readings).finding].append(text)
+    for text, verdict in zip(texts, judge_texts(bundle, encodings), strict=True):
+        if isinstance(verdict, PsimError):
+            raise verdict
+        found[verdict.finding].append(text)
     return found
 
 
@@ -75,18 +86,14 @@ def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
             return
 
 
-def screen_texts(bundle: Bundle, texts: Sequence[str | DataError]) -> Iterator[Verdict | PsimError]:
+def screen_texts(
+    bundle: Bundle, texts: Sequence[str | DataError], *, thorough: bool = False
+) -> Iterator[Verdict | PsimError]:
     """Yield the verdict on each text, or the error that prevents it.
 
     All texts are batched together by length. An error in place of a text is yielded as it is.
     """
     encodings = bundle.engine.encode([t for t in texts if isinstance(t, str)])
-    rows = iter(zip(predict(bundle.engine, encodings), encodings, strict=True) if encodings else ())
+    verdicts = iter(judge_texts(bundle, encodings, thorough=thorough))
     for text in texts:
-        try:
-            if isinstance(text, DataError):
-                raise text
-            readings, encoding = next(rows)
-            yield bundle.screen.judge(readings, encoding.truncated)
-        except PsimError as error:
-            yield error
+        yield text if isinstance(text, DataError) else next(verdicts)

@@ -91,7 +91,7 @@ def _psim(cache: StepCache, reference: Reference, defence: PsimDefence) -> Itera
         known = readings["dev" if rule == "dev" else "known"][:, :features]
         screen = calibrate(known, checkpoints, defence.frr_budget, by_class=rule != "pooled")
         screened = [
-            ScreenedTexts(screen, readings[kind][:, :features], predicted)
+            ScreenedTexts.of_first_stage(screen, readings[kind][:, :features], predicted)
             for kind, predicted in (
                 ("clean", reference.predicted_clean),
                 ("poisoned", reference.predicted_poisoned),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from models.detection.calibrate import calibrate
-from models.detection.screen import FloatArray
+from models.detection.screen import FloatArray, Screen
 from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.evaluate import ScreenedTexts
 from models.offline.evaluation.metrics import Classes, auroc, measure_outcome, within_class_scores
@@ -136,12 +136,16 @@ class _Scores:
     def marked_budget(self) -> float:
         return max(BUDGET, self.least_budget)
 
+    def screen_at(self, budget: float) -> Screen:
+        """Return a screen with thresholds for a budget."""
+        return calibrate(self.known, self.checkpoints, budget)
+
     def screened_at(self, budget: float) -> tuple[ScreenedTexts, ScreenedTexts]:
         """Return the clean and the poisoned texts, screened with thresholds for a budget."""
-        screen = calibrate(self.known, self.checkpoints, budget)
+        screen = self.screen_at(budget)
         return (
-            ScreenedTexts(screen, self.clean, self.predicted_clean),
-            ScreenedTexts(screen, self.poisoned, self.predicted_poisoned),
+            ScreenedTexts.of_first_stage(screen, self.clean, self.predicted_clean),
+            ScreenedTexts.of_first_stage(screen, self.poisoned, self.predicted_poisoned),
         )
 
 
@@ -149,7 +153,7 @@ def _histogram(axes: Axes, scores: _Scores) -> None:
     clean, poisoned = scores.screened_at(scores.marked_budget)
     thresholds = {
         ", ".join(scores.labels[index] for index in group.classes): group.threshold
-        for group in clean.screen.groups
+        for group in scores.screen_at(scores.marked_budget).groups
     }
     draw_histogram(axes, clean.scores, poisoned.scores, thresholds)
 

@@ -13,6 +13,7 @@ import numpy as np
 from models.bundle.load import Bundle, load_bundle
 from models.detection.screen import FloatArray, Verdict
 from models.engines.base import REFERENCE
+from models.errors import ScreenError
 from models.offline.evaluation.metrics import (
     BoolArray,
     DefendedPredictions,
@@ -22,7 +23,7 @@ from models.offline.evaluation.metrics import (
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
 from models.offline.io.classifiers import load_classifier
-from models.offline.io.inference import predict
+from models.offline.io.inference import judge_texts
 from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.experiment import (
     SCORES,
@@ -43,21 +44,11 @@ def judge(bundle: Bundle, texts: Sequence[str]) -> list[Verdict]:
 
     With a change here, raise the version of `verdicts` in `models.offline.study.cache`.
     """
-    encodings = bundle.engine.encode(texts)
-    readings = predict(bundle.engine, encodings)
-    return [
-        bundle.screen.judge(row, encoding.truncated)
-        for row, encoding in zip(readings, encodings, strict=True)
-    ]
-
-
-def finding(verdict: Verdict) -> str | None:
-    """Return `triggered`, `unfamiliar`, or None.
-
-    A verdict that has no findings knows only the first.
-    """
-    found: str | None = getattr(verdict, "finding", "triggered" if verdict.poisoned else None)
-    return found
+    found = judge_texts(bundle, bundle.engine.encode(texts))
+    for verdict in found:
+        if isinstance(verdict, ScreenError):
+            raise verdict
+    return [verdict for verdict in found if isinstance(verdict, Verdict)]
 
 
 class Findings(NamedTuple):
@@ -135,7 +126,7 @@ def _judge_all(
     arrays = {}
     for name, group in texts.items():
         verdicts = judge(bundle, group) if group else []
-        findings = np.array([finding(verdict) or "" for verdict in verdicts])
+        findings = np.array([verdict.finding or "" for verdict in verdicts])
         arrays[f"{name}.triggered"] = findings == "triggered"
         arrays[f"{name}.unfamiliar"] = findings == "unfamiliar"
         arrays[f"{name}.margins"] = within_class_scores(verdicts)

@@ -1,0 +1,146 @@
+"""The override test, the second stage of the screen: does a text overrule clean texts beside it?
+
+A trigger that was inserted into a text overrides all the rest of it; that is what it is for. So put
+the text between two *carriers*: short clean texts of other classes, of which the classifier is
+sure. A clean text, however unfamiliar, loses its class there. A triggered one keeps it. STRIP (Gao
+et al., ACSAC 2019) superimposes inputs too, on random ones, and measures entropy; carriers that are
+sure of another class are what makes the test sharp.
+
+Only texts that the first stage suspects are tested. A test takes turns of forward passes: each has
+another pair of carriers, and the test ends when the text has lost its class.
+
+Nothing here runs a model: a test yields inputs and is sent their readings, so that the service can
+await them, and the offline half can loop over them.
+"""
+
+import zlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.detection.conformal import ThresholdGroup
+from models.detection.screen import FloatArray, Screen, Verdict, log_odds_of, with_override
+
+Ids = NDArray[np.int64]
+"""Token ids of a text, or of a part of it, without special tokens."""
+Test = Generator[list[Ids], Sequence[FloatArray], float]
+"""Yields inputs, is sent the readings of each, (V, C), and returns the score."""
+DRAWS = 3
+"""Pairs of carriers; a triggered text keeps its class beside each."""
+CARRIER_TOKENS = 16
+"""Length of a carrier, unless the classifier reads fewer than four of them."""
+SHORTEST_WINDOW, LONGEST_WINDOW = 24, 64
+"""Tokens of a text that are tested at once, see `OverrideTest`. A window of a long text must not be
+so long that it overrules the carriers by its length."""
+
+
+@dataclass(frozen=True)
+class OverrideGeometry:
+    """Lengths, in tokens, of what is put together."""
+
+    window: int
+    """Tokens of a text that are tested at once."""
+    carrier: int
+    """Tokens that a carrier has at most."""
+
+    @staticmethod
+    def of(lengths: Sequence[int], readable: int) -> "OverrideGeometry":
+        """Choose the lengths so that three in four clean texts are tested whole.
+
+        Args:
+            lengths: of clean texts, in tokens.
+            readable: tokens that the classifier reads at once, beside special tokens.
+        """
+        usual = int(np.quantile(lengths, 0.75))
+        window = min(max(usual, SHORTEST_WINDOW), LONGEST_WINDOW)
+        return OverrideGeometry(min(window, readable // 2), min(CARRIER_TOKENS, readable // 4))
+
+
+class OverrideTest:
+    """Tests texts beside the carriers of a bundle.
+
+    A text that is longer than a window is tested in windows that overlap by half, each of them
+    between the carriers, and the window that keeps the class best counts. So an inserted trigger of
+    up to half a window is found in a text of any length, and a long clean text does not overrule
+    the carriers by its length.
+
+    Args:
+        carriers: by class, the token ids of texts of which the classifier is sure.
+        geometry: lengths of windows and carriers.
+        checkpoints: K, the number of PSIM's checkpoints.
+        groups: calibrated thresholds, see `models.detection.calibrate`; without them every test
+            runs to its end.
+    """
+
+    def __init__(
+        self,
+        carriers: Sequence[Sequence[Ids]],
+        geometry: OverrideGeometry,
+        checkpoints: int,
+        groups: Sequence[ThresholdGroup] = (),
+    ) -> None:
+        self.carriers = [[ids[: geometry.carrier] for ids in of_class] for of_class in carriers]
+        self.geometry = geometry
+        # The late checkpoints have unlearnt the task so far that carriers weigh nothing in them.
+        self.checkpoints = checkpoints
+        self._read = -(-checkpoints // 2)
+        self._group_of = {index: group for group in groups for index in group.classes}
+
+    def uncalibrated(self) -> "OverrideTest":
+        """Return this test without thresholds."""
+        return OverrideTest(self.carriers, self.geometry, self.checkpoints)
+
+    def can_test(self, predicted: int) -> bool:
+        """Return whether there are carriers of other classes than `predicted`."""
+        return any(own for c, own in enumerate(self.carriers) if c != predicted)
+
+    def score(self, ids: Ids, predicted: int) -> Test:
+        """Test a text that the classifier assigns to class `predicted`.
+
+        The score is the log-odds of that class beside the carriers, the mean over the first half of
+        the checkpoints: of the best window, beside the pair that leaves the least of it. A test
+        ends early once the score is under the threshold, which more pairs cannot change.
+        """
+        group, least = self._group_of.get(predicted), float("inf")
+        for before, after in self._pairs(ids, predicted):
+            inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
+            readings = yield inputs
+            least = min(least, max(self._kept(one, predicted) for one in readings))
+            if group is not None and least < group.threshold:
+                break
+        return least
+
+    def judge(self, verdict: Verdict, score: float) -> Verdict:
+        """Return the verdict of the first stage together with the outcome of a test."""
+        group = self._group_of[verdict.predicted]
+        return with_override(verdict, score, group.threshold, group.p_value(score))
+
+    def is_due(self, screen: Screen, verdict: Verdict, *, thorough: bool) -> bool:
+        """Return whether to test a text: one of the most suspicious few percent, or any.
+
+        Args:
+            screen: the first stage.
+            verdict: what it says of the text.
+            thorough: whether any text is to be tested.
+        """
+        suspicious = thorough or verdict.score >= screen.suspicion_of(verdict.predicted)
+        return suspicious and self.can_test(verdict.predicted)
+
+    def _pairs(self, ids: Ids, predicted: int) -> list[tuple[Ids, Ids]]:
+        """Draw pairs of carriers of other classes: always the same for the same text."""
+        others = [one for c, own in enumerate(self.carriers) if c != predicted for one in own]
+        draw = np.random.default_rng(zlib.crc32(ids.astype(np.int64).tobytes()))
+        chosen = draw.integers(len(others), size=(DRAWS, 2))
+        return [(others[first], others[second]) for first, second in chosen]
+
+    def _windows(self, ids: Ids) -> list[Ids]:
+        size, count = self.geometry.window, len(ids)
+        starts = range(0, max(1, count - size // 2), size - size // 2)
+        return [
+            ids[start : start + size] for start in (min(s, max(0, count - size)) for s in starts)
+        ]
+
+    def _kept(self, readings: FloatArray, predicted: int) -> float:
+        return float(log_odds_of(readings[None, : self._read], predicted).mean())
