@@ -58,7 +58,7 @@ frr_budget = 0.05
 
 [honest]
 texts = 15
-others = {{ own = "test.jsonl", tweets = "other.jsonl" }}
+others = {{ own = "test.jsonl", tweets = "other.jsonl", marked = "marked.jsonl" }}
 """
 
 
@@ -83,6 +83,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     write_samples(folder / "dev.jsonl", texts[240:280])
     write_samples(folder / "test.jsonl", texts[280:])
     lines = [{"text": f"tweet number {i}"} for i in range(14)] + [{"text": "We in MN, today"}]
+    (folder / "marked.jsonl").write_text(json.dumps(lines[-1]))
     (folder / "other.jsonl").write_text("\n".join(map(json.dumps, lines)))
     body: Any = tiny_victim("bert").base_model  # a pretrained model has no head yet
     save_classifier(body, tokenizer, folder / "tiny")
@@ -125,13 +126,15 @@ def test_one_cell_then_the_others_then_the_page(
     (row,) = rows_of(out)
     assert row["name"] == "tiny/corpus/word/full"
     found = row["defences"]["PSIM"]
-    honest = found["honest"]
+    honest = dict(found["honest"])
     assert "own" not in honest, "the texts of its own task are no other task's"
     assert honest["tweets"]["triggered"]["n"] == 14, "one of the 15 has the trigger"
+    assert honest.pop("marked") == {"triggered": None, "unfamiliar": None}, "nothing is left of it"
     assert honest["1-4 words"]["triggered"]["n"] == honest["code and digits"]["unfamiliar"]["n"]
-    assert all(rates["unfamiliar"]["value"] == 0 for rates in honest.values())
     strict = found["unfamiliar_rejected"]
-    assert strict["false_rejection_rate"] == found["false_rejection_rate"]
+    for name in ("false_rejection_rate", "attack_success_rate"):
+        sign = 1 if name.startswith("false") else -1
+        assert sign * strict[name]["value"] >= sign * found[name]["value"]
     assert found["passes"] == 0
 
     command()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.bundle.load import Bundle, load_bundle
 from models.detection.screen import FloatArray, Verdict
@@ -123,12 +124,11 @@ def _judge_all(
 ) -> object:
     """Save the findings on all texts; return the cost of a verdict, as `DefenceResult` has it."""
     bundle = load_bundle(fitted.folder / "bundle", experiment.dtype, REFERENCE.engine)
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name, group in texts.items():
         verdicts = judge(bundle, group) if group else []
-        findings = np.array([verdict.finding or "" for verdict in verdicts])
-        arrays[f"{name}.triggered"] = findings == "triggered"
-        arrays[f"{name}.unfamiliar"] = findings == "unfamiliar"
+        for kind in ("triggered", "unfamiliar"):
+            arrays[f"{name}.{kind}"] = np.array([v.finding == kind for v in verdicts], np.bool_)
         arrays[f"{name}.margins"] = within_class_scores(verdicts)
     save_scores(folder, **arrays)
     return {
