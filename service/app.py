@@ -50,6 +50,7 @@ from service.pipeline.challenger import Challenger
 from service.pipeline.gateway import Gateway
 from service.pipeline.request_record import Recorder
 from service.pipeline.trigger_search import TriggerSearch
+from service.pipeline.two_stage import TwoStageScreener
 from service.pipeline.windows import WindowedScreener
 from service.protocols.base import ModelInfo
 from service.protocols.registry import PREFIX, protocols
@@ -143,14 +144,15 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
     model_metrics = metrics.of(name, settings)
     batcher = Batcher(bundle, settings, model_metrics)
     classifier = _classifier(settings, batcher, model_info, model_metrics)
+    two_stages = TwoStageScreener(batcher, bundle, settings, model_metrics)
     windowed_screener = WindowedScreener(
-        batcher,
+        two_stages,
         bundle.manifest.max_length,
         settings.max_windows,
         limit=lambda: settings.upstream_max_length or classifier.max_length,
     )
     # A classifier elsewhere may read more of a text than our model does.
-    screener: Screener = batcher if settings.upstream is None else windowed_screener
+    screener: Screener = two_stages if settings.upstream is None else windowed_screener
     trigger_search = TriggerSearch(screener, model_metrics, settings.searches)
     challenger = _challenger(settings, model_metrics)
     gateway = Gateway(

@@ -192,6 +192,19 @@ class InferenceSettings(QueueSettings, WorkerSettings):
     """Threads of one forward pass; 0 uses all CPUs of the container."""
 
 
+class OverrideSettings(Section):
+    """The override test, the second stage of the screen."""
+
+    screen: Literal["suspicious", "thorough"] = "suspicious"
+    """Which texts are tested: those that the first stage suspects, or all of them."""
+    override_tokens_s: float = Field(4096, ge=0)
+    """Tokens per second that tests may cost; beyond that, the first stage decides alone."""
+
+
+class ScreeningSettings(InferenceSettings, OverrideSettings):
+    """Both stages of the screen, and the thread that runs them."""
+
+
 class TriggerSearchSettings(Section):
     """The search for the words that carry a trigger."""
 
@@ -221,7 +234,7 @@ class UpstreamSettings(Section):
     """Pause before an upstream that is down is tried again."""
 
 
-class ModelSettings(UpstreamSettings):
+class ModelSettings(UpstreamSettings, OverrideSettings):
     """What each of several models can have of its own."""
 
     mode: Mode = Mode.ENFORCE
@@ -273,7 +286,7 @@ class Settings(
     ObservabilitySettings,
     ConsoleSettings,
     ExtProcSettings,
-    InferenceSettings,
+    ScreeningSettings,
     AccessSettings,
     AuditSettings,
     GatewaySettings,

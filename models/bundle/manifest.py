@@ -80,7 +80,7 @@ class OverrideGroupRecord(_ManifestPart):
     classes: list[int] = Field(min_length=1)
     texts: int = Field(ge=1)
     threshold: float
-    """In log-odds."""
+    """Probability of keeping its class from which a text is triggered."""
     natural: Probability
     """Share of clean texts that keep their class beside carriers. The test can say little of a
     class where that is common."""

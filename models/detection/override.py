@@ -13,6 +13,7 @@ Nothing here runs a model: a test yields inputs and is sent their readings, so t
 await them, and the offline half can loop over them.
 """
 
+import math
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -99,11 +100,12 @@ class OverrideTest:
     def score(self, ids: Ids, predicted: int) -> Test:
         """Test a text that the classifier assigns to class `predicted`.
 
-        The score is the log-odds of that class beside the carriers, the mean over the first half of
-        the checkpoints: of the best window, beside the pair that leaves the least of it. A test
-        ends early once the score is under the threshold, which more pairs cannot change.
+        The score is the probability, in (0, 1), that the text keeps its class: of the best window,
+        beside the pair of carriers that leaves the least of it. It is the mean, in log-odds, of the
+        first half of the checkpoints. A test ends early once the score is under the threshold,
+        which more pairs cannot change.
         """
-        group, least = self._group_of.get(predicted), float("inf")
+        group, least = self._group_of.get(predicted), 1.0
         for before, after in self._pairs(ids, predicted):
             inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
             readings = yield inputs
@@ -143,4 +145,5 @@ class OverrideTest:
         ]
 
     def _kept(self, readings: FloatArray, predicted: int) -> float:
-        return float(log_odds_of(readings[None, : self._read], predicted).mean())
+        odds = float(log_odds_of(readings[None, : self._read], predicted).mean())
+        return 1 / (1 + math.exp(-odds))

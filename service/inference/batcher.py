@@ -50,6 +50,10 @@ class Screened:
     """Where the classifier continues."""
     tokens: int
     """How many tokens were screened, with special tokens."""
+    ids: IntArray
+    """Those tokens, without special tokens."""
+    readings: FloatArray | None
+    """What the verdict is from, shape (V, C); None if screening failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +319,7 @@ class Batcher:
 
         rows = self._outputs("screen", jobs, encodings, screen)
         judged = [
-            Screened(None, encoding, len(encoding)) if row is None else self._judge(encoding, *row)
+            self._failed(encoding) if row is None else self._judge(encoding, *row)
             for encoding, row in zip(encodings, rows, strict=True)
         ]
         self._post(list(zip(jobs, judged, strict=True)))
@@ -327,7 +331,10 @@ class Batcher:
         except ScreenError:
             log.error("screen gave no finite readings")
             verdict = None
-        return Screened(verdict, state, len(encoding))
+        return Screened(verdict, state, len(encoding), self._engine.content(encoding), readings)
+
+    def _failed(self, encoding: Encoding) -> Screened:
+        return Screened(None, encoding, len(encoding), self._engine.content(encoding), None)
 
     def _run_classify(self, waiting: list[_ClassifyJob]) -> None:
         lengths = [len(job.input) for job in waiting]

@@ -27,7 +27,8 @@ from service.settings import ModelSettings
 ROUTES = COUNTED_ROUTES
 ASKED_BY_PROXIES = (AUTHZ, EXT_PROC, GUARDRAIL)
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
-STAGES = ("queue", "tokenize", "screen", "sanitize", "classify", "upstream")
+TESTS = ("confirmed", "cleared", "skipped")
+STAGES = ("queue", "tokenize", "screen", "override", "sanitize", "classify", "upstream")
 OVERLOADS = ("inputs", "characters", "seconds", "searches")
 RELOADS = ("done", "failed")
 DENIALS = ("key", "scope")
@@ -146,6 +147,12 @@ class ModelFamilies:
             "Scores of the override test, over their threshold if they confirm a trigger",
             MODEL,
             buckets=OVERRIDES,
+        )
+        self.override_tests = counter(
+            "psim_override_tests", "Override tests by outcome", ["model", "outcome"]
+        )
+        self.override_tokens = counter(
+            "psim_override_tokens", "Tokens that override tests have cost", MODEL
         )
         self.stage_seconds = histogram(
             "psim_stage_duration_seconds", "Time by stage", ["model", "stage"], buckets=SECONDS
@@ -277,6 +284,10 @@ class ModelMetrics:
         self.confidence = families.confidence.labels(model)
         self.score = families.score.labels(model)
         self.override = families.override.labels(model)
+        self.override_tests = {
+            outcome: families.override_tests.labels(model, outcome) for outcome in TESTS
+        }
+        self.override_tokens = families.override_tokens.labels(model)
         self.findings = {f: families.findings.labels(model, f) for f in Finding}
         self.batch_inputs = families.batch_inputs.labels(model)
         self.batch_tokens = families.batch_tokens.labels(model)

@@ -13,8 +13,9 @@ from service.errors import ScreenFailed, ServiceError
 from service.inference.batcher import Batcher, Screener, free
 from service.observability.metrics import Metrics, ModelMetrics
 from service.pipeline.request_record import RequestRecord
+from service.pipeline.two_stage import TwoStageScreener
 from service.pipeline.windows import WindowedScreener
-from service.settings import InferenceSettings, ModelSettings
+from service.settings import ModelSettings, ScreeningSettings
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,16 @@ class Challenger:
     """Counts how the verdicts of another bundle differ from those of the served one."""
 
     def __init__(
-        self, bundle: Bundle, settings: InferenceSettings, max_windows: int, metrics: ModelMetrics
+        self, bundle: Bundle, settings: ScreeningSettings, max_windows: int, metrics: ModelMetrics
     ) -> None:
         self.digest = bundle.digest
         limits = settings.model_copy(update={"queue_inputs": WAITING, "queue_s": math.inf})
         # A registry of its own: its queue and times must not count as those of the served model.
         own_metrics = Metrics().of("challenger", ModelSettings())
         self._batcher = Batcher(bundle, limits, own_metrics)
+        self._screener = TwoStageScreener(self._batcher, bundle, settings, own_metrics)
         self._windowed_screener = WindowedScreener(
-            self._batcher, bundle.manifest.max_length, max_windows
+            self._screener, bundle.manifest.max_length, max_windows
         )
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,7 +60,7 @@ class Challenger:
 
     def compare(self, record: RequestRecord, to_the_end: bool) -> None:
         """Screen the texts of a request later, to their end if the served bundle did so."""
-        screener: Screener = self._windowed_screener if to_the_end else self._batcher
+        screener: Screener = self._windowed_screener if to_the_end else self._screener
         task = asyncio.create_task(self._compare(screener, record))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

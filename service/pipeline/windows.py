@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from models.detection.screen import Verdict
-from service.inference.batcher import Batcher, Charge, Screened, Timed
+from service.inference.batcher import Charge, Screened, Timed
 from service.inference.worker import Health
+from service.pipeline.two_stage import TwoStageScreener
 
 OVERLAP = 4
 """Windows share a fourth of the tokens that the model reads with the next one."""
@@ -24,7 +25,7 @@ class WindowedScreener:
     """Screens texts to their end; a text of more than `most` windows is `truncated`.
 
     Args:
-        batcher: screens each window.
+        screener: screens each window.
         length: tokens that the model reads at once, special tokens included.
         most: windows per text.
         limit: returns after how many tokens, special tokens included, the classifier cuts a text;
@@ -33,18 +34,18 @@ class WindowedScreener:
 
     def __init__(
         self,
-        batcher: Batcher,
+        screener: TwoStageScreener,
         length: int,
         most: int,
         limit: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self._batcher, self._length, self._most, self._limit = batcher, length, most, limit
-        self._size = batcher.window_length
+        self._screener, self._length, self._most, self._limit = screener, length, most, limit
+        self._size = screener.window_length
 
     @property
     def health(self) -> Health:
-        """State of the batcher's worker."""
-        return self._batcher.health
+        """State of the inference worker."""
+        return self._screener.health
 
     async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
         """Screen texts; `charge` is called for each batch of windows.
@@ -52,7 +53,7 @@ class WindowedScreener:
         Raises:
             Overloaded, NotReady, ScreenFailed: as `Batcher.screen` does.
         """
-        answers = await self._batcher.screen(texts, charge)
+        answers = await self._screener.screen(texts, charge)
         return [
             await self._screen_rest(text, answer, charge) if self._is_open(answer.value) else answer
             for text, answer in zip(texts, answers, strict=True)
@@ -63,14 +64,14 @@ class WindowedScreener:
     ) -> Timed[Screened]:
         """Screen the windows of a text, given the answer for its beginning."""
         verdict, stages = beginning.value.verdict, dict(beginning.stages)
-        tokenized = await self._batcher.token_ids(text)
+        tokenized = await self._screener.token_ids(text)
         stages["tokenize"] = stages.get("tokenize", 0.0) + tokenized.stages["tokenize"]
         ids = tokenized.value
         waiting, left = deque(self._windows(len(ids))), self._most
         while waiting and left and verdict is not None and not verdict.poisoned:
             batch = [waiting.popleft() for _ in range(min(WINDOWS_AT_ONCE, left, len(waiting)))]
             left -= len(batch)
-            answers = await self._batcher.screen_tokens([ids[window] for window in batch], charge)
+            answers = await self._screener.screen_tokens([ids[window] for window in batch], charge)
             for stage in answers[0].stages:
                 stages[stage] = stages.get(stage, 0.0) + max(a.stages[stage] for a in answers)
             for answer in answers:

@@ -130,7 +130,7 @@ def _override_group_record(group: ThresholdGroup) -> OverrideGroupRecord:
         classes=list(group.classes),
         texts=len(group.scores),
         threshold=group.threshold,
-        natural=float((group.scores >= 0).mean()),
+        natural=float((group.scores >= 0.5).mean()),
     )
 
 

@@ -1,0 +1,135 @@
+"""Both stages of the screen: what the first one suspects goes through the override test.
+
+A test takes several forward passes, which run in the same batches as everything else. So that
+nobody can buy many passes with one suspicious text, tests have a budget of tokens per second. A
+text that exceeds it gets the verdict of the first stage alone: if it is extreme, it counts as
+triggered.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from models.bundle.load import Bundle
+from models.detection.override import OverrideTest
+from models.detection.screen import Verdict
+from models.engines.base import IntArray
+from service.errors import Overloaded, ScreenFailed, TimedOut
+from service.inference.batcher import Batcher, Charge, Screened, Timed, free
+from service.inference.worker import Health
+from service.observability.metrics import ModelMetrics
+from service.settings import OverrideSettings
+
+BURST_S = 10
+"""Seconds of the budget that can be saved up."""
+
+
+class TokenBudget:
+    """Limits tokens per second, as a token bucket that starts full."""
+
+    def __init__(self, per_second: float) -> None:
+        self._rate, self._left = per_second, per_second * BURST_S
+        self._since = time.monotonic()
+
+    def take(self, tokens: int) -> bool:
+        """Take tokens out of the bucket; return False, and take none, if there are too few."""
+        now = time.monotonic()
+        self._left = min(self._left + (now - self._since) * self._rate, self._rate * BURST_S)
+        self._since = now
+        if tokens > self._left:
+            return False
+        self._left -= tokens
+        return True
+
+
+class TwoStageScreener:
+    """Screens texts and windows of texts by both stages.
+
+    Args:
+        batcher: runs the passes of both.
+        bundle: the stages; without an override test, the first one decides alone.
+        settings: which texts are tested, and how many.
+        metrics: counts tests and the tokens they cost.
+    """
+
+    def __init__(
+        self, batcher: Batcher, bundle: Bundle, settings: OverrideSettings, metrics: ModelMetrics
+    ) -> None:
+        self._batcher, self._bundle, self._metrics = batcher, bundle, metrics
+        self._thorough = settings.screen == "thorough"
+        self._budget = TokenBudget(settings.override_tokens_s)
+
+    @property
+    def health(self) -> Health:
+        """State of the batcher's worker."""
+        return self._batcher.health
+
+    @property
+    def window_length(self) -> int:
+        """How many tokens of a text the model reads at once, beside the special tokens."""
+        return self._batcher.window_length
+
+    async def token_ids(self, text: str) -> Timed[IntArray]:
+        """See `Batcher.token_ids`."""
+        return await self._batcher.token_ids(text)
+
+    async def screen(self, texts: Sequence[str], charge: Charge = free) -> list[Timed[Screened]]:
+        """Screen texts; only the pass of the first stage is charged.
+
+        Raises:
+            ServiceError: as `Batcher.screen` does.
+        """
+        return await self._confirm(await self._batcher.screen(texts, charge))
+
+    async def screen_tokens(
+        self, windows: Sequence[IntArray], charge: Charge = free
+    ) -> list[Timed[Screened]]:
+        """Screen parts of texts, as `screen` does."""
+        return await self._confirm(await self._batcher.screen_tokens(windows, charge))
+
+    async def _confirm(self, answers: list[Timed[Screened]]) -> list[Timed[Screened]]:
+        test = self._bundle.override
+        if test is None:
+            return answers
+        return await asyncio.gather(*(self._confirm_one(test, answer) for answer in answers))
+
+    async def _confirm_one(self, test: OverrideTest, answer: Timed[Screened]) -> Timed[Screened]:
+        verdict = answer.value.verdict
+        if verdict is None or not test.is_due(
+            self._bundle.screen, verdict, thorough=self._thorough
+        ):
+            return answer
+        started = time.perf_counter()
+        score = await self._run(test, answer.value.ids, verdict)
+        seconds = time.perf_counter() - started
+        self._metrics.stage_seconds["override"].observe(seconds)
+        stages = answer.stages | {"override": seconds}
+        if score is None:
+            self._metrics.override_tests["skipped"].inc()
+            return Timed(answer.value, stages)
+        judged = test.judge(verdict, score)
+        self._metrics.override_tests["confirmed" if judged.poisoned else "cleared"].inc()
+        return Timed(replace(answer.value, verdict=judged), stages)
+
+    async def _run(self, test: OverrideTest, ids: IntArray, verdict: Verdict) -> float | None:
+        """Return the score of a test; None if it cannot be afforded, or one of its passes fails."""
+        running = test.score(ids, verdict.predicted)
+        inputs = next(running)
+        while True:
+            tokens = sum(map(len, inputs))
+            if not self._budget.take(tokens):
+                return None
+            self._metrics.override_tokens.inc(tokens)
+            try:
+                answers = await self._batcher.screen_tokens(inputs)
+            except (Overloaded, TimedOut, ScreenFailed):
+                return None
+            readings = [answer.value.readings for answer in answers]
+            known = [one for one in readings if one is not None]
+            if len(known) < len(readings):
+                return None
+            try:
+                inputs = running.send(known)
+            except StopIteration as done:
+                return float(done.value)
