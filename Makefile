@@ -8,6 +8,9 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 export HF_HUB_OFFLINE := 1
 
 SBOM := build/sbom.json
+# Two processes, each with whole files, whose fixtures are shared; in the order of the folders, since
+# those of tests/unit are short and so end both processes at about the same time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Not compiled: Python does that to the modules that are used, in a tenth of the time.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --require-hashes --no-deps
 INSTALL_TORCH := $(INSTALL) -r requirements/torch-cpu.txt 2>/dev/null \
@@ -57,10 +60,10 @@ bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 test: lint ## all checks and tests
-	$(BIN)/python -m pytest --cov=psim --cov=service --cov=models --cov-report=term
+	$(PYTEST) --cov=psim --cov=service --cov=models --cov-report=term
 
 test-fast: $(READY) ## the tests that start and train nothing: three to four minutes
-	$(BIN)/python -m pytest -m fast
+	$(PYTEST) -m fast
 
 lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

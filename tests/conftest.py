@@ -4,6 +4,10 @@ import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of each test process, and of the services that it starts: more than cores there are would wait
+# for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PSIM_THREADS", "1")
 
 from collections.abc import Awaitable, Callable, Iterator
 from inspect import iscoroutinefunction
@@ -12,6 +16,7 @@ from typing import Any
 
 import anyio
 import pytest
+from filelock import FileLock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.offline.demo import build
@@ -83,10 +88,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the demo once per test run: poisoned victim, bundle, test texts."""
-    folder = tmp_path_factory.mktemp("demo") / "built"
-    build(folder, train_texts=1000)
-    return folder
+    """Build the demo once per test run, for all its processes: victim, bundle, test texts."""
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent  # what it got is its own folder in that of the run
+    with FileLock(run / "demo.lock"):
+        build(run / "demo", train_texts=1000)  # does nothing the second time
+    return run / "demo"
 
 
 @pytest.fixture(scope="session")

@@ -284,7 +284,10 @@ class Run:
 
     def end(self) -> tuple[int, str]:
         """Return exit code and standard error."""
-        code = self.process.wait(120)
+        try:
+            code = self.process.wait(300)
+        finally:
+            self.process.kill()  # or a later test would be blamed for it
         return code, " ".join(self.errors.read_text().split())
 
 

@@ -172,14 +172,19 @@ def mapped() -> str:
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_no_file_of_a_bundle_stays_open_or_mapped(
-    bundle: Path, engine: str, tokenizer: PreTrainedTokenizerBase
+    bundle: Path,
+    engine: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     if engine == "openvino":
         if not is_installed(engine):
             pytest.skip("openvino is not installed")
         bundle = fit_tiny(victim_of("bert"), tokenizer, bundle.parent / "fast", engine=engine)
     load_bundle(bundle, "float32", engine)  # what libraries open once
-    process, temporary = psutil.Process(), {*Path(tempfile.gettempdir()).iterdir()}
+    process = psutil.Process()
     descriptors = process.num_fds()
     gc.collect()  # of bundles that other tests loaded, some may be held still
     held = mapped().count(ACTIVATIONS)
@@ -189,8 +194,7 @@ def test_no_file_of_a_bundle_stays_open_or_mapped(
     with pytest.raises(BundleError, match="was altered"):
         load_bundle(bundle, "float32", engine)
     assert process.num_fds() == descriptors
-    new = {*Path(tempfile.gettempdir()).iterdir()} - temporary
-    assert not [file for file in new if file.name.startswith("psim-bundle-")]
+    assert not list(tmp_path.glob("psim-bundle-*"))
     assert all(np.isfinite(o).all() for o in outputs(loaded))
     assert mapped().count(ACTIVATIONS) > held
     del loaded

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import RENAMED, Settings, unknown_variables, usable_cpus
+from models.errors import PsimError
+from service.lifecycle.models_file import settings_by_model
+from service.settings import RENAMED, Settings, load_settings, unknown_variables, usable_cpus
 
 
 def test_a_mistyped_variable_is_named_with_what_was_meant() -> None:
@@ -37,17 +39,34 @@ def test_threads_follow_the_cgroup_quota(
     assert usable_cpus(tmp_path / "cpu.max") == (cpus if expected is None else min(cpus, expected))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({}, "PSIM_BUNDLE"),
-        ({"PSIM_BUNDLE": "/nowhere"}, "/nowhere is not a bundle"),
         ({"PSIM_MODELS": "/nowhere", "PSIM_BUNDLE": "/bundle"}, "/nowhere: No such file"),
         ({"PSIM_MODELS": "/nowhere", "PSIM_MODEL": "x"}, "PSIM_MODEL is the name of one model"),
-        ({"PSIM_BUNDLE": "/nowhere", "PSIM_MODE": "lenient"}, "PSIM_MODE"),
         ({"PSIM_BUNDLE": "/nowhere", "PSIM_FAILOPEN": "1"}, "did you mean PSIM_FAIL_OPEN"),
     ],
+)
+def test_bad_settings_are_named(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PSIM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PsimError, match=message):
+        settings_by_model(load_settings())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PSIM_BUNDLE": "/nowhere", "PSIM_MODE": "lenient"}, "PSIM_MODE"),
+        ({"PSIM_BUNDLE": "/nowhere"}, "/nowhere is not a bundle"),
+    ],
+    ids=["the settings themselves", "what they name"],
 )
 def test_bad_settings_are_one_clear_line_and_exit_code_2(
     environment: dict[str, str], message: str
