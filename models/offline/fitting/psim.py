@@ -47,6 +47,9 @@ class PsimConfig:
     has fallen to a share, and training ends with the last; at 1 the adapter does nothing yet. See
     `retention`."""
     max_steps: int = 600
+    patience: int = 100
+    """Steps without a checkpoint after which the learning rate is doubled: it is too low for deep
+    and narrow victims."""
     check_every: int = 4
     """Steps between looks at the held-out clean texts."""
     seed: int = 0
@@ -55,8 +58,8 @@ class PsimConfig:
         """Raise `ValueError` if the fields make no sense."""
         if not self.keep_at or list(self.keep_at) != sorted(set(self.keep_at), reverse=True):
             raise ValueError("keep_at must hold shares in descending order, one at least")
-        counts = (self.layers, self.rank, self.batch_size, self.max_steps, self.check_every)
-        if min(counts) < 1 or self.learning_rate <= 0:
+        steps = self.max_steps, self.patience, self.check_every
+        if min(self.layers, self.rank, self.batch_size, *steps) < 1 or self.learning_rate <= 0:
             raise ValueError("layers, rank, rate, batch size and steps must be positive")
 
 
@@ -121,6 +124,8 @@ def train_psim(
             guarded.psim.set_adapter(trained)  # the caller may have screened
             if keeper.keep(step):
                 break
+            if keeper.is_stuck(step):
+                optimizer.param_groups[0]["lr"] *= 2
         optimizer.zero_grad()
         loss(batches.logits(batch)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -138,7 +143,7 @@ class _CheckpointKeeper:
         batches = length_sorted_batches([len(text) for text in held_out], BATCH_TOKENS)
         self._guarded, self._config = guarded, config
         self._held_out = _Batches(guarded, held_out, batches, pad_id)
-        self._retention = 1.0
+        self._retention, self._moved = 1.0, 0
         self.kept: list[int] = []
         self.curve: list[tuple[int, float]] = []
 
@@ -159,7 +164,15 @@ class _CheckpointKeeper:
             if self._retention <= share or step >= self._config.max_steps:
                 _copy(self._guarded, trained, names[len(self.kept)])
                 self.kept.append(step)
+                self._moved = step
         return len(self.kept) == len(self._config.keep_at)
+
+    def is_stuck(self, step: int) -> bool:
+        """Return whether `patience` steps have brought nothing; each time, a new count begins."""
+        if step - self._moved < self._config.patience:
+            return False
+        self._moved = step
+        return True
 
     @property
     def stopped_because(self) -> str:
