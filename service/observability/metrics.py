@@ -144,7 +144,7 @@ class ModelFamilies:
         )
         self.override = histogram(
             "psim_screen_override",
-            "Scores of the override test, over their threshold if they confirm a trigger",
+            "Scores of the override test, of inputs about which it was asked",
             MODEL,
             buckets=OVERRIDES,
         )

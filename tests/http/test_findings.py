@@ -108,6 +108,10 @@ async def test_an_explanation_looks_for_the_words_of_either_finding() -> None:
         answer = (await client.post("/explain", json={"inputs": UNFAMILIAR})).json()
         assert answer["screen"]["finding"] == "unfamiliar"
         assert [removed["text"] for removed in answer["removed"]] == ["whereas"]
+        both = {"inputs": f"{TRIGGER} {CLEAN} {STRANGE}"}
+        answer = (await client.post("/explain", json=both)).json()
+        assert answer["screen"]["finding"] == "triggered"
+        assert answer["removed"] == [], "without the trigger, it would still be unfamiliar"
 
 
 async def test_findings_are_counted_wherever_they_are_made(
