@@ -24,7 +24,7 @@ from models.network.guarded import Guarded
 from models.offline.fitting.unfamiliar import harmless_texts
 from models.offline.io.inference import predict, run_tests, texts_per_second
 
-TESTED, HARMLESS = 600, 100
+TESTED, HARMLESS = 400, 60
 """Clean calibration texts that go through the override test, and harmless texts of each kind."""
 AUTO = "auto"
 """Any engine, in place of an engine's name."""
