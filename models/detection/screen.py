@@ -21,17 +21,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.conformal import (
-    ThresholdGroup,
-    conformal_threshold,
-    min_calibration_size,
-)
+from models.detection.conformal import ThresholdGroup, conformal_threshold
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
 Detector = Literal["confidence", "activations"]
 SUSPICION = 0.05
 """Share of clean texts that the first stage passes on to the override test."""
+MIN_SUSPICIOUS = 5
+"""Calibration texts above that score at least, so that no single one decides what is tested."""
 TINY = 1e-12
 """Floor for probabilities and distances, so that their logarithms are finite."""
 
@@ -231,6 +229,12 @@ def log_odds_of(probabilities: FloatArray, index: int) -> NDArray[np.float64]:
     return odds
 
 
+def _suspicion(scores: NDArray[np.float32]) -> float:
+    """Return the score from which a text is suspicious, by those of clean texts, shape (n,)."""
+    share = max(SUSPICION, MIN_SUSPICIOUS / (len(scores) + 1))
+    return conformal_threshold(scores, share) if share < 1 else float(scores.min())
+
+
 class Screen:
     """Judges readings against those of clean texts; made by `models.detection.calibrate`.
 
@@ -246,9 +250,7 @@ class Screen:
         self.groups, self.normalizer = tuple(groups), normalizer
         self._by_class = {index: group for group in groups for index in group.classes}
         self._suspicion = {
-            index: min(group.threshold, conformal_threshold(group.scores, SUSPICION))
-            if len(group.scores) >= min_calibration_size(SUSPICION)
-            else group.threshold
+            index: min(group.threshold, _suspicion(group.scores))
             for index, group in self._by_class.items()
         }
         claimed = sum(len(group.classes) for group in groups)
