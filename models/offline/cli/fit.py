@@ -22,6 +22,19 @@ from models.offline.cli.options import (
 app = typer.Typer()
 
 
+Carriers = Annotated[
+    str | None,
+    typer.Option(
+        help="Clean texts that the override test may use, and the bundle may hold; some of --texts "
+        "by default."
+    ),
+]
+FittedEngine = Annotated[
+    Literal["auto", EngineName],
+    typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
+]
+
+
 @app.command("fit")
 def fit_command(
     victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier to guard.")],
@@ -29,17 +42,8 @@ def fit_command(
     out: Out,
     frr_budget: Budget = 0.01,
     layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
-    engine: Annotated[
-        Literal["auto", EngineName],
-        typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
-    ] = "auto",
-    carriers: Annotated[
-        str | None,
-        typer.Option(
-            help="Clean texts that the override test may use, and the bundle may hold; some of "
-            "--texts by default."
-        ),
-    ] = None,
+    engine: FittedEngine = "auto",
+    carriers: Carriers = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",

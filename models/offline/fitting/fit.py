@@ -15,19 +15,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle.digests import hash_files
-from models.bundle.load import load_bundle
 from models.bundle.manifest import Calibration, Manifest
-from models.bundle.save import save_carriers, save_manifest, save_readings, save_weights
+from models.bundle.save import save_carriers, save_readings, save_weights
 from models.detection.override import OverrideGeometry, OverrideTest
 from models.engines.pytorch import TorchEngine
 from models.network.adapters import lora_config
 from models.network.guarded import Guarded, guard
 from models.offline.fitting.activations import fit_activations
-from models.offline.fitting.carriers import Carriers, choose_carriers
+from models.offline.fitting.carriers import choose_carriers
 from models.offline.fitting.psim import PsimConfig, Training, reset_loss, train_psim
 from models.offline.fitting.records import (
     activations_record,
     calibration_records,
+    complete_bundle,
     fit_record,
     installed_versions,
     override_record,
@@ -59,22 +59,9 @@ def fit(
     engine: str = AUTO,
     carriers: Sequence[str] = (),
 ) -> Manifest:
-    """Train PSIM on the victim, calibrate it, write the bundle `out`, and return its manifest.
+    """Train PSIM on the victim, calibrate both stages, write the bundle; return its manifest.
 
-    Args:
-        victim: the classifier to guard.
-        tokenizer: its tokenizer.
-        texts: clean texts like those that it will read.
-        out: folder to write.
-        name: what to call the victim.
-        frr_budget: share of clean texts that each stage may reject, in (0, 1).
-        config: hyperparameters of PSIM.
-        engine: name of an engine, or `AUTO`.
-        carriers: clean texts that the override test may use and the bundle may hold; some of
-            `texts` if there are none.
-
-    Raises:
-        VictimError, DataError, CalibrationError, EngineError: see the message; nothing is written.
+    Raises `PsimError` with a message that says why; then nothing is written.
     """
     started, config = time.perf_counter(), config or PsimConfig()
     check_installed(engine)
@@ -82,10 +69,7 @@ def fit(
     trained, training = train(victim, tokenizer, split, config)
     with replaced(out) as partial:
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
-        chosen = choose_carriers(trained, split, carriers)
-        test = override_test(trained, split, chosen) if chosen else None
-        if chosen:
-            save_carriers(partial, chosen)
+        test = _override_test(partial, trained, split, carriers)
         calibrations = _calibrate(partial, trained, split.calibrate, engine, frr_budget, test)
         manifest = Manifest(
             schema_version=5,
@@ -101,8 +85,7 @@ def fit(
             files=hash_files(partial),
             versions=installed_versions(),
         )
-        save_manifest(partial, manifest)
-        load_bundle(partial)  # a bundle that does not load should fail here, not in the service
+        complete_bundle(partial, manifest)
     return manifest
 
 
@@ -129,8 +112,18 @@ def with_psim(victim: nn.Module, config: PsimConfig) -> Guarded:
     return guard(victim, lora_config(victim, config.layers, config.rank), len(config.keep_at))
 
 
-def override_test(engine: TorchEngine, split: Split, carriers: Carriers) -> OverrideTest:
-    """Return an override test without thresholds, sized by clean texts."""
+def _override_test(
+    path: Path, engine: TorchEngine, split: Split, given: Sequence[str]
+) -> OverrideTest | None:
+    """Return an override test without thresholds, sized by clean texts, and write its carriers.
+
+    Raises:
+        DataError: as `choose_carriers` does.
+    """
+    carriers = choose_carriers(engine, split, given)
+    if not carriers:
+        return None
+    save_carriers(path, carriers)
     lengths = [len(engine.content(text)) for text in engine.encode(split.held_out)]
     geometry = OverrideGeometry.of(lengths, engine.window_length)
     tokens = [[engine.token_ids(text) for text in own] for own in carriers]

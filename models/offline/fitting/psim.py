@@ -102,15 +102,14 @@ def train_psim(
 ) -> Training:
     """Train the adapters of `guarded` in place on clean texts; leaves it in evaluation mode.
 
-    `guarded` has as many adapters as `config.keep_at` has shares. `at_look` is called with step and
-    mean confidence whenever training pauses to look at the held-out texts.
+    There are as many adapters as `config.keep_at` has shares. `at_look` is called with step and
+    mean confidence when training pauses for held-out texts.
 
     Raises:
         VictimError: the victim's scores are not finite.
     """
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
-    trained = guarded.checkpoints[-1]
-    guarded.psim.set_adapter(trained)
+    guarded.psim.set_adapter(trained := guarded.checkpoints[-1])
     parameters = [p for p in guarded.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     keeper = _CheckpointKeeper(guarded, held_out, config, pad_id)
@@ -131,7 +130,7 @@ def train_psim(
         optimizer.step()
         bar.update()
     bar.close()
-    return Training(step, keeper.stopped_because, keeper.kept, keeper.curve)
+    return keeper.training(step)
 
 
 class _CheckpointKeeper:
@@ -174,10 +173,10 @@ class _CheckpointKeeper:
         self._moved = step
         return True
 
-    @property
-    def stopped_because(self) -> str:
-        """Reason for the end of training."""
-        return UNLEARNT if self._retention <= self._config.keep_at[-1] else NOT_UNLEARNT
+    def training(self, steps: int) -> Training:
+        """Return the result of a training of so many steps."""
+        unlearnt = self._retention <= self._config.keep_at[-1]
+        return Training(steps, UNLEARNT if unlearnt else NOT_UNLEARNT, self.kept, self.curve)
 
 
 def _copy(guarded: Guarded, source: str, target: str) -> None:

@@ -26,14 +26,19 @@ from models.bundle.manifest import (
     RecalibrationRecord,
     RuntimeRecord,
 )
-from models.bundle.save import save_manifest, save_readings
+from models.bundle.save import save_readings
 from models.bundle.verify import read_manifest
 from models.detection.conformal import min_calibration_size
 from models.detection.screen import FloatArray, Screen, features
 from models.engines.base import REFERENCE, Runtime
 from models.engines.registry import runs_here
 from models.errors import CalibrationError
-from models.offline.fitting.records import calibration_records, installed_versions, timestamp
+from models.offline.fitting.records import (
+    calibration_records,
+    complete_bundle,
+    installed_versions,
+    timestamp,
+)
 from models.offline.fitting.runtimes import (
     AUTO,
     RuntimeMeasurement,
@@ -253,5 +258,4 @@ def write(new: Recalibration, out: Path) -> None:
         save_readings(partial, new.readings)
         files = new.manifest.files | {READINGS: file_digest(partial / READINGS)}
         manifest = new.manifest.model_copy(update={"files": files})
-        save_manifest(partial, manifest)
-        load_bundle(partial)
+        complete_bundle(partial, manifest)

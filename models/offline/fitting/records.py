@@ -7,20 +7,24 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 from torch import nn
 
+from models.bundle.load import load_bundle
 from models.bundle.manifest import (
     ActivationsRecord,
     Calibration,
     FitRecord,
     GroupRecord,
+    Manifest,
     OverrideGroupRecord,
     OverrideRecord,
     ParityRecord,
     PsimRecord,
     VictimRecord,
 )
+from models.bundle.save import save_manifest
 from models.detection.calibrate import parity
 from models.detection.conformal import ThresholdGroup, allowed_rejections
 from models.detection.override import OverrideTest
@@ -143,3 +147,13 @@ def override_record(test: OverrideTest | None) -> OverrideRecord | None:
         carrier=test.geometry.carrier,
         carriers=[len(own) for own in test.carriers],
     )
+
+
+def complete_bundle(path: Path, manifest: Manifest) -> None:
+    """Write the manifest, and load the bundle: it should fail here, and not in the service.
+
+    Raises:
+        BundleError: it does not load.
+    """
+    save_manifest(path, manifest)
+    load_bundle(path)

@@ -136,36 +136,38 @@ def screen_files(
     thorough: bool = False,
     say: Callable[[str], None] = print,
 ) -> Totals:
-    """Screen files into a folder of Parquet parts; parts of an earlier run are kept.
+    """Screen files and glob patterns into a folder of Parquet parts; earlier ones are kept.
 
     Args:
-        patterns: files and glob patterns.
-        bundle: folder of the bundle. Bundle, files and parts have the same paths on every machine.
+        patterns: the files.
+        bundle: its folder. Bundle, files and parts have the same paths on every machine.
         out: folder of the parts.
         text_column: column of the texts.
         part_rows: rows of a part; the last part of a file may have fewer.
-        workers: number of workers; by default one per GPU or, without GPUs, one per processor.
+        workers: how many; by default one per GPU or, without GPUs, one per processor.
         dtype, engine: see `load_bundle`.
-        thorough: whether every text goes through the override test.
+        thorough: test all texts, not only suspicious ones.
         say: called with a message for each file or fragment that cannot be read.
 
     Raises:
-        DataError: a file cannot be read, or `out` holds the results of another run.
-        BundleError: the bundle does not match its manifest.
+        DataError, BundleError: a file or the bundle is not as it must be, or `out` is of another run.
     """
-    if not is_installed("ray"):
-        raise DataError("Ray is not installed: pip install 'psim-gateway[ray]'")
-    options = _resolve_options(bundle, engine, dtype, text_column, part_rows)
-    options = options.model_copy(update={"thorough": thorough})
+    _check_ray()
+    options = _resolve_options(bundle, engine, dtype, text_column, part_rows, thorough)
     job = Job(bundle.resolve(), out.resolve(), options)
     files = _find_files(patterns, job.out)
     job.out.mkdir(parents=True, exist_ok=True)
     with _locked(job.out):
         inputs = _divide(files, job, say)
-        fragments = [fragment for known in inputs.values() for fragment in known.fragments]
+        fragments = [one for known in inputs.values() for one in known.fragments]
         _write_missing_parts(job, fragments, workers, say)
         _check_unchanged(inputs, job.out)
         return _count(fragments, job.out)
+
+
+def _check_ray() -> None:
+    if not is_installed("ray"):
+        raise DataError("Ray is not installed: pip install 'psim-gateway[ray]'")
 
 
 def _resolve_options(
@@ -174,6 +176,7 @@ def _resolve_options(
     dtype: DtypeName | None,
     text_column: str,
     part_rows: int,
+    thorough: bool,
 ) -> BulkOptions:
     """Check the bundle's files and return the options of the run, without defaults left open."""
     manifest, digest = read_manifest(bundle)
@@ -186,6 +189,7 @@ def _resolve_options(
         dtype=dtype,
         text_column=text_column,
         part_rows=part_rows,
+        thorough=thorough,
     )
 
 
