@@ -1,4 +1,4 @@
-"""The schema of `manifest.json`."""
+"""The schemas of `manifest.json` and `carriers.json`."""
 
 from typing import Annotated, Literal
 
@@ -72,6 +72,13 @@ class OverrideRecord(_ManifestPart):
     """Lengths in tokens."""
     carriers: list[int] = Field(min_length=2)
     """Number of carriers of each class."""
+
+
+class CarrierTexts(_ManifestPart):
+    """Content of `carriers.json`."""
+
+    carriers: list[list[str]]
+    """Texts by class."""
 
 
 class OverrideGroupRecord(_ManifestPart):

@@ -8,6 +8,7 @@ afterwards.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from models.bundle.digests import hash_files
 from models.bundle.load import load_bundle
-from models.bundle.manifest import Calibration, Manifest
+from models.bundle.manifest import Calibration, Manifest, PsimRecord, VictimRecord
 from models.bundle.save import save_carriers, save_manifest, save_readings, save_weights
-from models.detection.override import OverrideGeometry, OverrideTest
+from models.detection.override import LEAST_READABLE, OverrideGeometry, OverrideTest
 from models.engines.pytorch import TorchEngine
 from models.network.adapters import lora_config
 from models.network.guarded import Guarded, guard
@@ -82,27 +83,49 @@ def fit(
     trained, training = train(victim, tokenizer, split, config)
     with replaced(out) as partial:
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
-        chosen = choose_carriers(trained, split, carriers)
-        test = override_test(trained, split, chosen) if chosen else None
-        if chosen:
-            save_carriers(partial, chosen)
-        calibrations = _calibrate(partial, trained, split.calibrate, engine, frr_budget, test)
-        manifest = Manifest(
-            schema_version=5,
-            victim=victim_record(victim, name, digest),
-            labels=labels,
-            max_length=trained.max_length,
-            psim=psim_record(config, training),
-            activations=activations_record(trained.guarded),
-            override=override_record(test),
-            calibrations=calibrations,
-            default=fastest(calibrations, engine),
-            fit=fit_record(split, started),
-            files=hash_files(partial),
-            versions=installed_versions(),
-        )
-        save_manifest(partial, manifest)
-        load_bundle(partial)  # a bundle that does not load should fail here, not in the service
+        records = victim_record(victim, name, digest), psim_record(config, training)
+        fitted = _Fitted(trained, split, labels, *records, started)
+        return _complete(partial, fitted, engine, frr_budget, carriers)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A victim with both detectors fitted, and what the manifest tells of them."""
+
+    engine: TorchEngine
+    split: Split
+    labels: list[str]
+    victim: VictimRecord
+    psim: PsimRecord
+    started: float
+
+
+def _complete(
+    path: Path, fitted: _Fitted, engine: str, frr_budget: float, carriers: Sequence[str]
+) -> Manifest:
+    """Add the override test, the calibrations and the manifest to a bundle that has its weights."""
+    trained, split = fitted.engine, fitted.split
+    chosen = choose_carriers(trained, split, carriers)
+    test = override_test(trained, split, chosen)
+    if test:
+        save_carriers(path, chosen)
+    calibrations = _calibrate(path, trained, split.calibrate, engine, frr_budget, test)
+    manifest = Manifest(
+        schema_version=5,
+        victim=fitted.victim,
+        labels=fitted.labels,
+        max_length=trained.max_length,
+        psim=fitted.psim,
+        activations=activations_record(trained.guarded),
+        override=override_record(test),
+        calibrations=calibrations,
+        default=fastest(calibrations, engine),
+        fit=fit_record(split, fitted.started),
+        files=hash_files(path),
+        versions=installed_versions(),
+    )
+    save_manifest(path, manifest)
+    load_bundle(path)  # a bundle that does not load should fail here, not in the service
     return manifest
 
 
@@ -129,8 +152,13 @@ def with_psim(victim: nn.Module, config: PsimConfig) -> Guarded:
     return guard(victim, lora_config(victim, config.layers, config.rank), len(config.keep_at))
 
 
-def override_test(engine: TorchEngine, split: Split, carriers: Carriers) -> OverrideTest:
-    """Return an override test without thresholds, sized by clean texts."""
+def override_test(engine: TorchEngine, split: Split, carriers: Carriers) -> OverrideTest | None:
+    """Return an override test without thresholds, sized by clean texts.
+
+    There is none without carriers, or if the victim reads too little for it.
+    """
+    if not carriers or engine.window_length < LEAST_READABLE:
+        return None
     lengths = [len(engine.content(text)) for text in engine.encode(split.held_out)]
     geometry = OverrideGeometry.of(lengths, engine.window_length)
     tokens = [[engine.token_ids(text) for text in own] for own in carriers]
@@ -146,7 +174,7 @@ def _calibrate(
     test: OverrideTest | None,
 ) -> list[Calibration]:
     """Calibrate all runtimes, and write their readings into the bundle."""
-    measured = measure_runtimes(trained, engine, texts, test)
+    measured = measure_runtimes(trained, engine, texts, test, frr_budget)
     calibrated = calibrate_runtimes(measured, len(trained.guarded.checkpoints), frr_budget)
     save_readings(path, measured_arrays(measured))
     return calibration_records(measured, calibrated, frr_budget)

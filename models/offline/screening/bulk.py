@@ -145,8 +145,7 @@ def screen_files(
         text_column: column of the texts.
         part_rows: rows of a part; the last part of a file may have fewer.
         workers: number of workers; by default one per GPU or, without GPUs, one per processor.
-        dtype, engine: see `load_bundle`.
-        thorough: whether every text goes through the override test.
+        dtype, engine, thorough: see `load_bundle` and `judge_texts`.
         say: called with a message for each file or fragment that cannot be read.
 
     Raises:
@@ -155,11 +154,9 @@ def screen_files(
     """
     if not is_installed("ray"):
         raise DataError("Ray is not installed: pip install 'psim-gateway[ray]'")
-    options = _resolve_options(bundle, engine, dtype, text_column, part_rows)
-    options = options.model_copy(update={"thorough": thorough})
+    options = _resolve_options(bundle, engine, dtype, text_column, part_rows, thorough)
     job = Job(bundle.resolve(), out.resolve(), options)
     files = _find_files(patterns, job.out)
-    job.out.mkdir(parents=True, exist_ok=True)
     with _locked(job.out):
         inputs = _divide(files, job, say)
         fragments = [fragment for known in inputs.values() for fragment in known.fragments]
@@ -174,6 +171,7 @@ def _resolve_options(
     dtype: DtypeName | None,
     text_column: str,
     part_rows: int,
+    thorough: bool,
 ) -> BulkOptions:
     """Check the bundle's files and return the options of the run, without defaults left open."""
     manifest, digest = read_manifest(bundle)
@@ -186,6 +184,7 @@ def _resolve_options(
         dtype=dtype,
         text_column=text_column,
         part_rows=part_rows,
+        thorough=thorough,
     )
 
 
@@ -204,6 +203,8 @@ def _find_files(patterns: Sequence[str], out: Path) -> list[Path]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
+    """Keep other commands out of a folder, which is made if it is not there."""
+    out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
             yield
