@@ -111,13 +111,15 @@ class OverrideTest:
         The score is the probability, in (0, 1), that the text keeps its class: of the best window,
         beside the pair of carriers that leaves the least of it. It is the mean, in log-odds, of the
         first half of the checkpoints. A test ends early once the score is under the threshold,
-        which more pairs cannot change.
+        which more pairs cannot change. It is NaN if a reading is: then the test says nothing.
         """
         group, least = self._group_of.get(predicted), 1.0
         for before, after in self._pairs(ids, predicted):
             inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
             readings = yield inputs
-            least = min(least, max(self._kept(one, predicted) for one in readings))
+            # Unlike Python's, these do not lose a NaN.
+            best = np.max([self._kept(one, predicted) for one in readings])
+            least = float(np.minimum(least, best))
             if group is not None and least < group.threshold:
                 break
         return least

@@ -42,13 +42,10 @@ def carriers_of(counts: Sequence[int], length: int = 1) -> list[list[Ids]]:
     ]
 
 
-def test_of(
+def sized_test(
     window: int = 8, counts: Sequence[int] = (4, 4, 4), groups: Sequence[ThresholdGroup] = ()
 ) -> OverrideTest:
     return OverrideTest(carriers_of(counts), OverrideGeometry(window, 1), CHECKPOINTS, groups)
-
-
-test_of.__test__ = False  # type: ignore[attr-defined]
 
 
 def readings_of(ids: Ids) -> FloatArray:
@@ -75,7 +72,7 @@ texts = st.lists(st.integers(0, WORDS - 1), max_size=120).map(lambda ids: np.arr
 @given(count=st.integers(0, 400), size=st.integers(1, LONGEST_WINDOW))
 def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> None:
     ids = np.arange(count, dtype=np.int64) + 10 * WORDS  # all differ, and from carriers
-    inputs = next(test_of(size).score(ids, 0))
+    inputs = next(sized_test(size).score(ids, 0))
     windows = [one[1:-1] for one in inputs]
     assert all(len(window) <= size for window in windows)
     if count <= size:
@@ -96,21 +93,21 @@ def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> 
 def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
     ids: Ids, predicted: int, counts: tuple[int, int, int]
 ) -> None:
-    test = test_of(counts=counts)
+    test = sized_test(counts=counts)
     _, turns = run(test, ids, predicted)
     assert len(turns) == DRAWS
     for inputs in turns:
         ends = {int(one[i]) for one in inputs for i in (0, -1)}
         assert all(end >= WORDS and end // WORDS - 1 != predicted for end in ends)
         assert len({(int(one[0]), int(one[-1])) for one in inputs}) == 1, "a turn has one pair"
-    _, again = run(test_of(counts=counts), ids.copy(), predicted)
+    _, again = run(sized_test(counts=counts), ids.copy(), predicted)
     assert [[one.tolist() for one in turn] for turn in turns] == [
         [one.tolist() for one in turn] for turn in again
     ]
 
 
 def test_texts_meet_different_carriers() -> None:
-    test = test_of(counts=(9, 9, 9))
+    test = sized_test(counts=(9, 9, 9))
     first = {
         tuple(next(test.score(np.array([word], np.int64), 0))[0][[0, -1]]) for word in range(50)
     }
@@ -122,15 +119,15 @@ def test_texts_meet_different_carriers() -> None:
     ids=texts, predicted=st.integers(0, CLASSES - 1), threshold=st.floats(1 / 64, 63 / 64, width=32)
 )
 def test_an_early_end_changes_no_decision(ids: Ids, predicted: int, threshold: float) -> None:
-    whole, all_turns = run(test_of(), ids, predicted)
+    whole, all_turns = run(sized_test(), ids, predicted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("models.detection.override.DRAWS", 1)
-        first, _ = run(test_of(), ids, predicted)
+        first, _ = run(sized_test(), ids, predicted)
     # The scores themselves are the thresholds at which a decision turns.
     above = float(np.nextafter(np.float32(whole), np.float32(2)))
     for limit in (threshold, first, whole, above):
         group = ThresholdGroup((0, 1, 2), limit, np.linspace(0, 1, 99, dtype=np.float32))
-        score, turns = run(test_of(groups=[group]), ids, predicted)
+        score, turns = run(sized_test(groups=[group]), ids, predicted)
         assert (score >= limit) == (whole >= limit)
         assert len(turns) == len(all_turns) or score < limit
         assert 0 < score <= 1
@@ -139,7 +136,7 @@ def test_an_early_end_changes_no_decision(ids: Ids, predicted: int, threshold: f
 
 def test_the_best_window_counts_beside_the_worst_pair() -> None:
     """Only windows that keep their class beside each of the pairs speak for a trigger."""
-    test, ids = test_of(window=4), np.arange(12, dtype=np.int64)
+    test, ids = sized_test(window=4), np.arange(12, dtype=np.int64)
 
     def score_of(kept: Sequence[Sequence[float]]) -> float:
         running, turn = test.score(ids, 0), 0
@@ -162,7 +159,7 @@ def test_the_best_window_counts_beside_the_worst_pair() -> None:
 
 def test_late_checkpoints_have_no_say() -> None:
     late = np.array([[0.9, 0.1, 0], [0.9, 0.1, 0], [0.01, 0.99, 0]], np.float32)
-    running = test_of().score(np.arange(3, dtype=np.int64), 0)
+    running = sized_test().score(np.arange(3, dtype=np.int64), 0)
     next(running)
     with pytest.raises(StopIteration) as done:
         for _ in range(DRAWS):
@@ -201,9 +198,9 @@ def test_a_model_that_reads_next_to_nothing_has_no_test(readable: int) -> None:
 
 
 def test_a_class_without_carriers_of_others_is_not_tested() -> None:
-    only_first = test_of(counts=(3, 0, 0))
+    only_first = sized_test(counts=(3, 0, 0))
     assert [only_first.can_test(c) for c in range(3)] == [False, True, True]
-    assert [test_of(counts=(0, 0, 0)).can_test(c) for c in range(3)] == [False] * 3
+    assert [sized_test(counts=(0, 0, 0)).can_test(c) for c in range(3)] == [False] * 3
     verdict = replace(fake_bundle().screen.judge(_reading(0.999)), predicted=0)
     assert not only_first.is_due(_screen(), verdict, thorough=True)
     assert only_first.is_due(_screen(), replace(verdict, predicted=1), thorough=True)
@@ -223,7 +220,7 @@ def _screen() -> Screen:
 
 
 def test_the_most_suspicious_texts_are_due_or_all() -> None:
-    screen, test = _screen(), test_of()
+    screen, test = _screen(), sized_test()
     verdict = fake_bundle().screen.judge(_reading(0.55))
     least = screen.suspicion_of(0)
     assert 9 < least < 9.9, "five in a hundred are suspicious, one of them extreme"
@@ -247,7 +244,7 @@ def test_the_verdict_after_a_test(score: float, extreme: bool, finding: Finding 
     group = ThresholdGroup((0, 1, 2), 0.5, np.linspace(0, 0.5, 99, dtype=np.float32))
     verdict = fake_bundle().screen.judge(_reading(0.99 if extreme else 0.55))
     assert verdict.extreme == extreme
-    judged = test_of(groups=[group]).judge(verdict, score)
+    judged = sized_test(groups=[group]).judge(verdict, score)
     assert (judged.finding, judged.override, judged.override_threshold) == (finding, score, 0.5)
     assert judged.override_p_value == group.p_value(score)
 
