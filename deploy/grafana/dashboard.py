@@ -86,6 +86,20 @@ CHARTS: dict[str, list[Chart]] = {
             units.NoUnit,
             quantiles("psim_screen_override", "model"),
         ),
+        Chart(
+            "Override tests by outcome; skipped: over the budget",
+            units.CountsPerSecond,
+            {
+                "{{model}} {{outcome}}": (
+                    f"sum by (model, outcome) (rate(psim_override_tests_total{RATE}))"
+                )
+            },
+        ),
+        Chart(
+            "Tokens per second that override tests cost",
+            units.CountsPerSecond,
+            {"{{instance}} {{model}}": f"rate(psim_override_tokens_total{RATE})"},
+        ),
         Chart("PSIM confidence", units.PercentUnit, quantiles("psim_screen_confidence", "model")),
         Chart(
             "Threshold (standard deviations)",

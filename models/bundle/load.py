@@ -5,7 +5,6 @@ served. No library reads a file that `models.bundle.verify` has not checked, and
 unpickled.
 """
 
-import json
 import math
 import os.path
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file as load_tensors
@@ -26,6 +26,7 @@ from models.bundle.layout import ACTIVATIONS, CARRIERS, PROMPT, PSIM, READINGS, 
 from models.bundle.manifest import (
     ActivationsRecord,
     Calibration,
+    CarrierTexts,
     GroupRecord,
     Manifest,
     OverrideGroupRecord,
@@ -194,12 +195,16 @@ def _override_groups(
     """Calibrate the override test of a runtime again; empty if the bundle has no test.
 
     Raises:
+        BundleError: there are outcomes although the bundle has no test.
         KeyError, ValueError: the outcomes are missing, or not of their shape.
         CalibrationError: they give no threshold.
     """
+    names = outcome_names(own.runtime)
     if manifest.override is None:
+        if not arrays.keys().isdisjoint(names):
+            raise BundleError(f"{READINGS} has outcomes of override tests, the manifest has none")
         return []
-    clean, harmless = (arrays[name] for name in outcome_names(own.runtime))
+    clean, harmless = (arrays[name] for name in names)
     classes = len(manifest.labels)
     for outcomes in (clean, harmless):
         if outcomes.dtype != np.float32 or outcomes.ndim != 2 or outcomes.shape[1] != 2:
@@ -217,14 +222,13 @@ def _load_override(
     if record is None:
         return None
     try:
-        carriers = json.loads((path / CARRIERS).read_bytes())["carriers"]
-        counts = [len(own) for own in carriers]
-        tokens = [[engine.token_ids(text) for text in own] for own in carriers]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{CARRIERS} does not hold the carriers of the override test") from error
-    readable = engine.window_length
-    if counts != record.carriers or len(counts) != len(manifest.labels):
+        carriers = CarrierTexts.model_validate_json((path / CARRIERS).read_bytes()).carriers
+    except (OSError, ValidationError):  # whose message would quote the texts
+        raise BundleError(f"{CARRIERS} does not hold the carriers of the override test") from None
+    readable, counts = engine.window_length, [len(own) for own in carriers]
+    if counts != record.carriers:
         raise BundleError(f"{CARRIERS} does not have as many carriers as the manifest names")
+    tokens = [[engine.token_ids(text) for text in own] for own in carriers]
     if not all(len(ids) for own in tokens for ids in own):
         raise BundleError(f"{CARRIERS} holds a text without a token")
     if record.window + 2 * record.carrier > readable:

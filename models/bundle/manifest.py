@@ -1,8 +1,8 @@
-"""The schema of `manifest.json`."""
+"""The schemas of `manifest.json` and `carriers.json`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.engines.base import DtypeName, EngineName, Runtime
 
@@ -72,6 +72,13 @@ class OverrideRecord(_ManifestPart):
     """Lengths in tokens."""
     carriers: list[int] = Field(min_length=2)
     """Number of carriers of each class."""
+
+
+class CarrierTexts(_ManifestPart):
+    """Content of `carriers.json`."""
+
+    carriers: list[list[str]]
+    """Texts by class."""
 
 
 class OverrideGroupRecord(_ManifestPart):
@@ -207,3 +214,14 @@ class Manifest(_ManifestPart):
     """None if the calibration is from `psim fit`."""
     files: dict[str, Digest]
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _every_class_has_a_label(self) -> Self:
+        known = range(len(self.labels))
+        screened = [g.classes for c in self.calibrations for g in c.groups]
+        tested = [g.classes for c in self.calibrations for g in c.override]
+        if not all(index in known for classes in screened + tested for index in classes):
+            raise ValueError("a threshold is of a class that has no label")
+        if self.override and len(self.override.carriers) != len(known):
+            raise ValueError("there must be a number of carriers for each label")
+        return self

@@ -1,7 +1,6 @@
 """Writing the parts of a bundle; `models.bundle.layout` shows where each of them goes."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from models.bundle.layout import (
     READINGS,
     outcome_names,
 )
-from models.bundle.manifest import Manifest
+from models.bundle.manifest import CarrierTexts, Manifest
 from models.detection.calibrate import OverrideOutcomes
 from models.detection.screen import FloatArray
 from models.engines.base import Runtime
@@ -96,8 +95,8 @@ def save_readings(path: Path, readings: Mapping[str, FloatArray]) -> None:
 
 def save_carriers(path: Path, carriers: Sequence[Sequence[str]]) -> None:
     """Write the texts of the override test, by class."""
-    content = json.dumps({"carriers": carriers}, ensure_ascii=False, indent=1)
-    (path / CARRIERS).write_text(content, encoding="utf-8")
+    content = CarrierTexts(carriers=[[*own] for own in carriers])
+    (path / CARRIERS).write_text(content.model_dump_json(indent=1), encoding="utf-8")
 
 
 def outcome_arrays(runtime: Runtime, outcomes: OverrideOutcomes) -> dict[str, FloatArray]:

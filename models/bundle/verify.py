@@ -23,6 +23,7 @@ from models.bundle.digests import file_digest
 from models.bundle.files import MAX_FILE_BYTES, private_copy, read_small
 from models.bundle.layout import (
     ALLOWED,
+    CARRIERS,
     MANIFEST,
     PICKLES,
     PROMPT,
@@ -109,7 +110,10 @@ def read_manifest(path: Path, key: Path | None = None) -> tuple[Manifest, str]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         if where == "schema_version":
-            raise BundleError(f"{path} is of another version; run `psim fit` again") from error
+            raise BundleError(
+                f"{path} is of another version; run `psim fit` again: "
+                "psim fit --victim VICTIM --texts CLEAN --out BUNDLE"
+            ) from None
         raise BundleError(f"{path}/{MANIFEST} is not valid: {where!r}: {first['msg']}") from error
 
 
@@ -175,8 +179,11 @@ def _listed_files(path: Path, manifest: Manifest) -> dict[str, Path]:
         allowed = any(fnmatchcase(name, pattern) for pattern in ALLOWED) and name.count("/") < 2
         if not allowed or not inside[name].is_file() or name not in manifest.files:
             raise BundleError(f"{name!r} does not belong in a bundle; remove it")
+    if CARRIERS in found and manifest.override is None:
+        raise BundleError(f"{CARRIERS!r} does not belong in a bundle without an override test")
     prompt = PROMPT if found & {*PROMPT} else ()
-    for name in (*REQUIRED, *prompt, *manifest.files):
+    carriers = (CARRIERS,) if manifest.override else ()
+    for name in (*REQUIRED, *prompt, *carriers, *manifest.files):
         if name not in found:
             raise BundleError(f"{name!r} is missing; copy or build the bundle again")
     return {name: inside[name] for name in manifest.files}

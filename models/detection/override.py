@@ -32,6 +32,8 @@ DRAWS = 3
 """Pairs of carriers; a triggered text keeps its class beside each."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""
+LEAST_READABLE = 3
+"""Tokens that the classifier must read at once: one of a text, between two carriers of one."""
 SHORTEST_WINDOW, LONGEST_WINDOW = 24, 64
 """Tokens of a text that are tested at once, see `OverrideTest`. A window of a long text must not be
 so long that it overrules the carriers by its length."""
@@ -48,15 +50,21 @@ class OverrideGeometry:
 
     @staticmethod
     def of(lengths: Sequence[int], readable: int) -> "OverrideGeometry":
-        """Choose the lengths so that three in four clean texts are tested whole.
+        """Choose the lengths so that three in four clean texts are tested whole, if that fits.
 
         Args:
             lengths: of clean texts, in tokens.
             readable: tokens that the classifier reads at once, beside special tokens.
+
+        Raises:
+            ValueError: `readable` is under `LEAST_READABLE`.
         """
+        if readable < LEAST_READABLE:
+            raise ValueError(f"an override test needs {LEAST_READABLE} tokens, not {readable}")
         usual = int(np.quantile(lengths, 0.75))
         window = min(max(usual, SHORTEST_WINDOW), LONGEST_WINDOW)
-        return OverrideGeometry(min(window, readable // 2), min(CARRIER_TOKENS, readable // 4))
+        carrier = max(1, min(CARRIER_TOKENS, readable // 4))
+        return OverrideGeometry(max(1, min(window, readable // 2)), carrier)
 
 
 class OverrideTest:
@@ -103,13 +111,15 @@ class OverrideTest:
         The score is the probability, in (0, 1), that the text keeps its class: of the best window,
         beside the pair of carriers that leaves the least of it. It is the mean, in log-odds, of the
         first half of the checkpoints. A test ends early once the score is under the threshold,
-        which more pairs cannot change.
+        which more pairs cannot change. It is NaN if a reading is: then the test says nothing.
         """
         group, least = self._group_of.get(predicted), 1.0
         for before, after in self._pairs(ids, predicted):
             inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
             readings = yield inputs
-            least = min(least, max(self._kept(one, predicted) for one in readings))
+            # Unlike Python's, these do not lose a NaN.
+            best = np.max([self._kept(one, predicted) for one in readings])
+            least = float(np.minimum(least, best))
             if group is not None and least < group.threshold:
                 break
         return least
@@ -146,4 +156,5 @@ class OverrideTest:
 
     def _kept(self, readings: FloatArray, predicted: int) -> float:
         odds = float(log_odds_of(readings[None, : self._read], predicted).mean())
-        return 1 / (1 + math.exp(-odds))
+        # As thresholds and stored outcomes are: no decision may hang on where a score was rounded.
+        return float(np.float32(1 / (1 + math.exp(-odds))))

@@ -225,6 +225,11 @@ class Gateway:
         return self._challenger.digest if self._challenger else None
 
     @property
+    def override_test(self) -> str | None:
+        """Which texts go through the override test, `suspicious` or `thorough`; None if none do."""
+        return self._settings.screen if self.bundle.override else None
+
+    @property
     def upstream_protocol(self) -> str | None:
         """The protocol of the upstream; None if there is none, or while it is not known."""
         return self._classifier.upstream_protocol

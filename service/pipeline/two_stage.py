@@ -125,11 +125,14 @@ class TwoStageScreener:
                 answers = await self._batcher.screen_tokens(inputs)
             except (Overloaded, TimedOut, ScreenFailed):
                 return None
-            readings = [answer.value.readings for answer in answers]
-            known = [one for one in readings if one is not None]
-            if len(known) < len(readings):
+            screened = [answer.value for answer in answers]
+            # Without a verdict, the readings are missing or not finite.
+            readings = [
+                one.readings for one in screened if one.verdict and one.readings is not None
+            ]
+            if len(readings) < len(screened):
                 return None
             try:
-                inputs = running.send(known)
+                inputs = running.send(readings)
             except StopIteration as done:
                 return float(done.value)

@@ -72,8 +72,10 @@ class WindowedScreener:
             batch = [waiting.popleft() for _ in range(min(WINDOWS_AT_ONCE, left, len(waiting)))]
             left -= len(batch)
             answers = await self._screener.screen_tokens([ids[window] for window in batch], charge)
-            for stage in answers[0].stages:
-                stages[stage] = stages.get(stage, 0.0) + max(a.stages[stage] for a in answers)
+            for stage in {stage for answer in answers for stage in answer.stages}:
+                # Only windows that were tested have the stage of the override test.
+                slowest = max(answer.stages.get(stage, 0.0) for answer in answers)
+                stages[stage] = stages.get(stage, 0.0) + slowest
             for answer in answers:
                 verdict = worse(verdict, answer.value.verdict)
         if verdict is not None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.bundle.digests import file_digest
 from models.bundle.layout import MANIFEST
@@ -24,6 +25,23 @@ def some_texts(n: int, seed: int = 0) -> list[str]:
     """Return texts that all differ."""
     rng = random.Random(seed)
     return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 25))) for i in range(n)]
+
+
+def sure_victim(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return a tiny victim that is sure of its class in most texts, as carriers must be."""
+    victim = tiny_victim("bert")
+    batch = tokenizer(some_texts(160), padding=True, return_tensors="pt")
+    head = victim.get_submodule("classifier")
+    with torch.inference_mode(False), torch.no_grad():
+        logits = victim(**batch).logits
+        scale = 5 / logits.std(0)
+        for weights, new in (
+            (head.weight, head.weight * scale[:, None]),
+            (head.bias, (head.bias - logits.mean(0)) * scale),
+        ):
+            assert isinstance(weights, nn.Parameter)
+            weights.copy_(new)
+    return victim
 
 
 def fit_tiny(

@@ -21,17 +21,16 @@ from models.offline.cli.options import (
 
 app = typer.Typer()
 
-
-Carriers = Annotated[
+FitEngine = Annotated[
+    Literal["auto", EngineName],
+    typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
+]
+CarrierFile = Annotated[
     str | None,
     typer.Option(
         help="Clean texts that the override test may use, and the bundle may hold; some of --texts "
         "by default."
     ),
-]
-FittedEngine = Annotated[
-    Literal["auto", EngineName],
-    typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
 ]
 
 
@@ -42,8 +41,8 @@ def fit_command(
     out: Out,
     frr_budget: Budget = 0.01,
     layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
-    engine: FittedEngine = "auto",
-    carriers: Carriers = None,
+    engine: FitEngine = "auto",
+    carriers: CarrierFile = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from models.bundle.layout import CARRIERS
 from models.bundle.manifest import Manifest, RecalibrationRecord
 from models.detection.screen import FloatArray
 from models.offline.evaluation.evaluate import Evaluation
@@ -24,6 +25,8 @@ ROWS = {
     "FAR, backdoor fires": "false_acceptance_rate_firing",
 }
 """Field of `AttackOutcome` by the title of its row."""
+MOST_NATURAL = 0.2
+"""Share of clean texts that may keep their class beside carriers without a warning."""
 SHOWN_SCORES = (0.0, 15.0)
 """Range of the histogram; scores beyond it fall into the outermost bars."""
 
@@ -126,6 +129,13 @@ def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         f"{fit.texts_train} for training, {fit.texts_stop} for stopping, "
         f"{fit.texts_calibrate} for calibration",
     )
+    if test := manifest.override:
+        counts = (f"{n} {label}" for n, label in zip(test.carriers, manifest.labels, strict=True))
+        yield (
+            "override test",
+            f"carriers: {', '.join(counts)}. They are clean texts of yours, and {CARRIERS} holds "
+            "them; --carriers of psim fit names others",
+        )
     if traffic := manifest.recalibration:
         yield (
             "recalibrated",
@@ -144,6 +154,13 @@ def _runtime_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 f"threshold {calibration.runtime}",
                 f"{names}{pooled}: {group.threshold:.6f}, budget {calibration.frr_budget:.1%}, "
                 f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
+            )
+        for tested in calibration.override:
+            names = " + ".join(manifest.labels[c] for c in tested.classes)
+            yield (
+                f"override {calibration.runtime}",
+                f"{names}: {tested.threshold:.6f}, {tested.natural:.1%} of clean texts keep their "
+                f"class beside carriers ({tested.texts} texts)",
             )
         parity = calibration.parity
         default = ", the default" if calibration.runtime == manifest.default.runtime else ""
@@ -194,4 +211,18 @@ def warnings_of(manifest: Manifest) -> list[str]:
         warnings.append("PSIM has not unlearnt the task: its confidence barely separates texts")
     if manifest.activations is None:
         warnings.append("all layers are adapted, so no hidden states are watched")
+    if manifest.override is None:
+        warnings.append("there is no override test: whatever is extreme counts as triggered")
+    kept = {
+        manifest.labels[c]
+        for calibration in manifest.calibrations
+        for group in calibration.override
+        if group.natural > MOST_NATURAL
+        for c in group.classes
+    }
+    if kept:
+        warnings.append(
+            f"more than {MOST_NATURAL:.0%} of clean texts of {', '.join(sorted(kept))} keep their "
+            "class beside carriers: the override test can tell little of them"
+        )
     return warnings

@@ -43,7 +43,8 @@ def choose_carriers(engine: Engine, split: Split, given: Sequence[str] = ()) -> 
     pieces = list(
         dict.fromkeys(beginning(text) for text in texts if len(text.split()) >= MIN_WORDS)
     )
-    encodings = engine.encode(pieces[:CANDIDATES])
+    pieces = [piece for piece in pieces[:CANDIDATES] if len(engine.token_ids(piece))]
+    encodings = engine.encode(pieces)
     carriers = _surest(pieces, predict(engine, encodings)[:, 0]) if encodings else []
     if sum(map(bool, carriers)) >= 2:
         return carriers

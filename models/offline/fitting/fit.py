@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from models.bundle.digests import hash_files
 from models.bundle.manifest import Calibration, Manifest
 from models.bundle.save import save_carriers, save_readings, save_weights
-from models.detection.override import OverrideGeometry, OverrideTest
+from models.detection.override import LEAST_READABLE, OverrideGeometry, OverrideTest
 from models.engines.pytorch import TorchEngine
 from models.network.adapters import lora_config
 from models.network.guarded import Guarded, guard
@@ -117,11 +117,13 @@ def _override_test(
 ) -> OverrideTest | None:
     """Return an override test without thresholds, sized by clean texts, and write its carriers.
 
+    There is none without carriers, or if the victim reads too little for it.
+
     Raises:
         DataError: as `choose_carriers` does.
     """
     carriers = choose_carriers(engine, split, given)
-    if not carriers:
+    if not carriers or engine.window_length < LEAST_READABLE:
         return None
     save_carriers(path, carriers)
     lengths = [len(engine.content(text)) for text in engine.encode(split.held_out)]
@@ -139,7 +141,7 @@ def _calibrate(
     test: OverrideTest | None,
 ) -> list[Calibration]:
     """Calibrate all runtimes, and write their readings into the bundle."""
-    measured = measure_runtimes(trained, engine, texts, test)
+    measured = measure_runtimes(trained, engine, texts, test, frr_budget)
     calibrated = calibrate_runtimes(measured, len(trained.guarded.checkpoints), frr_budget)
     save_readings(path, measured_arrays(measured))
     return calibration_records(measured, calibrated, frr_budget)

@@ -127,7 +127,9 @@ def _measure_all(
             loaded = load_bundle(bundle, own.dtype, own.engine)
             screens[own.runtime] = loaded.screen
             test = loaded.override.uncalibrated() if loaded.override else None
-            measured[own.runtime] = measure(loaded.engine, texts, test, texts[:clean])
+            measured[own.runtime] = measure(
+                loaded.engine, texts, test, own.frr_budget, texts[:clean]
+            )
     return screens, measured
 
 

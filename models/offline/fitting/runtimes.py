@@ -13,7 +13,7 @@ from models.detection.calibrate import (
     calibrate,
     calibrate_override,
 )
-from models.detection.conformal import ThresholdGroup
+from models.detection.conformal import ThresholdGroup, min_calibration_size
 from models.detection.override import OverrideTest
 from models.detection.screen import FloatArray, features
 from models.engines.base import REFERENCE, RUNTIMES, Engine, Runtime
@@ -25,7 +25,8 @@ from models.offline.fitting.unfamiliar import harmless_texts
 from models.offline.io.inference import predict, run_tests, texts_per_second
 
 TESTED, HARMLESS = 400, 60
-"""Clean calibration texts that go through the override test, and harmless texts of each kind."""
+"""Clean calibration texts that go through the override test, unless a small budget needs more, and
+harmless texts of each kind."""
 AUTO = "auto"
 """Any engine, in place of an engine's name."""
 
@@ -59,7 +60,11 @@ def check_installed(engine: str) -> None:
 
 
 def measure_runtimes(
-    trained: TorchEngine, engine: str, texts: Sequence[str], test: OverrideTest | None
+    trained: TorchEngine,
+    engine: str,
+    texts: Sequence[str],
+    test: OverrideTest | None,
+    frr_budget: float,
 ) -> dict[Runtime, RuntimeMeasurement]:
     """Measure PyTorch and an engine, or all engines, in every dtype that runs here.
 
@@ -70,13 +75,14 @@ def measure_runtimes(
         engine: name of an engine, or `AUTO`.
         texts: clean texts to calibrate with.
         test: the override test, if there is one.
+        frr_budget: share of clean texts that each stage may reject.
 
     Raises:
         EngineError: the engine cannot run this module.
     """
     module = trained.guarded, trained.tokenizer, trained.max_length
     return {
-        runtime: measure(make_engine(runtime, *module), texts, test)
+        runtime: measure(make_engine(runtime, *module), texts, test, frr_budget)
         for runtime in _runtimes(trained.guarded, engine)
     }
 
@@ -95,6 +101,7 @@ def measure(
     engine: Engine,
     texts: Sequence[str],
     test: OverrideTest | None,
+    frr_budget: float,
     clean: Sequence[str] | None = None,
 ) -> RuntimeMeasurement:
     """Screen texts, time a few of them, and run override tests.
@@ -103,6 +110,7 @@ def measure(
         engine: the runtime.
         texts: texts to screen.
         test: the override test, without thresholds, if there is one.
+        frr_budget: for which the test is to be calibrated.
         clean: those that are clean, for the override test; all of `texts` by default.
     """
     encodings = engine.encode(texts)
@@ -111,7 +119,7 @@ def measure(
     if test is not None:
         clean = texts if clean is None else clean
         outcomes = OverrideOutcomes(
-            _outcomes(engine, test, clean[:TESTED]),
+            _outcomes(engine, test, clean[: max(TESTED, min_calibration_size(frr_budget))]),
             _outcomes(engine, test, harmless_texts(clean, HARMLESS, seed=0)),
         )
     return RuntimeMeasurement(readings, texts_per_second(engine, encodings), outcomes)

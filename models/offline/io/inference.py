@@ -67,7 +67,8 @@ def judge_texts(
     for (number, verdict), score in zip(
         due.items(), run_tests(bundle.engine, test, asked), strict=True
     ):
-        verdicts[number] = test.judge(verdict, float(score))
+        if np.isfinite(score):  # else the first stage decides alone
+            verdicts[number] = test.judge(verdict, float(score))
     return verdicts
 
 

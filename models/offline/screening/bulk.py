@@ -136,38 +136,33 @@ def screen_files(
     thorough: bool = False,
     say: Callable[[str], None] = print,
 ) -> Totals:
-    """Screen files and glob patterns into a folder of Parquet parts; earlier ones are kept.
+    """Screen files into a folder of Parquet parts; parts of an earlier run are kept.
 
     Args:
-        patterns: the files.
-        bundle: its folder. Bundle, files and parts have the same paths on every machine.
+        patterns: files and glob patterns.
+        bundle: folder of the bundle. Bundle, files and parts have the same paths on every machine.
         out: folder of the parts.
         text_column: column of the texts.
         part_rows: rows of a part; the last part of a file may have fewer.
-        workers: how many; by default one per GPU or, without GPUs, one per processor.
-        dtype, engine: see `load_bundle`.
-        thorough: test all texts, not only suspicious ones.
+        workers: number of workers; by default one per GPU or, without GPUs, one per processor.
+        dtype, engine, thorough: see `load_bundle` and `judge_texts`.
         say: called with a message for each file or fragment that cannot be read.
 
     Raises:
-        DataError, BundleError: a file or the bundle is not as it must be, or `out` is of another run.
+        DataError: a file cannot be read, or `out` holds the results of another run.
+        BundleError: the bundle does not match its manifest.
     """
-    _check_ray()
+    if not is_installed("ray"):
+        raise DataError("Ray is not installed: pip install 'psim-gateway[ray]'")
     options = _resolve_options(bundle, engine, dtype, text_column, part_rows, thorough)
     job = Job(bundle.resolve(), out.resolve(), options)
     files = _find_files(patterns, job.out)
-    job.out.mkdir(parents=True, exist_ok=True)
     with _locked(job.out):
         inputs = _divide(files, job, say)
-        fragments = [one for known in inputs.values() for one in known.fragments]
+        fragments = [fragment for known in inputs.values() for fragment in known.fragments]
         _write_missing_parts(job, fragments, workers, say)
         _check_unchanged(inputs, job.out)
         return _count(fragments, job.out)
-
-
-def _check_ray() -> None:
-    if not is_installed("ray"):
-        raise DataError("Ray is not installed: pip install 'psim-gateway[ray]'")
 
 
 def _resolve_options(
@@ -208,6 +203,8 @@ def _find_files(patterns: Sequence[str], out: Path) -> list[Path]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
+    """Keep other commands out of a folder, which is made if it is not there."""
+    out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
             yield

@@ -71,6 +71,7 @@ class ModelRoutes:
             "mode": gateway.mode,
             "model": gateway.model_info.model,
             "models": [model.name for model in self._models],
+            "override_test": gateway.override_test,
             "upstream": gateway.upstream_protocol,
             "engine": {
                 "name": engine.name,

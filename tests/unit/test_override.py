@@ -1,0 +1,334 @@
+"""The override test: what is put together, when it ends, and what its thresholds promise."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.detection.calibrate import (
+    HARMLESS_BUDGET,
+    OverrideOutcomes,
+    calibrate_override,
+)
+from models.detection.conformal import ThresholdGroup, allowed_rejections, min_calibration_size
+from models.detection.override import (
+    CARRIER_TOKENS,
+    DRAWS,
+    LEAST_READABLE,
+    LONGEST_WINDOW,
+    SHORTEST_WINDOW,
+    Ids,
+    OverrideGeometry,
+    OverrideTest,
+)
+from models.detection.screen import Finding, FloatArray, Normalizer, Screen, ZScore
+from models.errors import CalibrationError
+from models.offline.io.inference import run_tests
+from tests.support.fakes import FakeEngine, fake_bundle
+
+CHECKPOINTS, CLASSES = 3, 3
+WORDS = 1000
+"""Ids of texts are below, those of carriers above: the class times this, and a number."""
+
+
+def carriers_of(counts: Sequence[int], length: int = 1) -> list[list[Ids]]:
+    return [
+        [np.full(length, (label + 1) * WORDS + number, np.int64) for number in range(count)]
+        for label, count in enumerate(counts)
+    ]
+
+
+def sized_test(
+    window: int = 8, counts: Sequence[int] = (4, 4, 4), groups: Sequence[ThresholdGroup] = ()
+) -> OverrideTest:
+    return OverrideTest(carriers_of(counts), OverrideGeometry(window, 1), CHECKPOINTS, groups)
+
+
+def readings_of(ids: Ids) -> FloatArray:
+    """Return what a classifier without rhyme or reason reads, the same for the same ids."""
+    rng = np.random.default_rng(zlib.crc32(ids.tobytes()))
+    return rng.dirichlet(np.full(CLASSES, 0.5), CHECKPOINTS).astype(np.float32)
+
+
+def run(test: OverrideTest, ids: Ids, predicted: int) -> tuple[float, list[list[Ids]]]:
+    """Return the score of a text, and the turns of inputs that it took."""
+    running, turns = test.score(ids, predicted), []
+    inputs = next(running)
+    while True:
+        turns.append(inputs)
+        try:
+            inputs = running.send([readings_of(one) for one in inputs])
+        except StopIteration as done:
+            return done.value, turns
+
+
+texts = st.lists(st.integers(0, WORDS - 1), max_size=120).map(lambda ids: np.array(ids, np.int64))
+
+
+@given(count=st.integers(0, 400), size=st.integers(1, LONGEST_WINDOW))
+def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> None:
+    ids = np.arange(count, dtype=np.int64) + 10 * WORDS  # all differ, and from carriers
+    inputs = next(sized_test(size).score(ids, 0))
+    windows = [one[1:-1] for one in inputs]
+    assert all(len(window) <= size for window in windows)
+    if count <= size:
+        assert len(windows) == 1
+        assert np.array_equal(windows[0], ids)
+    assert {int(i) for window in windows for i in window} == {*ids.tolist()}
+    runs = [[*map(int, window)] for window in windows]
+    half = min(size // 2, count)
+    for start in range(count - half + 1):
+        wanted = ids[start : start + half].tolist()
+        assert any(
+            wanted == own[i : i + half] for own in runs for i in range(len(own) - half + 1)
+        ), start
+    assert len(windows) <= 1 + count / max(1, size // 2), "windows of nothing new"
+
+
+@given(ids=texts, predicted=st.integers(0, CLASSES - 1), counts=st.tuples(*[st.integers(1, 5)] * 3))
+def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
+    ids: Ids, predicted: int, counts: tuple[int, int, int]
+) -> None:
+    test = sized_test(counts=counts)
+    _, turns = run(test, ids, predicted)
+    assert len(turns) == DRAWS
+    for inputs in turns:
+        ends = {int(one[i]) for one in inputs for i in (0, -1)}
+        assert all(end >= WORDS and end // WORDS - 1 != predicted for end in ends)
+        assert len({(int(one[0]), int(one[-1])) for one in inputs}) == 1, "a turn has one pair"
+    _, again = run(sized_test(counts=counts), ids.copy(), predicted)
+    assert [[one.tolist() for one in turn] for turn in turns] == [
+        [one.tolist() for one in turn] for turn in again
+    ]
+
+
+def test_texts_meet_different_carriers() -> None:
+    test = sized_test(counts=(9, 9, 9))
+    first = {
+        tuple(next(test.score(np.array([word], np.int64), 0))[0][[0, -1]]) for word in range(50)
+    }
+    assert len(first) > 25
+
+
+@settings(max_examples=300)
+@given(
+    ids=texts, predicted=st.integers(0, CLASSES - 1), threshold=st.floats(1 / 64, 63 / 64, width=32)
+)
+def test_an_early_end_changes_no_decision(ids: Ids, predicted: int, threshold: float) -> None:
+    whole, all_turns = run(sized_test(), ids, predicted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.detection.override.DRAWS", 1)
+        first, _ = run(sized_test(), ids, predicted)
+    # The scores themselves are the thresholds at which a decision turns.
+    above = float(np.nextafter(np.float32(whole), np.float32(2)))
+    for limit in (threshold, first, whole, above):
+        group = ThresholdGroup((0, 1, 2), limit, np.linspace(0, 1, 99, dtype=np.float32))
+        score, turns = run(sized_test(groups=[group]), ids, predicted)
+        assert (score >= limit) == (whole >= limit)
+        assert len(turns) == len(all_turns) or score < limit
+        assert 0 < score <= 1
+        assert float(np.float32(score)) == score, "what is stored must decide as what is computed"
+
+
+def test_the_best_window_counts_beside_the_worst_pair() -> None:
+    """Only windows that keep their class beside each of the pairs speak for a trigger."""
+    test, ids = sized_test(window=4), np.arange(12, dtype=np.int64)
+
+    def score_of(kept: Sequence[Sequence[float]]) -> float:
+        running, turn = test.score(ids, 0), 0
+        inputs = next(running)
+        while True:
+            shares = kept[turn][: len(inputs)]
+            readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
+            try:
+                inputs = running.send(readings)
+            except StopIteration as done:
+                return float(done.value)
+            turn += 1
+
+    assert len(next(test.score(ids, 0))) == 5
+    always = [[0.1, 0.9, 0.2, 0.1, 0.1]] * DRAWS
+    assert score_of(always) == pytest.approx(0.9, abs=1e-4)
+    once = [*always[:-1], [0.3] * 5]
+    assert score_of(once) == pytest.approx(0.3, abs=1e-4)
+
+
+def test_late_checkpoints_have_no_say() -> None:
+    late = np.array([[0.9, 0.1, 0], [0.9, 0.1, 0], [0.01, 0.99, 0]], np.float32)
+    running = sized_test().score(np.arange(3, dtype=np.int64), 0)
+    next(running)
+    with pytest.raises(StopIteration) as done:
+        for _ in range(DRAWS):
+            running.send([late])
+    assert done.value.value == pytest.approx(0.9, abs=1e-4)
+
+
+lengths = st.lists(st.integers(0, 600), min_size=1, max_size=40)
+
+
+@given(lengths=lengths, readable=st.integers(LEAST_READABLE, 512))
+def test_what_is_put_together_fits_into_what_the_model_reads(
+    lengths: list[int], readable: int
+) -> None:
+    geometry = OverrideGeometry.of(lengths, readable)
+    assert geometry.window >= 1
+    assert 1 <= geometry.carrier <= CARRIER_TOKENS
+    assert geometry.window + 2 * geometry.carrier <= readable
+    assert geometry.window <= LONGEST_WINDOW
+    if readable >= 2 * LONGEST_WINDOW:
+        whole = np.mean([length <= geometry.window for length in lengths])
+        assert geometry.window >= SHORTEST_WINDOW
+        assert whole >= 0.5 or geometry.window == LONGEST_WINDOW
+        longest = max(len(one) for one in next(_sized(geometry).score(np.arange(999), 0)))
+        assert longest <= readable
+
+
+def _sized(geometry: OverrideGeometry) -> OverrideTest:
+    return OverrideTest(carriers_of((2, 2, 2), length=99), geometry, CHECKPOINTS)
+
+
+@pytest.mark.parametrize("readable", range(LEAST_READABLE))
+def test_a_model_that_reads_next_to_nothing_has_no_test(readable: int) -> None:
+    with pytest.raises(ValueError, match="needs 3 tokens"):
+        OverrideGeometry.of([5], readable)
+
+
+def test_a_class_without_carriers_of_others_is_not_tested() -> None:
+    only_first = sized_test(counts=(3, 0, 0))
+    assert [only_first.can_test(c) for c in range(3)] == [False, True, True]
+    assert [sized_test(counts=(0, 0, 0)).can_test(c) for c in range(3)] == [False] * 3
+    verdict = replace(fake_bundle().screen.judge(_reading(0.999)), predicted=0)
+    assert not only_first.is_due(_screen(), verdict, thorough=True)
+    assert only_first.is_due(_screen(), replace(verdict, predicted=1), thorough=True)
+
+
+def _reading(top: float) -> FloatArray:
+    return np.array([[0.5, 0.5], [top, 1 - top]], np.float32)
+
+
+def _screen() -> Screen:
+    scores = np.linspace(0, 10, 199, dtype=np.float32)
+    as_it_is = ZScore(np.zeros((3, 1)), np.ones((3, 1)))
+    return Screen(
+        [ThresholdGroup((0, 1, 2), 9.9, scores)],
+        Normalizer(ZScore(np.zeros((3, 2)), np.ones((3, 2))), as_it_is, 2),
+    )
+
+
+def test_the_most_suspicious_texts_are_due_or_all() -> None:
+    screen, test = _screen(), sized_test()
+    verdict = fake_bundle().screen.judge(_reading(0.55))
+    least = screen.suspicion_of(0)
+    assert 9 < least < 9.9, "five in a hundred are suspicious, one of them extreme"
+    below = replace(verdict, score=float(np.nextafter(np.float32(least), np.float32(0))))
+    assert not test.is_due(screen, below, thorough=False)
+    assert test.is_due(screen, replace(verdict, score=least), thorough=False)
+    assert test.is_due(screen, replace(verdict, score=99.0), thorough=False)
+    assert test.is_due(screen, replace(verdict, score=0.0), thorough=True)
+
+
+@pytest.mark.parametrize(
+    ("score", "extreme", "finding"),
+    [
+        (0.5, True, Finding.TRIGGERED),
+        (0.5, False, Finding.TRIGGERED),
+        (0.49, True, Finding.UNFAMILIAR),
+        (0.49, False, None),
+    ],
+)
+def test_the_verdict_after_a_test(score: float, extreme: bool, finding: Finding | None) -> None:
+    group = ThresholdGroup((0, 1, 2), 0.5, np.linspace(0, 0.5, 99, dtype=np.float32))
+    verdict = fake_bundle().screen.judge(_reading(0.99 if extreme else 0.55))
+    assert verdict.extreme == extreme
+    judged = sized_test(groups=[group]).judge(verdict, score)
+    assert (judged.finding, judged.override, judged.override_threshold) == (finding, score, 0.5)
+    assert judged.override_p_value == group.p_value(score)
+
+
+def outcomes(rng: np.random.Generator, n: int, shapes: Sequence[float]) -> FloatArray:
+    """Draw class and score, (n, 2); classes differ in how often they are kept."""
+    labels = rng.integers(len(shapes), size=n)
+    scores = rng.beta(1, np.array(shapes)[labels])
+    return np.column_stack([labels, scores]).astype(np.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    budget=st.sampled_from([0.01, 0.05, 0.2]),
+    stranger=st.floats(0.3, 3),
+)
+def test_thresholds_keep_both_budgets_on_average(seed: int, budget: float, stranger: float) -> None:
+    rng, clean, harmless = np.random.default_rng(seed), (9.0, 4.0, 1.0), (stranger,) * 3
+    rates = []
+    for _ in range(60):
+        known = OverrideOutcomes(outcomes(rng, 400, clean), outcomes(rng, 400, harmless))
+        groups = calibrate_override(known, 3, budget)
+        assert sorted(c for group in groups for c in group.classes) == [0, 1, 2]
+        limit = np.zeros(3)
+        for group in groups:
+            limit[[*group.classes]] = group.threshold
+        fresh = outcomes(rng, 400, clean), outcomes(rng, 400, harmless)
+        rates.append([(own[:, 1] >= limit[own[:, 0].astype(int)]).mean() for own in fresh])
+    on_clean, on_harmless = np.mean(rates, 0)
+    error = 6 * np.std(rates, 0) / np.sqrt(len(rates)) + 1e-3
+    assert on_clean <= budget + error[0]
+    assert on_harmless <= HARMLESS_BUDGET + error[1]
+
+
+@given(
+    n=st.integers(1, 300), m=st.integers(0, 300), seed=st.integers(0, 99),
+    budget=st.sampled_from([0.01, 0.05, 0.25]),
+)  # fmt: skip
+def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
+    n: int, m: int, seed: int, budget: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    known = OverrideOutcomes(outcomes(rng, n, (3, 1)), outcomes(rng, m, (1, 1)))
+    if n < min_calibration_size(budget):
+        with pytest.raises(CalibrationError, match="too few"):
+            calibrate_override(known, 2, budget)
+        return
+    for group in calibrate_override(known, 2, budget):
+        own = known.clean[np.isin(known.clean[:, 0], group.classes), 1]
+        others = known.harmless[np.isin(known.harmless[:, 0], group.classes), 1]
+        assert np.array_equal(group.scores, np.sort(own))
+        assert (own >= group.threshold).sum() <= allowed_rejections(len(own), budget)
+        most = max(0, allowed_rejections(len(others), HARMLESS_BUDGET))
+        assert (others >= group.threshold).sum() <= most
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["clean", "harmless"])
+def test_scores_that_are_no_numbers_give_no_threshold(bad: float, which: str) -> None:
+    known = OverrideOutcomes(*(outcomes(np.random.default_rng(0), 99, (1, 1)) for _ in "ab"))
+    getattr(known, which)[3, 1] = bad
+    with pytest.raises(CalibrationError, match="NaN or infinite"):
+        calibrate_override(known, 2, 0.05)
+
+
+def test_many_texts_at_once_are_scored_as_each_alone() -> None:
+    """Tests end at different turns; none gets the readings of another."""
+    group = ThresholdGroup((0, 1), 0.3, np.linspace(0, 1, 99, dtype=np.float32))
+    test = OverrideTest(carriers_of((3, 3)), OverrideGeometry(4, 1), 1, [group])
+
+    class Reader(FakeEngine):
+        def screen(self, batch):  # type: ignore[no-untyped-def]
+            screening = super().screen(batch)
+            rows = [readings_of(np.array(one.input_ids, np.int64))[:1, :2] for one in batch]
+            return screening._replace(readings=np.stack(rows))
+
+    engine = Reader()
+    rng = np.random.default_rng(0)
+    asked = [(rng.integers(WORDS, size=n), int(n % 2)) for n in rng.integers(0, 20, 40)]
+    together = run_tests(engine, test, asked)
+    alone = [run_tests(engine, test, [one])[0] for one in asked]
+    assert together.tolist() == alone
+    assert len({*alone}) > 30
+    assert (together < 0.3).any()
+    assert (together >= 0.3).any()
+    assert run_tests(engine, test, []).shape == (0,)
