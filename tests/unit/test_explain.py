@@ -181,6 +181,31 @@ def test_a_passage_is_the_whole_sentence_and_no_more(
     assert [text.split()[number] for number in found] == SENTENCE
 
 
+@given(clean_texts, st.integers(0))
+def test_a_passage_holds_no_word_that_only_stood_in_its_window(
+    clean: list[tuple[str, str]], place: int
+) -> None:
+    trigger = SENTENCE[1:4]
+
+    def odds(part: str) -> float:
+        return 3.0 if " ".join(trigger) in " ".join(part.split()) else -3.0
+
+    text = poisoned(clean, trigger, [place])
+    found, _ = passage_of(text, odds)
+    assert found is not None
+    assert [text.split()[number] for number in found] == trigger
+
+
+def test_a_short_trigger_is_found_with_few_tests_and_a_long_one_with_a_bounded_number() -> None:
+    text = " ".join(f"w{number}" for number in range(ROUND_SIZE - 1)) + " 3D"
+    _, tested = passage_of(text, by_its_core)
+    assert len(tested) <= ROUND_SIZE + (REACH + 1) ** 2
+    text = " ".join(f"w{number}" for number in range(90))
+    found, tested = passage_of(text, lambda part: 2 + 0.2 * len(part.split()) + ("w45" in part))
+    assert found is not None
+    assert len(tested) == MAX_PARTS
+
+
 @given(st.integers(1, 4 * REACH), st.integers(0), clean_texts)
 def test_a_passage_grows_as_long_as_the_trigger_is(
     length: int, core: int, clean: list[tuple[str, str]]
