@@ -92,8 +92,9 @@ class TwoStageScreener:
     ) -> list[float]:
         """Return by how much parts of a text keep its class beside carriers: override scores.
 
-        A part whose test fails has the score 0. Each part is charged as one pass. The budget of
-        tokens is for the tests that decide about texts, so parts take nothing from it.
+        A part whose test fails has the score 0. Each part is charged as one pass, and cut to what
+        the model reads at once. The budget of tokens is for the tests that decide about texts, so
+        parts take nothing from it.
 
         Raises:
             ServiceError: `charge` refuses the passes, or a text cannot be tokenized.
@@ -103,8 +104,12 @@ class TwoStageScreener:
             return [0.0] * len(parts)
         await charge(len(parts))
         whole, *ids = await asyncio.gather(*(self.token_ids(one) for one in (text, *parts)))
+        most = self.window_length  # of one word, there may be any number of tokens
         scores = await asyncio.gather(
-            *(self._run(test.score(one.value, predicted, whole.value), _unlimited) for one in ids)
+            *(
+                self._run(test.score(one.value[:most], predicted, whole.value), _unlimited)
+                for one in ids
+            )
         )
         return [score or 0.0 for score in scores]
 

@@ -174,6 +174,8 @@ async def test_parts_are_scored_as_they_keep_the_class_and_charged_once() -> Non
     async with running(engine) as batcher:
         screener = TwoStageScreener(batcher, bundle, settings, Metrics().of("fake", settings))
         text = "a quiet mn film"
-        trigger, clean, broken = await screener.keep(["mn", "quiet", BROKEN], text, 0, charge)
-    assert trigger > 0.9 > clean > broken == 0
-    assert charged == [3]
+        trigger, clean, unread, broken = await screener.keep(
+            ["mn", "quiet", LONG, BROKEN], text, 0, charge
+        )
+    assert trigger > 0.9 > clean == unread > broken == 0
+    assert charged == [4]

@@ -97,8 +97,9 @@ def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
     def keep(parts: list[str]) -> list[float]:
         if test is None:
             return [0.0] * len(parts)
-        whole = engine.token_ids(text)
-        tests = [test.score(engine.token_ids(p), verdict.predicted, whole) for p in parts]
+        whole, *ids = (engine.token_ids(one) for one in (text, *parts))
+        most = engine.window_length
+        tests = [test.score(part[:most], verdict.predicted, whole) for part in ids]
         return _run_tests(engine, tests)
 
     return run_search(explain(text, verdict, run_search(find_passage(text, verdict), keep)), screen)
