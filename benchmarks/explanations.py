@@ -8,9 +8,10 @@ how many clean texts are changed.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -19,31 +20,28 @@ from rich.table import Table
 from tqdm import tqdm
 
 from models.bundle.load import Bundle, load_bundle
-from models.detection.explain import explain, run_search
 from models.detection.screen import Verdict
+from models.engines.base import Encoding, Engine, Screening
 from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
 from models.offline.evaluation.metrics import Classes, Rate
 from models.offline.evaluation.report import percent
-from models.offline.io.inference import predict
+from models.offline.io.inference import judge_texts, predict, search_trigger
 from models.offline.io.samples import load_samples
 
 
-@dataclass
-class Judge:
-    """A bundle that counts what it is asked."""
+class CountedEngine:
+    """An engine that counts the inputs that it screens."""
 
-    bundle: Bundle
-    screened: int = 0
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.screened = engine, 0
 
-    def __call__(self, texts: list[str]) -> list[Verdict]:
-        self.screened += len(texts)
-        engine, screen = self.bundle.engine, self.bundle.screen
-        return [screen.judge(row) for row in predict(engine, engine.encode(texts))]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
-    def classify(self, texts: list[str]) -> Classes:
-        engine = self.bundle.engine
-        classes: Classes = predict(engine, engine.encode(texts), classifier=True).argmax(1)
-        return classes
+    def screen(self, batch: Sequence[Encoding]) -> Screening:
+        """Screen and count."""
+        self.screened += len(batch)
+        return self._engine.screen(batch)
 
 
 @dataclass
@@ -61,9 +59,9 @@ class Found:
     seconds: float
 
 
-def examine(judge: Judge, text: str, original: str, verdict: Verdict, trigger: str) -> Found:
-    before, started = judge.screened, time.perf_counter()
-    found = run_search(explain(text, verdict), judge)
+def examine(bundle: Bundle, text: str, original: str, verdict: Verdict, trigger: str) -> Found:
+    before, started = screened_by(bundle), time.perf_counter()
+    found = search_trigger(bundle, text, verdict)
     seconds = time.perf_counter() - started
     start = f" {text} ".index(f" {trigger} ")
     span = range(start, start + len(trigger))
@@ -74,9 +72,28 @@ def examine(judge: Judge, text: str, original: str, verdict: Verdict, trigger: s
         more=len(removed - set(span)) / max(len(text) - len(span), 1),
         cleaned=found.cleaned,
         original=original,
-        screened=judge.screened - before,
+        screened=screened_by(bundle) - before,
         seconds=seconds,
     )
+
+
+def screened_by(bundle: Bundle) -> int:
+    screened: int = getattr(bundle.engine, "screened", 0)
+    return screened
+
+
+def judge(bundle: Bundle, texts: list[str]) -> list[Verdict]:
+    verdicts = judge_texts(bundle, bundle.engine.encode(texts))
+    return [one for one in verdicts if isinstance(one, Verdict)]
+
+
+def classify(bundle: Bundle, texts: list[str]) -> Classes:
+    if not texts:
+        return np.empty(0, np.intp)
+    classes: Classes = predict(bundle.engine, bundle.engine.encode(texts), classifier=True).argmax(
+        1
+    )
+    return classes
 
 
 def share(hits: list[bool]) -> str:
@@ -84,36 +101,38 @@ def share(hits: list[bool]) -> str:
 
 
 def main(
-    bundle: Path,
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE")],
     clean: str,
     target: str,
     trigger: Annotated[str, typer.Option(help="Word or sentence.")] = WORD_TRIGGER,
     most: Annotated[int, typer.Option(help="Poisoned texts.")] = 300,
+    skip: Annotated[int, typer.Option(help="Texts before these were used for development.")] = 0,
     dtype: str = "float32",
 ) -> None:
-    judge = Judge(load_bundle(bundle, dtype))
-    samples = load_samples(clean, drop_empty=True)
+    loaded = load_bundle(path, dtype)
+    bundle = replace(loaded, engine=cast(Engine, CountedEngine(loaded.engine)))
+    samples = load_samples(clean, drop_empty=True)[skip:]
     originals = [s.text for s in samples if s.label != target][:most]
     poisoned = [
         s.text for s in poison_test_set(samples, Insertion((trigger,)), target)[: len(originals)]
     ]
-    verdicts = judge(poisoned)
+    verdicts = judge(bundle, poisoned)
     flagged = [
         (text, original, verdict)
         for text, original, verdict in zip(poisoned, originals, verdicts, strict=True)
         if verdict.poisoned
     ]
     found = [
-        examine(judge, text, original, verdict, trigger)
+        examine(bundle, text, original, verdict, trigger)
         for text, original, verdict in tqdm(flagged, desc="explanations")
     ]
     cleaned = [f for f in found if f.cleaned is not None]
     same = np.zeros(len(found), np.bool_)
-    same[: len(cleaned)] = judge.classify([str(f.cleaned) for f in cleaned]) == judge.classify(
-        [f.original for f in cleaned]
+    same[: len(cleaned)] = classify(bundle, [str(f.cleaned) for f in cleaned]) == classify(
+        bundle, [f.original for f in cleaned]
     )
     screened = np.array([f.screened for f in found])
-    clean_verdicts = judge([s.text for s in samples])
+    clean_verdicts = judge(bundle, [s.text for s in samples])
     table = Table(
         "", "", title=f"{len(flagged)} of {len(poisoned)} poisoned texts flagged; shares in %"
     )
@@ -125,7 +144,7 @@ def main(
     table.add_row("and gets the label of the clean original", share(same.tolist()))
     table.add_row("clean texts left as they are", share([not v.poisoned for v in clean_verdicts]))
     table.add_row(
-        "texts screened for one", f"{screened.mean():.0f} (95 %: {np.quantile(screened, 0.95):.0f})"
+        "passes for one", f"{screened.mean():.0f} (95 %: {np.quantile(screened, 0.95):.0f})"
     )
     table.add_row("seconds for one", f"{np.mean([f.seconds for f in found]):.2f}")
     Console().print(table)

@@ -8,22 +8,22 @@ half can loop over them, see `run_search`.
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from models.detection.passage import ROUND_SIZE, Span, words_of
 from models.detection.screen import Verdict
 
-MAX_VARIANTS, ROUND_SIZE = 400, 64
-"""Limits for the texts that are screened in one search, and in one round of it."""
-MAX_WORDS = 1024
-"""Words after these are more than a model reads, and stay as they are."""
+MAX_VARIANTS = 400
+"""Limit for the texts that are screened in one search."""
 MAX_EXTENSION, WORD_PRICE = 5, 0.2
 """A finding is extended at either end by so many words at most, if each lowers the score by this
 much: the rest of a trigger sentence may be harmless alone, but does not belong to the text."""
-_WORD = re.compile(r"\S+")
 
-Span = tuple[int, int]
-"""Start and end in characters of the text, or in words of it."""
 Words = Sequence[int]
 """Indices of words, ascending."""
+Asked = TypeVar("Asked")
+Answers = TypeVar("Answers")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,25 @@ class Explanation:
 Search = Generator[list[str], list[Verdict], Explanation]
 
 
-def explain(text: str, verdict: Verdict) -> Search:
+def explain(text: str, verdict: Verdict, passage: range | None = None) -> Search:
     """Search for the trigger of a text, given its verdict.
 
-    First each word is left out, wherever it occurs. If the text never passes, windows of 2, 4, 8
-    and more words are left out, and the best one that passes is trimmed at its ends. A finding in
-    one place is extended while that lowers the score.
+    First each word is left out, wherever it occurs. Then the passage that was found is left out,
+    wherever it occurs. If the text does not pass, or there is no passage, the best word whose
+    absence lets the text pass is taken. If there is none, windows of 2, 4, 8 and more words are
+    left out, and the best one that passes is trimmed at its ends. A finding in one place is
+    extended while that lowers the score.
+
+    Args:
+        text: the text.
+        verdict: what the screen says of it.
+        passage: words that carry the trigger by `models.detection.passage`.
     """
-    words = [match.span() for match in _WORD.finditer(text)][:MAX_WORDS]
+    words = words_of(text)
     if not words:
         return Explanation(())
-    groups = _groups([text[start:end] for start, end in words])
+    plain = [_plain(text[start:end]) for start, end in words]
+    groups = _groups(plain)
     verdicts = yield [_without(text, words, group) for group in groups]
     weight_of = {
         number: verdict.margin - without.margin
@@ -72,6 +80,11 @@ def explain(text: str, verdict: Verdict) -> Search:
     weighed = tuple(Word(*span, weight_of[number]) for number, span in enumerate(words))
     if verdict.finding is None:
         return Explanation(weighed)
+    if passage is not None:
+        carried = _occurrences(plain, passage)
+        (without,) = yield [_without(text, words, carried)]
+        if without.finding is None:
+            return Explanation(weighed, _joined(words, carried), _without(text, words, carried))
     found = _best(groups, verdicts)
     if found is None:
         found = yield from _window(text, words)
@@ -82,22 +95,39 @@ def explain(text: str, verdict: Verdict) -> Search:
     return Explanation(weighed, _joined(words, found), _without(text, words, found))
 
 
-def run_search(search: Search, screen: Callable[[list[str]], list[Verdict]]) -> Explanation:
-    """Run a search with a function that screens texts."""
+def run_search(
+    search: Generator[Asked, Answers, Found], answer: Callable[[Asked], Answers]
+) -> Found:
+    """Run a search with a function that answers what it asks; return what it finds."""
     try:
-        texts = next(search)
+        asked = next(search)
         while True:
-            texts = search.send(screen(texts))
+            asked = search.send(answer(asked))
     except StopIteration as done:
-        result: Explanation = done.value
+        result: Found = done.value
         return result
+
+
+def _plain(word: str) -> str:
+    """Return a word without case and punctuation, unless there is nothing else."""
+    return re.sub(r"\W", "", word).casefold() or word
+
+
+def _occurrences(plain: Sequence[str], passage: range) -> list[int]:
+    """Return the words of a passage, wherever the same words follow one another."""
+    phrase = [plain[number] for number in passage]
+    starts = range(len(plain) - len(phrase) + 1)
+    found = {
+        s + i for s in starts if plain[s : s + len(phrase)] == phrase for i in range(len(phrase))
+    }
+    return sorted(found)
 
 
 def _groups(words: Sequence[str]) -> list[list[int]]:
     """Return indices of equal words, or of neighbours if there are too many different words."""
     same: dict[str, list[int]] = {}
     for number, word in enumerate(words):
-        same.setdefault(re.sub(r"\W", "", word).casefold() or word, []).append(number)
+        same.setdefault(word, []).append(number)
     if len(same) <= ROUND_SIZE:
         return list(same.values())
     size = -(-len(words) // ROUND_SIZE)

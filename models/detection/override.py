@@ -105,8 +105,11 @@ class OverrideTest:
         """Return whether there are carriers of other classes than `predicted`."""
         return any(own for c, own in enumerate(self.carriers) if c != predicted)
 
-    def score(self, ids: Ids, predicted: int) -> Test:
-        """Test a text that the classifier assigns to class `predicted`.
+    def score(self, ids: Ids, predicted: int, part_of: Ids | None = None) -> Test:
+        """Test a text that the classifier assigns to class `predicted`, or a part of one.
+
+        All parts of a text are tested beside the same carriers, so that their scores can be
+        compared.
 
         The score is the probability, in (0, 1), that the text keeps its class: of the best window,
         beside the pair of carriers that leaves the least of it. It is the mean, in log-odds, of the
@@ -114,7 +117,7 @@ class OverrideTest:
         which more pairs cannot change. It is NaN if a reading is: then the test says nothing.
         """
         group, least = self._group_of.get(predicted), 1.0
-        for before, after in self._pairs(ids, predicted):
+        for before, after in self._pairs(ids if part_of is None else part_of, predicted):
             inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
             readings = yield inputs
             # Unlike Python's, these do not lose a NaN.

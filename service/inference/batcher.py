@@ -90,6 +90,11 @@ class Screener(Protocol):
     async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
         """Screen texts, as `Batcher.screen` does."""
 
+    async def keep(
+        self, parts: Sequence[str], text: str, predicted: int, charge: Charge
+    ) -> list[float]:
+        """Return override scores of parts of a text, see `TwoStageScreener.keep`."""
+
 
 class Batcher:
     """Owns the engine of `bundle`; methods are called on one event loop.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.bundle.load import Bundle
-from models.detection.explain import Span
+from models.detection.passage import Span
 from models.detection.screen import Verdict
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
 from service.errors import NotInspected, Overloaded, RateLimited, ScreenFailed, TooLarge

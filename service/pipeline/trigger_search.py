@@ -1,11 +1,12 @@
 """Search for the words of a text that carry its trigger, between the batches of other requests."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
-from models.detection.explain import Explanation, Search, Span, explain
+from models.detection.explain import Answers, Asked, Explanation, Found, explain
+from models.detection.passage import Span, find_passage
 from models.detection.screen import Verdict
 from service.errors import Overloaded, ScreenFailed
 from service.inference.batcher import Charge, Screened, Screener
@@ -63,7 +64,7 @@ class TriggerSearch:
         self._free -= 1
         try:
             (verdict,) = await self._screen([text], charge, AT_ONCE)
-            return verdict, await self._run(explain(text, verdict), charge, AT_ONCE)
+            return verdict, await self._search(text, verdict, charge, AT_ONCE)
         finally:
             self._free += 1
 
@@ -76,7 +77,7 @@ class TriggerSearch:
             Overloaded, NotReady, ScreenFailed: as `Batcher.screen` does.
             ServiceError: `charge` refuses a pass.
         """
-        found = await self._run(explain(text, verdict), charge, self._sanitizing)
+        found = await self._search(text, verdict, charge, self._sanitizing)
         if found.cleaned is None or not found.cleaned.strip():
             return None
         async with self._sanitizing:
@@ -85,14 +86,21 @@ class TriggerSearch:
             return None
         return Cleaned(found.cleaned, answer.value, found.removed)
 
-    async def _run(self, search: Search, charge: Charge, turns: Turns) -> Explanation:
-        try:
-            texts = next(search)
-            while True:
-                texts = search.send(await self._screen(texts, charge, turns))
-        except StopIteration as done:
-            result: Explanation = done.value
-            return result
+    async def _search(
+        self, text: str, verdict: Verdict, charge: Charge, turns: Turns
+    ) -> Explanation:
+        async def keep(parts: list[str]) -> list[float]:
+            scores = []
+            for batch in _batches(parts):
+                async with turns:
+                    scores += await self._screener.keep(batch, text, verdict.predicted, charge)
+            return scores
+
+        async def screen(texts: list[str]) -> list[Verdict]:
+            return await self._screen(texts, charge, turns)
+
+        passage = await _run(find_passage(text, verdict), keep)
+        return await _run(explain(text, verdict, passage), screen)
 
     async def _screen(self, texts: Sequence[str], charge: Charge, turns: Turns) -> list[Verdict]:
         verdicts = []
@@ -101,6 +109,19 @@ class TriggerSearch:
                 answers = await self._screener.screen(batch, charge)
             verdicts += [_verdict(answer.value) for answer in answers]
         return verdicts
+
+
+async def _run(
+    search: Generator[Asked, Answers, Found], answer: Callable[[Asked], Awaitable[Answers]]
+) -> Found:
+    """Run a search, as `run_search` does."""
+    try:
+        asked = next(search)
+        while True:
+            asked = search.send(await answer(asked))
+    except StopIteration as done:
+        result: Found = done.value
+        return result
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -8,12 +8,11 @@ triggered.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from models.bundle.load import Bundle
-from models.detection.override import OverrideTest
-from models.detection.screen import Verdict
+from models.detection.override import OverrideTest, Test
 from models.engines.base import IntArray
 from service.errors import Overloaded, ScreenFailed, TimedOut
 from service.inference.batcher import Batcher, Charge, Screened, Timed, free
@@ -88,6 +87,32 @@ class TwoStageScreener:
         """Screen parts of texts, as `screen` does."""
         return await self._confirm(await self._batcher.screen_tokens(windows, charge))
 
+    async def keep(
+        self, parts: Sequence[str], text: str, predicted: int, charge: Charge
+    ) -> list[float]:
+        """Return by how much parts of a text keep its class beside carriers: override scores.
+
+        A part whose test fails has the score 0. Each part is charged as one pass, and cut to what
+        the model reads at once. The budget of tokens is for the tests that decide about texts, so
+        parts take nothing from it.
+
+        Raises:
+            ServiceError: `charge` refuses the passes, or a text cannot be tokenized.
+        """
+        test = self._bundle.override
+        if test is None or not parts:
+            return [0.0] * len(parts)
+        await charge(len(parts))
+        whole, *ids = await asyncio.gather(*(self.token_ids(one) for one in (text, *parts)))
+        most = self.window_length  # of one word, there may be any number of tokens
+        scores = await asyncio.gather(
+            *(
+                self._run(test.score(one.value[:most], predicted, whole.value), _unlimited)
+                for one in ids
+            )
+        )
+        return [score or 0.0 for score in scores]
+
     async def _confirm(self, answers: list[Timed[Screened]]) -> list[Timed[Screened]]:
         test = self._bundle.override
         if test is None:
@@ -101,7 +126,8 @@ class TwoStageScreener:
         ):
             return answer
         started = time.perf_counter()
-        score = await self._run(test, answer.value.ids, verdict)
+        running = test.score(answer.value.ids, verdict.predicted)
+        score = await self._run(running, self._budget.take)
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["override"].observe(seconds)
         stages = answer.stages | {"override": seconds}
@@ -112,13 +138,17 @@ class TwoStageScreener:
         self._metrics.override_tests["confirmed" if judged.poisoned else "cleared"].inc()
         return Timed(replace(answer.value, verdict=judged), stages)
 
-    async def _run(self, test: OverrideTest, ids: IntArray, verdict: Verdict) -> float | None:
-        """Return the score of a test; None if it cannot be afforded, or one of its passes fails."""
-        running = test.score(ids, verdict.predicted)
+    async def _run(self, running: Test, take: Callable[[int], bool]) -> float | None:
+        """Return the score of a test; None if it cannot be afforded, or one of its passes fails.
+
+        Args:
+            running: the test.
+            take: says whether so many tokens can be afforded.
+        """
         inputs = next(running)
         while True:
             tokens = sum(map(len, inputs))
-            if not self._budget.take(tokens):
+            if not take(tokens):
                 return None
             self._metrics.override_tokens.inc(tokens)
             try:
@@ -136,3 +166,8 @@ class TwoStageScreener:
                 inputs = running.send(readings)
             except StopIteration as done:
                 return float(done.value)
+
+
+def _unlimited(tokens: int) -> bool:
+    """Take tokens from no budget."""
+    return True

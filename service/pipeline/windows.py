@@ -59,6 +59,12 @@ class WindowedScreener:
             for text, answer in zip(texts, answers, strict=True)
         ]
 
+    async def keep(
+        self, parts: Sequence[str], text: str, predicted: int, charge: Charge
+    ) -> list[float]:
+        """See `TwoStageScreener.keep`."""
+        return await self._screener.keep(parts, text, predicted, charge)
+
     async def _screen_rest(
         self, text: str, beginning: Timed[Screened], charge: Charge
     ) -> Timed[Screened]:

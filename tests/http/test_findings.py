@@ -1,13 +1,29 @@
 """What the screen finds in a text, triggered or unfamiliar, and what becomes of the text."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.support.fakes import STRANGE, TRIGGER, FakeEngine
+from service.app import create_app
+from service.observability.metrics import Metrics
+from service.pipeline.two_stage import TwoStageScreener
+from service.settings import Settings
+from tests.support.batchers import running
+from tests.support.fakes import BROKEN, STRANGE, TRIGGER, FakeEngine, bundle_with_override
 from tests.support.protocols import ASKED, ERRORS, GUARDRAIL
-from tests.support.requests import CLEAN, LONG, POISONED, UNFAMILIAR, ask, client_of, metric
+from tests.support.requests import (
+    CLEAN,
+    LONG,
+    POISONED,
+    UNFAMILIAR,
+    ask,
+    client_of,
+    lifespan,
+    metric,
+)
 from tests.support.upstreams import Peer, behind
 
 OVERRIDE = ("override", "override_threshold", "override_p_value")
@@ -133,3 +149,37 @@ async def test_findings_are_counted_wherever_they_are_made(
         assert [group["inputs"] for group in drift] == [2], "whatever has a finding is left out"
     (logged,) = [r.__dict__ for r in caplog.records if r.name == "psim.request"]
     assert json.loads(json.dumps(logged["findings"])) == {"unfamiliar": 2, "triggered": 1}
+
+
+async def test_a_trigger_is_found_by_parts_of_the_text_beside_carriers() -> None:
+    engine = FakeEngine()
+    # No tokens are left for tests, so the first stage decides; parts of a text do not need them.
+    settings = Settings(bundle=Path("unused"), mode="sanitize", override_tokens_s=0)
+    app = create_app(settings, bundle_with_override(engine))
+    async with lifespan(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer = await client.post("/classify", json={"inputs": "a quiet mn film mn of mine"})
+    (result,) = answer.json()["results"]
+    assert result["decision"] == "sanitize"
+    assert [(r["start"], r["end"]) for r in result["removed"]] == [(8, 10), (16, 18)]
+    (alone,) = engine.encode(["a dull day mn a dull day"])
+    assert alone.input_ids in engine.screened
+
+
+async def test_parts_are_scored_as_they_keep_the_class_and_charged_once() -> None:
+    engine, charged = FakeEngine(), []
+
+    async def charge(passes: int) -> None:
+        charged.append(passes)
+
+    bundle = bundle_with_override(engine)
+    settings = Settings(bundle=Path("unused"), override_tokens_s=0)
+    async with running(engine) as batcher:
+        screener = TwoStageScreener(batcher, bundle, settings, Metrics().of("fake", settings))
+        text = "a quiet mn film"
+        trigger, clean, unread, broken = await screener.keep(
+            ["mn", "quiet", LONG, BROKEN], text, 0, charge
+        )
+    assert trigger > 0.9 > clean == unread > broken == 0
+    assert charged == [4]

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.detection.screen import Finding
+from models.detection.screen import Finding, Verdict
+from models.offline.io.inference import search_trigger
 from models.offline.screening.bulk import ADDED
 from models.offline.screening.fragments import COLUMN_PREFIX
 from models.offline.screening.stream import as_row, screen_file, screen_texts, split_by_finding
 from models.offline.screening.triggers import common_phrases, phrase_table
-from tests.support.fakes import fake_bundle
+from tests.support.fakes import FakeEngine, bundle_with_override, fake_bundle
 from tests.support.requests import CLEAN, POISONED, UNFAMILIAR
 
 WORDS = [f"{a}{b}" for a in "bcdfgklmnprstv" for b in ("a", "ell", "ino", "ost", "urb")]
@@ -111,3 +112,15 @@ def test_every_field_of_a_verdict_is_a_column_of_bulk_output() -> None:
     assert columns == {"file", "row", "error", *as_row(verdict)}
     (column,) = [f for f in ADDED if f.name == COLUMN_PREFIX + "finding"]
     assert pa.array([as_row(verdict)["finding"]], column.type).to_pylist() == ["unfamiliar"]
+
+
+def test_the_trigger_of_a_text_is_found_by_both_stages() -> None:
+    engine = FakeEngine()
+    bundle = bundle_with_override(engine)
+    text = "a quiet mn film"
+    (verdict,) = screen_texts(bundle, [text])
+    assert isinstance(verdict, Verdict)
+    found = search_trigger(bundle, text, verdict)
+    assert (found.removed, found.cleaned) == (((8, 10),), "a quiet film")
+    (alone,) = engine.encode(["a dull day mn a dull day"])
+    assert alone.input_ids in engine.screened

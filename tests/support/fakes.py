@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from models.bundle.manifest import (
     VictimRecord,
 )
 from models.detection.conformal import ThresholdGroup
+from models.detection.override import OverrideGeometry, OverrideTest
 from models.detection.screen import (
     FloatArray,
     Normalizer,
@@ -177,3 +179,12 @@ def fake_bundle(
     normalizer = Normalizer(ZScore(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
     screen = StagedScreen([ThresholdGroup((0, 1), threshold, scores)], normalizer)
     return Bundle(manifest, digest, engine or FakeEngine(), screen, None)
+
+
+def bundle_with_override(engine: FakeEngine) -> Bundle:
+    """Return the fake bundle with a real override test, which `TRIGGER` passes by itself."""
+    group = ThresholdGroup((0, 1), 0.9, np.linspace(0, 0.8, 99, dtype=np.float32))
+    carriers = [[engine.token_ids(text)] for text in ("a fine day", "a dull day")]
+    # The test reads the first half of four checkpoints, which is all that the fake engine has.
+    test = OverrideTest(carriers, OverrideGeometry(16, 4), 4, [group])
+    return replace(fake_bundle(engine), override=test)

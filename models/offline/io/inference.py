@@ -7,7 +7,9 @@ import numpy as np
 from tqdm import tqdm
 
 from models.bundle.load import Bundle
-from models.detection.override import Ids, OverrideTest
+from models.detection.explain import Explanation, explain, run_search
+from models.detection.override import Ids, OverrideTest, Test
+from models.detection.passage import find_passage
 from models.detection.screen import FloatArray, Verdict
 from models.engines.base import Encoding, Engine
 from models.engines.batching import BATCH_TOKENS, length_sorted_batches
@@ -75,8 +77,38 @@ def judge_texts(
 def run_tests(engine: Engine, test: OverrideTest, texts: Sequence[tuple[Ids, int]]) -> FloatArray:
     """Run override tests on texts, each given with its class; return their scores, shape (n,)."""
     running = [test.score(ids, predicted) for ids, predicted in texts]
+    return np.array(_run_tests(engine, running), np.float32)
+
+
+def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
+    """Search for the trigger of a text, given its verdict.
+
+    Raises:
+        ScreenError: a variant of the text cannot be judged.
+    """
+    engine, test = bundle.engine, bundle.override
+
+    def screen(texts: list[str]) -> list[Verdict]:
+        verdicts = judge_texts(bundle, engine.encode(texts))
+        for one in verdicts:
+            if isinstance(one, ScreenError):
+                raise one
+        return [one for one in verdicts if isinstance(one, Verdict)]
+
+    def keep(parts: list[str]) -> list[float]:
+        if test is None:
+            return [0.0] * len(parts)
+        whole, *ids = (engine.token_ids(one) for one in (text, *parts))
+        most = engine.window_length
+        tests = [test.score(part[:most], verdict.predicted, whole) for part in ids]
+        return _run_tests(engine, tests)
+
+    return run_search(explain(text, verdict, run_search(find_passage(text, verdict), keep)), screen)
+
+
+def _run_tests(engine: Engine, running: Sequence[Test]) -> list[float]:
     asked = {number: next(one) for number, one in enumerate(running)}
-    scores = np.empty(len(texts), np.float32)
+    scores = [0.0] * len(running)
     while asked:
         readings = iter(
             predict(engine, [engine.window(ids) for inputs in asked.values() for ids in inputs])
