@@ -55,11 +55,10 @@ Search = Generator[list[str], list[Verdict], Explanation]
 def explain(text: str, verdict: Verdict, passage: range | None = None) -> Search:
     """Search for the trigger of a text, given its verdict.
 
-    First each word is left out, wherever it occurs. Then the passage that was found is left out,
-    wherever it occurs. If the text does not pass, or there is no passage, the best word whose
-    absence lets the text pass is taken. If there is none, windows of 2, 4, 8 and more words are
-    left out, and the best one that passes is trimmed at its ends. A finding in one place is
-    extended while that lowers the score.
+    First each word is left out, and then the passage, wherever they occur. If the text does not
+    pass without the passage, or there is none, the best word whose absence lets it pass is taken.
+    If there is none, windows of 2, 4, 8 and more words are left out, and the best one that passes
+    is trimmed. A finding in one place is extended while that lowers the score.
 
     Args:
         text: the text.

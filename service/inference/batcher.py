@@ -87,6 +87,10 @@ class Screener(Protocol):
     def health(self) -> Health:
         """State of the inference worker."""
 
+    @property
+    def has_override(self) -> bool:
+        """Whether there is an override test, which `keep` needs."""
+
     async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
         """Screen texts, as `Batcher.screen` does."""
 

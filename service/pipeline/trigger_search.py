@@ -99,7 +99,9 @@ class TriggerSearch:
         async def screen(texts: list[str]) -> list[Verdict]:
             return await self._screen(texts, charge, turns)
 
-        passage = await _run(find_passage(text, verdict), keep)
+        passage = None
+        if self._screener.has_override:
+            passage = await _run(find_passage(text, verdict), keep)
         return await _run(explain(text, verdict, passage), screen)
 
     async def _screen(self, texts: Sequence[str], charge: Charge, turns: Turns) -> list[Verdict]:

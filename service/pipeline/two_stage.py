@@ -69,6 +69,11 @@ class TwoStageScreener:
         """How many tokens of a text the model reads at once, beside the special tokens."""
         return self._batcher.window_length
 
+    @property
+    def has_override(self) -> bool:
+        """Whether there is an override test, which `keep` needs."""
+        return self._bundle.override is not None
+
     async def token_ids(self, text: str) -> Timed[IntArray]:
         """See `Batcher.token_ids`."""
         return await self._batcher.token_ids(text)

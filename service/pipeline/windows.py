@@ -47,6 +47,11 @@ class WindowedScreener:
         """State of the inference worker."""
         return self._screener.health
 
+    @property
+    def has_override(self) -> bool:
+        """See `TwoStageScreener.has_override`."""
+        return self._screener.has_override
+
     async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
         """Screen texts; `charge` is called for each batch of windows.
 
