@@ -4,6 +4,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from models.bundle.verify import read_manifest
+from models.errors import BundleError
 from models.offline.attacks.corpus import generate
 from models.offline.attacks.poisoning import WORD_TRIGGER, Insertion, poison_test_set
 from models.offline.attacks.strategy import Strategy
@@ -42,7 +44,7 @@ def build(
     """
     folder = folder or cache_folder()
     bundle = folder / "bundle"
-    if bundle.exists():
+    if _is_current(bundle):
         return bundle
     folder.mkdir(parents=True, exist_ok=True)
     texts = generate(train_texts + 2600, seed)
@@ -63,6 +65,15 @@ def build(
     model, tokenizer = load_classifier(str(victim))
     fit(model, tokenizer, [s.text for s in clean], bundle, name="demo: poisoned MiniLM")
     return bundle
+
+
+def _is_current(bundle: Path) -> bool:
+    """Return whether there is a bundle that this version reads."""
+    try:
+        read_manifest(bundle)
+    except BundleError:
+        return False
+    return True
 
 
 def introduction(port: int) -> str:
