@@ -25,7 +25,7 @@ def main(bundle: str, texts: str) -> None:
     if both.override is None:
         sys.exit(f"{bundle} has no override test")
     encodings = both.engine.encode([sample.text for sample in load_samples(texts)[:TEXTS]])
-    seconds = {}
+    seconds: dict[str, float] = {}
     for _ in range(ROUNDS):
         for name, one in (("with", both), ("without", replace(both, override=None))):
             started = time.perf_counter()

@@ -43,6 +43,11 @@ REQUIRED = (READINGS, VICTIM_CONFIG, PSIM, "tokenizer/tokenizer_config.json")
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 
 
-def outcome_names(runtime: object) -> tuple[str, str]:
-    """Return the names, in `READINGS`, of override tests on clean texts and on harmless ones."""
-    return f"{runtime}/override", f"{runtime}/override/harmless"
+def outcome_names(runtime: object, tested: str) -> tuple[str, str]:
+    """Return the names, in `READINGS`, of override tests on clean texts and on harmless ones.
+
+    Args:
+        runtime: an engine and a dtype.
+        tested: which texts are tested, `suspicious` or `thorough`.
+    """
+    return f"{runtime}/{tested}", f"{runtime}/{tested}/harmless"

@@ -49,6 +49,9 @@ from models.network.activations import Activations
 from models.network.adapters import adapter_weights, load_adapter_weights, lora_config
 from models.network.guarded import Guarded, guard
 
+OverrideGroups = tuple[list[ThresholdGroup], list[ThresholdGroup]]
+"""Of the override test on suspicious texts, and on all; empty if there is no test."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -59,8 +62,14 @@ class Bundle:
     """SHA-256 of `manifest.json`, which in turn holds the hash of every other file."""
     engine: Engine
     screen: Screen
-    override: OverrideTest | None
-    """The second stage; None if the bundle has no carriers."""
+    override: OverrideTest | None = None
+    """The second stage, for suspicious texts; None if the bundle has no carriers."""
+    thorough: OverrideTest | None = None
+    """The same with thresholds for all texts."""
+
+    def override_test(self, *, thorough: bool) -> OverrideTest | None:
+        """Return the second stage, for suspicious texts or for all; None if there is none."""
+        return self.thorough if thorough else self.override
 
 
 def load_bundle(
@@ -87,8 +96,8 @@ def load_bundle(
             screen, groups = _load_screen(copy, manifest, calibration)
             _check_memory(copy, manifest, totals)
             model = _load_engine(copy, manifest, calibration.runtime)
-            override = _load_override(copy, manifest, model, groups)
-        bundle = Bundle(manifest, digest, model, screen, override)
+            tests = _load_override(copy, manifest, model, groups)
+        bundle = Bundle(manifest, digest, model, screen, *tests)
         _self_test(bundle)
     except PsimError as error:
         raise BundleError(f"{path}: {error}") from error
@@ -138,7 +147,7 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
 
 def _load_screen(
     path: Path, manifest: Manifest, chosen: Calibration
-) -> tuple[Screen, list[ThresholdGroup]]:
+) -> tuple[Screen, OverrideGroups]:
     """Calibrate all runtimes again; the results must be those of the manifest.
 
     Returns the chosen runtime's screen, and the groups of its override test, if there is one.
@@ -162,7 +171,8 @@ def _load_screen(
         raise BundleError(f"{READINGS} does not hold the calibration") from error
     if not all(
         _agree(screens[own.runtime].groups, own.groups)
-        and _agree(groups[own.runtime], own.override)
+        and _agree(groups[own.runtime][0], own.override)
+        and _agree(groups[own.runtime][1], own.thorough)
         for own in calibrations
     ):
         raise BundleError("a threshold is not what its calibration texts give")
@@ -191,36 +201,41 @@ def _readings(arrays: Mapping[str, FloatArray], manifest: Manifest) -> dict[Runt
 
 def _override_groups(
     arrays: Mapping[str, FloatArray], manifest: Manifest, own: Calibration
-) -> list[ThresholdGroup]:
-    """Calibrate the override test of a runtime again; empty if the bundle has no test.
+) -> OverrideGroups:
+    """Calibrate the override test of a runtime again.
 
     Raises:
         BundleError: there are outcomes although the bundle has no test.
         KeyError, ValueError: the outcomes are missing, or not of their shape.
         CalibrationError: they give no threshold.
     """
-    names = outcome_names(own.runtime)
+    modes = [outcome_names(own.runtime, tested) for tested in ("suspicious", "thorough")]
     if manifest.override is None:
-        if not arrays.keys().isdisjoint(names):
+        if not all(arrays.keys().isdisjoint(names) for names in modes):
             raise BundleError(f"{READINGS} has outcomes of override tests, the manifest has none")
-        return []
-    clean, harmless = (arrays[name] for name in names)
-    classes = len(manifest.labels)
-    for outcomes in (clean, harmless):
-        if outcomes.dtype != np.float32 or outcomes.ndim != 2 or outcomes.shape[1] != 2:
-            raise ValueError(f"{READINGS}: outcomes are not float32 of shape (n, 2)")
-        if not np.isin(outcomes[:, 0], range(classes)).all():
-            raise ValueError(f"{READINGS}: outcomes are of classes that the bundle does not have")
-    return calibrate_override(OverrideOutcomes(clean, harmless), classes, own.frr_budget)
+        return [], []
+    classes, groups = len(manifest.labels), []
+    for names in modes:
+        outcomes = OverrideOutcomes(*(_outcomes(arrays[name], classes) for name in names))
+        groups.append(calibrate_override(outcomes, classes, own.frr_budget))
+    return groups[0], groups[1]
+
+
+def _outcomes(outcomes: FloatArray, classes: int) -> FloatArray:
+    if outcomes.dtype != np.float32 or outcomes.ndim != 2 or outcomes.shape[1] != 2:
+        raise ValueError(f"{READINGS}: outcomes are not float32 of shape (n, 2)")
+    if not np.isin(outcomes[:, 0], range(classes)).all():
+        raise ValueError(f"{READINGS}: outcomes are of classes that the bundle does not have")
+    return outcomes
 
 
 def _load_override(
-    path: Path, manifest: Manifest, engine: Engine, groups: Sequence[ThresholdGroup]
-) -> OverrideTest | None:
-    """Load the carriers; they must be as many as the manifest says."""
+    path: Path, manifest: Manifest, engine: Engine, groups: OverrideGroups
+) -> list[OverrideTest]:
+    """Return tests for suspicious texts and for all, or none; check the carriers."""
     record = manifest.override
     if record is None:
-        return None
+        return []
     try:
         carriers = CarrierTexts.model_validate_json((path / CARRIERS).read_bytes()).carriers
     except (OSError, ValidationError):  # whose message would quote the texts
@@ -234,7 +249,8 @@ def _load_override(
     if record.window + 2 * record.carrier > readable:
         raise BundleError(f"the override test needs more than the {readable} tokens that are read")
     geometry = OverrideGeometry(record.window, record.carrier)
-    return OverrideTest(tokens, geometry, len(manifest.psim.checkpoints), groups)
+    checkpoints = len(manifest.psim.checkpoints)
+    return [OverrideTest(tokens, geometry, checkpoints, own) for own in groups]
 
 
 def _agree(

@@ -87,10 +87,10 @@ class OverrideGroupRecord(_ManifestPart):
     classes: list[int] = Field(min_length=1)
     texts: int = Field(ge=1)
     threshold: float
-    """Probability of keeping its class from which a text is triggered."""
+    """Evidence from which a text is triggered, see `models.detection.override.evidence`."""
     natural: Probability
-    """Share of clean texts that keep their class beside carriers. The test can say little of a
-    class where that is common."""
+    """Share of clean texts that are tested and keep their class beside carriers. The test can say
+    little of a class where that is common."""
 
 
 class RuntimeRecord(_ManifestPart):
@@ -126,7 +126,9 @@ class Calibration(RuntimeRecord):
     frr_budget: Budget
     groups: list[GroupRecord] = Field(min_length=1)
     override: list[OverrideGroupRecord] = []
-    """Empty if there is no override test."""
+    """For suspicious texts; empty if there is no override test."""
+    thorough: list[OverrideGroupRecord] = []
+    """For all texts."""
     parity: ParityRecord
 
 

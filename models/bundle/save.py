@@ -99,7 +99,9 @@ def save_carriers(path: Path, carriers: Sequence[Sequence[str]]) -> None:
     (path / CARRIERS).write_text(content.model_dump_json(indent=1), encoding="utf-8")
 
 
-def outcome_arrays(runtime: Runtime, outcomes: OverrideOutcomes) -> dict[str, FloatArray]:
+def outcome_arrays(
+    runtime: Runtime, tested: str, outcomes: OverrideOutcomes
+) -> dict[str, FloatArray]:
     """Return the arrays of `READINGS` that hold the outcomes of override tests."""
-    clean, harmless = outcome_names(runtime)
+    clean, harmless = outcome_names(runtime, tested)
     return {clean: outcomes.clean, harmless: outcomes.harmless}

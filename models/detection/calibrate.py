@@ -84,10 +84,14 @@ def _group(classes: tuple[int, ...], scores: FloatArray, frr_budget: float) -> T
 
 @dataclass(frozen=True)
 class OverrideOutcomes:
-    """Outcomes of override tests that ran to their end, on texts without a trigger."""
+    """Outcomes of override tests that ran to their end, on texts without a trigger.
+
+    The evidence of a text is that of `models.detection.override.evidence`, and 0 if it is not to be
+    tested.
+    """
 
     clean: FloatArray
-    """Class and score of clean texts like those to come, shape (n, 2)."""
+    """Class and evidence of clean texts like those to come, shape (n, 2)."""
     harmless: FloatArray
     """The same of texts of other kinds, shape (m, 2)."""
 
@@ -97,9 +101,8 @@ def calibrate_override(
 ) -> list[ThresholdGroup]:
     """Return the thresholds of the override test by predicted class, small classes pooled.
 
-    A threshold keeps the budget on clean texts, whether all of them are tested or only suspicious
-    ones, and `HARMLESS_BUDGET` on texts of other kinds. Where there are too few of the latter for
-    that, it lies above all of them.
+    A threshold keeps the budget on clean texts, and `HARMLESS_BUDGET` on texts of other kinds.
+    Where there are too few of those for that, it lies above all of them.
 
     Raises:
         CalibrationError: too few clean texts, or scores that are not finite.

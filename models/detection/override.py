@@ -22,8 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.conformal import ThresholdGroup
-from models.detection.screen import FloatArray, Screen, Verdict, log_odds_of, with_override
+from models.detection.screen import (
+    TINY,
+    FloatArray,
+    Screen,
+    Verdict,
+    log_odds_of,
+    with_override,
+)
 
+KEEPS = 0.5
+"""Probability from which a text keeps its class."""
 Ids = NDArray[np.int64]
 """Token ids of a text, or of a part of it, without special tokens."""
 Test = Generator[list[Ids], Sequence[FloatArray], float]
@@ -105,7 +114,9 @@ class OverrideTest:
         """Return whether there are carriers of other classes than `predicted`."""
         return any(own for c, own in enumerate(self.carriers) if c != predicted)
 
-    def score(self, ids: Ids, predicted: int, part_of: Ids | None = None) -> Test:
+    def score(
+        self, ids: Ids, predicted: int, first_stage: float, part_of: Ids | None = None
+    ) -> Test:
         """Test a text that the classifier assigns to class `predicted`, or a part of one.
 
         All parts of a text are tested beside the same carriers, so that their scores can be
@@ -115,22 +126,39 @@ class OverrideTest:
         beside the pair of carriers that leaves the least of it. It is the mean, in log-odds, of the
         first half of the checkpoints. A test ends early once the score is under the threshold,
         which more pairs cannot change. It is NaN if a reading is: then the test says nothing.
+
+        Args:
+            ids: the text, or the part.
+            predicted: the class.
+            first_stage: score of the text in the first stage.
+            part_of: the whole text of a part.
         """
-        group, least = self._group_of.get(predicted), 1.0
+        least, needed = 1.0, self.threshold_of(predicted, first_stage)
         for before, after in self._pairs(ids if part_of is None else part_of, predicted):
             inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
             readings = yield inputs
             # Unlike Python's, these do not lose a NaN.
             best = np.max([self._kept(one, predicted) for one in readings])
             least = float(np.minimum(least, best))
-            if group is not None and least < group.threshold:
+            if least < needed:
                 break
         return least
+
+    def threshold_of(self, predicted: int, first_stage: float) -> float:
+        """Return the score from which a text is triggered; 0 without calibrated thresholds.
+
+        The evidence of both stages is added up, so a text that is more extreme to the first one
+        need not keep as much of its class.
+        """
+        group = self._group_of.get(predicted)
+        return 0.0 if group is None else max(KEEPS, _sigmoid(group.threshold - first_stage))
 
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""
         group = self._group_of[verdict.predicted]
-        return with_override(verdict, score, group.threshold, group.p_value(score))
+        p_value = group.p_value(evidence(verdict.score, score))
+        needed = self.threshold_of(verdict.predicted, verdict.score)
+        return with_override(verdict, score, needed, p_value)
 
     def is_due(self, screen: Screen, verdict: Verdict, *, thorough: bool) -> bool:
         """Return whether to test a text: one of the most suspicious few percent, or any.
@@ -161,3 +189,19 @@ class OverrideTest:
         odds = float(log_odds_of(readings[None, : self._read], predicted).mean())
         # As thresholds and stored outcomes are: no decision may hang on where a score was rounded.
         return float(np.float32(1 / (1 + math.exp(-odds))))
+
+
+def evidence(first_stage: float, kept: float) -> float:
+    """Return the evidence of both stages that a text holds a trigger; not negative.
+
+    It is the score of the first stage plus the log-odds of the kept probability, and 0 if the text
+    does not keep its class.
+    """
+    if kept < KEEPS:
+        return 0.0
+    kept = min(kept, 1 - TINY)
+    return first_stage + math.log(kept / (1 - kept))
+
+
+def _sigmoid(odds: float) -> float:
+    return 1 / (1 + math.exp(min(-odds, 700)))

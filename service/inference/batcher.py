@@ -95,7 +95,7 @@ class Screener(Protocol):
         """Screen texts, as `Batcher.screen` does."""
 
     async def keep(
-        self, parts: Sequence[str], text: str, predicted: int, charge: Charge
+        self, parts: Sequence[str], text: str, verdict: Verdict, charge: Charge
     ) -> list[float]:
         """Return override scores of parts of a text, see `TwoStageScreener.keep`."""
 

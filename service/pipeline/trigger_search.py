@@ -93,7 +93,7 @@ class TriggerSearch:
             scores = []
             for batch in _batches(parts):
                 async with turns:
-                    scores += await self._screener.keep(batch, text, verdict.predicted, charge)
+                    scores += await self._screener.keep(batch, text, verdict, charge)
             return scores
 
         async def screen(texts: list[str]) -> list[Verdict]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from models.bundle.load import Bundle
 from models.detection.override import OverrideTest, Test
+from models.detection.screen import Verdict
 from models.engines.base import IntArray
 from service.errors import Overloaded, ScreenFailed, TimedOut
 from service.inference.batcher import Batcher, Charge, Screened, Timed, free
@@ -57,6 +58,7 @@ class TwoStageScreener:
     ) -> None:
         self._batcher, self._bundle, self._metrics = batcher, bundle, metrics
         self._thorough = settings.screen == "thorough"
+        self._test = bundle.override_test(thorough=self._thorough)
         self._budget = TokenBudget(settings.override_tokens_s)
 
     @property
@@ -72,7 +74,7 @@ class TwoStageScreener:
     @property
     def has_override(self) -> bool:
         """Whether there is an override test, which `keep` needs."""
-        return self._bundle.override is not None
+        return self._test is not None
 
     async def token_ids(self, text: str) -> Timed[IntArray]:
         """See `Batcher.token_ids`."""
@@ -93,7 +95,7 @@ class TwoStageScreener:
         return await self._confirm(await self._batcher.screen_tokens(windows, charge))
 
     async def keep(
-        self, parts: Sequence[str], text: str, predicted: int, charge: Charge
+        self, parts: Sequence[str], text: str, verdict: Verdict, charge: Charge
     ) -> list[float]:
         """Return by how much parts of a text keep its class beside carriers: override scores.
 
@@ -104,7 +106,7 @@ class TwoStageScreener:
         Raises:
             ServiceError: `charge` refuses the passes, or a text cannot be tokenized.
         """
-        test = self._bundle.override
+        test = self._test
         if test is None or not parts:
             return [0.0] * len(parts)
         await charge(len(parts))
@@ -112,14 +114,17 @@ class TwoStageScreener:
         most = self.window_length  # of one word, there may be any number of tokens
         scores = await asyncio.gather(
             *(
-                self._run(test.score(one.value[:most], predicted, whole.value), _unlimited)
+                self._run(
+                    test.score(one.value[:most], verdict.predicted, verdict.score, whole.value),
+                    _unlimited,
+                )
                 for one in ids
             )
         )
         return [score or 0.0 for score in scores]
 
     async def _confirm(self, answers: list[Timed[Screened]]) -> list[Timed[Screened]]:
-        test = self._bundle.override
+        test = self._test
         if test is None:
             return answers
         return await asyncio.gather(*(self._confirm_one(test, answer) for answer in answers))
@@ -131,7 +136,7 @@ class TwoStageScreener:
         ):
             return answer
         started = time.perf_counter()
-        running = test.score(answer.value.ids, verdict.predicted)
+        running = test.score(answer.value.ids, verdict.predicted, verdict.score)
         score = await self._run(running, self._budget.take)
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["override"].observe(seconds)

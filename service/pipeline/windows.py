@@ -65,10 +65,10 @@ class WindowedScreener:
         ]
 
     async def keep(
-        self, parts: Sequence[str], text: str, predicted: int, charge: Charge
+        self, parts: Sequence[str], text: str, verdict: Verdict, charge: Charge
     ) -> list[float]:
         """See `TwoStageScreener.keep`."""
-        return await self._screener.keep(parts, text, predicted, charge)
+        return await self._screener.keep(parts, text, verdict, charge)
 
     async def _screen_rest(
         self, text: str, beginning: Timed[Screened], charge: Charge

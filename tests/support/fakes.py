@@ -178,7 +178,7 @@ def fake_bundle(
     as_it_is = ZScore(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
     normalizer = Normalizer(ZScore(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
     screen = StagedScreen([ThresholdGroup((0, 1), threshold, scores)], normalizer)
-    return Bundle(manifest, digest, engine or FakeEngine(), screen, None)
+    return Bundle(manifest, digest, engine or FakeEngine(), screen)
 
 
 def bundle_with_override(engine: FakeEngine) -> Bundle:

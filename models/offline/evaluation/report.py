@@ -155,13 +155,14 @@ def _runtime_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 f"{names}{pooled}: {group.threshold:.6f}, budget {calibration.frr_budget:.1%}, "
                 f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
             )
-        for tested in calibration.override:
-            names = " + ".join(manifest.labels[c] for c in tested.classes)
-            yield (
-                f"override {calibration.runtime}",
-                f"{names}: {tested.threshold:.6f}, {tested.natural:.1%} of clean texts keep their "
-                f"class beside carriers ({tested.texts} texts)",
-            )
+        for which, tests in (("", calibration.override), ("thorough ", calibration.thorough)):
+            for tested in tests:
+                names = " + ".join(manifest.labels[c] for c in tested.classes)
+                yield (
+                    f"override {which}{calibration.runtime}",
+                    f"{names}: {tested.threshold:.6f}, {tested.natural:.1%} of clean texts are "
+                    f"tested and keep their class beside carriers ({tested.texts} texts)",
+                )
         parity = calibration.parity
         default = ", the default" if calibration.runtime == manifest.default.runtime else ""
         yield (
@@ -216,7 +217,7 @@ def warnings_of(manifest: Manifest) -> list[str]:
     kept = {
         manifest.labels[c]
         for calibration in manifest.calibrations
-        for group in calibration.override
+        for group in calibration.thorough
         if group.natural > MOST_NATURAL
         for c in group.classes
     }

@@ -113,6 +113,7 @@ def calibration_records(
                 parity=ParityRecord(**compared, texts_per_s=measured[runtime].texts_per_s),
                 groups=[_group_record(group, frr_budget) for group in own.screen[0].groups],
                 override=[_override_group_record(group) for group in own.override],
+                thorough=[_override_group_record(group) for group in own.thorough],
             )
         )
     return calibrations
@@ -134,7 +135,7 @@ def _override_group_record(group: ThresholdGroup) -> OverrideGroupRecord:
         classes=list(group.classes),
         texts=len(group.scores),
         threshold=group.threshold,
-        natural=float((group.scores >= 0.5).mean()),
+        natural=float((group.scores > 0).mean()),
     )
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.bundle.manifest import Calibration, RuntimeRecord
 from models.bundle.save import outcome_arrays
@@ -14,8 +16,8 @@ from models.detection.calibrate import (
     calibrate_override,
 )
 from models.detection.conformal import ThresholdGroup, min_calibration_size
-from models.detection.override import OverrideTest
-from models.detection.screen import FloatArray, features
+from models.detection.override import OverrideTest, evidence
+from models.detection.screen import FloatArray, Screen
 from models.engines.base import REFERENCE, RUNTIMES, Engine, Runtime
 from models.engines.pytorch import TorchEngine
 from models.engines.registry import is_installed, make_engine, runs_here
@@ -38,8 +40,15 @@ class RuntimeMeasurement:
     readings: FloatArray
     """Shape (n, V, C)."""
     texts_per_s: float
-    outcomes: OverrideOutcomes | None = None
+    outcomes: "Outcomes | None" = None
     """None without an override test."""
+
+
+class Outcomes(NamedTuple):
+    """Outcomes of override tests, by which texts are tested."""
+
+    suspicious: OverrideOutcomes
+    thorough: OverrideOutcomes
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,10 @@ class CalibratedRuntime:
     """Both stages of one runtime, calibrated on its own readings."""
 
     screen: Calibrated
-    override: Sequence[ThresholdGroup]
-    """Empty without an override test."""
+    override: Sequence[ThresholdGroup] = ()
+    """Of suspicious texts; empty without an override test."""
+    thorough: Sequence[ThresholdGroup] = ()
+    """Of all texts."""
 
 
 def check_installed(engine: str) -> None:
@@ -111,33 +122,70 @@ def measure(
         texts: texts to screen.
         test: the override test, without thresholds, if there is one.
         frr_budget: for which the test is to be calibrated.
-        clean: those that are clean, for the override test; all of `texts` by default.
+        clean: those that are clean, and come first; all of `texts` by default.
     """
     encodings = engine.encode(texts)
     readings = predict(engine, encodings)
     outcomes = None
     if test is not None:
         clean = texts if clean is None else clean
-        outcomes = OverrideOutcomes(
-            _outcomes(engine, test, clean[: max(TESTED, min_calibration_size(frr_budget))]),
-            _outcomes(engine, test, harmless_texts(clean, HARMLESS, seed=0)),
-        )
+        outcomes = _outcomes(engine, test, clean, readings[: len(clean)], frr_budget)
     return RuntimeMeasurement(readings, texts_per_second(engine, encodings), outcomes)
 
 
-def _outcomes(engine: Engine, test: OverrideTest, texts: Sequence[str]) -> FloatArray:
-    """Return class and score of texts, shape (n, 2)."""
+def _outcomes(
+    engine: Engine,
+    test: OverrideTest,
+    clean: Sequence[str],
+    readings: FloatArray,
+    frr_budget: float,
+) -> Outcomes:
+    """Run override tests for both modes.
+
+    Of the clean texts, suspicious ones are tested for one mode, and a sample for the other.
+    """
+    screen = calibrate(readings, test.checkpoints, frr_budget)
+    sample = max(TESTED, min_calibration_size(frr_budget))
+    own = _run(engine, test, screen, clean, sample)
+    others = _run(engine, test, screen, harmless_texts(clean, HARMLESS, seed=0))
+    return Outcomes(
+        suspicious=OverrideOutcomes(own.if_suspicious, others.if_suspicious),
+        thorough=OverrideOutcomes(own.outcomes[:sample], others.outcomes),
+    )
+
+
+@dataclass(frozen=True)
+class _Tested:
+    outcomes: FloatArray
+    """Class and evidence of texts, shape (n, 2); 0 for those that were not tested."""
+    suspicious: NDArray[np.bool_]
+
+    @property
+    def if_suspicious(self) -> FloatArray:
+        """The same, with the evidence 0 of texts that are not suspicious."""
+        known = self.outcomes.copy()
+        known[~self.suspicious, 1] = 0
+        return known
+
+
+def _run(
+    engine: Engine,
+    test: OverrideTest,
+    screen: Screen,
+    texts: Sequence[str],
+    sample: int | None = None,
+) -> _Tested:
+    """Test suspicious texts, and the first `sample` ones, or all."""
     encodings = engine.encode(texts)
-    predicted, _ = features(predict(engine, encodings), test.checkpoints)
-    testable = [
-        (engine.content(encoding), int(c))
-        for encoding, c in zip(encodings, predicted, strict=True)
-        if test.can_test(int(c))
-    ]
-    scores = run_tests(engine, test, testable)
-    outcomes = np.empty((len(testable), 2), np.float32)
-    outcomes[:, 0], outcomes[:, 1] = [c for _, c in testable], scores
-    return outcomes
+    verdicts = [screen.judge(row) for row in predict(engine, encodings)]
+    able = [n for n, verdict in enumerate(verdicts) if test.can_test(verdict.predicted)]
+    outcomes = np.array([(verdicts[n].predicted, 0) for n in able], np.float32).reshape(-1, 2)
+    due = np.array([test.is_due(screen, verdicts[n], thorough=False) for n in able], np.bool_)
+    tested = [row for row in range(len(able)) if sample is None or row < sample or due[row]]
+    asked = [(engine.content(encodings[able[row]]), verdicts[able[row]]) for row in tested]
+    kept = run_tests(engine, test, asked)
+    outcomes[tested, 1] = [evidence(v.score, k) for (_, v), k in zip(asked, kept, strict=True)]
+    return _Tested(outcomes, due)
 
 
 def calibrate_runtimes(
@@ -152,8 +200,8 @@ def calibrate_runtimes(
     for runtime, own in measured.items():
         screen = calibrate(own.readings, checkpoints, frr_budget)
         classes = own.readings.shape[2]
-        groups = calibrate_override(own.outcomes, classes, frr_budget) if own.outcomes else []
-        calibrated[runtime] = CalibratedRuntime((screen, own.readings), groups)
+        groups = [calibrate_override(one, classes, frr_budget) for one in own.outcomes or ()]
+        calibrated[runtime] = CalibratedRuntime((screen, own.readings), *groups)
     return calibrated
 
 
@@ -172,5 +220,6 @@ def measured_arrays(measured: Mapping[Runtime, RuntimeMeasurement]) -> dict[str,
     arrays = {str(runtime): own.readings for runtime, own in measured.items()}
     for runtime, own in measured.items():
         if own.outcomes:
-            arrays |= outcome_arrays(runtime, own.outcomes)
+            for tested, outcomes in own.outcomes._asdict().items():
+                arrays |= outcome_arrays(runtime, tested, outcomes)
     return arrays

@@ -1,5 +1,6 @@
 """Running an engine on many texts, and timing it."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -58,26 +59,27 @@ def judge_texts(
             verdicts.append(bundle.screen.judge(row, encoding.truncated))
         except ScreenError as error:
             verdicts.append(error)
-    if (test := bundle.override) is None:
+    if (test := bundle.override_test(thorough=thorough)) is None:
         return verdicts
     due = {
         number: verdict
         for number, verdict in enumerate(verdicts)
         if isinstance(verdict, Verdict) and test.is_due(bundle.screen, verdict, thorough=thorough)
     }
-    asked = [(bundle.engine.content(encodings[n]), v.predicted) for n, v in due.items()]
+    asked = [(bundle.engine.content(encodings[n]), v) for n, v in due.items()]
     for (number, verdict), score in zip(
         due.items(), run_tests(bundle.engine, test, asked), strict=True
     ):
-        if np.isfinite(score):  # else the first stage decides alone
-            verdicts[number] = test.judge(verdict, float(score))
+        if math.isfinite(score):  # else the first stage decides alone
+            verdicts[number] = test.judge(verdict, score)
     return verdicts
 
 
-def run_tests(engine: Engine, test: OverrideTest, texts: Sequence[tuple[Ids, int]]) -> FloatArray:
-    """Run override tests on texts, each given with its class; return their scores, shape (n,)."""
-    running = [test.score(ids, predicted) for ids, predicted in texts]
-    return np.array(_run_tests(engine, running), np.float32)
+def run_tests(
+    engine: Engine, test: OverrideTest, texts: Sequence[tuple[Ids, Verdict]]
+) -> list[float]:
+    """Run override tests on texts, each given with its first verdict; return their scores."""
+    return _run_tests(engine, [test.score(ids, v.predicted, v.score) for ids, v in texts])
 
 
 def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
@@ -100,7 +102,7 @@ def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
             return [0.0] * len(parts)
         whole, *ids = (engine.token_ids(one) for one in (text, *parts))
         most = engine.window_length
-        tests = [test.score(part[:most], verdict.predicted, whole) for part in ids]
+        tests = [test.score(part[:most], verdict.predicted, verdict.score, whole) for part in ids]
         return _run_tests(engine, tests)
 
     return run_search(explain(text, verdict, run_search(find_passage(text, verdict), keep)), screen)
