@@ -178,8 +178,10 @@ async def test_parts_are_scored_as_they_keep_the_class_and_charged_once() -> Non
     async with running(engine) as batcher:
         screener = TwoStageScreener(batcher, bundle, settings, Metrics().of("fake", settings))
         text = "a quiet mn film"
+        (whole,) = await batcher.screen([text])
+        assert whole.value.verdict is not None
         trigger, clean, unread, broken = await screener.keep(
-            ["mn", "quiet", LONG, BROKEN], text, 0, charge
+            ["mn", "quiet", LONG, BROKEN], text, whole.value.verdict, charge
         )
     assert trigger > 0.9 > clean == unread > broken == 0
     assert charged == [4]

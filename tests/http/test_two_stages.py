@@ -66,7 +66,7 @@ def two_stage_bundle(engine: FakeEngine | None = None, digest: str = "d" * 64) -
     groups = [ThresholdGroup((0, 1), 0.5, np.linspace(0, 0.4, 99, dtype=np.float32))]
     test = OverrideTest(carriers, OverrideGeometry(8, 1), 2, groups)
     screen = Screen(bundle.screen.groups, bundle.screen.normalizer)
-    return replace(bundle, screen=screen, override=test)
+    return replace(bundle, screen=screen, override=test, thorough=test)
 
 
 @asynccontextmanager

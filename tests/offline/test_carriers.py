@@ -12,8 +12,9 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from transformers import PreTrainedTokenizerBase
 
-from models.bundle.layout import CARRIERS, MANIFEST, READINGS
+from models.bundle.layout import CARRIERS, MANIFEST, READINGS, outcome_names
 from models.bundle.load import load_bundle
+from models.engines.base import REFERENCE
 from models.errors import BundleError
 from models.offline.fitting.carriers import MIN_WORDS
 from models.offline.io.classifiers import save_classifier
@@ -22,7 +23,7 @@ from tests.support.bundles import fit_tiny, forge, rehash, some_texts, sure_vict
 from tests.support.commands import assert_refused, psim
 from tests.support.families import tiny_victim
 
-CLEAN, HARMLESS = "torch/float32/override", "torch/float32/override/harmless"
+CLEAN, HARMLESS = outcome_names(REFERENCE, "suspicious")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,8 @@ def test_a_victim_that_is_never_sure_has_no_test(
 
 def test_inspect_shows_carriers_and_what_the_test_can_tell(bundle: Path) -> None:
     manifest = manifest_of(bundle)
-    manifest["calibrations"][0]["override"][0]["natural"] = 0.21
-    for group in [g for c in manifest["calibrations"] for g in c["override"]][1:]:
+    manifest["calibrations"][0]["thorough"][0]["natural"] = 0.21
+    for group in [g for c in manifest["calibrations"] for g in c["thorough"]][1:]:
         group["natural"] = 0.2
     forge(bundle, calibrations=manifest["calibrations"])
     done = psim("inspect", bundle)
@@ -98,7 +99,7 @@ def test_inspect_shows_carriers_and_what_the_test_can_tell(bundle: Path) -> None
     assert "clean texts of yours" in shown
     assert "21.0%" in shown
     weak = ", ".join(
-        manifest["labels"][c] for c in manifest["calibrations"][0]["override"][0]["classes"]
+        manifest["labels"][c] for c in manifest["calibrations"][0]["thorough"][0]["classes"]
     )
     assert f"more than 20% of clean texts of {weak} keep" in shown
 
@@ -168,7 +169,7 @@ def without_test(bundle: Path) -> None:
     """Forge a bundle that has no override test any more, but for its outcomes."""
     manifest = manifest_of(bundle)
     (bundle / CARRIERS).unlink()
-    calibrations = [own | {"override": []} for own in manifest["calibrations"]]
+    calibrations = [own | {"override": [], "thorough": []} for own in manifest["calibrations"]]
     files = {name: digest for name, digest in manifest["files"].items() if name != CARRIERS}
     forge(bundle, override=None, calibrations=calibrations, files=files)
 
@@ -178,7 +179,11 @@ def test_a_test_cannot_be_taken_out_of_a_bundle_in_part(bundle: Path) -> None:
     without_test(bundle)
     with pytest.raises(BundleError, match="outcomes of override tests, the manifest has none"):
         load_bundle(bundle)
-    arrays = {n: a for n, a in load_arrays(bundle / READINGS).items() if "override" not in n}
+    arrays = {
+        n: a
+        for n, a in load_arrays(bundle / READINGS).items()
+        if "suspicious" not in n and "thorough" not in n
+    }
     save_arrays(arrays, bundle / READINGS)
     rehash(bundle, READINGS)
     assert load_bundle(bundle).override is None, "nothing of it is left"
@@ -232,7 +237,7 @@ def test_too_few_outcomes_or_other_ones_are_refused(bundle: Path) -> None:
         (arrays[CLEAN][:5], "does not hold the calibration"),
         (arrays[CLEAN][:0], "does not hold the calibration"),
         (
-            np.maximum(arrays[CLEAN], np.array([0, 1], np.float32)),
+            np.maximum(arrays[CLEAN], np.array([0, 99], np.float32)),
             "not what its calibration texts give",
         ),
     ):
@@ -282,7 +287,7 @@ def test_an_old_bundle_is_refused_with_the_command_that_makes_a_new_one(bundle: 
     manifest = manifest_of(bundle)
     del manifest["override"]
     for calibration in manifest["calibrations"]:
-        del calibration["override"]
+        del calibration["override"], calibration["thorough"]
     for version in (4, 6):
         (bundle / MANIFEST).write_text(json.dumps(manifest | {"schema_version": version}))
         with pytest.raises(BundleError, match="of another version; run `psim fit` again") as why:

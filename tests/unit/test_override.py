@@ -263,12 +263,12 @@ def test_the_most_suspicious_texts_are_due_or_all() -> None:
     ],
 )
 def test_the_verdict_after_a_test(score: float, extreme: bool, finding: Finding | None) -> None:
-    group = ThresholdGroup((0, 1, 2), 0.5, np.linspace(0, 0.5, 99, dtype=np.float32))
+    group = ThresholdGroup((0, 1, 2), 0.0, np.linspace(0, 9, 99, dtype=np.float32))
     verdict = fake_bundle().screen.judge(_reading(0.99 if extreme else 0.55))
     assert verdict.extreme == extreme
     judged = sized_test(groups=[group]).judge(verdict, score)
     assert (judged.finding, judged.override, judged.override_threshold) == (finding, score, 0.5)
-    assert judged.override_p_value == group.p_value(score)
+    assert judged.override_p_value == group.p_value(evidence(verdict.score, score))
 
 
 def outcomes(rng: np.random.Generator, n: int, shapes: Sequence[float]) -> FloatArray:
