@@ -84,7 +84,7 @@ def _group(classes: tuple[int, ...], scores: FloatArray, frr_budget: float) -> T
 
 @dataclass(frozen=True)
 class OverrideOutcomes:
-    """Outcomes of override tests that ran to their end, on texts without a trigger.
+    """Outcomes of override tests on texts without a trigger.
 
     The evidence of a text is that of `models.detection.override.evidence`, and 0 if it is not to be
     tested.

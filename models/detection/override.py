@@ -88,8 +88,7 @@ class OverrideTest:
         carriers: by class, the token ids of texts of which the classifier is sure.
         geometry: lengths of windows and carriers.
         checkpoints: K, the number of PSIM's checkpoints.
-        groups: calibrated thresholds, see `models.detection.calibrate`; without them every test
-            runs to its end.
+        groups: calibrated thresholds, see `models.detection.calibrate`.
     """
 
     def __init__(
@@ -145,13 +144,13 @@ class OverrideTest:
         return least
 
     def threshold_of(self, predicted: int, first_stage: float) -> float:
-        """Return the score from which a text is triggered; 0 without calibrated thresholds.
+        """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
 
         The evidence of both stages is added up, so a text that is more extreme to the first one
         need not keep as much of its class.
         """
         group = self._group_of.get(predicted)
-        return 0.0 if group is None else max(KEEPS, _sigmoid(group.threshold - first_stage))
+        return KEEPS if group is None else max(KEEPS, _sigmoid(group.threshold - first_stage))
 
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""

@@ -103,7 +103,7 @@ def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
 ) -> None:
     test = sized_test(counts=counts)
     _, turns = run(test, ids, predicted)
-    assert len(turns) == DRAWS
+    assert 1 <= len(turns) <= DRAWS
     for inputs in turns:
         ends = {int(one[i]) for one in inputs for i in (0, -1)}
         assert all(end >= WORDS and end // WORDS - 1 != predicted for end in ends)
