@@ -62,7 +62,7 @@ bench: $(READY) ## measure the targets beside peers; BENCH='--docs' writes docs/
 test: lint ## all checks and tests
 	$(PYTEST) --cov=psim --cov=service --cov=models --cov-report=term
 
-test-fast: $(READY) ## the tests that start and train nothing: three to four minutes
+test-fast: $(READY) ## the tests that start and train nothing: two to three minutes
 	$(PYTEST) -m fast
 
 lint: $(READY) ## format, lint, types, import contracts
