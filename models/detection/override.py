@@ -100,8 +100,8 @@ class OverrideTest:
     ) -> None:
         self.carriers = [[ids[: geometry.carrier] for ids in of_class] for of_class in carriers]
         self.geometry = geometry
-        # The late checkpoints have unlearnt the task so far that carriers weigh nothing in them.
         self.checkpoints = checkpoints
+        # The late checkpoints have unlearnt the task so far that carriers weigh nothing in them.
         self._read = -(-checkpoints // 2)
         self._group_of = {index: group for group in groups for index in group.classes}
 
