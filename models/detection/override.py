@@ -30,6 +30,7 @@ from models.detection.screen import (
     log_odds_of,
     with_override,
 )
+from models.detection.windows import windows
 
 KEEPS = 0.5
 """Probability from which a text keeps its class."""
@@ -178,11 +179,8 @@ class OverrideTest:
         return [(others[first], others[second]) for first, second in chosen]
 
     def _windows(self, ids: Ids) -> list[Ids]:
-        size, count = self.geometry.window, len(ids)
-        starts = range(0, max(1, count - size // 2), size - size // 2)
-        return [
-            ids[start : start + size] for start in (min(s, max(0, count - size)) for s in starts)
-        ]
+        size = self.geometry.window
+        return [ids[window] for window in windows(len(ids), size, size // 2)]
 
     def _kept(self, readings: FloatArray, predicted: int) -> float:
         odds = float(log_odds_of(readings[None, : self._read], predicted).mean())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from models.detection.screen import Verdict
+from models.detection.windows import windows
 from service.inference.batcher import Charge, Screened, Timed
 from service.inference.worker import Health
 from service.pipeline.two_stage import TwoStageScreener
@@ -110,16 +111,6 @@ class WindowedScreener:
         end = count if limit is None else max(1, limit - (self._length - self._size))
         cut = slice(max(0, end - self._size), end)
         return found if end >= count or cut in found else [cut, *found]
-
-
-def windows(count: int, size: int, overlap: int) -> list[slice]:
-    """Return windows of up to `size` of `count` tokens; the last one ends at their end.
-
-    Each run of `overlap` tokens lies whole in a window.
-    """
-    overlap = min(overlap, size - 1)
-    starts = range(0, max(1, count - overlap), size - overlap)
-    return [slice(start, start + size) for start in (min(s, max(0, count - size)) for s in starts)]
 
 
 def worse(one: Verdict | None, other: Verdict | None) -> Verdict | None:

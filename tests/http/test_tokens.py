@@ -16,9 +16,10 @@ from starlette.routing import Route
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from models.detection.windows import windows
 from models.engines.pytorch import special_tokens
 from service.app import create_app
-from service.pipeline.windows import OVERLAP, windows
+from service.pipeline.windows import OVERLAP
 from service.settings import Settings
 from tests.support.fakes import MAX_LENGTH, fake_bundle
 from tests.support.readers import Backdoor, BareTei, ReadingEngine, runs

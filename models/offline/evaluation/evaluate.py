@@ -7,7 +7,6 @@ import numpy as np
 
 from models.bundle.load import Bundle
 from models.detection.screen import FloatArray, Screen, Verdict
-from models.errors import ScreenError
 from models.offline.evaluation.metrics import (
     AttackOutcome,
     Classes,
@@ -18,7 +17,7 @@ from models.offline.evaluation.metrics import (
     undefended,
     within_class_scores,
 )
-from models.offline.io.inference import judge_texts, predict
+from models.offline.io.inference import predict, require_verdicts
 from models.offline.io.samples import Sample
 
 PAPER_THRESHOLD = 0.7
@@ -85,12 +84,8 @@ class ScreenedTexts:
         """
         encodings = bundle.engine.encode(texts)
         predicted = predict(bundle.engine, encodings, classifier=True).argmax(1)
-        verdicts = judge_texts(bundle, encodings)
-        for verdict in verdicts:
-            if isinstance(verdict, ScreenError):
-                raise verdict
         return ScreenedTexts(
-            [verdict for verdict in verdicts if isinstance(verdict, Verdict)],
+            require_verdicts(bundle, encodings),
             _last_confidence(bundle.screen, predict(bundle.engine, encodings)),
             predicted,
         )

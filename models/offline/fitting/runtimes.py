@@ -18,7 +18,7 @@ from models.detection.calibrate import (
 from models.detection.conformal import ThresholdGroup, min_calibration_size
 from models.detection.override import OverrideTest, evidence
 from models.detection.screen import FloatArray, Screen
-from models.engines.base import REFERENCE, RUNTIMES, Engine, Runtime
+from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
 from models.engines.pytorch import TorchEngine
 from models.engines.registry import is_installed, make_engine, runs_here
 from models.errors import EngineError
@@ -129,7 +129,8 @@ def measure(
     outcomes = None
     if test is not None:
         clean = texts if clean is None else clean
-        outcomes = _outcomes(engine, test, clean, readings[: len(clean)], frr_budget)
+        screened = encodings[: len(clean)], readings[: len(clean)]
+        outcomes = _outcomes(engine, test, clean, screened, frr_budget)
     return RuntimeMeasurement(readings, texts_per_second(engine, encodings), outcomes)
 
 
@@ -137,17 +138,18 @@ def _outcomes(
     engine: Engine,
     test: OverrideTest,
     clean: Sequence[str],
-    readings: FloatArray,
+    screened: tuple[Sequence[Encoding], FloatArray],
     frr_budget: float,
 ) -> Outcomes:
     """Run override tests for both modes.
 
     Of the clean texts, suspicious ones are tested for one mode, and a sample for the other.
     """
-    screen = calibrate(readings, test.checkpoints, frr_budget)
+    screen = calibrate(screened[1], test.checkpoints, frr_budget)
     sample = max(TESTED, min_calibration_size(frr_budget))
-    own = _run(engine, test, screen, clean, sample)
-    others = _run(engine, test, screen, harmless_texts(clean, HARMLESS, seed=0))
+    own = _run(engine, test, screen, *screened, sample)
+    harmless = engine.encode(harmless_texts(clean, HARMLESS, seed=0))
+    others = _run(engine, test, screen, harmless, predict(engine, harmless))
     return Outcomes(
         suspicious=OverrideOutcomes(own.if_suspicious, others.if_suspicious),
         thorough=OverrideOutcomes(own.outcomes[:sample], others.outcomes),
@@ -172,12 +174,12 @@ def _run(
     engine: Engine,
     test: OverrideTest,
     screen: Screen,
-    texts: Sequence[str],
+    encodings: Sequence[Encoding],
+    readings: FloatArray,
     sample: int | None = None,
 ) -> _Tested:
     """Test suspicious texts, and the first `sample` ones, or all."""
-    encodings = engine.encode(texts)
-    verdicts = [screen.judge(row) for row in predict(engine, encodings)]
+    verdicts = [screen.judge(row) for row in readings]
     able = [n for n, verdict in enumerate(verdicts) if test.can_test(verdict.predicted)]
     outcomes = np.array([(verdicts[n].predicted, 0) for n in able], np.float32).reshape(-1, 2)
     due = np.array([test.is_due(screen, verdicts[n], thorough=False) for n in able], np.bool_)

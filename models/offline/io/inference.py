@@ -75,6 +75,20 @@ def judge_texts(
     return verdicts
 
 
+def require_verdicts(bundle: Bundle, encodings: Sequence[Encoding]) -> list[Verdict]:
+    """Return the verdict of both stages on each text.
+
+    Raises:
+        ScreenError: a text cannot be judged.
+    """
+    verdicts = []
+    for verdict in judge_texts(bundle, encodings):
+        if isinstance(verdict, ScreenError):
+            raise verdict
+        verdicts.append(verdict)
+    return verdicts
+
+
 def run_tests(
     engine: Engine, test: OverrideTest, texts: Sequence[tuple[Ids, Verdict]]
 ) -> list[float]:
@@ -91,11 +105,7 @@ def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
     engine, test = bundle.engine, bundle.override
 
     def screen(texts: list[str]) -> list[Verdict]:
-        verdicts = judge_texts(bundle, engine.encode(texts))
-        for one in verdicts:
-            if isinstance(one, ScreenError):
-                raise one
-        return [one for one in verdicts if isinstance(one, Verdict)]
+        return require_verdicts(bundle, engine.encode(texts))
 
     def keep(parts: list[str]) -> list[float]:
         if test is None:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from models.bundle.load import Bundle
 from models.detection.screen import Finding, Verdict
 from models.errors import DataError, PsimError
-from models.offline.io.inference import judge_texts
+from models.offline.io.inference import judge_texts, require_verdicts
 from models.offline.io.samples import CHUNK, json_row, text_of
 
 
@@ -50,9 +50,7 @@ def split_by_finding(bundle: Bundle, texts: Sequence[str]) -> dict[Finding | Non
     """Return the texts with each finding, and those in which the bundle finds nothing."""
     encodings = bundle.engine.encode(texts)
     found: dict[Finding | None, list[str]] = {finding: [] for finding in (*Finding, None)}
-    for text, verdict in zip(texts, judge_texts(bundle, encodings), strict=True):
-        if isinstance(verdict, PsimError):
-            raise verdict
+    for text, verdict in zip(texts, require_verdicts(bundle, encodings), strict=True):
         found[verdict.finding].append(text)
     return found
 

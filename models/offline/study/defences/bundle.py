@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from models.bundle.load import Bundle, load_bundle
 from models.detection.screen import FloatArray, Verdict
 from models.engines.base import REFERENCE
-from models.errors import ScreenError
 from models.offline.evaluation.metrics import (
     BoolArray,
     DefendedPredictions,
@@ -24,7 +23,7 @@ from models.offline.evaluation.metrics import (
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
 from models.offline.io.classifiers import load_classifier
-from models.offline.io.inference import judge_texts
+from models.offline.io.inference import require_verdicts
 from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.experiment import (
     SCORES,
@@ -45,11 +44,7 @@ def judge(bundle: Bundle, texts: Sequence[str]) -> list[Verdict]:
 
     With a change here, raise the version of `verdicts` in `models.offline.study.cache`.
     """
-    found = judge_texts(bundle, bundle.engine.encode(texts))
-    for verdict in found:
-        if isinstance(verdict, ScreenError):
-            raise verdict
-    return [verdict for verdict in found if isinstance(verdict, Verdict)]
+    return require_verdicts(bundle, bundle.engine.encode(texts))
 
 
 class Findings(NamedTuple):
