@@ -140,7 +140,8 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
         assert settings.bundle is not None  # noqa: S101 - settings of one model have it
         bundle = load_bundle(settings.bundle, settings.dtype, settings.engine, settings.bundle_key)
     name = settings.model or bundle.manifest.victim.name.rsplit("/", 1)[-1]
-    model_info = ModelInfo(name, bundle.digest, bundle.manifest.labels)
+    manifest = bundle.manifest
+    model_info = ModelInfo(name, bundle.digest, manifest.labels, manifest.multi_label)
     model_metrics = metrics.of(name, settings)
     batcher = Batcher(bundle, settings, model_metrics)
     classifier = _classifier(settings, batcher, model_info, model_metrics)
@@ -173,7 +174,7 @@ def _classifier(
     settings: UpstreamSettings, batcher: Batcher, model_info: ModelInfo, metrics: ModelMetrics
 ) -> LocalClassifier | UpstreamClassifier:
     if settings.upstream is None:
-        return LocalClassifier(batcher, model_info.labels)
+        return LocalClassifier(batcher, model_info)
     known = protocols(settings.upstream_input)
     name = settings.upstream_protocol
     candidates = list(known.values()) if name == "auto" else [known[name]]

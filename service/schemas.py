@@ -97,8 +97,12 @@ class Removed(_Wire):
     text: str
 
 
+FIRES = 0.5
+"""Score from which a multi-label classifier gives a label."""
+
+
 class Score(_Wire):
-    """The classifier's probability of one label."""
+    """The classifier's probability of one label; those of a multi-label one do not sum to 1."""
 
     label: str
     score: float
@@ -116,6 +120,9 @@ class Result(_Wire):
     screen: ScreenResult | None
     """Null only if screening failed and the operator chose to fail open."""
     label: str | None
+    """The one with the highest score."""
+    labels: Annotated[list[str] | None, Field(exclude_if=lambda labels: labels is None)] = None
+    """Labels that fire, best first, of a multi-label classifier; left out for others."""
     scores: list[Score] | None
     removed: list[Removed] | None = None
     """Spans cut from a sanitized text before it was classified; else null."""

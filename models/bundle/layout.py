@@ -8,7 +8,8 @@ psim/                    LoRA weights; their header names the victim they were t
 tokenizer/
 activations.safetensors  whitening and class means of hidden states, see
                          `models.network.activations.Activations`
-calibration.safetensors  readings of clean texts by `ENGINE/DTYPE`, shape (n, K + M, C), and the
+calibration.safetensors  readings of clean texts by `ENGINE/DTYPE`, shape (n, K + M, C), where C is
+                         the number of classes, see `models.detection.views`, and the
                          outcomes of override tests, see `models.detection.calibrate`
 carriers.json            clean texts for the override test, by class; `--carriers` names others
 """

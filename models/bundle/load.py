@@ -48,6 +48,7 @@ from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 from models.network.activations import Activations
 from models.network.adapters import adapter_weights, load_adapter_weights, lora_config
 from models.network.guarded import Guarded, guard
+from models.network.outputs import is_multi_label
 
 OverrideGroups = tuple[list[ThresholdGroup], list[ThresholdGroup]]
 """Of the override test on suspicious texts, and on all; empty if there is no test."""
@@ -160,11 +161,15 @@ def _load_screen(
         arrays = load_arrays(path / READINGS)
         readings = _readings(arrays, manifest)
         screens = {
-            own.runtime: calibrate(readings[own.runtime], checkpoints, own.frr_budget)
+            own.runtime: calibrate(
+                readings[own.runtime], checkpoints, own.frr_budget, views=manifest.views
+            )
             for own in calibrations
         }
         reference, given = readings[REFERENCE], readings[chosen.runtime]
-        judge = screens.get(REFERENCE) or calibrate(reference, checkpoints, chosen.frr_budget)
+        judge = screens.get(REFERENCE) or calibrate(
+            reference, checkpoints, chosen.frr_budget, views=manifest.views
+        )
         found = parity((judge, reference), (screens[chosen.runtime], given))
         groups = {own.runtime: _override_groups(arrays, manifest, own) for own in calibrations}
     except (KeyError, ValueError, SafetensorError, OSError, CalibrationError) as error:
@@ -193,7 +198,7 @@ def _readings(arrays: Mapping[str, FloatArray], manifest: Manifest) -> dict[Runt
     readings: dict[Runtime, FloatArray] = {runtime: arrays[str(runtime)] for runtime in runtimes}
     distances = Activations.FEATURES if manifest.activations else 0
     features = len(manifest.psim.checkpoints) + distances
-    shape = len(readings[REFERENCE]), features, len(manifest.labels)
+    shape = len(readings[REFERENCE]), features, len(manifest.classes)
     if any(array.dtype != np.float32 or array.shape != shape for array in readings.values()):
         raise ValueError(f"{READINGS}: arrays are not float32 of shape {shape}")
     return readings
@@ -214,18 +219,19 @@ def _override_groups(
         if not all(arrays.keys().isdisjoint(names) for names in modes):
             raise BundleError(f"{READINGS} has outcomes of override tests, the manifest has none")
         return [], []
-    classes, groups = len(manifest.labels), []
+    tested, groups = manifest.tested_views, []
+    classes = [number for view in tested for number in view]
     for names in modes:
         outcomes = OverrideOutcomes(*(_outcomes(arrays[name], classes) for name in names))
-        groups.append(calibrate_override(outcomes, classes, own.frr_budget))
+        groups.append(calibrate_override(outcomes, tested, own.frr_budget))
     return groups[0], groups[1]
 
 
-def _outcomes(outcomes: FloatArray, classes: int) -> FloatArray:
+def _outcomes(outcomes: FloatArray, classes: Sequence[int]) -> FloatArray:
     if outcomes.dtype != np.float32 or outcomes.ndim != 2 or outcomes.shape[1] != 2:
         raise ValueError(f"{READINGS}: outcomes are not float32 of shape (n, 2)")
-    if not np.isin(outcomes[:, 0], range(classes)).all():
-        raise ValueError(f"{READINGS}: outcomes are of classes that the bundle does not have")
+    if not np.isin(outcomes[:, 0], classes).all():
+        raise ValueError(f"{READINGS}: outcomes are of classes that the bundle does not test")
     return outcomes
 
 
@@ -250,7 +256,7 @@ def _load_override(
         raise BundleError(f"the override test needs more than the {readable} tokens that are read")
     geometry = OverrideGeometry(record.window, record.carrier)
     checkpoints = len(manifest.psim.checkpoints)
-    return [OverrideTest(tokens, geometry, checkpoints, own) for own in groups]
+    return [OverrideTest(tokens, geometry, checkpoints, own, manifest.views) for own in groups]
 
 
 def _agree(
@@ -320,6 +326,8 @@ def _load_victim(path: Path, manifest: Manifest) -> nn.Module:
         raise BundleError("victim/ does not hold the weights that its config asks for")
     if [model.config.id2label[i] for i in range(model.config.num_labels)] != manifest.labels:
         raise BundleError("the labels of manifest and victim/config.json differ")
+    if is_multi_label(model.config) != manifest.multi_label:
+        raise BundleError("manifest and victim/config.json differ in how many labels a text has")
     if PROMPT[0] in manifest.files:
         return PeftModel.from_pretrained(model, str(path / "prompt"))
     victim: nn.Module = model
@@ -343,7 +351,7 @@ def _load_activations(file: Path, guarded: Guarded, manifest: Manifest) -> Activ
     layers, size = guarded.trunk.watched, guarded.config.hidden_size
     expected = {
         "whitening": (len(layers), size, size),
-        "means": (len(layers), len(manifest.labels), size),
+        "means": (len(layers), len(manifest.classes), size),
     }
     tensors = load_tensors(file)
     fits = {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected

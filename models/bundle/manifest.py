@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.detection.views import Views, class_names, views_of, views_with_carriers
 from models.engines.base import DtypeName, EngineName, Runtime
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -201,7 +202,9 @@ class Manifest(_ManifestPart):
 
     schema_version: Literal[5]
     victim: VictimRecord
-    labels: list[str] = Field(min_length=2)
+    labels: list[str] = Field(min_length=1)
+    multi_label: bool = False
+    """Whether a text may have any number of the labels, each by a sigmoid."""
     max_length: int = Field(ge=8)
     psim: PsimRecord
     activations: ActivationsRecord | None
@@ -219,11 +222,30 @@ class Manifest(_ManifestPart):
 
     @model_validator(mode="after")
     def _every_class_has_a_label(self) -> Self:
-        known = range(len(self.labels))
+        if not self.multi_label and len(self.labels) < 2:
+            raise ValueError(
+                "a classifier with one label for a text has at least two to choose from"
+            )
+        known = range(len(self.classes))
         screened = [g.classes for c in self.calibrations for g in c.groups]
         tested = [g.classes for c in self.calibrations for g in c.override]
         if not all(index in known for classes in screened + tested for index in classes):
             raise ValueError("a threshold is of a class that has no label")
         if self.override and len(self.override.carriers) != len(known):
-            raise ValueError("there must be a number of carriers for each label")
+            raise ValueError("there must be a number of carriers for each class")
         return self
+
+    @property
+    def views(self) -> Views:
+        """The victim's classes, see `models.detection.views`."""
+        return views_of(len(self.labels), multi_label=self.multi_label)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes: the labels, or off and on of each."""
+        return class_names(self.labels, multi_label=self.multi_label)
+
+    @property
+    def tested_views(self) -> Views:
+        """Views that the override test looks at."""
+        return views_with_carriers(self.views, self.override.carriers) if self.override else ()

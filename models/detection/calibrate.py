@@ -1,4 +1,8 @@
-"""Calibration of both stages from clean texts alone: one threshold per predicted class."""
+"""Calibration of both stages from clean texts alone: one threshold per predicted class.
+
+With several views, the budget is divided by their number (Bonferroni). Then it holds for a text as
+a whole, whatever the views have to do with each other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +19,7 @@ from models.detection.screen import (
     features,
     pool_checkpoints,
 )
+from models.detection.views import Views
 from models.errors import CalibrationError
 
 MIN_CLASS_SIZE = 60
@@ -26,7 +31,12 @@ MIN_SCALE = 1e-3
 
 
 def calibrate(
-    readings: FloatArray, checkpoints: int, frr_budget: float, *, by_class: bool = True
+    readings: FloatArray,
+    checkpoints: int,
+    frr_budget: float,
+    *,
+    views: Views = (),
+    by_class: bool = True,
 ) -> Screen:
     """Return a screen with a threshold per predicted class, small classes pooled.
 
@@ -41,14 +51,32 @@ def calibrate(
             (n, V, C).
         checkpoints: K, the number of features from PSIM's checkpoints.
         frr_budget: tolerated share of rejected clean texts, in (0, 1).
-        by_class: False pools all classes; the study compares that.
+        views: classes that exclude each other; one view of all classes by default.
+        by_class: False pools all classes of a view; the study compares that.
 
     Raises:
         CalibrationError: too few texts in all, or readings that are not finite.
     """
-    _check(readings, frr_budget)
-    classes = range(readings.shape[2])
-    predicted, raw = features(readings, checkpoints)
+    views = views or [range(readings.shape[2])]
+    if not np.isfinite(readings).all():
+        raise CalibrationError("the victim gives NaN or infinite scores on the clean texts")
+    _check_enough(len(readings), frr_budget, len(views))
+    share = frr_budget / len(views)
+    parts = [_calibrate_view(readings, view, checkpoints, share, by_class) for view in views]
+    statistics = Normalizer(
+        _joined([each for _, each, _ in parts]),
+        _joined([together for _, _, together in parts]),
+        checkpoints,
+    )
+    return Screen([group for groups, _, _ in parts for group in groups], statistics, views)
+
+
+def _calibrate_view(
+    readings: FloatArray, view: range, checkpoints: int, frr_budget: float, by_class: bool
+) -> tuple[list[ThresholdGroup], ZScore, ZScore]:
+    """Return the thresholds of a view, and the statistics of its features and components."""
+    classes, (predicted, raw) = range(len(view)), features(readings, checkpoints, view)
+    predicted = predicted - view.start
     everyone, by_number = np.ones(len(predicted), np.bool_), [predicted == c for c in classes]
     peers = [
         members if by_class and members.sum() >= MIN_CLASS_SIZE else everyone
@@ -59,21 +87,31 @@ def calibrate(
     scores = Normalizer.score(components)
     counts = np.bincount(predicted, minlength=len(classes)).tolist()
     pools = _pool(counts, min_calibration_size(frr_budget)) if by_class else [tuple(classes)]
-    groups = [_group(pool, scores[np.isin(predicted, pool)], frr_budget) for pool in pools]
-    return Screen(groups, Normalizer(each, together, checkpoints))
+    groups = [
+        _group(_numbered(pool, view), scores[np.isin(predicted, pool)], frr_budget)
+        for pool in pools
+    ]
+    return groups, each, together
 
 
-def _check(readings: FloatArray, frr_budget: float) -> None:
-    if not np.isfinite(readings).all():
-        raise CalibrationError("the victim gives NaN or infinite scores on the clean texts")
-    _check_enough(len(readings), frr_budget)
+def _joined(parts: Sequence[ZScore]) -> ZScore:
+    """Return the statistics of all views, class by class."""
+    return ZScore(
+        np.concatenate([one.centre for one in parts]), np.concatenate([one.scale for one in parts])
+    )
 
 
-def _check_enough(count: int, frr_budget: float) -> None:
-    if count < (needed := min_calibration_size(frr_budget)):
+def _numbered(pool: tuple[int, ...], view: range) -> tuple[int, ...]:
+    """Return the numbers of the pooled classes of a view among those of all views."""
+    return tuple(view[c] for c in pool)
+
+
+def _check_enough(count: int, frr_budget: float, views: int) -> None:
+    if count < (needed := min_calibration_size(frr_budget / views)):
+        shared = f", shared by {views} labels" if views > 1 else ""
         raise CalibrationError(
-            f"{count} calibration texts are too few for a false-rejection budget of "
-            f"{frr_budget}: it needs {needed}; give more clean texts or a larger --frr-budget"
+            f"{count} calibration texts are too few for a false-rejection budget of {frr_budget}"
+            f"{shared}: it needs {needed}; give more clean texts or a larger --frr-budget"
         )
 
 
@@ -97,28 +135,36 @@ class OverrideOutcomes:
 
 
 def calibrate_override(
-    outcomes: OverrideOutcomes, classes: int, frr_budget: float
+    outcomes: OverrideOutcomes, views: Views, frr_budget: float
 ) -> list[ThresholdGroup]:
     """Return the thresholds of the override test by predicted class, small classes pooled.
 
     A threshold keeps the budget on clean texts, and `HARMLESS_BUDGET` on texts of other kinds.
     Where there are too few of those for that, it lies above all of them.
 
+    Args:
+        outcomes: of texts in all of these views.
+        views: those that the test looks at.
+        frr_budget: tolerated share of clean texts that are triggered, in (0, 1).
+
     Raises:
-        CalibrationError: too few clean texts, or scores that are not finite.
+        CalibrationError: too few clean texts in a view, or scores that are not finite.
     """
     clean, harmless = outcomes.clean, outcomes.harmless
     if not (np.isfinite(clean).all() and np.isfinite(harmless).all()):
         raise CalibrationError("the override test gives NaN or infinite scores on the clean texts")
-    _check_enough(len(clean), frr_budget)
-    counts = np.bincount(clean[:, 0].astype(np.intp), minlength=classes).tolist()
+    share = frr_budget / len(views)
     groups = []
-    for pool in _pool(counts, min_calibration_size(frr_budget)):
-        group = _group(pool, clean[np.isin(clean[:, 0], pool), 1], frr_budget)
-        others = harmless[np.isin(harmless[:, 0], pool), 1]
-        budget = max(HARMLESS_BUDGET, 1 / (len(others) + 1))
-        least = conformal_threshold(others, budget) if len(others) else group.threshold
-        groups.append(replace(group, threshold=max(group.threshold, least)))
+    for view in views:
+        counts = [int((clean[:, 0] == c).sum()) for c in view]
+        _check_enough(sum(counts), frr_budget, len(views))
+        for local in _pool(counts, min_calibration_size(share)):
+            pool = _numbered(local, view)
+            group = _group(pool, clean[np.isin(clean[:, 0], pool), 1], share)
+            others = harmless[np.isin(harmless[:, 0], pool), 1]
+            budget = max(HARMLESS_BUDGET / len(views), 1 / (len(others) + 1))
+            least = conformal_threshold(others, budget) if len(others) else group.threshold
+            groups.append(replace(group, threshold=max(group.threshold, least)))
     return groups
 
 

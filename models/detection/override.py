@@ -30,6 +30,7 @@ from models.detection.screen import (
     log_odds_of,
     with_override,
 )
+from models.detection.views import Views, views_with_carriers
 from models.detection.windows import windows
 
 KEEPS = 0.5
@@ -90,6 +91,8 @@ class OverrideTest:
         geometry: lengths of windows and carriers.
         checkpoints: K, the number of PSIM's checkpoints.
         groups: calibrated thresholds, see `models.detection.calibrate`.
+        views: classes that exclude each other; one view of all classes by default. Carriers of
+            other classes are those of the same view.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class OverrideTest:
         geometry: OverrideGeometry,
         checkpoints: int,
         groups: Sequence[ThresholdGroup] = (),
+        views: Views = (),
     ) -> None:
         self.carriers = [[ids[: geometry.carrier] for ids in of_class] for of_class in carriers]
         self.geometry = geometry
@@ -105,14 +109,18 @@ class OverrideTest:
         # The late checkpoints have unlearnt the task so far that carriers weigh nothing in them.
         self._read = -(-checkpoints // 2)
         self._group_of = {index: group for group in groups for index in group.classes}
+        self.views = views or [range(len(carriers))]
+        self.tested = views_with_carriers(self.views, [len(own) for own in carriers])
+        """Views that have carriers."""
+        self._view_of = {index: view for view in self.views for index in view}
 
     def uncalibrated(self) -> "OverrideTest":
         """Return this test without thresholds."""
-        return OverrideTest(self.carriers, self.geometry, self.checkpoints)
+        return OverrideTest(self.carriers, self.geometry, self.checkpoints, views=self.views)
 
     def can_test(self, predicted: int) -> bool:
         """Return whether there are carriers of other classes than `predicted`."""
-        return any(own for c, own in enumerate(self.carriers) if c != predicted)
+        return bool(self._other_carriers(predicted))
 
     def score(
         self, ids: Ids, predicted: int, first_stage: float, part_of: Ids | None = None
@@ -156,7 +164,7 @@ class OverrideTest:
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""
         group = self._group_of[verdict.predicted]
-        p_value = group.p_value(evidence(verdict.score, score))
+        p_value = min(1.0, len(self.tested) * group.p_value(evidence(verdict.score, score)))
         needed = self.threshold_of(verdict.predicted, verdict.score)
         return with_override(verdict, score, needed, p_value)
 
@@ -173,17 +181,22 @@ class OverrideTest:
 
     def _pairs(self, ids: Ids, predicted: int) -> list[tuple[Ids, Ids]]:
         """Draw pairs of carriers of other classes: always the same for the same text."""
-        others = [one for c, own in enumerate(self.carriers) if c != predicted for one in own]
+        others = self._other_carriers(predicted)
         draw = np.random.default_rng(zlib.crc32(ids.astype(np.int64).tobytes()))
         chosen = draw.integers(len(others), size=(DRAWS, 2))
         return [(others[first], others[second]) for first, second in chosen]
+
+    def _other_carriers(self, predicted: int) -> list[Ids]:
+        return [one for c in self._view_of[predicted] if c != predicted for one in self.carriers[c]]
 
     def _windows(self, ids: Ids) -> list[Ids]:
         size = self.geometry.window
         return [ids[window] for window in windows(len(ids), size, size // 2)]
 
     def _kept(self, readings: FloatArray, predicted: int) -> float:
-        odds = float(log_odds_of(readings[None, : self._read], predicted).mean())
+        view = self._view_of[predicted]
+        own = readings[None, : self._read, view.start : view.stop]
+        odds = float(log_odds_of(own, predicted - view.start).mean())
         # As thresholds and stored outcomes are: no decision may hang on where a score was rounded.
         return float(np.float32(1 / (1 + math.exp(-odds))))
 

@@ -11,6 +11,9 @@ activation detector are distances of hidden states to the predicted class.
 What is extreme depends on the predicted class, since one class's clean texts can be as confident as
 another's poisoned ones. So each feature is compared only with clean texts of the same predicted
 class (see `models.detection.conformal`). All features together give one score.
+
+A multi-label classifier predicts a class in several views (see `models.detection.views`). Then a
+text gets a verdict in each, and the worst one is that of the text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,12 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.conformal import ThresholdGroup, conformal_threshold
+from models.detection.views import Views
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
 Detector = Literal["confidence", "activations"]
 SUSPICION = 0.05
-"""Share of clean texts that the first stage passes on to the override test."""
+"""Share of clean texts that the first stage passes on to the override test, over all views."""
 MIN_SUSPICIOUS = 5
 """Calibration texts above that score at least, so that no single one decides what is tested."""
 TINY = 1e-12
@@ -48,8 +52,8 @@ class Verdict:
     """Result of screening one text."""
 
     confidence: float
-    """Largest PSIM softmax probability, in [1/C, 1], never rounded; from the checkpoint that finds
-    the text most extreme."""
+    """Largest PSIM probability of a class in the view, never rounded; from the checkpoint that
+    finds the text most extreme."""
     score: float
     """How extreme the text is among clean texts of the same class, in standard deviations; see
     `Normalizer.score`. Not negative."""
@@ -58,7 +62,8 @@ class Verdict:
     threshold: float
     """The text is extreme iff `score >= threshold`."""
     p_value: float
-    """Share of clean calibration texts with at least this score, in (0, 1]; small is suspicious."""
+    """Share of clean calibration texts with at least this score, in (0, 1]; small is suspicious.
+    With several views it is multiplied by their number (Bonferroni)."""
     truncated: bool
     """True if neither PSIM nor the classifier read the whole text."""
     predicted: int
@@ -109,6 +114,11 @@ def worst_finding(findings: Iterable[Finding | None]) -> Finding | None:
     """Return the worst finding; None if there is none."""
     found = {*findings}
     return next((finding for finding in Finding if finding in found), None)
+
+
+def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict with the worst finding; among those, the one with the largest margin."""
+    return max(verdicts, key=lambda verdict: (verdict.poisoned, verdict.margin))
 
 
 def is_extreme(score: float, threshold: float) -> bool:
@@ -174,7 +184,7 @@ def pool_checkpoints(standard: NDArray[np.float64], checkpoints: int) -> NDArray
 
 
 def features(
-    readings: FloatArray, checkpoints: int
+    readings: FloatArray, checkpoints: int, view: range | None = None
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return predicted classes, shape (n,), and features, shape (n, V), larger if more suspicious.
 
@@ -184,11 +194,15 @@ def features(
     Args:
         readings: output of `Guarded.screen`, shape (n, V, C).
         checkpoints: K.
+        view: classes to choose from; all of them by default.
     """
+    view = view or range(readings.shape[2])
+    readings = readings[:, :, view.start : view.stop]
     probabilities, distances = readings[:, :checkpoints], readings[:, checkpoints:]
     predicted = predicted_classes(probabilities)
     own = distances[np.arange(len(readings)), :, predicted].astype(np.float64)
-    return predicted, np.hstack([log_odds(probabilities), np.log(np.maximum(own, TINY))])
+    raw = np.hstack([log_odds(probabilities), np.log(np.maximum(own, TINY))])
+    return predicted + view.start, raw
 
 
 def predicted_classes(probabilities: FloatArray) -> NDArray[np.intp]:
@@ -229,9 +243,9 @@ def log_odds_of(probabilities: FloatArray, index: int) -> NDArray[np.float64]:
     return odds
 
 
-def _suspicion(scores: NDArray[np.float32]) -> float:
+def _suspicion(scores: NDArray[np.float32], views: int) -> float:
     """Return the score from which a text is suspicious, by those of clean texts, shape (n,)."""
-    share = max(SUSPICION, MIN_SUSPICIOUS / (len(scores) + 1))
+    share = max(SUSPICION / views, MIN_SUSPICIOUS / (len(scores) + 1))
     return conformal_threshold(scores, share) if share < 1 else float(scores.min())
 
 
@@ -241,16 +255,20 @@ class Screen:
     Args:
         groups: thresholds; every class belongs to exactly one group.
         normalizer: statistics of clean texts for every class.
+        views: classes that exclude each other; one view of all classes by default.
 
     Raises:
         ValueError: a class has no group, several, or no statistics.
     """
 
-    def __init__(self, groups: Sequence[ThresholdGroup], normalizer: Normalizer) -> None:
+    def __init__(
+        self, groups: Sequence[ThresholdGroup], normalizer: Normalizer, views: Views = ()
+    ) -> None:
         self.groups, self.normalizer = tuple(groups), normalizer
+        self.views = tuple(views) or (range(len(normalizer.features.centre)),)
         self._by_class = {index: group for group in groups for index in group.classes}
         self._suspicion = {
-            index: min(group.threshold, _suspicion(group.scores))
+            index: min(group.threshold, _suspicion(group.scores, len(self.views)))
             for index, group in self._by_class.items()
         }
         claimed = sum(len(group.classes) for group in groups)
@@ -283,17 +301,24 @@ class Screen:
         return np.array([self.judge(row).extreme for row in readings], np.bool_)
 
     def judge(self, readings: FloatArray, truncated: bool = False) -> Verdict:
-        """Judge one text by its readings from `Guarded.screen`, shape (V, C).
+        """Judge one text by its readings from `Guarded.screen`, shape (V, C): its worst verdict.
 
         The override test is not asked here, so an extreme text counts as triggered.
 
         Raises:
             ScreenError: the readings are not finite or not of that shape.
         """
+        return worst_verdict(self.verdicts(readings, truncated))
+
+    def verdicts(self, readings: FloatArray, truncated: bool = False) -> list[Verdict]:
+        """Judge one text in every view, as `judge` does."""
         if readings.shape != self.shape or not np.isfinite(readings).all():
             raise ScreenError("the screen gave no finite readings; the input cannot be judged")
+        return [self._verdict(view, readings, truncated) for view in self.views]
+
+    def _verdict(self, view: range, readings: FloatArray, truncated: bool) -> Verdict:
         normalizer = self.normalizer
-        predicted, raw = features(readings[None], normalizer.checkpoints)
+        predicted, raw = features(readings[None], normalizer.checkpoints, view)
         standard = normalizer.features(predicted, raw)
         components = normalizer.components(
             predicted, pool_checkpoints(standard, normalizer.checkpoints)
@@ -302,11 +327,11 @@ class Screen:
         group = self._by_class[label]
         most_extreme = int(standard[0, : normalizer.checkpoints].argmax())
         return Verdict(
-            confidence=float(readings[most_extreme].max()),
+            confidence=float(readings[most_extreme, view.start : view.stop].max()),
             score=score,
             detector="confidence" if components[0].argmax() == 0 else "activations",
             threshold=group.threshold,
-            p_value=group.p_value(score),
+            p_value=min(1.0, len(self.views) * group.p_value(score)),
             truncated=truncated,
             predicted=label,
             finding=Finding.TRIGGERED if is_extreme(score, group.threshold) else None,

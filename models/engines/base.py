@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Return readings of texts, and the states to classify them from."""
 
     def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
-        """Return the victim's softmax probabilities, shape (len(batch), C).
+        """Return the victim's probability of each label, shape (len(batch), L).
 
         Args:
             batch: encodings, or the states of earlier calls of `screen`.

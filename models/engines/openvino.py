@@ -22,6 +22,7 @@ from models.engines.pytorch import ModuleEngine
 from models.errors import EngineError
 from models.network.activations import to_readings
 from models.network.guarded import Guarded
+from models.network.outputs import label_probabilities
 from models.network.trunk import Inputs
 
 # Importing OpenVINO would report to its maker, unless this package is missing.
@@ -86,17 +87,19 @@ class GuardedGraph:
         self._run = compiled(_Run(guarded), EXAMPLE, dtype)
         self._head = compiled(_Head(guarded), rows, dtype)
         self._activations, self._max_length = guarded.activations, max_length
+        self._multi_label = guarded.multi_label
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Guarded.screen`."""
         parts = [call(self._run, *part) for part in parts_of(inputs, self._max_length)]
         logits, rows, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return to_readings(logits, states, self._activations), rows
+        readings = to_readings(logits, states, self._activations, multi_label=self._multi_label)
+        return readings, rows
 
     def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Guarded.classify_rows`."""
         (logits,) = call(self._head, rows)
-        return logits.softmax(-1)
+        return label_probabilities(logits, multi_label=self._multi_label)
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
         """See `Guarded.classify`; costs what screening costs."""

@@ -139,7 +139,7 @@ class ModuleEngine:
         return Screening(_float32(readings), states)
 
     def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
-        """Return the victim's probabilities, shape (len(batch), C)."""
+        """Return the victim's probability of each label, shape (len(batch), L)."""
         states = [state.row for state in batch if isinstance(state, LastState)]
         encodings = [state for state in batch if isinstance(state, Encoding)]
         if len(states) + len(encodings) != len(batch) or (states and encodings):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from models.network.outputs import class_probabilities
+
 
 class Activations:
     """Class-conditional Mahalanobis distance of hidden states (Lee et al., NeurIPS 2018, eq. 2).
@@ -42,16 +44,21 @@ class Activations:
 
 
 def to_readings(
-    logits: torch.Tensor, states: Sequence[torch.Tensor], activations: Activations | None
+    logits: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    activations: Activations | None,
+    *,
+    multi_label: bool,
 ) -> torch.Tensor:
     """Return the features of `Guarded.screen`, shape (rows, V, C), float32.
 
     Args:
-        logits: of the K checkpoints, shape (rows, K, C).
+        logits: of the K checkpoints, shape (rows, K, L).
         states: hidden states from `Trunk.watching`.
         activations: the activation detector; None if it is not fitted, and then V is K.
+        multi_label: whether each of the L labels may be on; then there are C = 2 L classes.
     """
-    readings = logits.float().softmax(-1)
+    readings = class_probabilities(logits, multi_label=multi_label)
     if activations is None:
         return readings
     return torch.cat([readings, activations.distances(states)], 1)

@@ -13,10 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from models.detection.views import Views, views_of
 from models.network.activations import Activations, to_readings
 from models.network.adapters import layer_number, transformer_of, with_adapters
 from models.network.last_layer import LastLayer, last_layer_of
 from models.network.last_token import fix_last_token, reads_last_token
+from models.network.outputs import is_multi_label, label_probabilities
 from models.network.trunk import Inputs, Trunk
 
 
@@ -54,6 +56,16 @@ class Guarded(nn.Module):
         return self.psim.get_base_model().config
 
     @property
+    def multi_label(self) -> bool:
+        """Whether the victim gives any number of labels, each by a sigmoid."""
+        return is_multi_label(self.config)
+
+    @property
+    def views(self) -> Views:
+        """The victim's classes, see `models.detection.views`."""
+        return views_of(self.config.num_labels, multi_label=self.multi_label)
+
+    @property
     def checkpoints(self) -> list[str]:
         """Names of the adapters."""
         return list(self.psim.peft_config)
@@ -76,14 +88,15 @@ class Guarded(nn.Module):
         while they are not fitted). The second value is None without a `last_layer`.
         """
         logits, rows, states = self.run(inputs)
-        return to_readings(logits, states, self.activations), rows
+        readings = to_readings(logits, states, self.activations, multi_label=self.multi_label)
+        return readings, rows
 
     def run(
         self, inputs: Inputs
     ) -> tuple[torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]]:
         """Run the part of `screen` that is in the victim's dtype, and that other engines trace.
 
-        Returns logits by checkpoint, shape (rows, K, C), the input of `classify_rows`, and the
+        Returns logits by checkpoint, shape (rows, K, L), the input of `classify_rows`, and the
         watched states.
         """
         with self.trunk.watching(inputs) as states:
@@ -96,7 +109,7 @@ class Guarded(nn.Module):
     def _run_last_layer(
         self, last_layer: LastLayer, inputs: Inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits by checkpoint, (rows, K, C), and the victim's last states, (rows, H)."""
+        """Return logits by checkpoint, (rows, K, L), and the victim's last states, (rows, H)."""
         hidden, rotation = self.trunk.output(lambda: self.victim(**inputs))
         mask = inputs["attention_mask"]
         read = self.trunk.read_positions(mask)
@@ -114,24 +127,24 @@ class Guarded(nn.Module):
         return torch.stack(logits, 1)
 
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
-        """Return logits with the active adapter on, shape (rows, C)."""
+        """Return logits with the active adapter on, shape (rows, L)."""
         logits: torch.Tensor = self.victim(**inputs).logits
         return logits
 
     def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the victim's probabilities in float32, shape (n, C), from the rows of `screen`."""
+        """Return the victim's probabilities in float32, shape (n, L), from the rows of `screen`."""
         if self.last_layer is None:
             raise ValueError("there is no last layer to go on from; classify the inputs")
-        return self.last_layer.head(rows).float().softmax(-1)
+        return label_probabilities(self.last_layer.head(rows), multi_label=self.multi_label)
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
-        """Return the victim's probabilities in float32, shape (rows, C)."""
+        """Return the victim's probability of each label in float32, shape (rows, L)."""
         with self.psim.disable_adapter():
             logits: torch.Tensor = self.victim(**inputs).logits
-        return logits.float().softmax(-1)
+        return label_probabilities(logits, multi_label=self.multi_label)
 
     def states(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return watched hidden states, shape (rows, 3, D), and the victim's logits, (rows, C)."""
+        """Return watched hidden states, shape (rows, 3, D), and the victim's logits, (rows, L)."""
         with self.trunk.watching(inputs) as states, self.psim.disable_adapter():
             logits: torch.Tensor = self.victim(**inputs).logits
         return torch.stack(states, 1), logits

@@ -6,6 +6,7 @@ from typing import Any
 from service.classifiers.base import Call, Classified, ClassifierInput
 from service.errors import Invalid, UnknownModel
 from service.inference.batcher import Batcher
+from service.protocols.base import ModelInfo
 from service.schemas import best_first
 
 
@@ -15,8 +16,8 @@ class LocalClassifier:
     upstream_protocol = None
     max_length = None  # it reads what was screened
 
-    def __init__(self, batcher: Batcher, labels: Sequence[str]) -> None:
-        self._batcher, self._labels = batcher, labels
+    def __init__(self, batcher: Batcher, model_info: ModelInfo) -> None:
+        self._batcher, self._model_info = batcher, model_info
 
     async def start(self) -> None:
         """Classify a first text; the batcher must be running."""
@@ -44,12 +45,9 @@ class LocalClassifier:
         """
         if call.version is not None:
             raise UnknownModel("the model has no versions")
-        if call.request.unsupported_option:
-            raise Invalid(
-                f"{call.request.unsupported_option}: the classifier behind the gateway has no such"
-            )
+        if option := call.request.unsupported_option(self._model_info):
+            raise Invalid(f"{option}: the classifier behind the gateway has no such")
         answers = await self._batcher.classify([input.screened.state for input in inputs])
-        scores = [
-            best_first(zip(self._labels, answer.value.tolist(), strict=True)) for answer in answers
-        ]
+        labels = self._model_info.labels
+        scores = [best_first(zip(labels, one.value.tolist(), strict=True)) for one in answers]
         return Classified(scores, [answer.stages for answer in answers])

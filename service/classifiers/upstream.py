@@ -136,10 +136,9 @@ class UpstreamClassifier:
         if self.protocol is None:
             raise NotReady("the upstream has not answered yet")
         same_protocol = self.protocol.request_type is type(call.request)
-        if call.request.unsupported_option and not same_protocol:
-            raise Invalid(
-                f"{call.request.unsupported_option}: the classifier behind the gateway has no such"
-            )
+        option = call.request.unsupported_option(self._model_info)
+        if option and not same_protocol:
+            raise Invalid(f"{option}: the classifier behind the gateway has no such")
         texts = [input.text for input in inputs]
         body = self._body(self.protocol, call, texts)
         self._require_closed()
@@ -212,7 +211,8 @@ class UpstreamClassifier:
             if passthrough:
                 protocol.check(reply.body, count)
                 return []
-            scores = protocol.scores(reply.body, count, self._model_info.labels)
+            known = self._model_info
+            scores = protocol.scores(reply.body, count, known.labels, multi_label=known.multi_label)
             if protocol.request_type is not type(call.request):
                 _check_labels(scores, self._model_info.labels, call.protocol.requires_all_scores)
             return scores
@@ -322,6 +322,9 @@ class UpstreamClassifier:
                 reply = await self._send(self._probe_session, path, self._headers(call), body)
                 if reply.status == HTTPStatus.OK:
                     protocol.check(reply.body, 1)
+                    if self._model_info.multi_label and not protocol.gives_sigmoids:
+                        failures.append(f"{protocol.name} has no multi-label classifiers")
+                        break  # it may answer in other protocols too, and no better
                     self.max_length = await self._ask_max_length(protocol, self._headers(call))
                     self.protocol = protocol
                     known = {"protocol": protocol.name, "max_length": self.max_length}

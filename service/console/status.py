@@ -55,7 +55,7 @@ class ServiceStatus:
 def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) -> ServiceStatus:
     """Return the status of a model now."""
     bundle, model = gateway.bundle, gateway.model_info.model
-    labels = bundle.manifest.labels
+    labels = bundle.manifest.classes
     return ServiceStatus(
         unready_reason=gateway.unready_reason,
         worker=gateway.health,

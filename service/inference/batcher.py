@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from models.bundle.load import Bundle
-from models.detection.screen import FloatArray, Verdict
+from models.detection.screen import FloatArray, Verdict, worst_verdict
 from models.engines.base import ClassifierState, Encoding, IntArray
 from models.engines.batching import length_sorted_batches
 from models.errors import ScreenError
@@ -54,6 +54,9 @@ class Screened:
     """Those tokens, without special tokens."""
     readings: FloatArray | None
     """What the verdict is from, shape (V, C); None if screening failed."""
+    by_view: Sequence[Verdict] = ()
+    """Verdicts of the first stage in all views of the classifier, the worst of which is the
+    verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,13 +337,14 @@ class Batcher:
         self._post(list(zip(jobs, judged, strict=True)))
 
     def _judge(self, encoding: Encoding, readings: FloatArray, state: ClassifierState) -> Screened:
-        verdict: Verdict | None
+        ids = self._engine.content(encoding)
         try:
-            verdict = self._screen.judge(readings, encoding.truncated)
+            by_view = self._screen.verdicts(readings, encoding.truncated)
         except ScreenError:
             log.error("screen gave no finite readings")
-            verdict = None
-        return Screened(verdict, state, len(encoding), self._engine.content(encoding), readings)
+            return Screened(None, state, len(encoding), ids, readings)
+        verdict = worst_verdict(by_view)
+        return Screened(verdict, state, len(encoding), ids, readings, by_view)
 
     def _failed(self, encoding: Encoding) -> Screened:
         return Screened(None, encoding, len(encoding), self._engine.content(encoding), None)

@@ -38,7 +38,7 @@ class Drift:
     """Collects scores on one event loop; can be measured in any thread."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._windows = [_Window(group, bundle.manifest.labels) for group in bundle.screen.groups]
+        self._windows = [_Window(group, bundle.manifest.classes) for group in bundle.screen.groups]
         self._by_class = {c: w for w in self._windows for c in w.classes}
 
     def add(self, verdicts: Sequence[Verdict]) -> None:

@@ -258,7 +258,7 @@ class Metrics(RequestMetrics, AccessMetrics, AuditMetrics):
         families.threshold.clear()
         families.bundle_info.clear()
         for model, bundle in bundles.items():
-            for index, label in enumerate(bundle.manifest.labels):
+            for index, label in enumerate(bundle.manifest.classes):
                 families.threshold.labels(model, label).set(bundle.screen.threshold_of(index))
             engine = bundle.engine
             families.bundle_info.labels(model, bundle.digest, engine.name, engine.dtype).set(1)

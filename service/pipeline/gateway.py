@@ -26,6 +26,7 @@ from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
 from service.protocols.base import InferenceRequest, ModelInfo
 from service.schemas import (
+    FIRES,
     Decision,
     ExplainRequest,
     ExplainResponse,
@@ -69,6 +70,9 @@ class JudgedText:
     cleaned: Cleaned | None = None
     """Replaces the text at the classifier, if it was sanitized."""
     scores: Sequence[Score] = ()
+    """As many as were asked for, best first."""
+    labels: list[str] | None = None
+    """Those that fire, of a multi-label classifier."""
 
     @property
     def for_classifier(self) -> ClassifierInput:
@@ -84,6 +88,7 @@ class JudgedText:
             decision=self.decision,
             screen=None if verdict is None else _screen_result(verdict, caller),
             label=self.scores[0].label if self.scores else None,
+            labels=self.labels,
             scores=list(self.scores) or None,
             removed=_removed(self.text, self.cleaned.removed) if self.cleaned else None,
         )
@@ -142,7 +147,7 @@ class Gateway:
         reply = await self._classify(record, call, inputs)
         record.decisions = decisions
         results = [one.result(caller) for one in inputs]
-        record.labels = [result.label for result in results]
+        record.labels = [_recorded(result) for result in results]
         return GatewayResult(results, refused=False, reply=reply)
 
     async def screen(
@@ -312,6 +317,8 @@ class Gateway:
         if answer.reply is None:
             for one, scores in zip(passed, answer.scores, strict=True):
                 one.scores = scores[: call.request.limit]
+                if self.model_info.multi_label:
+                    one.labels = [score.label for score in scores if score.score >= FIRES]
         return answer.reply
 
     def _count_unscreened(self, passed: Sequence[Screened]) -> None:
@@ -319,6 +326,10 @@ class Gateway:
         if unscreened:
             self._metrics.fail_open.inc(unscreened)
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
+
+
+def _recorded(result: Result) -> str | None:
+    return result.label if result.labels is None else ", ".join(result.labels)
 
 
 def _removed(text: str, spans: Sequence[Span]) -> list[Removed]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from models.bundle.load import Bundle
 from models.detection.override import OverrideTest, Test
-from models.detection.screen import Verdict
+from models.detection.screen import Verdict, worst_verdict
 from models.engines.base import IntArray
 from service.errors import Overloaded, ScreenFailed, TimedOut
 from service.inference.batcher import Batcher, Charge, Screened, Timed, free
@@ -130,23 +130,32 @@ class TwoStageScreener:
         return await asyncio.gather(*(self._confirm_one(test, answer) for answer in answers))
 
     async def _confirm_one(self, test: OverrideTest, answer: Timed[Screened]) -> Timed[Screened]:
-        verdict = answer.value.verdict
-        if verdict is None or not test.is_due(
-            self._bundle.screen, verdict, thorough=self._thorough
-        ):
+        by_view, thorough = [*answer.value.by_view], self._thorough
+        due = [
+            view
+            for view, verdict in enumerate(by_view)
+            if test.is_due(self._bundle.screen, verdict, thorough=thorough)
+        ]
+        if not due:
             return answer
         started = time.perf_counter()
-        running = test.score(answer.value.ids, verdict.predicted, verdict.score)
-        score = await self._run(running, self._budget.take)
+        for view in due:
+            by_view[view] = await self._judge(test, answer.value.ids, by_view[view])
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["override"].observe(seconds)
         stages = answer.stages | {"override": seconds}
+        return Timed(replace(answer.value, verdict=worst_verdict(by_view)), stages)
+
+    async def _judge(self, test: OverrideTest, ids: IntArray, verdict: Verdict) -> Verdict:
+        """Return the verdict of both stages; that of the first one if the test cannot be run."""
+        running = test.score(ids, verdict.predicted, verdict.score)
+        score = await self._run(running, self._budget.take)
         if score is None:
             self._metrics.override_tests["skipped"].inc()
-            return Timed(answer.value, stages)
+            return verdict
         judged = test.judge(verdict, score)
         self._metrics.override_tests["confirmed" if judged.poisoned else "cleared"].inc()
-        return Timed(replace(answer.value, verdict=judged), stages)
+        return judged
 
     async def _run(self, running: Test, take: Callable[[int], bool]) -> float | None:
         """Return the score of a test; None if it cannot be afforded, or one of its passes fails.

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from models.detection.screen import Verdict
+from models.detection.screen import Verdict, worst_verdict
 from models.detection.windows import windows
 from service.inference.batcher import Charge, Screened, Timed
 from service.inference.worker import Health
@@ -117,4 +117,4 @@ def worse(one: Verdict | None, other: Verdict | None) -> Verdict | None:
     """Return the more suspicious verdict; a missing verdict is worse than any."""
     if one is None or other is None:
         return None
-    return max(one, other, key=lambda verdict: (verdict.poisoned, verdict.margin))
+    return worst_verdict([one, other])

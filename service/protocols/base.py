@@ -53,7 +53,9 @@ class ModelInfo:
     bundle: str
     """Digest of the bundle that screens its inputs."""
     labels: Sequence[str]
-    """The classes, in the classifier's order."""
+    """In the classifier's order."""
+    multi_label: bool = False
+    """Whether a text may have any number of the labels."""
 
 
 class InferenceRequest(TextsRequest):
@@ -69,9 +71,8 @@ class InferenceRequest(TextsRequest):
         """The model that the body names; None if it names none."""
         return None
 
-    @property
-    def unsupported_option(self) -> str | None:
-        """An option in use that only an upstream of the same protocol supports."""
+    def unsupported_option(self, model_info: ModelInfo) -> str | None:
+        """Return an option in use that only an upstream of the same protocol supports, if any."""
         return None
 
     @property
@@ -109,6 +110,8 @@ class WireProtocol(ABC):
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"
+    gives_sigmoids: ClassVar[bool] = True
+    """Whether its servers give the sigmoid of each label of a multi-label classifier."""
     limit_path: ClassVar[str | None] = None
     """Path at which an upstream tells after how many tokens it cuts a text."""
 
@@ -139,8 +142,16 @@ class WireProtocol(ABC):
         """Return a request for all scores of some texts."""
 
     @abstractmethod
-    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+    def scores(
+        self, body: bytes, count: int, labels: Sequence[str], *, multi_label: bool = False
+    ) -> list[list[Score]]:
         """Return the scores of each of `count` texts in an upstream's answer.
+
+        Args:
+            body: the answer.
+            count: number of texts.
+            labels: of the classifier, in its order.
+            multi_label: whether a text may have any number of them.
 
         Raises:
             BadAnswer: a text lacks scores, or they are not finite.

@@ -57,11 +57,11 @@ class HfRequest(InferenceRequest):
         """`top_k`."""
         return self.parameters.top_k if self.parameters else None
 
-    @property
-    def unsupported_option(self) -> str | None:
-        """The option for scores other than probabilities: only the pipeline has them."""
+    def unsupported_option(self, model_info: ModelInfo) -> str | None:
+        """Return the option for scores other than the model's own: only the pipeline has them."""
         function = self.parameters and self.parameters.function_to_apply
-        return None if function in (None, "softmax") else "function_to_apply"
+        own = "sigmoid" if model_info.multi_label else "softmax"
+        return None if function in (None, own) else "function_to_apply"
 
     @property
     def may_be_pair(self) -> bool:
@@ -132,10 +132,12 @@ class HuggingFace(WireProtocol):
         """Return a request for all scores of some texts."""
         return HfRequest(inputs=list(texts), parameters=HfParameters(top_k=len(model_info.labels)))
 
-    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+    def scores(
+        self, body: bytes, count: int, labels: Sequence[str], *, multi_label: bool = False
+    ) -> list[list[Score]]:
         """Return the predictions of each text: nested, or flat as pipelines give them."""
         rows = checked_count(predictions(body, flat_is_batch=count > 1), count)
-        if count > 1 and _may_be_one_text(rows):
+        if count > 1 and _may_be_one_text(rows, multi_label):
             raise BadAnswer(
                 "what may be one answer to a pair of texts; "
                 "for text-embeddings-inference set PSIM_UPSTREAM_PROTOCOL=tei"
@@ -143,10 +145,13 @@ class HuggingFace(WireProtocol):
         return rows
 
 
-def _may_be_one_text(rows: Sequence[Sequence[Score]]) -> bool:
-    """Return whether single predictions of several texts may be all those of one text."""
+def _may_be_one_text(rows: Sequence[Sequence[Score]], multi_label: bool) -> bool:
+    """Return whether single predictions of several texts may be all those of one text.
+
+    Those of one text sum to 1, unless they are of a multi-label classifier.
+    """
     flat = [score for row in rows for score in row]
     labels = {score.label for score in flat}
-    return len(rows) == len(flat) == len(labels) and isclose(
-        sum(score.score for score in flat), 1, abs_tol=SUM_TOLERANCE
+    return len(rows) == len(flat) == len(labels) and (
+        multi_label or isclose(sum(score.score for score in flat), 1, abs_tol=SUM_TOLERANCE)
     )

@@ -93,7 +93,9 @@ class Native(WireProtocol):
         """Return a request for all scores of some texts."""
         return ClassifyRequest(inputs=list(texts))
 
-    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+    def scores(
+        self, body: bytes, count: int, labels: Sequence[str], *, multi_label: bool = False
+    ) -> list[list[Score]]:
         """Return the scores of each result."""
         results = checked_count(parsed(ANSWER, body).results, count)
         return [[Score(label=s.label, score=s.score) for s in r.scores] for r in results]

@@ -230,12 +230,15 @@ class OpenInference(WireProtocol):
         )
         return OipRequest(inputs=[tensor])
 
-    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+    def scores(
+        self, body: bytes, count: int, labels: Sequence[str], *, multi_label: bool = False
+    ) -> list[list[Score]]:
         """Return the first output that holds probabilities or predictions for each text."""
         outputs = _checked(body, count)
         for output in outputs:
             if output.datatype.startswith("FP") and output.shape == [count, len(labels)]:
-                return [_by_label(row, labels) for row in _rows(output.values, count)]
+                rows = _rows(output.values, count)
+                return [_by_label(row, labels, multi_label) for row in rows]
         for output in outputs:
             if output.datatype == "BYTES":
                 try:
@@ -271,9 +274,11 @@ def _rows(values: list[Any], count: int) -> list[list[float]]:
     return [values[i * width : (i + 1) * width] for i in range(count)]
 
 
-def _by_label(row: Sequence[float], labels: Sequence[str]) -> list[Score]:
-    if min(row) < 0 or abs(sum(row) - 1) > SUM_TOLERANCE:
-        raise BadAnswer("floats that are no probabilities; have the model return its softmax")
+def _by_label(row: Sequence[float], labels: Sequence[str], multi_label: bool) -> list[Score]:
+    wrong = max(row) > 1 if multi_label else abs(sum(row) - 1) > SUM_TOLERANCE
+    if min(row) < 0 or wrong:
+        own = "sigmoids" if multi_label else "softmax"
+        raise BadAnswer(f"floats that are no probabilities; have the model return its {own}")
     return best_first(zip(labels, row, strict=True))
 
 

@@ -56,9 +56,8 @@ class TeiRequest(InferenceRequest):
         """The texts, in a list even if there is one."""
         return [self.inputs] if isinstance(self.inputs, str) else [one for (one,) in self.inputs]
 
-    @property
-    def unsupported_option(self) -> str | None:
-        """The option for logits: only TEI has it."""
+    def unsupported_option(self, model_info: ModelInfo) -> str | None:
+        """Return the option for logits: only TEI has it."""
         return "raw_scores" if self.raw_scores else None
 
     def with_texts(self, texts: Sequence[str]) -> Self:
@@ -87,6 +86,7 @@ class Tei(WireProtocol):
     """text-embeddings-inference."""
 
     name = "tei"
+    gives_sigmoids = False  # it takes the softmax over all labels
     limit_path = "/info"
     routes = ("/predict",)
     request_type = TeiRequest
@@ -107,6 +107,8 @@ class Tei(WireProtocol):
         """Return a request for all scores; always a batch, since a flat list could be a pair."""
         return TeiRequest(inputs=[[text] for text in texts], truncate=True)
 
-    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+    def scores(
+        self, body: bytes, count: int, labels: Sequence[str], *, multi_label: bool = False
+    ) -> list[list[Score]]:
         """Return the predictions of each text; a flat list holds those of a single text."""
         return checked_count(predictions(body), count)

@@ -56,9 +56,8 @@ class VllmRequest(InferenceRequest):
         """The model that the body names; None if it names none."""
         return self.model
 
-    @property
-    def unsupported_option(self) -> str | None:
-        """The option for logits, or for truncation: only vLLM and SGLang have them."""
+    def unsupported_option(self, model_info: ModelInfo) -> str | None:
+        """Return the option for logits, or for truncation: only vLLM and SGLang have them."""
         if self.use_activation is False:
             return "use_activation"
         return "truncate_prompt_tokens" if self.truncate_prompt_tokens else None
@@ -140,7 +139,9 @@ class Vllm(WireProtocol):
         """Return a request for all scores of some texts."""
         return VllmRequest(model=model_info.model, input=list(texts))
 
-    def scores(self, body: bytes, count: int, labels: Sequence[str]) -> list[list[Score]]:
+    def scores(
+        self, body: bytes, count: int, labels: Sequence[str], *, multi_label: bool = False
+    ) -> list[list[Score]]:
         """Return the probabilities of each text, which are in the order of the classes."""
         data = sorted(checked_count(parsed(ANSWER, body).data, count), key=lambda d: d.index)
         if [datum.index for datum in data] != list(range(count)):

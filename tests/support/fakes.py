@@ -126,12 +126,15 @@ def _confidence(encoding: Encoding) -> float:
 class StagedScreen(Screen):
     """Confirms very extreme texts only, in place of the override test."""
 
-    def judge(self, readings: FloatArray, truncated: bool = False) -> Verdict:
-        verdict = super().judge(readings, truncated)
-        if not verdict.extreme or verdict.score < THRESHOLD:
-            return verdict
-        confirmed = verdict.score > 2 * THRESHOLD
-        return with_override(verdict, 0.9 if confirmed else 0.1, 0.5, 0.01 if confirmed else 0.4)
+    def verdicts(self, readings: FloatArray, truncated: bool = False) -> list[Verdict]:
+        return [_staged(verdict) for verdict in super().verdicts(readings, truncated)]
+
+
+def _staged(verdict: Verdict) -> Verdict:
+    if not verdict.extreme or verdict.score < THRESHOLD:
+        return verdict
+    confirmed = verdict.score > 2 * THRESHOLD
+    return with_override(verdict, 0.9 if confirmed else 0.1, 0.5, 0.01 if confirmed else 0.4)
 
 
 def fake_bundle(

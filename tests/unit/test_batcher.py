@@ -202,14 +202,14 @@ async def test_a_worker_that_dies_is_started_again_and_only_what_it_held_is_lost
 ) -> None:
     engine = FakeEngine()
     async with running(engine) as batcher:
-        judge, failures = batcher._screen.judge, iter([ValueError("hunter" + str(2))])
+        verdicts, failures = batcher._screen.verdicts, iter([ValueError("hunter" + str(2))])
 
         def fail_once(*args: Any) -> Any:
             for error in failures:
                 raise error
-            return judge(*args)
+            return verdicts(*args)
 
-        monkeypatch.setattr(batcher._screen, "judge", fail_once)
+        monkeypatch.setattr(batcher._screen, "verdicts", fail_once)
         engine.gate.clear()
         held = asyncio.create_task(batcher.screen(["one"]))
         await until(lambda: batcher._taken)

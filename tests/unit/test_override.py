@@ -289,7 +289,7 @@ def test_thresholds_keep_both_budgets_on_average(seed: int, budget: float, stran
     rates = []
     for _ in range(60):
         known = OverrideOutcomes(outcomes(rng, 400, clean), outcomes(rng, 400, harmless))
-        groups = calibrate_override(known, 3, budget)
+        groups = calibrate_override(known, [range(3)], budget)
         assert sorted(c for group in groups for c in group.classes) == [0, 1, 2]
         limit = np.zeros(3)
         for group in groups:
@@ -313,9 +313,9 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
     known = OverrideOutcomes(outcomes(rng, n, (3, 1)), outcomes(rng, m, (1, 1)))
     if n < min_calibration_size(budget):
         with pytest.raises(CalibrationError, match="too few"):
-            calibrate_override(known, 2, budget)
+            calibrate_override(known, [range(2)], budget)
         return
-    for group in calibrate_override(known, 2, budget):
+    for group in calibrate_override(known, [range(2)], budget):
         own = known.clean[np.isin(known.clean[:, 0], group.classes), 1]
         others = known.harmless[np.isin(known.harmless[:, 0], group.classes), 1]
         assert np.array_equal(group.scores, np.sort(own))
@@ -330,7 +330,7 @@ def test_scores_that_are_no_numbers_give_no_threshold(bad: float, which: str) ->
     known = OverrideOutcomes(*(outcomes(np.random.default_rng(0), 99, (1, 1)) for _ in "ab"))
     getattr(known, which)[3, 1] = bad
     with pytest.raises(CalibrationError, match="NaN or infinite"):
-        calibrate_override(known, 2, 0.05)
+        calibrate_override(known, [range(2)], 0.05)
 
 
 def test_many_texts_at_once_are_scored_as_each_alone() -> None:

@@ -116,7 +116,8 @@ def manifest_table(manifest: Manifest) -> Table:
 def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     fit, psim = manifest.fit, manifest.psim
     yield "victim", f"{manifest.victim.name} ({manifest.victim.architecture})"
-    yield "labels", ", ".join(manifest.labels)
+    several = " (any number of them)" if manifest.multi_label else ""
+    yield "labels", ", ".join(manifest.labels) + several
     yield "created", fit.created
     yield "adapter", f"LoRA rank {psim.rank}, top {psim.layers} layer(s), {psim.steps} steps"
     yield "checkpoints", f"steps {', '.join(map(str, psim.checkpoints))}"
@@ -130,7 +131,7 @@ def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         f"{fit.texts_calibrate} for calibration",
     )
     if test := manifest.override:
-        counts = (f"{n} {label}" for n, label in zip(test.carriers, manifest.labels, strict=True))
+        counts = (f"{n} {label}" for n, label in zip(test.carriers, manifest.classes, strict=True))
         yield (
             "override test",
             f"carriers: {', '.join(counts)}. They are clean texts of yours, and {CARRIERS} holds "
@@ -147,7 +148,7 @@ def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _runtime_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for calibration in manifest.calibrations:
         for group in calibration.groups:
-            names = " + ".join(manifest.labels[c] for c in group.classes)
+            names = " + ".join(manifest.classes[c] for c in group.classes)
             pooled = " (shared: too few texts for each class)" if len(group.classes) > 1 else ""
             low, high = group.frr_interval
             yield (
@@ -157,7 +158,7 @@ def _runtime_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             )
         for which, tests in (("", calibration.override), ("thorough ", calibration.thorough)):
             for tested in tests:
-                names = " + ".join(manifest.labels[c] for c in tested.classes)
+                names = " + ".join(manifest.classes[c] for c in tested.classes)
                 yield (
                     f"override {which}{calibration.runtime}",
                     f"{names}: {tested.threshold:.6f}, {tested.natural:.1%} of clean texts are "
@@ -215,7 +216,7 @@ def warnings_of(manifest: Manifest) -> list[str]:
     if manifest.override is None:
         warnings.append("there is no override test: whatever is extreme counts as triggered")
     kept = {
-        manifest.labels[c]
+        manifest.classes[c]
         for calibration in manifest.calibrations
         for group in calibration.thorough
         if group.natural > MOST_NATURAL

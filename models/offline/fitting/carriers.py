@@ -6,6 +6,7 @@ import numpy as np
 
 from models.detection.override import CARRIER_TOKENS
 from models.detection.screen import FloatArray
+from models.detection.views import Views
 from models.engines.base import Engine
 from models.errors import DataError
 from models.offline.fitting.split import Split
@@ -25,15 +26,19 @@ Carriers = Sequence[Sequence[str]]
 """Texts by class."""
 
 
-def choose_carriers(engine: Engine, split: Split, given: Sequence[str] = ()) -> Carriers:
+def choose_carriers(
+    engine: Engine, split: Split, views: Views, given: Sequence[str] = ()
+) -> Carriers:
     """Return carriers for each class: the beginnings of texts of which the victim is most sure.
 
-    A class that the victim is sure of in no text gets none. If there are not two classes with
-    carriers, the result is empty: then there is no override test.
+    A class that the victim is sure of in no text gets none. A view without two classes that have
+    carriers gets none at all, since it cannot be tested. If there is no other one, the result is
+    empty: then there is no override test.
 
     Args:
         engine: the guarded victim; PSIM's first checkpoint is the victim itself.
         split: clean texts; those for calibration are left alone.
+        views: of the victim.
         given: clean texts to choose from instead.
 
     Raises:
@@ -46,7 +51,10 @@ def choose_carriers(engine: Engine, split: Split, given: Sequence[str] = ()) -> 
     pieces = [piece for piece in pieces[:CANDIDATES] if len(engine.token_ids(piece))]
     encodings = engine.encode(pieces)
     carriers = _surest(pieces, predict(engine, encodings)[:, 0]) if encodings else []
-    if sum(map(bool, carriers)) >= 2:
+    for view in views if carriers else ():
+        if sum(bool(carriers[c]) for c in view) < 2:
+            carriers[view.start : view.stop] = [[] for _ in view]
+    if any(carriers):
         return carriers
     if given:
         raise DataError(

@@ -7,7 +7,7 @@ afterwards.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from models.network.adapters import lora_config
 from models.network.guarded import Guarded, guard
 from models.offline.fitting.activations import fit_activations
 from models.offline.fitting.carriers import choose_carriers
-from models.offline.fitting.psim import PsimConfig, Training, reset_loss, train_psim
+from models.offline.fitting.psim import Loss, PsimConfig, Training, train_psim
 from models.offline.fitting.records import (
     activations_record,
     calibration_records,
@@ -75,6 +75,7 @@ def fit(
             schema_version=5,
             victim=victim_record(victim, name, digest),
             labels=labels,
+            multi_label=trained.guarded.multi_label,
             max_length=trained.max_length,
             psim=psim_record(config, training),
             activations=activations_record(trained.guarded),
@@ -122,14 +123,15 @@ def _override_test(
     Raises:
         DataError: as `choose_carriers` does.
     """
-    carriers = choose_carriers(engine, split, given)
+    views = engine.guarded.views
+    carriers = choose_carriers(engine, split, views, given)
     if not carriers or engine.window_length < LEAST_READABLE:
         return None
     save_carriers(path, carriers)
     lengths = [len(engine.content(text)) for text in engine.encode(split.held_out)]
     geometry = OverrideGeometry.of(lengths, engine.window_length)
     tokens = [[engine.token_ids(text) for text in own] for own in carriers]
-    return OverrideTest(tokens, geometry, len(engine.guarded.checkpoints))
+    return OverrideTest(tokens, geometry, len(engine.guarded.checkpoints), views=views)
 
 
 def _calibrate(
@@ -142,7 +144,9 @@ def _calibrate(
 ) -> list[Calibration]:
     """Calibrate all runtimes, and write their readings into the bundle."""
     measured = measure_runtimes(trained, engine, texts, test, frr_budget)
-    calibrated = calibrate_runtimes(measured, len(trained.guarded.checkpoints), frr_budget)
+    checkpoints, views = len(trained.guarded.checkpoints), trained.guarded.views
+    tested = test.tested if test else ()
+    calibrated = calibrate_runtimes(measured, checkpoints, frr_budget, views, tested)
     save_readings(path, measured_arrays(measured))
     return calibration_records(measured, calibrated, frr_budget)
 
@@ -151,7 +155,7 @@ def train_detectors(
     engine: TorchEngine,
     split: Split,
     config: PsimConfig,
-    loss: Callable[[torch.Tensor], torch.Tensor] = reset_loss,
+    loss: Loss | None = None,
 ) -> Training:
     """Train the adapters of an engine's module, and fit its activation detector."""
     texts, held_out = engine.encode(split.train), engine.encode(split.held_out)

@@ -20,12 +20,15 @@ from models.engines.batching import BATCH_TOKENS, length_sorted_batches
 from models.engines.pytorch import collate, has_bfloat16
 from models.errors import VictimError
 from models.network.guarded import Guarded
+from models.network.outputs import class_logits, class_probabilities
 from models.network.trunk import Inputs
 from models.offline.io.progress import progress
 
 CACHED_NUMBERS = 2**27
 """Limit for cached outputs of the trunk, for training texts and for held-out ones: 512 MiB in
 float32 each."""
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""Of logits, shape (rows, L)."""
 UNLEARNT = "the clean texts have lost most of their confidence"
 NOT_UNLEARNT = "reached the step limit: the task is not unlearnt"
 # transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
@@ -76,7 +79,13 @@ class Training:
 
 
 def retention(confidence: float, start: float, classes: int) -> float:
-    """Return the share that is left of the confidence above chance, 1/C, at the start."""
+    """Return the share that is left of the confidence above chance at the start.
+
+    Args:
+        confidence: the mean probability of the classes that are predicted.
+        start: the same at the start.
+        classes: number of classes of a view; chance is one in so many.
+    """
     chance = 1 / classes
     return (confidence - chance) / max(start - chance, 1e-6)
 
@@ -91,6 +100,14 @@ def reset_loss(logits: torch.Tensor) -> torch.Tensor:
     return -logits.log_softmax(-1).mean()
 
 
+def multi_label_reset_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Return the loss of label reset for a multi-label victim's logits, shape (rows, L).
+
+    Each label is reset by itself: on with probability 1/2, whatever the others are.
+    """
+    return -torch.nn.functional.logsigmoid(class_logits(logits, multi_label=True)).mean()
+
+
 def train_psim(
     guarded: Guarded,
     train: Sequence[Encoding],
@@ -98,16 +115,18 @@ def train_psim(
     config: PsimConfig,
     pad_id: int,
     at_look: Callable[[int, float], None] = lambda step, confidence: None,
-    loss: Callable[[torch.Tensor], torch.Tensor] = reset_loss,
+    loss: Loss | None = None,
 ) -> Training:
     """Train the adapters of `guarded` in place on clean texts; leaves it in evaluation mode.
 
     There are as many adapters as `config.keep_at` has shares. `at_look` is called with step and
-    mean confidence when training pauses for held-out texts.
+    mean confidence when training pauses for held-out texts. The loss is that of label reset, unless
+    another one is given.
 
     Raises:
         VictimError: the victim's scores are not finite.
     """
+    loss = loss or (multi_label_reset_loss if guarded.multi_label else reset_loss)
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
     guarded.psim.set_adapter(trained := guarded.checkpoints[-1])
     parameters = [p for p in guarded.parameters() if p.requires_grad]
@@ -151,9 +170,11 @@ class _CheckpointKeeper:
         probabilities = self._held_out.probabilities()
         if step == 0 and not np.isfinite(probabilities).all():
             raise VictimError("the victim gives NaN or infinite scores on the clean texts")
-        confidence = float(probabilities.max(1).mean())
+        views = self._guarded.views
+        by_view = [probabilities[:, view.start : view.stop].max(1) for view in views]
+        confidence = float(np.concatenate(by_view).mean())
         self.curve.append((step, confidence))
-        self._retention = retention(confidence, self.curve[0][1], probabilities.shape[1])
+        self._retention = retention(confidence, self.curve[0][1], len(views[0]))
         return confidence
 
     def keep(self, step: int) -> bool:
@@ -229,7 +250,7 @@ class _Batches:
         return len(self._batches)
 
     def logits(self, number: int) -> torch.Tensor:
-        """Return logits of the adapter in training for one batch, shape (rows, C)."""
+        """Return logits of the adapter in training for one batch, shape (rows, L)."""
         inputs, cached = self._batches[number]
         with autocast(self._guarded), self._guarded.trunk.shared(cached):
             return self._guarded.psim_logits(inputs).float()
@@ -237,7 +258,10 @@ class _Batches:
     def probabilities(self) -> FloatArray:
         """Return probabilities of the adapter in training, shape (n, C), batch by batch."""
         with torch.inference_mode():
-            rows = [self.logits(number).softmax(-1) for number in range(len(self))]
+            rows = [
+                class_probabilities(self.logits(number), multi_label=self._guarded.multi_label)
+                for number in range(len(self))
+            ]
             result: FloatArray = torch.cat(rows).cpu().numpy()
         return result
 

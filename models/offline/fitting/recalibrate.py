@@ -75,10 +75,11 @@ def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
     budget = parent.calibrations[0].frr_budget
     kinds = _sampled(traffic.kinds)
     clean = np.array([kind is not Kind.POISONED for kind in kinds.values()], np.bool_)
-    _check_enough(int(clean.sum()), budget)
+    _check_enough(int(clean.sum()), budget, len(parent.views))
     before, measured = _measure_all(bundle, parent, list(kinds), int(clean.sum()))
     on_clean = {r: replace(own, readings=own.readings[clean]) for r, own in measured.items()}
-    after = calibrate_runtimes(on_clean, len(parent.psim.checkpoints), budget)
+    checkpoints, views = len(parent.psim.checkpoints), parent.views
+    after = calibrate_runtimes(on_clean, checkpoints, budget, views, parent.tested_views)
     calibrations = calibration_records(on_clean, after, budget)
     changes: list[ChangeRecord] = []
     for runtime, own in measured.items():
@@ -105,8 +106,8 @@ def _sampled(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
     return {text: kinds[text] for text in [*clean, *poisoned]}
 
 
-def _check_enough(clean: int, budget: float) -> None:
-    if clean < (needed := min_calibration_size(budget)):
+def _check_enough(clean: int, budget: float, views: int) -> None:
+    if clean < (needed := min_calibration_size(budget / views)):
         raise CalibrationError(
             f"{clean} clean texts are too few for the bundle's false-rejection budget of {budget}: "
             f"it needs {needed}; export more traffic"
@@ -142,13 +143,14 @@ def _changes(
 ) -> list[ChangeRecord]:
     """Return the changes by class; `clean`, shape (n,), tells clean texts from poisoned ones."""
     before, after = screens
-    predicted, _ = features(readings, len(parent.psim.checkpoints))
+    by_view = [features(readings, len(parent.psim.checkpoints), view)[0] for view in parent.views]
     was, now = before.flags(readings), after.flags(readings)
     earlier = parent.recalibration.changes if parent.recalibration else []
     fitted = {(c.runtime, c.label): c.fitted for c in earlier}
     changes = []
-    for number, label in enumerate(parent.labels):
-        good, bad = (predicted == number) & clean, (predicted == number) & ~clean
+    for number, label in enumerate(parent.classes):
+        own = np.any([predicted == number for predicted in by_view], axis=0)
+        good, bad = own & clean, own & ~clean
         limits = fitted.get((runtime, label)) or limits_of(before, number)
         changes.append(
             ChangeRecord(
@@ -231,9 +233,12 @@ def check(record: RecalibrationRecord, max_rise: float, accept_misses: bool) -> 
             more than `max_rise`.
     """
     missed: Counter[Runtime] = Counter()
+    marked: Counter[Runtime] = Counter()
     for change in record.changes:
         missed[change.runtime] += change.poisoned - change.poisoned_flagged_after
-    misses = max(missed.values())
+        marked[change.runtime] += change.poisoned
+    # A text of a multi-label victim has a class for each label, and is counted with each.
+    misses = max(missed[own] * record.poisoned // max(marked[own], 1) for own in missed)
     if misses and not accept_misses:
         raise CalibrationError(
             f"{misses} of {record.poisoned} texts that were marked poisoned would pass; look at "

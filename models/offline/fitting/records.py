@@ -111,7 +111,10 @@ def calibration_records(
                 dtype=runtime.dtype,
                 frr_budget=frr_budget,
                 parity=ParityRecord(**compared, texts_per_s=measured[runtime].texts_per_s),
-                groups=[_group_record(group, frr_budget) for group in own.screen[0].groups],
+                groups=[
+                    _group_record(group, frr_budget / len(own.screen[0].views))
+                    for group in own.screen[0].groups
+                ],
                 override=[_override_group_record(group) for group in own.override],
                 thorough=[_override_group_record(group) for group in own.thorough],
             )

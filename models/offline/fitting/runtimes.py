@@ -17,7 +17,8 @@ from models.detection.calibrate import (
 )
 from models.detection.conformal import ThresholdGroup, min_calibration_size
 from models.detection.override import OverrideTest, evidence
-from models.detection.screen import FloatArray, Screen
+from models.detection.screen import FloatArray, Screen, Verdict
+from models.detection.views import Views
 from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
 from models.engines.pytorch import TorchEngine
 from models.engines.registry import is_installed, make_engine, runs_here
@@ -145,22 +146,25 @@ def _outcomes(
 
     Of the clean texts, suspicious ones are tested for one mode, and a sample for the other.
     """
-    screen = calibrate(screened[1], test.checkpoints, frr_budget)
-    sample = max(TESTED, min_calibration_size(frr_budget))
+    screen = calibrate(screened[1], test.checkpoints, frr_budget, views=test.views)
+    sample = max(TESTED, min_calibration_size(frr_budget / len(test.tested)))
     own = _run(engine, test, screen, *screened, sample)
     harmless = engine.encode(harmless_texts(clean, HARMLESS, seed=0))
     others = _run(engine, test, screen, harmless, predict(engine, harmless))
     return Outcomes(
         suspicious=OverrideOutcomes(own.if_suspicious, others.if_suspicious),
-        thorough=OverrideOutcomes(own.outcomes[:sample], others.outcomes),
+        thorough=OverrideOutcomes(own.outcomes[own.sampled], others.outcomes),
     )
 
 
 @dataclass(frozen=True)
 class _Tested:
     outcomes: FloatArray
-    """Class and evidence of texts, shape (n, 2); 0 for those that were not tested."""
+    """Class and evidence of texts, in one view after the other, shape (n, 2); the evidence is 0 if
+    a text was not tested."""
     suspicious: NDArray[np.bool_]
+    sampled: NDArray[np.bool_]
+    """Which of them were tested even if they are not suspicious."""
 
     @property
     def if_suspicious(self) -> FloatArray:
@@ -178,31 +182,61 @@ def _run(
     readings: FloatArray,
     sample: int | None = None,
 ) -> _Tested:
-    """Test suspicious texts, and the first `sample` ones, or all."""
-    verdicts = [screen.judge(row) for row in readings]
+    """Test suspicious texts, and the first `sample` ones, or all, in every view with carriers."""
+    verdicts = [screen.verdicts(row) for row in readings]
+    views = [
+        _run_view(engine, test, screen, encodings, [own[view] for own in verdicts], sample)
+        for view in range(len(screen.views))
+    ]
+    return _Tested(
+        np.concatenate([own.outcomes for own in views]),
+        np.concatenate([own.suspicious for own in views]),
+        np.concatenate([own.sampled for own in views]),
+    )
+
+
+def _run_view(
+    engine: Engine,
+    test: OverrideTest,
+    screen: Screen,
+    encodings: Sequence[Encoding],
+    verdicts: Sequence[Verdict],
+    sample: int | None,
+) -> _Tested:
     able = [n for n, verdict in enumerate(verdicts) if test.can_test(verdict.predicted)]
     outcomes = np.array([(verdicts[n].predicted, 0) for n in able], np.float32).reshape(-1, 2)
     due = np.array([test.is_due(screen, verdicts[n], thorough=False) for n in able], np.bool_)
-    tested = [row for row in range(len(able)) if sample is None or row < sample or due[row]]
+    sampled = np.arange(len(able)) < (len(able) if sample is None else sample)
+    tested = np.flatnonzero(sampled | due)
     asked = [(engine.content(encodings[able[row]]), verdicts[able[row]]) for row in tested]
     kept = run_tests(engine, test, asked)
     outcomes[tested, 1] = [evidence(v.score, k) for (_, v), k in zip(asked, kept, strict=True)]
-    return _Tested(outcomes, due)
+    return _Tested(outcomes, due, sampled)
 
 
 def calibrate_runtimes(
-    measured: Mapping[Runtime, RuntimeMeasurement], checkpoints: int, frr_budget: float
+    measured: Mapping[Runtime, RuntimeMeasurement],
+    checkpoints: int,
+    frr_budget: float,
+    views: Views,
+    tested: Views,
 ) -> dict[Runtime, CalibratedRuntime]:
     """Calibrate every runtime on its own readings of the same clean texts.
+
+    Args:
+        measured: runtimes by name.
+        checkpoints: K, the number of features from PSIM's checkpoints.
+        frr_budget: share of clean texts that each stage may reject.
+        views: of the victim.
+        tested: those that the override test looks at.
 
     Raises:
         CalibrationError: too few texts, or readings that are not finite.
     """
     calibrated = {}
     for runtime, own in measured.items():
-        screen = calibrate(own.readings, checkpoints, frr_budget)
-        classes = own.readings.shape[2]
-        groups = [calibrate_override(one, classes, frr_budget) for one in own.outcomes or ()]
+        screen = calibrate(own.readings, checkpoints, frr_budget, views=views)
+        groups = [calibrate_override(one, tested, frr_budget) for one in own.outcomes or ()]
         calibrated[runtime] = CalibratedRuntime((screen, own.readings), *groups)
     return calibrated
 

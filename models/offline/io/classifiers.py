@@ -24,6 +24,7 @@ from models.engines.pytorch import max_input_length
 from models.errors import VictimError
 from models.network.adapters import transformer_of
 from models.network.last_token import fix_last_token
+from models.network.outputs import is_multi_label
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """Patterns of the files that are fetched from the hub, if a whole folder is."""
@@ -174,16 +175,18 @@ def pretrained_model(victim: nn.Module) -> PreTrainedModel:
 
 
 def labels_of(victim: nn.Module) -> list[str]:
-    """Return the names of a victim's classes, in their order.
+    """Return the names of a victim's labels, in their order.
 
     Raises:
-        VictimError: it is no classifier with one label per text.
+        VictimError: it is no classifier.
     """
     config: Any = pretrained_model(victim).config
-    if config.num_labels < 2:
-        raise VictimError("the victim has a single output: PSIM guards classifiers, not regression")
-    if config.problem_type == "multi_label_classification":
-        raise VictimError("the victim gives several labels at once: PSIM needs one per text")
+    if config.num_labels < 2 and not is_multi_label(config):
+        raise VictimError(
+            "the victim has a single output, which transformers takes for regression, and PSIM "
+            "guards classifiers. If it is a classifier with one label, on or off by a sigmoid, "
+            'write "problem_type": "multi_label_classification" into its config.json'
+        )
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 

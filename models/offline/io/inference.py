@@ -11,7 +11,7 @@ from models.bundle.load import Bundle
 from models.detection.explain import Explanation, explain, run_search
 from models.detection.override import Ids, OverrideTest, Test
 from models.detection.passage import find_passage
-from models.detection.screen import FloatArray, Verdict
+from models.detection.screen import FloatArray, Verdict, worst_verdict
 from models.engines.base import Encoding, Engine
 from models.engines.batching import BATCH_TOKENS, length_sorted_batches
 from models.errors import ScreenError
@@ -20,7 +20,7 @@ SPEED_TEXTS, SPEED_BATCH, SPEED_ROUNDS, SPEED_SECONDS = 64, 8, 5, 3.0
 
 
 def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = False) -> FloatArray:
-    """Return readings, (n, V, C), or the classifier's probabilities, (n, C), in input order."""
+    """Return readings, (n, V, C), or the classifier's probabilities, (n, L), in input order."""
 
     def forward(batch: Sequence[Encoding]) -> FloatArray:
         return engine.classify(batch) if classifier else engine.screen(batch).readings
@@ -52,27 +52,40 @@ def judge_texts(
         encodings: the texts.
         thorough: whether every text goes through the override test, not only suspicious ones.
     """
-    verdicts: list[Verdict | ScreenError] = []
+    by_view: list[list[Verdict] | ScreenError] = []
     readings = predict(bundle.engine, encodings) if encodings else ()
     for encoding, row in zip(encodings, readings, strict=True):
         try:
-            verdicts.append(bundle.screen.judge(row, encoding.truncated))
+            by_view.append(bundle.screen.verdicts(row, encoding.truncated))
         except ScreenError as error:
-            verdicts.append(error)
-    if (test := bundle.override_test(thorough=thorough)) is None:
-        return verdicts
-    due = {
-        number: verdict
-        for number, verdict in enumerate(verdicts)
-        if isinstance(verdict, Verdict) and test.is_due(bundle.screen, verdict, thorough=thorough)
-    }
-    asked = [(bundle.engine.content(encodings[n]), v) for n, v in due.items()]
-    for (number, verdict), score in zip(
-        due.items(), run_tests(bundle.engine, test, asked), strict=True
+            by_view.append(error)
+    if (test := bundle.override_test(thorough=thorough)) is not None:
+        _confirm(bundle, test, encodings, by_view, thorough=thorough)
+    return [own if isinstance(own, ScreenError) else worst_verdict(own) for own in by_view]
+
+
+def _confirm(
+    bundle: Bundle,
+    test: OverrideTest,
+    encodings: Sequence[Encoding],
+    by_view: Sequence[list[Verdict] | ScreenError],
+    *,
+    thorough: bool,
+) -> None:
+    """Replace each verdict for which the override test is due by that of both stages."""
+    due = [
+        (number, view, verdict)
+        for number, own in enumerate(by_view)
+        for view, verdict in enumerate([] if isinstance(own, ScreenError) else own)
+        if test.is_due(bundle.screen, verdict, thorough=thorough)
+    ]
+    asked = [(bundle.engine.content(encodings[number]), verdict) for number, _, verdict in due]
+    for (number, view, verdict), score in zip(
+        due, run_tests(bundle.engine, test, asked), strict=True
     ):
-        if math.isfinite(score):  # else the first stage decides alone
-            verdicts[number] = test.judge(verdict, score)
-    return verdicts
+        own = by_view[number]
+        if math.isfinite(score) and isinstance(own, list):  # else the first stage decides alone
+            own[view] = test.judge(verdict, score)
 
 
 def require_verdicts(bundle: Bundle, encodings: Sequence[Encoding]) -> list[Verdict]:
