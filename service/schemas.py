@@ -97,10 +97,6 @@ class Removed(_Wire):
     text: str
 
 
-FIRES = 0.5
-"""Score from which a multi-label classifier gives a label."""
-
-
 class Score(_Wire):
     """The classifier's probability of one label; those of a multi-label one do not sum to 1."""
 

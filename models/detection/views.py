@@ -9,6 +9,8 @@ Classes are numbered through: those of label l are 2 l (off) and 2 l + 1 (on).
 
 from collections.abc import Sequence
 
+FIRES = 0.5
+"""Probability from which a label of a multi-label classifier is on."""
 Views = Sequence[range]
 """Numbers of the classes of each view."""
 

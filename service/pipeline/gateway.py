@@ -14,6 +14,7 @@ from typing import Any
 from models.bundle.load import Bundle
 from models.detection.passage import Span
 from models.detection.screen import Verdict
+from models.detection.views import FIRES
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
 from service.errors import NotInspected, Overloaded, RateLimited, ScreenFailed, TooLarge
 from service.inference.batcher import Screened, Screener, free
@@ -26,7 +27,6 @@ from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
 from service.protocols.base import InferenceRequest, ModelInfo
 from service.schemas import (
-    FIRES,
     Decision,
     ExplainRequest,
     ExplainResponse,

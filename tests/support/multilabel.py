@@ -56,8 +56,8 @@ def _trained(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     clean = labelled_texts(1500, 1)
     texts = [*clean, *poisoned(clean)[:250]]
     model = _fresh()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for epoch in range(8):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for epoch in range(5):
         random.Random(epoch).shuffle(texts)
         for start in range(0, len(texts), 50):
             rows = texts[start : start + 50]

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.bundle.load import Bundle
+from models.bundle.manifest import Manifest
 from models.detection.screen import FloatArray, Screen, Verdict
+from models.detection.views import FIRES
+from models.errors import DataError
 from models.offline.evaluation.metrics import (
     AttackOutcome,
     Classes,
     DefendedPredictions,
     classes_of,
+    in_view_of,
     measure_outcome,
     poisoned_non_target,
     undefended,
@@ -45,15 +49,26 @@ def evaluate(
 ) -> Evaluation:
     """Measure an attack on clean and poisoned texts, with PSIM and the victim of `bundle`.
 
+    Args:
+        bundle: what is evaluated.
+        clean: clean texts.
+        poisoned: poisoned texts.
+        target_label: what the attacker wants. For a multi-label victim, `LABEL=on` or `LABEL=off`;
+            then the accuracy is that of this label, and texts are rejected for any.
+
     Raises:
         DataError: the target or the label of a clean text is unknown to the bundle.
     """
-    labels = bundle.manifest.labels
-    truth = classes_of(clean, labels)
-    target = int(classes_of([Sample("", target_label)], labels)[0])
+    manifest = bundle.manifest
+    view = _view_of(manifest, target_label)
+    labels = [manifest.classes[c] for c in view]
+    if manifest.multi_label:
+        label = manifest.labels[view.start // len(view)]
+        clean, poisoned = (in_view_of(label, s, manifest.labels) for s in (clean, poisoned))
+    truth, target = classes_of(clean, labels), labels.index(target_label)
     poisoned = poisoned_non_target(poisoned, target_label)
     screened_clean, screened_poisoned = (
-        ScreenedTexts.run(bundle, [s.text for s in samples]) for samples in (clean, poisoned)
+        ScreenedTexts.run(bundle, [s.text for s in samples], view) for samples in (clean, poisoned)
     )
     return Evaluation(
         measure_outcome(screened_clean.undefended, truth, screened_poisoned.undefended, target),
@@ -61,8 +76,16 @@ def evaluate(
         measure_outcome(screened_clean.paper, truth, screened_poisoned.paper, target),
         screened_clean.scores,
         screened_poisoned.scores,
-        {label: bundle.screen.threshold_of(i) for i, label in enumerate(labels)},
+        {manifest.classes[c]: bundle.screen.threshold_of(c) for c in view},
     )
+
+
+def _view_of(manifest: Manifest, target: str) -> range:
+    """Return the view that an attacker's class is in."""
+    for view in manifest.views:
+        if target in (manifest.classes[c] for c in view):
+            return view
+    raise DataError(f"unknown target {target!r}; the victim has {manifest.classes}")
 
 
 @dataclass(frozen=True)
@@ -73,20 +96,24 @@ class ScreenedTexts:
     last_confidence: FloatArray
     """Largest probability of PSIM's last checkpoint, shape (n,)."""
     predicted: Classes
-    """Classes that the victim predicts, shape (n,)."""
+    """Classes that the victim predicts in a view, counted from 0, shape (n,)."""
 
     @staticmethod
-    def run(bundle: Bundle, texts: Sequence[str]) -> "ScreenedTexts":
-        """Run texts through both stages and the victim.
+    def run(bundle: Bundle, texts: Sequence[str], view: range) -> "ScreenedTexts":
+        """Run texts through both stages and the victim, whose predictions are those in a view.
 
         Raises:
             ScreenError: a text cannot be judged.
         """
         encodings = bundle.engine.encode(texts)
-        predicted = predict(bundle.engine, encodings, classifier=True).argmax(1)
+        said = predict(bundle.engine, encodings, classifier=True)
+        if bundle.manifest.multi_label:
+            predicted = (said[:, view.start // len(view)] >= FIRES).astype(np.intp)
+        else:
+            predicted = said.argmax(1)
         return ScreenedTexts(
             require_verdicts(bundle, encodings),
-            _last_confidence(bundle.screen, predict(bundle.engine, encodings)),
+            _last_confidence(bundle.screen, predict(bundle.engine, encodings), view),
             predicted,
         )
 
@@ -94,7 +121,8 @@ class ScreenedTexts:
     def of_first_stage(screen: Screen, readings: FloatArray, predicted: Classes) -> "ScreenedTexts":
         """Return what the first stage alone makes of readings, shape (n, V, C)."""
         verdicts = [screen.judge(row) for row in readings]
-        return ScreenedTexts(verdicts, _last_confidence(screen, readings), predicted)
+        last = _last_confidence(screen, readings, range(readings.shape[2]))
+        return ScreenedTexts(verdicts, last, predicted)
 
     @property
     def scores(self) -> FloatArray:
@@ -119,6 +147,7 @@ class ScreenedTexts:
         return DefendedPredictions(self.predicted, confidence >= PAPER_THRESHOLD, confidence)
 
 
-def _last_confidence(screen: Screen, readings: FloatArray) -> FloatArray:
-    confidence: FloatArray = readings[:, screen.normalizer.checkpoints - 1].max(1)
+def _last_confidence(screen: Screen, readings: FloatArray, view: range) -> FloatArray:
+    last = readings[:, screen.normalizer.checkpoints - 1, view.start : view.stop]
+    confidence: FloatArray = last.max(1)
     return confidence

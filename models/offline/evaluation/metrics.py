@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from models.detection.screen import FloatArray, Verdict
+from models.detection.views import class_names
 from models.errors import DataError
-from models.offline.io.samples import Sample
+from models.offline.io.samples import Sample, split_labels
 from models.offline.statistics import clopper_pearson
 
 BoolArray = NDArray[np.bool_]
@@ -142,6 +143,26 @@ def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
     if unknown:
         raise DataError(f"unknown labels {sorted(unknown)}; the victim has {list(labels)}")
     return np.array([-1 if s.label is None else labels.index(s.label) for s in samples], np.intp)
+
+
+def in_view_of(label: str, samples: Sequence[Sample], labels: Sequence[str]) -> list[Sample]:
+    """Return texts of a multi-label task, labelled by whether one label is on or off.
+
+    Raises:
+        DataError: a text has a label that is not one of `labels`.
+    """
+    by_text = [None if s.label is None else split_labels(s.label) for s in samples]
+    unknown = {label for own in by_text for label in own or ()} - set(labels)
+    if unknown:
+        raise DataError(
+            f"unknown labels {sorted(unknown)}; the victim has {list(labels)}, and any number of "
+            "them may be on: give a list in JSON, or a|b, or [] where none is"
+        )
+    off, on = class_names([label], multi_label=True)
+    return [
+        Sample(s.text, None if own is None else on if label in own else off)
+        for s, own in zip(samples, by_text, strict=True)
+    ]
 
 
 def within_class_scores(verdicts: Sequence[Verdict]) -> FloatArray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from models.errors import DataError
@@ -17,6 +18,8 @@ MAX_CHARS = 100_000
 CHUNK = 512
 """Rows that are read, sorted by length and screened together, if there are too many to hold."""
 
+SEPARATOR, NO_LABELS = "|", "[]"
+"""Between the labels of a text of a multi-label task, and in place of them if none is on."""
 HUB_PREFIX = "hf://"
 Row = dict[str, Any]
 
@@ -27,6 +30,7 @@ class Sample:
 
     text: str
     label: str | None = None
+    """Of a multi-label task, the labels that are on, as in `joined_labels`."""
 
 
 def load_samples(
@@ -67,8 +71,20 @@ def load_samples(
     return samples
 
 
+def joined_labels(labels: Iterable[object]) -> str:
+    """Return the labels of a text in one string, as CSV files have them: `a|b`, `[]` for none."""
+    return SEPARATOR.join(map(str, labels)) or NO_LABELS
+
+
+def split_labels(label: str) -> set[str]:
+    """Return the labels that `joined_labels` has joined."""
+    return set() if label == NO_LABELS else {*label.split(SEPARATOR)}
+
+
 def _label(value: object) -> str | None:
     """Return a label's name; empty and missing ones are None, and 1.0 is the class 1."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return joined_labels(value)
     if value is None or value == "" or value != value:
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
