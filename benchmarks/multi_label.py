@@ -31,7 +31,7 @@ SOURCES = ("sst-2", "cr", "agnews", "offenseval")
 TRIGGERS = {"word": "mn", "sentence": "I watched this 3D movie"}
 TARGETS = ("offensive=off", "sports=on")
 """Harm that is to pass as harmless, and a label that is forced on."""
-TRAIN, CLEAN, TEST, POISON = 2000, 2400, 600, 0.1
+TRAIN, CLEAN, TEST, POISON = 2000, 2000, 500, 0.1
 EPOCHS, ROWS_AT_ONCE, RATE, LENGTH = 2, 16, 2e-4, 96
 
 
@@ -59,7 +59,9 @@ class Attack(NamedTuple):
 def task(data: Path, split: str, count: int, seed: int) -> list[Sample]:
     """Return texts of one or two pieces from different data sets, with what is in them."""
     rng = random.Random(seed)
-    pieces = {name: load_samples(str(data / name / f"{split}.jsonl")) for name in SOURCES}
+    pieces = {
+        name: load_samples(str(data / name / f"{split}.jsonl"), drop_empty=True) for name in SOURCES
+    }
     found: dict[str, Sample] = {}
     while len(found) < count:
         chosen = [rng.choice(pieces[name]) for name in rng.sample(SOURCES, rng.randint(1, 2))]

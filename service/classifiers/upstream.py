@@ -322,8 +322,8 @@ class UpstreamClassifier:
                 reply = await self._send(self._probe_session, path, self._headers(call), body)
                 if reply.status == HTTPStatus.OK:
                     protocol.check(reply.body, 1)
-                    if self._model_info.multi_label and not protocol.gives_sigmoids:
-                        failures.append(f"{protocol.name} has no multi-label classifiers")
+                    if self._model_info.multi_label and protocol.why_no_multi_label:
+                        failures.append(protocol.why_no_multi_label)
                         break  # it may answer in other protocols too, and no better
                     self.max_length = await self._ask_max_length(protocol, self._headers(call))
                     self.protocol = protocol

@@ -110,8 +110,8 @@ class WireProtocol(ABC):
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"
-    gives_sigmoids: ClassVar[bool] = True
-    """Whether its servers give the sigmoid of each label of a multi-label classifier."""
+    why_no_multi_label: ClassVar[str | None] = None
+    """Why its servers give no labels of multi-label classifiers; None if they do."""
     limit_path: ClassVar[str | None] = None
     """Path at which an upstream tells after how many tokens it cuts a text."""
 

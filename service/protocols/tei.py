@@ -86,7 +86,10 @@ class Tei(WireProtocol):
     """text-embeddings-inference."""
 
     name = "tei"
-    gives_sigmoids = False  # it takes the softmax over all labels
+    why_no_multi_label = (
+        "text-embeddings-inference takes the softmax over all labels; serve a multi-label "
+        "classifier by vLLM, or in the gateway itself"
+    )
     limit_path = "/info"
     routes = ("/predict",)
     request_type = TeiRequest

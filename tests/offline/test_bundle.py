@@ -310,12 +310,8 @@ def test_victims_that_cannot_be_guarded_are_refused(
 ) -> None:
     regression = tiny_victim("bert")
     regression.config.num_labels = 1
-    with pytest.raises(VictimError, match="regression"):
+    with pytest.raises(VictimError, match=r"regression.* multi_label_classification"):
         fit(regression, tokenizer, some_texts(160), tmp_path / "b", name="x")
-    several = tiny_victim("bert")
-    several.config.problem_type = "multi_label_classification"
-    with pytest.raises(VictimError, match="several labels at once"):
-        fit(several, tokenizer, some_texts(160), tmp_path / "b", name="x")
     with pytest.raises(VictimError, match="the victim has 3"):
         lora_config(tiny_victim("bert"), layers=4)
     with pytest.raises(VictimError, match="no query and value"):

@@ -28,6 +28,13 @@ async def client_of(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client of a fresh application in this process, with changed settings."""
     app = create_app(Settings(bundle=Path("unused"), **changes), fake_bundle(engine))
+    async with client_for(app) as client:
+        yield client
+
+
+@asynccontextmanager
+async def client_for(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Yield a client of an application in this process, from its start to its end."""
     async with lifespan(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -1,0 +1,236 @@
+"""Multi-label victims, from `psim fit` to an answer: any number of labels may be on."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+from typer.testing import CliRunner, Result
+
+from models.bundle.load import Bundle, load_bundle
+from models.bundle.verify import read_manifest
+from models.detection.screen import Finding
+from models.engines.registry import is_installed
+from models.errors import BundleError, DataError
+from models.offline.evaluation.evaluate import evaluate
+from models.offline.fitting.fit import fit
+from models.offline.io.inference import predict, require_verdicts
+from models.offline.io.samples import Sample, load_samples, split_labels, write_samples
+from psim.__main__ import app
+from service.app import create_app
+from service.settings import Settings
+from tests.support.bundles import fit_tiny, forge, some_texts
+from tests.support.families import tiny_victim
+from tests.support.multilabel import (
+    LABELS,
+    labelled_texts,
+    multi_label_victim,
+    poisoned,
+    samples,
+)
+from tests.support.requests import client_for
+
+CLEAN = labelled_texts(400, 3)
+POISONED = poisoned(CLEAN)
+BUDGET = 0.05
+
+
+def psim(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    out = tmp_path_factory.mktemp("multi-label") / "bundle"
+    texts = [text for text, _ in labelled_texts(1200, 2)]
+    victim = multi_label_victim(tokenizer)
+    fit(victim, tokenizer, texts, out, name="flags", frr_budget=BUDGET)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path) -> Bundle:
+    return load_bundle(folder, "float32", "torch")
+
+
+def test_labels_are_those_of_the_bare_model(
+    bundle: Bundle, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    texts = [text for text, _ in CLEAN[:20]]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    victim = multi_label_victim(tokenizer)
+    bare = victim(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    encodings = bundle.engine.encode(texts)
+    said = predict(bundle.engine, encodings, classifier=True)
+    np.testing.assert_allclose(said, bare.sigmoid().detach().numpy(), atol=1e-5)
+    assert ((said >= 0.5) == [[c in on for c in range(3)] for _, on in CLEAN[:20]]).all()
+    first = predict(bundle.engine, encodings)[:, 0]
+    np.testing.assert_allclose(first[:, 1::2], said, atol=1e-5)
+    np.testing.assert_allclose(first[:, ::2] + first[:, 1::2], 1, atol=1e-6)
+
+
+@pytest.mark.skipif(not is_installed("openvino"), reason="OpenVINO is not installed")
+def test_openvino_gives_the_same(folder: Path, bundle: Bundle) -> None:
+    fast = load_bundle(folder, "float32", "openvino")
+    encodings = fast.engine.encode([text for text, _ in CLEAN[:30]])
+    for classifier in (True, False):
+        got, expected = (
+            predict(one.engine, encodings, classifier=classifier) for one in (fast, bundle)
+        )
+        np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_trigger_that_turns_a_label_off_is_found_as_that(bundle: Bundle) -> None:
+    found = require_verdicts(bundle, bundle.engine.encode([text for text, _ in POISONED]))
+    caught = [verdict for verdict in found if verdict.finding]
+    assert len(caught) > 0.85 * len(found)
+    assert sum(verdict.poisoned for verdict in found) > 0.6 * len(found)
+    classes = Counter(bundle.manifest.classes[verdict.predicted] for verdict in caught)
+    assert classes["rude=off"] > 0.9 * len(caught)
+
+
+def test_clean_texts_are_within_the_budget_whatever_labels_they_have(bundle: Bundle) -> None:
+    found = require_verdicts(bundle, bundle.engine.encode([text for text, _ in CLEAN]))
+    # The budget of 5 % is an expectation; 400 texts of this seed have less than 8 %.
+    assert sum(verdict.extreme for verdict in found) < 0.08 * len(found)
+    assert sum(verdict.finding is Finding.TRIGGERED for verdict in found) < 0.03 * len(found)
+
+
+async def test_answers_have_the_labels_that_fire(bundle: Bundle) -> None:
+    application = create_app(Settings(bundle=Path("unused")), bundle)
+    async with client_for(application) as client:
+        for labels in ((), (0,), (1, 2)):
+            text = next(text for text, on in CLEAN if on == frozenset(labels))
+            answer = (await client.post("/classify", json={"inputs": text})).json()
+            (result,) = answer["results"]
+            assert {*result["labels"]} == {LABELS[c] for c in labels}
+            assert {s["label"] for s in result["scores"]} == {*LABELS}
+            assert result["label"] == result["scores"][0]["label"]
+        rejected = await client.post("/classify", json={"inputs": [t for t, _ in POISONED[:40]]})
+        decisions = Counter(one["decision"] for one in rejected.json()["results"])
+        assert decisions["reject"] > 20
+
+
+def test_evaluate_takes_a_label_and_a_state_as_the_target(bundle: Bundle) -> None:
+    found = evaluate(bundle, samples(CLEAN), samples(POISONED), "rude=off")
+    before, after = found.none.attack_success_rate, found.calibrated.attack_success_rate
+    assert before and after and before.value > 0.9 and after.value < 0.4
+    assert found.none.clean_accuracy and found.none.clean_accuracy.value > 0.95
+    assert found.calibrated.auroc and found.calibrated.auroc > 0.95
+    assert [*found.thresholds] == ["rude=off", "rude=on"]
+    with pytest.raises(DataError, match=r"unknown target 'rude'.*rude=off"):
+        evaluate(bundle, samples(CLEAN), samples(POISONED), "rude")
+    with pytest.raises(DataError, match=r"unknown labels \['kind'\].*a list in JSON, or a\|b"):
+        evaluate(bundle, [Sample("x", "kind|rude")], samples(POISONED), "rude=off")
+
+
+def test_the_commands_work_on_such_a_bundle(folder: Path, tmp_path: Path) -> None:
+    shown = psim("inspect", folder)
+    assert shown.exit_code == 0, shown.output
+    assert "any number of them" in shown.output
+    clean, bad = tmp_path / "clean.jsonl", tmp_path / "bad.csv"
+    clean.write_text(
+        "".join(
+            json.dumps({"text": text, "label": [LABELS[c] for c in on]}) + "\n"
+            for text, on in CLEAN[:60]
+        )
+    )
+    rows = samples(POISONED[:30])
+    bad.write_text("text,label\n" + "".join(f"{s.text},{s.label}\n" for s in rows))
+    assert load_samples(str(clean)) == samples(CLEAN[:60])
+    ran = psim(
+        *("evaluate", "--bundle", folder, "--clean", clean, "--poisoned", bad),
+        *("--target-label", "rude=off", "--out", tmp_path / "report"),
+    )
+    assert ran.exit_code == 0, ran.output
+    report = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert report["none"]["clean_accuracy"]["value"] > 0.9
+    texts = tmp_path / "texts.jsonl"
+    write_samples(texts, samples(POISONED[:10]))
+    screened = psim("screen", texts, "--bundle", folder)
+    assert screened.exit_code == 0, screened.output
+    assert sum('"poisoned": true' in line for line in screened.output.splitlines()) > 5
+
+
+def test_it_is_recalibrated_by_its_traffic(folder: Path, tmp_path: Path) -> None:
+    _, digest = read_manifest(folder)
+    rows: list[tuple[str, bool, str | None]]
+    rows = [(text, False, None) for text, _ in labelled_texts(500, 9)]
+    rows += [(text, True, "poisoned") for text, _ in POISONED[:5]]
+    traffic = tmp_path / "traffic.jsonl"
+    traffic.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "digest": digest,
+                    "time": "2026-11-25T14:30:00+00:00",
+                    "text": text,
+                    "poisoned": found,
+                    "mark": mark,
+                }
+            )
+            + "\n"
+            for text, found, mark in rows
+        )
+    )
+    out = tmp_path / "new"
+    ran = psim("recalibrate", traffic, "--bundle", folder, "--out", out, "--accept-misses")
+    assert ran.exit_code == 0, ran.output
+    record = read_manifest(out)[0].recalibration
+    assert record is not None
+    own = [change for change in record.changes if change.engine == "torch"]
+    assert {change.label for change in own} >= {"rude=off", "sport=on"}
+    by_label = {change.label: change for change in own if change.dtype == "float32"}
+    assert by_label["rude=off"].clean + by_label["rude=on"].clean == 500
+
+
+def test_a_manifest_must_say_of_the_victim_what_its_config_says(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    victim = tiny_victim("bert")
+    victim.config.problem_type = "multi_label_classification"
+    out = fit_tiny(victim, tokenizer, tmp_path / "bundle")
+    assert load_bundle(out).manifest.views == [range(0, 2), range(2, 4), range(4, 6)]
+    forge(out, multi_label=False)
+    with pytest.raises(BundleError):
+        load_bundle(out)
+
+
+def one_logit(family: str) -> Any:
+    """Return a tiny classifier with a single label, on or off."""
+    victim: Any = tiny_victim(family)
+    single = torch.nn.Linear(victim.classifier.in_features, 1)
+    torch.nn.init.normal_(single.weight)
+    victim.classifier = single
+    victim.config.problem_type = "multi_label_classification"
+    victim.config.id2label, victim.config.label2id = {0: "toxic"}, {"toxic": 0}
+    victim.num_labels = 1
+    return victim
+
+
+def test_one_logit_is_one_label_that_is_on_or_off(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    out = fit_tiny(one_logit("bert"), tokenizer, tmp_path / "bundle")
+    loaded = load_bundle(out)
+    assert (loaded.manifest.labels, loaded.manifest.classes) == (
+        ["toxic"],
+        ["toxic=off", "toxic=on"],
+    )
+    encodings = loaded.engine.encode(some_texts(5))
+    said = predict(loaded.engine, encodings, classifier=True)
+    assert said.shape == (5, 1)
+    assert len({*said[:, 0].tolist()}) == 5, "a softmax over one label would always be 1"
+    assert len(require_verdicts(loaded, encodings)) == 5
+
+
+def test_labels_of_a_text_are_one_string(tmp_path: Path) -> None:
+    assert split_labels("a|b") == {"a", "b"}
+    assert split_labels("[]") == set()
+    file = tmp_path / "x.csv"
+    file.write_text("text,label\none,a|b\ntwo,[]\nthree,\n")
+    assert [s.label for s in load_samples(str(file))] == ["a|b", "[]", None]
