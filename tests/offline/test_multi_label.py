@@ -122,7 +122,7 @@ def test_evaluate_takes_a_label_and_a_state_as_the_target(bundle: Bundle) -> Non
     assert found.none.clean_accuracy and found.none.clean_accuracy.value > 0.95
     assert found.calibrated.auroc and found.calibrated.auroc > 0.95
     assert [*found.thresholds] == ["rude=off", "rude=on"]
-    with pytest.raises(DataError, match=r"unknown target 'rude'.*rude=off"):
+    with pytest.raises(DataError, match=r"unknown labels .'rude'.*rude=off"):
         evaluate(bundle, samples(CLEAN), samples(POISONED), "rude")
     with pytest.raises(DataError, match=r"unknown labels \['kind'\].*a list in JSON, or a\|b"):
         evaluate(bundle, [Sample("x", "kind|rude")], samples(POISONED), "rude=off")

@@ -85,7 +85,7 @@ def _view_of(manifest: Manifest, target: str) -> range:
     for view in manifest.views:
         if target in (manifest.classes[c] for c in view):
             return view
-    raise DataError(f"unknown target {target!r}; the victim has {manifest.classes}")
+    raise DataError(f"unknown labels {[target]}; the victim has {manifest.classes}")
 
 
 @dataclass(frozen=True)

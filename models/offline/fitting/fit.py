@@ -86,8 +86,7 @@ def fit(
             files=hash_files(partial),
             versions=installed_versions(),
         )
-        complete_bundle(partial, manifest)
-    return manifest
+        return complete_bundle(partial, manifest)
 
 
 def train(

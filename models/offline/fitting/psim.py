@@ -108,6 +108,10 @@ def multi_label_reset_loss(logits: torch.Tensor) -> torch.Tensor:
     return -torch.nn.functional.logsigmoid(class_logits(logits, multi_label=True)).mean()
 
 
+def _reset_loss_of(guarded: Guarded) -> Loss:
+    return multi_label_reset_loss if guarded.multi_label else reset_loss
+
+
 def train_psim(
     guarded: Guarded,
     train: Sequence[Encoding],
@@ -120,13 +124,11 @@ def train_psim(
     """Train the adapters of `guarded` in place on clean texts; leaves it in evaluation mode.
 
     There are as many adapters as `config.keep_at` has shares. `at_look` is called with step and
-    mean confidence when training pauses for held-out texts. The loss is that of label reset, unless
-    another one is given.
+    mean confidence when training pauses for held-out texts. `loss` is label reset by default.
 
     Raises:
         VictimError: the victim's scores are not finite.
     """
-    loss = loss or (multi_label_reset_loss if guarded.multi_label else reset_loss)
     guarded.eval()  # without dropout: it slows training by half and changes nothing else
     guarded.psim.set_adapter(trained := guarded.checkpoints[-1])
     parameters = [p for p in guarded.parameters() if p.requires_grad]
@@ -145,7 +147,7 @@ def train_psim(
             if keeper.is_stuck(step):
                 optimizer.param_groups[0]["lr"] *= 2
         optimizer.zero_grad()
-        loss(batches.logits(batch)).backward()  # type: ignore[no-untyped-call]
+        (loss or _reset_loss_of(guarded))(batches.logits(batch)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         bar.update()
     bar.close()

@@ -153,11 +153,14 @@ def override_record(test: OverrideTest | None) -> OverrideRecord | None:
     )
 
 
-def complete_bundle(path: Path, manifest: Manifest) -> None:
+def complete_bundle(path: Path, manifest: Manifest) -> Manifest:
     """Write the manifest, and load the bundle: it should fail here, and not in the service.
+
+    Returns the manifest.
 
     Raises:
         BundleError: it does not load.
     """
     save_manifest(path, manifest)
     load_bundle(path)
+    return manifest
