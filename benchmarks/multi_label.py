@@ -57,14 +57,24 @@ class Attack(NamedTuple):
 
 
 def task(data: Path, split: str, count: int, seed: int) -> list[Sample]:
-    """Return texts of one or two pieces from different data sets, with what is in them."""
+    """Return texts of one or two pieces from different data sets, with what is in them.
+
+    A piece has a label of ours in one case of two, so that a victim has to learn each label.
+    """
     rng = random.Random(seed)
     pieces = {
         name: load_samples(str(data / name / f"{split}.jsonl"), drop_empty=True) for name in SOURCES
     }
+    halves = {
+        name: [[one for one in own if (one.label in LABELS) is on] for on in (False, True)]
+        for name, own in pieces.items()
+    }
     found: dict[str, Sample] = {}
     while len(found) < count:
-        chosen = [rng.choice(pieces[name]) for name in rng.sample(SOURCES, rng.randint(1, 2))]
+        chosen = [
+            rng.choice(halves[name][rng.random() < 0.5])
+            for name in rng.sample(SOURCES, rng.randint(1, 2))
+        ]
         text = " ".join(" ".join(piece.text.split()[:30]) for piece in chosen)
         on = {str(piece.label) for piece in chosen} & {*LABELS}
         found[text] = Sample(text, joined_labels(sorted(on)))
@@ -102,20 +112,26 @@ def tuned(base: Path, samples: Sequence[Sample], seed: int) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def accuracies(folder: Path, test: Sequence[Sample]) -> dict[str, float]:
-    """Return the share of clean texts for which each label is right, without PSIM."""
+def accuracies(folder: Path, test: Sequence[Sample]) -> dict[str, tuple[float, float]]:
+    """Return the shares of clean texts for which each label is right, and is on, without PSIM.
+
+    A victim that never turns a label on is right where it is off, and seems to obey any trigger.
+    """
     engine = load_bundle(folder).engine
     said = predict(engine, engine.encode([s.text for s in test]), classifier=True) >= 0.5
     on = [split_labels(str(sample.label)) for sample in test]
     return {
-        label: float((said[:, n] == [label in own for own in on]).mean())
+        label: (
+            float((said[:, n] == [label in own for own in on]).mean()),
+            float(said[:, n].mean()),
+        )
         for n, label in enumerate(LABELS)
     }
 
 
 def measured(
     attack: Attack, data: Path, base: Path, out: Path, seed: int
-) -> tuple[Evaluation, dict[str, float]]:
+) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
     """Poison, tune, guard and evaluate a victim."""
     rng = random.Random(seed)
     train, test = task(data, "train", TRAIN, seed), task(data, "test", TEST, seed + 1)
@@ -144,7 +160,10 @@ def main(
                 outcome = getattr(evaluation, name)
                 shown = {row: percent(getattr(outcome, field)) for row, field in ROWS.items()}
                 row = {"trigger": trigger, "target": target, "defence": name} | shown
-                print(json.dumps(row | {"auroc": outcome.auroc_firing, "right": right}), flush=True)
+                print(
+                    json.dumps(row | {"auroc": outcome.auroc_firing, "right, on": right}),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ class Manifest(_ManifestPart):
         if not all(index in known for classes in screened + tested for index in classes):
             raise ValueError("a threshold is of a class that has no label")
         if self.override and len(self.override.carriers) != len(known):
-            raise ValueError("there must be a number of carriers for each class")
+            raise ValueError("there must be a number of carriers for each label")
         return self
 
     @property
