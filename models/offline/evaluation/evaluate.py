@@ -31,7 +31,9 @@ class Evaluation:
     none: AttackOutcome
     """Outcome without a defence."""
     calibrated: AttackOutcome
-    """Outcome with the bundle's thresholds; the AUROC is that of the final score."""
+    """Outcome if triggered texts are rejected; the AUROC is that of the final score."""
+    strict: AttackOutcome
+    """Outcome if unfamiliar texts are rejected too."""
     paper: AttackOutcome
     """Outcome with `PAPER_THRESHOLD` on the last checkpoint's confidence, also for the AUROC."""
     clean_scores: FloatArray
@@ -58,6 +60,7 @@ def evaluate(
     return Evaluation(
         measure_outcome(screened_clean.undefended, truth, screened_poisoned.undefended, target),
         measure_outcome(screened_clean.calibrated, truth, screened_poisoned.calibrated, target),
+        measure_outcome(screened_clean.strict, truth, screened_poisoned.strict, target),
         measure_outcome(screened_clean.paper, truth, screened_poisoned.paper, target),
         screened_clean.scores,
         screened_poisoned.scores,
@@ -108,15 +111,23 @@ class ScreenedTexts:
 
     @property
     def calibrated(self) -> DefendedPredictions:
-        """Results with the thresholds of the screen."""
-        flagged = np.array([v.poisoned for v in self.verdicts], np.bool_)
-        return DefendedPredictions(self.predicted, flagged, within_class_scores(self.verdicts))
+        """Results if triggered texts are rejected."""
+        return self._rejecting([v.poisoned for v in self.verdicts])
+
+    @property
+    def strict(self) -> DefendedPredictions:
+        """Results if unfamiliar texts are rejected too."""
+        return self._rejecting([v.finding is not None for v in self.verdicts])
 
     @property
     def paper(self) -> DefendedPredictions:
         """Results with `PAPER_THRESHOLD` on the confidence of the last checkpoint."""
         confidence = self.last_confidence
         return DefendedPredictions(self.predicted, confidence >= PAPER_THRESHOLD, confidence)
+
+    def _rejecting(self, rejected: Sequence[bool]) -> DefendedPredictions:
+        flags = np.array(rejected, np.bool_)
+        return DefendedPredictions(self.predicted, flags, within_class_scores(self.verdicts))
 
 
 def _last_confidence(screen: Screen, readings: FloatArray) -> FloatArray:
