@@ -26,16 +26,22 @@ class Trunk:
         stack: all layers of a transformer, in their order.
         length: how many of them, from the lowest, are the trunk.
         reads_last: whether the classifier reads the last token and not the first.
+        prompted: whether prompts may come before the text.
     """
 
     def __init__(
-        self, stack: Sequence[nn.Module] = (), length: int = 0, *, reads_last: bool = False
+        self,
+        stack: Sequence[nn.Module] = (),
+        length: int = 0,
+        *,
+        reads_last: bool = False,
+        prompted: bool = False,
     ) -> None:
         layers, depth = stack[:length], max(len(stack), 1)
         self.length, self.share = length, length / depth
         self.watched = [min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS]
         """Numbers, from 1, of the layers whose output is watched, one for each depth."""
-        self._reads_last = reads_last
+        self._reads_last, self._prompted = reads_last, prompted
         self._stopping = False
         self._kept: list[Any] | None = None
         self._states: list[torch.Tensor] | None = None
@@ -105,12 +111,15 @@ class Trunk:
         return run
 
     def _watch(self, output: Any, *, all_tokens: bool) -> torch.Tensor:
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        # Padding is on the right; prompts, which the mask does not cover, are on the left.
-        prompts = hidden.shape[1] - self._mask.shape[1]
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+        # Prompts, which the mask does not cover, are on the left. Padding is on the right; some
+        # models add more of it.
+        tokens = self._mask.shape[1]
+        prompts = hidden.shape[1] - tokens if self._prompted else 0
         if all_tokens:
             mask = self._mask.float()[:, None]
-            return (mask @ hidden[:, prompts:].float())[:, 0] / mask.sum(-1)
+            texts = hidden[:, prompts : prompts + tokens].float()
+            return (mask @ texts)[:, 0] / mask.sum(-1)
         if not self._reads_last:
             return hidden[:, 0].float()
         last = last_positions(self._mask) + prompts

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -25,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from models.engines.pytorch import best_device, has_bfloat16
 from models.errors import VictimError
-from models.network.adapters import query_and_value_names
+from models.network.adapters import lora_targets, query_and_value_names
 from models.offline.attacks.poisoning import (
     Attack,
     Paraphrases,
@@ -42,10 +41,7 @@ MAX_LENGTH = 128
 """Tokens of a training text."""
 
 # Hyperparameters of Zhao et al., section 5.1.
-_PEFT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
-    Strategy.LORA: lambda: peft.LoraConfig(
-        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1
-    ),
+_PROMPT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
     Strategy.PROMPT_TUNING: lambda: peft.PromptTuningConfig(
         task_type="SEQ_CLS", num_virtual_tokens=5
     ),
@@ -173,13 +169,19 @@ def _peft_config(model: Any, strategy: Strategy) -> peft.PeftConfig:
     """Return what PEFT is to tune of a model.
 
     Raises:
-        VictimError: LoRA finds no projections to adapt.
+        VictimError: LoRA finds no projections to adapt, or could not be merged with them.
     """
-    config = _PEFT_CONFIGS[strategy]()
-    if isinstance(config, peft.LoraConfig) and model.config.model_type not in PEFT_TARGETS:
-        names = {name.rsplit(".", 1)[-1] for name in query_and_value_names(model)}
-        config.target_modules = sorted(names)
-    return config
+    if strategy is not Strategy.LORA:
+        return _PROMPT_CONFIGS[strategy]()
+    names = query_and_value_names(model)
+    if any(getattr(model.get_submodule(name), "groups", 1) > 1 for name in names):
+        raise VictimError(
+            f"{type(model).__name__} has grouped convolutions, which PEFT cannot merge with LoRA; "
+            "choose another --strategy"
+        )
+    return peft.LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, **lora_targets(model, names)
+    )
 
 
 def _trainer(
