@@ -108,8 +108,8 @@ class Guarded(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits by checkpoint, (rows, K, C), and the victim's last states, (rows, H)."""
         hidden, rotation = self.trunk.output(lambda: self.victim(**inputs))
-        mask = inputs["attention_mask"]
-        read = self.trunk.read_positions(mask)
+        read = self.trunk.read_positions(inputs)
+        mask = self.trunk.read_mask(inputs, read)
         rows = last_layer(hidden, mask, read, self.checkpoints, rotation)
         logits = last_layer.head(rows[:, :-1].flatten(0, 1))
         # A copy: a view would keep the rows of all branches alive until the text is classified.
@@ -173,5 +173,13 @@ def _trunk(victim: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trun
     model = transformer_of(victim)
     layers = layer_stack(model)
     (lowest, *_) = min(map(layer_number, config.target_modules or ())) if layers else (0,)
-    prompted = isinstance(victim, PeftModel)
-    return layers, Trunk(layers, lowest, reads_last=reads_last_token(model), prompted=prompted)
+    prompted, own = isinstance(victim, PeftModel), getattr(model, "config", None)
+    trunk = Trunk(
+        layers,
+        lowest,
+        reads_last=reads_last_token(model),
+        prompted=prompted,
+        # Behind prompts, it sees no tokens: see `fix_last_token`.
+        pad_id=None if prompted or own is None else own.get_text_config().pad_token_id,
+    )
+    return layers, trunk

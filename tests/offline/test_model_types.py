@@ -132,7 +132,7 @@ def test_what_is_watched_is_the_token_that_is_read(model_type: str) -> None:
     assert all(read)
     if all(len(own) == 1 for own in read):
         guarded = guard(tiny_model(model_type), lora_config(model, 1))
-        assert read == [[n] for n in guarded.trunk.read_positions(inputs["attention_mask"])]
+        assert read == [[n] for n in guarded.trunk.read_positions(inputs)]
 
 
 def _with_gradient(output: Any, states: list[torch.Tensor]) -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,9 @@ def _train(
     label2id: dict[str, int] = model.config.label2id
     require_labels(dev, list(label2id))
     checkpoints = checkpoint_folder(out) / _digest(model, train, dev, *astuple(settings))
-    if settings.strategy is not Strategy.FULL:
-        model = peft.get_peft_model(model, _peft_config(model, settings.strategy))
     encoded = _encode(train, tokenizer, label2id), _encode(dev, tokenizer, label2id)
+    if settings.strategy is not Strategy.FULL:
+        model = _with_peft(model, settings.strategy, encoded[0][0])
     trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings))
     trainer.add_callback(TrainingProgress(out.name))
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
@@ -163,6 +163,26 @@ def _train(
         return float(metrics["eval_accuracy"])
 
     return accuracy
+
+
+def _with_peft(model: Any, strategy: Strategy, sample: Mapping[str, Any]) -> peft.PeftModel:
+    """Return a model with what PEFT is to tune, after a trial on an encoded text.
+
+    Raises:
+        VictimError: PEFT cannot tune this model so.
+    """
+    config = _peft_config(model, strategy)
+    tried = {name: torch.tensor([sample[name]]) for name in ("input_ids", "attention_mask")}
+    try:
+        tuned = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            tuned(**tried)
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+        raise VictimError(
+            f"PEFT cannot tune a {type(model).__name__} by {strategy}: {error}; "
+            "choose another --strategy"
+        ) from error
+    return tuned
 
 
 def _peft_config(model: Any, strategy: Strategy) -> peft.PeftConfig:
