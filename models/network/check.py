@@ -14,6 +14,7 @@ from torch import nn
 from models.errors import VictimError
 from models.network.adapters import transformer_of
 from models.network.guarded import Guarded, guard
+from models.network.last_token import fix_last_token
 from models.network.trunk import Inputs
 
 TOLERANCE = 1e-3
@@ -29,13 +30,15 @@ def guard_checked(
         victim: the classifier, still as it was.
         config: of the adapters.
         checkpoints: how many of them.
-        inputs: texts of different lengths.
+        inputs: two texts of different lengths.
 
     Raises:
         VictimError: the victim does not give scores that can be relied on, or its adapters change
             nothing, or cannot be trained.
     """
-    name = type(transformer_of(victim)).__name__
+    model = transformer_of(victim)
+    fix_last_token(model)
+    name = type(model).__name__
     bare = _scores(name, victim, inputs)
     if not bare.isfinite().all():
         return guard(victim, config, checkpoints)  # training says what is wrong
@@ -73,6 +76,8 @@ def _check_adapters(name: str, guarded: Guarded, inputs: Inputs, bare: torch.Ten
     if not _same(screened, torch.stack(passes, 1)):
         raise VictimError(f"{name} cannot share its lower layers between passes")
     if torch.equal(passes[-1], bare):
+        if not torch.equal(*inputs["input_ids"]) and torch.equal(*bare):
+            raise VictimError("the victim's scores are the same for all texts")
         raise VictimError(f"{name} cannot be guarded: adapters on its last layers change no score")
     trained = [weights for weights in guarded.parameters() if weights.requires_grad]
     try:

@@ -39,6 +39,10 @@ def fit_command(
     victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier to guard.")],
     texts: Texts,
     out: Out,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Model that an adapter is for, instead of the one that it names."),
+    ] = None,
     frr_budget: Budget = 0.01,
     layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
     engine: FitEngine = "auto",
@@ -61,7 +65,7 @@ def fit_command(
     check_writable(out, force)
     samples = load_samples(texts, text_column=text_column, label_column=label_column)
     given = load_samples(carriers, text_column=text_column) if carriers else []
-    model, tokenizer = load_classifier(victim)
+    model, tokenizer = load_classifier(victim, base=base)
     manifest = fit(
         model,
         tokenizer,
