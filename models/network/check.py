@@ -30,7 +30,7 @@ def guard_checked(
         victim: the classifier, still as it was.
         config: of the adapters.
         checkpoints: how many of them.
-        inputs: two texts of different lengths.
+        inputs: texts of different lengths, two at least.
 
     Raises:
         VictimError: the victim does not give scores that can be relied on, or its adapters change
@@ -76,7 +76,8 @@ def _check_adapters(name: str, guarded: Guarded, inputs: Inputs, bare: torch.Ten
     if not _same(screened, torch.stack(passes, 1)):
         raise VictimError(f"{name} cannot share its lower layers between passes")
     if torch.equal(passes[-1], bare):
-        if not torch.equal(*inputs["input_ids"]) and torch.equal(*bare):
+        first, *_, last = inputs["input_ids"]
+        if not torch.equal(first, last) and torch.equal(bare[0], bare[-1]):
             raise VictimError("the victim's scores are the same for all texts")
         raise VictimError(f"{name} cannot be guarded: adapters on its last layers change no score")
     trained = [weights for weights in guarded.parameters() if weights.requires_grad]

@@ -39,6 +39,8 @@ from tests.support.model_types import (
 )
 
 CPU = torch.device("cpu")
+LONGFORMER = "query value query_global value_global".split()
+"""Its first token, which is read, goes by projections of its own."""
 ROWS: dict[str, str] = {}
 """Row of the table by model type, filled by the first test."""
 
@@ -148,6 +150,10 @@ def _with_gradient(output: Any, states: list[torch.Tensor]) -> Any:
         ("jetmoe", ["model.layers.{}.self_attention.kv_proj"]),
         ("ctrl", [f"transformer.h.{{}}.multi_head_attention.{name}" for name in ("Wq", "Wv")]),
         ("gemma3", [f"model.language_model.layers.{{}}.self_attn.{n}_proj" for n in "qv"]),
+        (
+            "longformer",
+            [f"longformer.encoder.layer.{{}}.attention.self.{n}" for n in LONGFORMER],
+        ),
         ("canine", [f"canine.encoder.layer.{{}}.attention.self.{n}" for n in ("query", "value")]),
     ],
 )

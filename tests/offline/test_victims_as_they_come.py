@@ -23,7 +23,7 @@ from tests.support.families import tiny_victim
 CONFIG = "adapter_config.json"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plain() -> PreTrainedTokenizerBase:
     """Return a tokenizer that tests may add tokens to."""
     from models.offline.io.bases import encoder_path
