@@ -106,7 +106,8 @@ def _text_projections(model: nn.Module) -> list[str]:
     ]
     if not (isinstance(model, PreTrainedModel) and names):
         return names
-    words = next((n for n, m in model.named_modules() if m is _word_embeddings(model)), "")
+    embeddings = _word_embeddings(model)
+    words = next((name for name, module in model.named_modules() if module is embeddings), "")
 
     def in_common(name: str) -> int:
         pairs = zip(name.split("."), words.split("."), strict=False)

@@ -178,8 +178,9 @@ def _with_peft(model: Any, strategy: Strategy, sample: Mapping[str, Any]) -> pef
         with torch.no_grad():
             tuned(**tried)
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
         raise VictimError(
-            f"PEFT cannot tune a {type(model).__name__} by {strategy}: {error}; "
+            f"PEFT cannot tune a {type(model).__name__} by {strategy}: {reason}; "
             "choose another --strategy"
         ) from error
     return tuned
