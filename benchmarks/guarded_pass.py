@@ -59,8 +59,9 @@ class Unguarded(nn.Module):
         module, inputs = self.guarded, {"input_ids": input_ids, "attention_mask": attention_mask}
         assert module.last_layer is not None
         hidden, rotation = module.trunk.output(lambda: module.victim(**inputs))
-        read = module.trunk.read_positions(attention_mask)
-        rows = module.last_layer(hidden, attention_mask, read, [], rotation)
+        read = module.trunk.read_positions(inputs)
+        mask = module.trunk.read_mask(inputs, read)
+        rows = module.last_layer(hidden, mask, read, [], rotation)
         return module.last_layer.head(rows[:, 0])
 
 

@@ -340,7 +340,7 @@ def _load_adapters(file: Path, guarded: Guarded, victim_digest: str) -> None:
 
 def _load_activations(file: Path, guarded: Guarded, manifest: Manifest) -> Activations:
     """Load whitening and class means of the activation detector; they must fit the victim."""
-    layers, size = guarded.trunk.watched, guarded.config.hidden_size
+    layers, size = guarded.trunk.watched, guarded.hidden_size
     expected = {
         "whitening": (len(layers), size, size),
         "means": (len(layers), len(manifest.labels), size),

@@ -82,7 +82,7 @@ class GuardedGraph:
         if dtype == "bfloat16" and not computes_bfloat16():
             raise EngineError("this processor does not compute in bfloat16; use float32")
         guarded = guarded.cpu().eval()
-        rows = torch.zeros(2, guarded.config.hidden_size)
+        rows = torch.zeros(2, guarded.hidden_size)
         self._run = compiled(_Run(guarded), EXAMPLE, dtype)
         self._head = compiled(_Head(guarded), rows, dtype)
         self._activations, self._max_length = guarded.activations, max_length

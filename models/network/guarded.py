@@ -14,7 +14,12 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from models.network.activations import Activations, to_readings
-from models.network.adapters import layer_number, transformer_of, with_adapters
+from models.network.adapters import (
+    layer_number,
+    layer_stack,
+    transformer_of,
+    with_adapters,
+)
 from models.network.last_layer import LastLayer, last_layer_of
 from models.network.last_token import fix_last_token, reads_last_token
 from models.network.trunk import Inputs, Trunk
@@ -52,6 +57,11 @@ class Guarded(nn.Module):
     def config(self) -> Any:
         """The victim's transformers configuration."""
         return self.psim.get_base_model().config
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the hidden states."""
+        return int(self.config.get_text_config().hidden_size)
 
     @property
     def checkpoints(self) -> list[str]:
@@ -98,8 +108,8 @@ class Guarded(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits by checkpoint, (rows, K, C), and the victim's last states, (rows, H)."""
         hidden, rotation = self.trunk.output(lambda: self.victim(**inputs))
-        mask = inputs["attention_mask"]
-        read = self.trunk.read_positions(mask)
+        read = self.trunk.read_positions(inputs)
+        mask = self.trunk.read_mask(inputs, read)
         rows = last_layer(hidden, mask, read, self.checkpoints, rotation)
         logits = last_layer.head(rows[:, :-1].flatten(0, 1))
         # A copy: a view would keep the rows of all branches alive until the text is classified.
@@ -148,7 +158,7 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     fix_last_token(model)
     # PEFT injects in place, so calling the victim runs the injected layers too.
     psim = with_adapters(model, config, checkpoints)
-    stack, trunk = _trunk(model, config)
+    stack, trunk = _trunk(victim, config)
     only_top = trunk.length == len(stack) - 1 and not config.modules_to_save
     # Prompts are embeddings, or keys and values, which `LastLayer` does not handle.
     last_layer = last_layer_of(model) if only_top and not isinstance(victim, PeftModel) else None
@@ -158,10 +168,18 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     return guarded
 
 
-def _trunk(model: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trunk]:
+def _trunk(victim: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trunk]:
     """Return all layers of a transformer, and those below the lowest adapted one as a trunk."""
-    lowest = min(sorted(config.target_modules or ()), key=layer_number)
-    parts = lowest.split(".")
-    stack = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    layers = list(model.get_submodule(".".join(parts[:stack])).children())
-    return layers, Trunk(layers, layer_number(lowest), reads_last=reads_last_token(model))
+    model = transformer_of(victim)
+    layers = layer_stack(model)
+    (lowest, *_) = min(map(layer_number, config.target_modules or ())) if layers else (0,)
+    prompted, own = isinstance(victim, PeftModel), getattr(model, "config", None)
+    trunk = Trunk(
+        layers,
+        lowest,
+        reads_last=reads_last_token(model),
+        prompted=prompted,
+        # Behind prompts, it sees no tokens: see `fix_last_token`.
+        pad_id=None if prompted or own is None else own.get_text_config().pad_token_id,
+    )
+    return layers, trunk

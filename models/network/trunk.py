@@ -26,20 +26,28 @@ class Trunk:
         stack: all layers of a transformer, in their order.
         length: how many of them, from the lowest, are the trunk.
         reads_last: whether the classifier reads the last token and not the first.
+        prompted: whether prompts may come before the text.
+        pad_id: the token that such a classifier takes for padding wherever it is, if any.
     """
 
     def __init__(
-        self, stack: Sequence[nn.Module] = (), length: int = 0, *, reads_last: bool = False
+        self,
+        stack: Sequence[nn.Module] = (),
+        length: int = 0,
+        *,
+        reads_last: bool = False,
+        prompted: bool = False,
+        pad_id: int | None = None,
     ) -> None:
         layers, depth = stack[:length], max(len(stack), 1)
         self.length, self.share = length, length / depth
         self.watched = [min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS]
         """Numbers, from 1, of the layers whose output is watched, one for each depth."""
-        self._reads_last = reads_last
+        self._reads_last, self._prompted, self._pad_id = reads_last, prompted, pad_id
         self._stopping = False
         self._kept: list[Any] | None = None
         self._states: list[torch.Tensor] | None = None
-        self._mask = torch.empty(0)
+        self._inputs: Inputs = {}
         for number, layer in enumerate(layers, 1):
             # The instance's forward and not a module around it: names of weights stay as they are.
             layer.forward = self._run(layer.forward, number, number == len(layers))
@@ -49,7 +57,7 @@ class Trunk:
     @contextmanager
     def watching(self, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
         """Collect the watched states of a pass, by `WATCHED_DEPTHS`, float32, (rows, H) each."""
-        self._states, self._mask = [], inputs["attention_mask"]
+        self._states, self._inputs = [], inputs
         try:
             yield self._states
         finally:
@@ -83,9 +91,23 @@ class Trunk:
             self._stopping = False
         raise RuntimeError("the pass did not come to the layer above the trunk")
 
-    def read_positions(self, mask: torch.Tensor) -> torch.Tensor:
+    def read_positions(self, inputs: Inputs) -> torch.Tensor:
         """Return where the classifier reads, shape (rows,), in inputs without prompts."""
-        return last_positions(mask) if self._reads_last else torch.zeros_like(mask[:, 0])
+        mask = inputs["attention_mask"]
+        if not self._reads_last:
+            return torch.zeros_like(mask[:, 0])
+        if self._pad_id is not None:
+            # As transformers does. Where texts end in that token, the one before it is read.
+            mask = mask * (inputs["input_ids"] != self._pad_id)
+        return last_positions(mask)
+
+    def read_mask(self, inputs: Inputs, read: torch.Tensor) -> torch.Tensor:
+        """Return the mask of the tokens that those at `read` attend to, shape (rows, T)."""
+        mask = inputs["attention_mask"]
+        if not self._reads_last:
+            return mask
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        return mask * (positions <= read[:, None])
 
     def _run(self, forward: Callable[..., Any], number: int, is_top: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -105,15 +127,18 @@ class Trunk:
         return run
 
     def _watch(self, output: Any, *, all_tokens: bool) -> torch.Tensor:
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        # Padding is on the right; prompts, which the mask does not cover, are on the left.
-        prompts = hidden.shape[1] - self._mask.shape[1]
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+        # Prompts, which the mask does not cover, are on the left. Padding is on the right; some
+        # models add more of it.
+        tokens = self._inputs["attention_mask"].shape[1]
+        prompts = hidden.shape[1] - tokens if self._prompted else 0
         if all_tokens:
-            mask = self._mask.float()[:, None]
-            return (mask @ hidden[:, prompts:].float())[:, 0] / mask.sum(-1)
+            mask = self._inputs["attention_mask"].float()[:, None]
+            texts = hidden[:, prompts : prompts + tokens].float()
+            return (mask @ texts)[:, 0] / mask.sum(-1)
         if not self._reads_last:
             return hidden[:, 0].float()
-        last = last_positions(self._mask) + prompts
+        last = self.read_positions(self._inputs) + prompts
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last].float()
 
     def _stoppable(self, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,6 +25,9 @@ FitEngine = Annotated[
     Literal["auto", EngineName],
     typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
 ]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Model that an adapter is for, instead of the one it names.")
+]
 CarrierFile = Annotated[
     str | None,
     typer.Option(
@@ -39,6 +42,7 @@ def fit_command(
     victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier to guard.")],
     texts: Texts,
     out: Out,
+    base: BaseModel = None,
     frr_budget: Budget = 0.01,
     layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
     engine: FitEngine = "auto",
@@ -61,10 +65,8 @@ def fit_command(
     check_writable(out, force)
     samples = load_samples(texts, text_column=text_column, label_column=label_column)
     given = load_samples(carriers, text_column=text_column) if carriers else []
-    model, tokenizer = load_classifier(victim)
     manifest = fit(
-        model,
-        tokenizer,
+        *load_classifier(victim, base=base),
         [s.text for s in samples],
         out,
         name=Path(victim).name if Path(victim).exists() else victim,
