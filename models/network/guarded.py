@@ -78,6 +78,14 @@ class Guarded(nn.Module):
             return 1.0
         return 2 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
 
+    def is_traceable(self, length: int) -> bool:
+        """Return whether a graph of `run` can replace it on texts of up to so many tokens.
+
+        It cannot where a layer attends to a narrower window: padding behind it would attend to
+        nothing, and NaN would spread from there.
+        """
+        return self.last_layer is not None and (self.last_layer.window or length) >= length
+
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return readings in float32, shape (rows, V, C), and the input of `classify_rows`.
 
@@ -107,10 +115,10 @@ class Guarded(nn.Module):
         self, last_layer: LastLayer, inputs: Inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits by checkpoint, (rows, K, C), and the victim's last states, (rows, H)."""
-        hidden, rotation = self.trunk.output(lambda: self.victim(**inputs))
+        entering = self.trunk.output(lambda: self.victim(**inputs))
         read = self.trunk.read_positions(inputs)
         mask = self.trunk.read_mask(inputs, read)
-        rows = last_layer(hidden, mask, read, self.checkpoints, rotation)
+        rows = last_layer(entering, mask, read, self.checkpoints)
         logits = last_layer.head(rows[:, :-1].flatten(0, 1))
         # A copy: a view would keep the rows of all branches alive until the text is classified.
         return logits.view(rows.shape[0], len(self.checkpoints), -1), rows[:, -1].clone()

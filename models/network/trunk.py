@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.network.last_layer import Rotation
+from models.network.last_layer import LayerInput
 from models.network.last_token import last_positions
 
 Inputs = Mapping[str, torch.Tensor]
@@ -77,16 +77,13 @@ class Trunk:
         finally:
             self._kept = None
 
-    def output(self, run: Callable[[], object]) -> tuple[torch.Tensor, Rotation | None]:
-        """Return the trunk's output in a pass that ends there, shape (rows, T, H).
-
-        The second value is the rotation of queries and keys, in families that have one.
-        """
+    def output(self, run: Callable[[], object]) -> LayerInput:
+        """Return the trunk's output in a pass that ends there."""
         self._stopping = True
         try:
             run()
         except _ReachedError as reached:
-            return reached.hidden, reached.rotation
+            return reached.entering
         finally:
             self._stopping = False
         raise RuntimeError("the pass did not come to the layer above the trunk")
@@ -144,7 +141,9 @@ class Trunk:
     def _stoppable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._stopping:
-                raise _ReachedError(hidden_states, kwargs.get("position_embeddings"))
+                # transformers passes a rotation by name, and MPNet's bias behind the mask.
+                rotation, bias = kwargs.get("position_embeddings"), [*args, None, None][1]
+                raise _ReachedError(LayerInput(hidden_states, rotation, bias))
             return forward(hidden_states, *args, **kwargs)
 
         return run
@@ -153,6 +152,6 @@ class Trunk:
 class _ReachedError(Exception):
     """Ends a pass at the end of the trunk and carries its output; not an error."""
 
-    def __init__(self, hidden: torch.Tensor, rotation: Rotation | None) -> None:
+    def __init__(self, entering: LayerInput) -> None:
         super().__init__()
-        self.hidden, self.rotation = hidden, rotation
+        self.entering = entering
