@@ -11,7 +11,6 @@ from models.offline.cli.console import say, stdout
 from models.offline.cli.options import (
     Budget,
     Force,
-    LabelColumn,
     Out,
     Seed,
     TextColumn,
@@ -45,7 +44,6 @@ def fit_command(
     carriers: CarrierFile = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
     force: Force = False,
 ) -> None:
     """Train PSIM on a classifier with clean texts, calibrate it, and write a bundle."""
@@ -59,8 +57,8 @@ def fit_command(
     from models.offline.io.samples import load_samples
 
     check_writable(out, force)
-    samples = load_samples(texts, text_column=text_column, label_column=label_column)
-    given = load_samples(carriers, text_column=text_column) if carriers else []
+    samples = load_samples(texts, text_column=text_column, label_column=None)
+    given = load_samples(carriers, text_column=text_column, label_column=None) if carriers else []
     model, tokenizer = load_classifier(victim)
     manifest = fit(
         model,
