@@ -68,11 +68,12 @@ def compressed(write: Callable[[pd.DataFrame, Path], None]) -> Callable[[pd.Data
     """Return a writer that compresses what another one wrote."""
 
     def write_compressed(table: pd.DataFrame, file: Path) -> None:
-        write(table, file)
-        plain = file.read_bytes()
+        plain = file.with_suffix("")
+        write(table, plain)
         codec = {".gz": "gzip", ".ZST": "zstd"}[file.suffix]
         with pa.output_stream(str(file), compression=codec) as out:
-            out.write(plain)
+            out.write(plain.read_bytes())
+        plain.unlink()
 
     return write_compressed
 

@@ -3,8 +3,9 @@
 import json
 import sys
 from dataclasses import asdict
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -102,7 +103,7 @@ def screen_rows(
     from models.offline.screening.stream import screen_file
 
     if str(file) == "-":
-        unit, records = "line", read_lines("stdin", sys.stdin.buffer)
+        unit, records = "line", read_lines("stdin", cast(BufferedReader, sys.stdin.buffer))
     else:
         unit, records = format_of(file).unit, read_rows(file, text_column)
     loaded = load_bundle(bundle, dtype, engine)

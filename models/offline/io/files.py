@@ -7,7 +7,7 @@ from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,7 +121,7 @@ class Source:
         raw: where the bytes come from.
     """
 
-    def __init__(self, name: str, raw: BinaryIO) -> None:
+    def __init__(self, name: str, raw: io.BufferedReader) -> None:
         self.name, self._raw = name, raw
         self.lines = 0
         """Lines that were read."""
@@ -158,9 +158,22 @@ class Source:
         """Return an error that names file and line."""
         return DataError(f"{self.name}{'' if self.jumped else f', line {line}'}: {message}")
 
+    def starts_with(self, mark: bytes) -> bool:
+        """Return whether the first bytes are these, behind a byte order mark and blanks."""
+        head = self._told(lambda: self._raw.peek(BUFFER))
+        return head.removeprefix(BOM_UTF8).lstrip().startswith(mark)
+
     def _read(self, read: Callable[[], bytes]) -> bytes:
+        data = self._told(read)
+        if self._begun:
+            return data
+        self._begun = True
+        return self._behind_mark(data)
+
+    def _told(self, read: Callable[[], bytes]) -> bytes:
+        """Return what was read, or raise `DataError`."""
         try:
-            data = read()
+            return read()
         except (OSError, pa.ArrowException) as error:
             why = (
                 getattr(error, "strerror", None) or "its compression is damaged, or it was cut off"
@@ -168,10 +181,6 @@ class Source:
             raise DataError(
                 f"{self.name} cannot be read behind line {self.lines}: {why}"
             ) from error
-        if self._begun:
-            return data
-        self._begun = True
-        return self._behind_mark(data)
 
     def _behind_mark(self, head: bytes) -> bytes:
         """Return the first bytes of a file without a byte order mark.

@@ -1,11 +1,12 @@
 """Texts and labels of a user's files and data sets."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from models.errors import DataError
 from models.offline.io.files import (
@@ -182,7 +183,7 @@ def read_rows(file: Path, text_column: str, others: Sequence[str] = ()) -> Itera
         yield from table
 
 
-def read_lines(name: str, raw: BinaryIO) -> Iterator[Record]:
+def read_lines(name: str, raw: io.BufferedReader) -> Iterator[Record]:
     """Yield the rows of a stream of JSON Lines; errors call it by `name`."""
     yield from TextTable(Source(name, raw), JSONL)
 

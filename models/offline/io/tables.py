@@ -140,12 +140,10 @@ def open_table(file: Path, offset: int = 0) -> Iterator[TextTable]:
         DataError: as `opened` and `TextTable` do.
     """
     with opened(file) as raw:
-        kind = format_of(file).kind
-        if kind == JSON and not raw.peek(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(
-            b"["
-        ):
+        source, kind = Source(str(file), raw), format_of(file).kind
+        if kind == JSON and not source.starts_with(b"["):
             kind = JSONL
-        yield TextTable(Source(str(file), raw), kind, offset)
+        yield TextTable(source, kind, offset)
 
 
 def is_unicode(text: str) -> bool:
