@@ -345,7 +345,7 @@ def test_all_kinds_get_the_verdicts_of_the_local_path(bundle: Path, folder: Path
     local = [json.loads(v) for v in psim("screen", texts, "--bundle", bundle).stdout.splitlines()]
     assert {v["poisoned"] for v in local} == {True, False}
     for name in SCREENED:
-        parts = sorted((folder / "out").glob(f"{name[0]}-*.parquet"))
+        parts = sorted((folder / "out").glob(f"{Path(name).stem}-*.parquet"))
         table = pa.concat_tables(map(pq.read_table, parts), promote_options="default").filter(
             pc.field("psim_file") == str(folder / "in" / name)
         )

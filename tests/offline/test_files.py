@@ -147,10 +147,20 @@ def test_what_a_format_cannot_hold_is_never_misread(
 ) -> None:
     folder = tmp_path_factory.mktemp("tables")
     for name, write in BLUNT.items():
-        # A doubled backslash, and a line that is quoted by chance, are what RFC 4180 says.
-        lost = {"e.csv": "\\", "f.csv": '"'}.get(name, "\0")
-        plain = [(text.replace(lost, "/"), label) for text, label in rows]
+        plain = [(what_can_be_told(text, name), label) for text, label in rows]
         assert_read_or_named(plain, name, write, folder)
+
+
+def what_can_be_told(text: str, name: str) -> str:
+    """Return a text without what makes another table of it, by whatever rule one reads."""
+    if name == "d.csv":
+        return text
+    if name == "e.csv":
+        return text.replace("\\", "/")  # a doubled backslash is two
+    if name == "f.csv":
+        text = text.replace('"', "/")  # quoted by chance
+    text = text.lstrip("\r\n")  # blank lines are left out
+    return re.sub("[\t,]", " ", text) if "\n" in text else text  # rows by chance
 
 
 @pytest.mark.parametrize("ending", [".gz", ".GZ", ".zst"])

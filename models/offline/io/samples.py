@@ -44,7 +44,7 @@ def load_samples(
     text_column: str = "text",
     label_column: str | None = "label",
     drop_empty: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> list[Sample]:
     """Read texts, and labels where there are any.
 
@@ -94,7 +94,7 @@ def _report_empty(
     unit: str,
     empty: Sequence[int],
     texts: int,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
     *,
     drop: bool,
 ) -> None:
