@@ -11,7 +11,6 @@ from models.offline.cli.console import say, stdout
 from models.offline.cli.options import (
     Budget,
     Force,
-    LabelColumn,
     Out,
     Seed,
     TextColumn,
@@ -49,7 +48,6 @@ def fit_command(
     carriers: CarrierFile = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
     force: Force = False,
 ) -> None:
     """Train PSIM on a classifier with clean texts, calibrate it, and write a bundle."""
@@ -63,8 +61,8 @@ def fit_command(
     from models.offline.io.samples import load_samples
 
     check_writable(out, force)
-    samples = load_samples(texts, text_column=text_column, label_column=label_column)
-    given = load_samples(carriers, text_column=text_column) if carriers else []
+    samples = load_samples(texts, text_column=text_column, label_column=None)
+    given = load_samples(carriers, text_column=text_column, label_column=None) if carriers else []
     manifest = fit(
         *load_classifier(victim, base=base),
         [s.text for s in samples],

@@ -18,7 +18,7 @@ from models.offline.evaluation.metrics import (
     within_class_scores,
 )
 from models.offline.io.inference import predict, require_verdicts
-from models.offline.io.samples import Sample
+from models.offline.io.samples import Sample, class_name, name_classes
 
 PAPER_THRESHOLD = 0.7
 """The threshold that the paper uses for all classes, models and data sets."""
@@ -48,9 +48,12 @@ def evaluate(
     """Measure an attack on clean and poisoned texts, with PSIM and the victim of `bundle`.
 
     Raises:
-        DataError: the target or the label of a clean text is unknown to the bundle.
+        DataError: the target or the label of a clean text is unknown to the bundle, which knows
+            its classes by name, and those without a number as their name by number too.
     """
     labels = bundle.manifest.labels
+    clean, poisoned = name_classes(clean, labels), name_classes(poisoned, labels)
+    target_label = class_name(target_label, labels)
     truth = classes_of(clean, labels)
     target = int(classes_of([Sample("", target_label)], labels)[0])
     poisoned = poisoned_non_target(poisoned, target_label)
