@@ -191,7 +191,7 @@ def _readings(arrays: Mapping[str, FloatArray], manifest: Manifest) -> dict[Runt
     """
     runtimes = (REFERENCE, *(own.runtime for own in manifest.calibrations))
     readings: dict[Runtime, FloatArray] = {runtime: arrays[str(runtime)] for runtime in runtimes}
-    distances = Activations.FEATURES if manifest.activations else 0
+    distances = len(manifest.activations.layers) if manifest.activations else 0
     features = len(manifest.psim.checkpoints) + distances
     shape = len(readings[REFERENCE]), features, len(manifest.labels)
     if any(array.dtype != np.float32 or array.shape != shape for array in readings.values()):

@@ -12,8 +12,8 @@ from models.detection.screen import (
     Normalizer,
     Screen,
     ZScore,
+    by_detector,
     features,
-    pool_checkpoints,
 )
 from models.errors import CalibrationError
 
@@ -55,7 +55,7 @@ def calibrate(
         for members in by_number
     ]
     each, standard = _standardize(raw, predicted, peers)
-    together, components = _standardize(pool_checkpoints(standard, checkpoints), predicted, peers)
+    together, components = _standardize(by_detector(standard, checkpoints), predicted, peers)
     scores = Normalizer.score(components)
     counts = np.bincount(predicted, minlength=len(classes)).tolist()
     pools = _pool(counts, min_calibration_size(frr_budget)) if by_class else [tuple(classes)]

@@ -90,8 +90,8 @@ class Guarded(nn.Module):
         """Return readings in float32, shape (rows, V, C), and the input of `classify_rows`.
 
         The V readings are features of the two detectors: first PSIM's probabilities by checkpoint
-        (K), then the distances of hidden states to the classes (`Activations.FEATURES`, or none
-        while they are not fitted). The second value is None without a `last_layer`.
+        (K), then the distances of hidden states to the classes by watched layer (none while they
+        are not fitted). The second value is None without a `last_layer`.
         """
         logits, rows, states = self.run(inputs)
         return to_readings(logits, states, self.activations), rows
@@ -149,7 +149,7 @@ class Guarded(nn.Module):
         return logits.float().softmax(-1)
 
     def states(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return watched hidden states, shape (rows, 3, D), and the victim's logits, (rows, C)."""
+        """Return watched hidden states, shape (rows, N, D), and the victim's logits, (rows, C)."""
         with self.trunk.watching(inputs) as states, self.psim.disable_adapter():
             logits: torch.Tensor = self.victim(**inputs).logits
         return torch.stack(states, 1), logits

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,10 +14,11 @@ from models.network.last_token import last_positions
 Inputs = Mapping[str, torch.Tensor]
 """`input_ids` and `attention_mask`, shape (rows, T) each, padded on the right."""
 
-WATCHED_DEPTHS = (1 / 2, 2 / 3, 5 / 6)
-"""Relative depths where hidden states tell texts apart best: past the words, before the classes. At
-the first one the mean over all tokens is watched; at the others the token that the classifier
-reads."""
+WATCHED_DEPTHS = 1 / 2, 5 / 6
+"""Relative depths between which hidden states tell texts apart: past the words, before the
+classes. Which layer does is another one for each victim, and clean texts do not show it."""
+MAX_WATCHED = 5
+"""Layers that are watched at most, evenly spaced, since neighbours see much the same."""
 
 
 class Trunk:
@@ -41,8 +43,10 @@ class Trunk:
     ) -> None:
         layers, depth = stack[:length], max(len(stack), 1)
         self.length, self.share = length, length / depth
-        self.watched = [min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS]
-        """Numbers, from 1, of the layers whose output is watched, one for each depth."""
+        first, last = (min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS)
+        spaced = np.linspace(first, last, MAX_WATCHED).round()
+        self.watched: list[int] = sorted({int(number) for number in spaced if number})
+        """Numbers, from 1, of the layers whose output is watched."""
         self._reads_last, self._prompted, self._pad_id = reads_last, prompted, pad_id
         self._stopping = False
         self._kept: list[Any] | None = None
@@ -56,7 +60,7 @@ class Trunk:
 
     @contextmanager
     def watching(self, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
-        """Collect the watched states of a pass, by `WATCHED_DEPTHS`, float32, (rows, H) each."""
+        """Collect states of the token that is read, by watched layer, float32, (rows, H) each."""
         self._states, self._inputs = [], inputs
         try:
             yield self._states
@@ -111,28 +115,20 @@ class Trunk:
             if self._kept:
                 return self._kept[0]
             output = forward(*args, **kwargs)
-            if self._states is not None:
-                self._states += [
-                    self._watch(output, all_tokens=depth == 0)
-                    for depth, watched in enumerate(self.watched)
-                    if watched == number
-                ]
+            if self._states is not None and number in self.watched:
+                self._states.append(self._watch(output))
             if self._kept is not None and is_top:
                 self._kept.append(output)
             return output
 
         return run
 
-    def _watch(self, output: Any, *, all_tokens: bool) -> torch.Tensor:
+    def _watch(self, output: Any) -> torch.Tensor:
         hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
         # Prompts, which the mask does not cover, are on the left. Padding is on the right; some
         # models add more of it.
         tokens = self._inputs["attention_mask"].shape[1]
         prompts = hidden.shape[1] - tokens if self._prompted else 0
-        if all_tokens:
-            mask = self._inputs["attention_mask"].float()[:, None]
-            texts = hidden[:, prompts : prompts + tokens].float()
-            return (mask @ texts)[:, 0] / mask.sum(-1)
         if not self._reads_last:
             return hidden[:, 0].float()
         last = self.read_positions(self._inputs) + prompts

@@ -115,7 +115,7 @@ class TwoStageScreener:
         scores = await asyncio.gather(
             *(
                 self._run(
-                    test.score(one.value[:most], verdict.predicted, verdict.score, whole.value),
+                    test.score(one.value[:most], verdict.predicted, whole.value),
                     _unlimited,
                 )
                 for one in ids
@@ -136,7 +136,7 @@ class TwoStageScreener:
         ):
             return answer
         started = time.perf_counter()
-        running = test.score(answer.value.ids, verdict.predicted, verdict.score)
+        running = test.score(answer.value.ids, verdict.predicted)
         score = await self._run(running, self._budget.take)
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["override"].observe(seconds)

@@ -21,7 +21,7 @@ MIN_FOR_MEAN = 10
 
 
 def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activations | None:
-    """Fit class means and one covariance for each watched depth on clean texts.
+    """Fit class means and one covariance for each watched layer on clean texts.
 
     Class-conditional Gaussians with a tied covariance (Lee et al., NeurIPS 2018, section 2.1), by
     predicted class. The covariance is shrunk (Ledoit and Wolf 2004), since there may be fewer texts
@@ -40,8 +40,8 @@ def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activatio
         raise VictimError("the victim has NaN or infinite hidden states on the clean texts")
     predicted, classes = logits.argmax(1), logits.shape[1]
     whitening, means = [], []
-    for depth in range(states.shape[1]):
-        own = states[:, depth].astype(np.float64)
+    for layer in range(states.shape[1]):
+        own = states[:, layer].astype(np.float64)
         centres = np.stack([_mean(own, predicted == c) for c in range(classes)])
         precision = LedoitWolf(assume_centered=True).fit(own - centres[predicted]).precision_
         try:
@@ -64,7 +64,7 @@ def _mean(states: Array, members: NDArray[np.bool_]) -> Array:
 
 
 def _states(engine: TorchEngine, texts: Sequence[Encoding]) -> tuple[Array, Array]:
-    """Return hidden states, shape (n, 3, D), and the victim's logits, (n, C), in any order."""
+    """Return hidden states, shape (n, N, D), and the victim's logits, (n, C), in any order."""
     states: list[Array] = []
     logits: list[Array] = []
     batches = list(length_sorted_batches([len(text) for text in texts], BATCH_TOKENS))
