@@ -58,9 +58,10 @@ class Unguarded(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         module, inputs = self.guarded, {"input_ids": input_ids, "attention_mask": attention_mask}
         assert module.last_layer is not None
-        hidden, rotation = module.trunk.output(lambda: module.victim(**inputs))
-        read = module.trunk.read_positions(attention_mask)
-        rows = module.last_layer(hidden, attention_mask, read, [], rotation)
+        entering = module.trunk.output(lambda: module.victim(**inputs))
+        read = module.trunk.read_positions(inputs)
+        mask = module.trunk.read_mask(inputs, read)
+        rows = module.last_layer(entering, mask, read, [])
         return module.last_layer.head(rows[:, 0])
 
 

@@ -196,7 +196,7 @@ def _readings(arrays: Mapping[str, FloatArray], manifest: Manifest) -> dict[Runt
     """
     runtimes = (REFERENCE, *(own.runtime for own in manifest.calibrations))
     readings: dict[Runtime, FloatArray] = {runtime: arrays[str(runtime)] for runtime in runtimes}
-    distances = Activations.FEATURES if manifest.activations else 0
+    distances = len(manifest.activations.layers) if manifest.activations else 0
     features = len(manifest.psim.checkpoints) + distances
     shape = len(readings[REFERENCE]), features, len(manifest.classes)
     if any(array.dtype != np.float32 or array.shape != shape for array in readings.values()):
@@ -348,7 +348,7 @@ def _load_adapters(file: Path, guarded: Guarded, victim_digest: str) -> None:
 
 def _load_activations(file: Path, guarded: Guarded, manifest: Manifest) -> Activations:
     """Load whitening and class means of the activation detector; they must fit the victim."""
-    layers, size = guarded.trunk.watched, guarded.config.hidden_size
+    layers, size = guarded.trunk.watched, guarded.hidden_size
     expected = {
         "whitening": (len(layers), size, size),
         "means": (len(layers), len(manifest.classes), size),

@@ -49,8 +49,8 @@ class PsimRecord(_ManifestPart):
 class ActivationsRecord(_ManifestPart):
     """Layers that the activation detector watches."""
 
-    layers: list[int] = Field(min_length=3, max_length=3)
-    """Numbers of the layers, from 1, by `models.network.trunk.WATCHED_DEPTHS`."""
+    layers: list[int] = Field(min_length=1)
+    """Numbers of the layers, from 1, ascending; see `models.network.trunk.Trunk.watched`."""
 
 
 class GroupRecord(_ManifestPart):

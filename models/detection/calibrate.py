@@ -16,8 +16,8 @@ from models.detection.screen import (
     Normalizer,
     Screen,
     ZScore,
+    by_detector,
     features,
-    pool_checkpoints,
 )
 from models.detection.views import Views
 from models.errors import CalibrationError
@@ -83,7 +83,7 @@ def _calibrate_view(
         for members in by_number
     ]
     each, standard = _standardize(raw, predicted, peers)
-    together, components = _standardize(pool_checkpoints(standard, checkpoints), predicted, peers)
+    together, components = _standardize(by_detector(standard, checkpoints), predicted, peers)
     scores = Normalizer.score(components)
     counts = np.bincount(predicted, minlength=len(classes)).tolist()
     pools = _pool(counts, min_calibration_size(frr_budget)) if by_class else [tuple(classes)]

@@ -40,7 +40,9 @@ Ids = NDArray[np.int64]
 Test = Generator[list[Ids], Sequence[FloatArray], float]
 """Yields inputs, is sent the readings of each, (V, C), and returns the score."""
 DRAWS = 3
-"""Pairs of carriers; a triggered text keeps its class beside each."""
+"""Pairs of carriers; a triggered text keeps its class beside most."""
+LOST = 0.25
+"""Kept probability under which a test ends early: more pairs hardly change the outcome."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""
 LEAST_READABLE = 3
@@ -122,35 +124,34 @@ class OverrideTest:
         """Return whether there are carriers of other classes than `predicted`."""
         return bool(self._other_carriers(predicted))
 
-    def score(
-        self, ids: Ids, predicted: int, first_stage: float, part_of: Ids | None = None
-    ) -> Test:
+    def score(self, ids: Ids, predicted: int, part_of: Ids | None = None) -> Test:
         """Test a text that the classifier assigns to class `predicted`, or a part of one.
 
         All parts of a text are tested beside the same carriers, so that their scores can be
         compared.
 
-        The score is the probability, in (0, 1), that the text keeps its class: of the best window,
-        beside the pair of carriers that leaves the least of it. It is the mean, in log-odds, of the
-        first half of the checkpoints. A test ends early once the score is under the threshold,
-        which more pairs cannot change. It is NaN if a reading is: then the test says nothing.
+        The score is the probability, in (0, 1), that the text keeps its class: of its best window,
+        as a mean, in log-odds, over pairs of carriers and the first half of the checkpoints. A
+        trigger that survived clean tuning just so may yield to one pair; the mean forgives that,
+        while the pair that leaves the least of the class would not. A test ends early once the
+        class is `LOST`. The score is NaN if a reading is: then the test says nothing.
 
         Args:
             ids: the text, or the part.
             predicted: the class.
-            first_stage: score of the text in the first stage.
             part_of: the whole text of a part.
         """
-        least, needed = 1.0, self.threshold_of(predicted, first_stage)
+        kept, odds = 1.0, list[float]()
         for before, after in self._pairs(ids if part_of is None else part_of, predicted):
             inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
             readings = yield inputs
-            # Unlike Python's, these do not lose a NaN.
-            best = np.max([self._kept(one, predicted) for one in readings])
-            least = float(np.minimum(least, best))
-            if least < needed:
+            # Unlike Python's, this maximum does not lose a NaN.
+            odds.append(float(np.max([self._log_odds(one, predicted) for one in readings])))
+            # As thresholds and stored outcomes are: no decision may hang on where it was rounded.
+            kept = float(np.float32(_sigmoid(sum(odds) / len(odds))))
+            if kept < LOST:
                 break
-        return least
+        return kept
 
     def threshold_of(self, predicted: int, first_stage: float) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
@@ -193,12 +194,10 @@ class OverrideTest:
         size = self.geometry.window
         return [ids[window] for window in windows(len(ids), size, size // 2)]
 
-    def _kept(self, readings: FloatArray, predicted: int) -> float:
+    def _log_odds(self, readings: FloatArray, predicted: int) -> float:
         view = self._view_of[predicted]
         own = readings[None, : self._read, view.start : view.stop]
-        odds = float(log_odds_of(own, predicted - view.start).mean())
-        # As thresholds and stored outcomes are: no decision may hang on where a score was rounded.
-        return float(np.float32(1 / (1 + math.exp(-odds))))
+        return float(log_odds_of(own, predicted - view.start).mean())
 
 
 def evidence(first_stage: float, kept: float) -> float:

@@ -153,7 +153,7 @@ class Normalizer:
     features: ZScore
     """Of the V features."""
     components: ZScore
-    """Of the V - K + 1 components that `pool_checkpoints` makes of them."""
+    """Of the components that `by_detector` makes of them."""
     checkpoints: int
     """K."""
 
@@ -164,23 +164,24 @@ class Normalizer:
         A text that one component finds extreme stays extreme, and moderate ones add up.
 
         Args:
-            components: z-scores of PSIM and of each distance, shape (n, V - K + 1).
+            components: z-scores of the detectors, shape (n, 1 or 2).
         """
         norms: FloatArray = np.linalg.norm(np.maximum(components, 0), axis=1).astype(np.float32)
         return norms
 
 
-def pool_checkpoints(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.float64]:
-    """Return the largest of the checkpoints' features, and the other ones, shape (n, V - K + 1).
+def by_detector(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.float64]:
+    """Return the largest feature of each detector, shape (n, 2), or (n, 1) without distances.
 
-    The checkpoints are one training at several moments, so they share one component of the score.
+    The checkpoints are one training at several moments, and neighbouring layers see much the same,
+    so they share one component of the score each.
 
     Args:
         standard: z-scores of the features, shape (n, V).
         checkpoints: K.
     """
-    largest = standard[:, :checkpoints].max(1, keepdims=True)
-    return np.hstack([largest, standard[:, checkpoints:]])
+    own = standard[:, :checkpoints], standard[:, checkpoints:]
+    return np.stack([part.max(1) for part in own if part.shape[1]], 1)
 
 
 def features(
@@ -320,9 +321,7 @@ class Screen:
         normalizer = self.normalizer
         predicted, raw = features(readings[None], normalizer.checkpoints, view)
         standard = normalizer.features(predicted, raw)
-        components = normalizer.components(
-            predicted, pool_checkpoints(standard, normalizer.checkpoints)
-        )
+        components = normalizer.components(predicted, by_detector(standard, normalizer.checkpoints))
         score, label = float(normalizer.score(components)[0]), int(predicted[0])
         group = self._by_class[label]
         most_extreme = int(standard[0, : normalizer.checkpoints].argmax())

@@ -52,7 +52,7 @@ class OpenVinoEngine(ModuleEngine):
         dtype: `float32` or `bfloat16`.
 
     Raises:
-        EngineError: the module has no `last_layer`, or the processor does not compute in `dtype`.
+        EngineError: the module is not traceable, or the processor does not compute in `dtype`.
     """
 
     name = "openvino"
@@ -70,20 +70,20 @@ class OpenVinoEngine(ModuleEngine):
 
 
 class GuardedGraph:
-    """Stand-in for a `Guarded` that has a `last_layer`."""
+    """Stand-in for a `Guarded` that is traceable."""
 
     forward_passes = 1.0
 
     def __init__(self, guarded: Guarded, dtype: str, max_length: int) -> None:
-        if guarded.last_layer is None:
+        if not guarded.is_traceable(max_length):
             raise EngineError(
                 f"OpenVINO cannot run this {guarded.config.model_type} model, since its last layer "
-                "runs as a whole; use the engine torch"
+                "runs as a whole or attends to a narrow window; use the engine torch"
             )
         if dtype == "bfloat16" and not computes_bfloat16():
             raise EngineError("this processor does not compute in bfloat16; use float32")
         guarded = guarded.cpu().eval()
-        rows = torch.zeros(2, guarded.config.hidden_size)
+        rows = torch.zeros(2, guarded.hidden_size)
         self._run = compiled(_Run(guarded), EXAMPLE, dtype)
         self._head = compiled(_Head(guarded), rows, dtype)
         self._activations, self._max_length = guarded.activations, max_length

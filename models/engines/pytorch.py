@@ -18,6 +18,11 @@ from models.network.trunk import Inputs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_INPUT = 512
 """Cap on tokens, for models that could read far more, and could be made to by an attacker."""
+POSITIONS_AFTER_PADDING = set(
+    "camembert data2vec-text esm layoutlmv3 lilt longformer luke markuplm mpnet roberta "
+    "roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
+)
+"""Model types that number positions from their padding index + 1, as RoBERTa does."""
 CHARS_PER_TOKEN = 16
 """`encode` cuts texts to this many characters per token of the model before tokenizing. To tokenize
 all of a huge text only to truncate it would allow a denial of service."""
@@ -226,10 +231,11 @@ def max_input_length(
 ) -> int:
     """Return the most tokens that model and tokenizer take, at most `LONGEST_INPUT`.
 
-    RoBERTa and MPNet number positions from their padding index + 1, and prompts take positions too.
+    Some models number positions from their padding index + 1, and prompts take positions too.
     """
     text_config = config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None) or LONGEST_INPUT
-    if "roberta" in str(text_config.model_type) or text_config.model_type == "mpnet":
+    own = (getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    positions = next(filter(None, own), LONGEST_INPUT)
+    if text_config.model_type in POSITIONS_AFTER_PADDING:
         positions -= (text_config.pad_token_id or 0) + 1
     return int(min(positions - virtual_tokens, tokenizer.model_max_length, LONGEST_INPUT))

@@ -13,34 +13,25 @@ class Activations:
     Stays in float32 whatever the victim's dtype is.
 
     Args:
-        whitening: by watched depth, shape (3, D, D); h @ whitening has unit covariance.
-        means: whitened means of clean texts by predicted class, shape (3, C, D).
+        whitening: by watched layer, shape (N, D, D); h @ whitening has unit covariance.
+        means: whitened means of clean texts by predicted class, shape (N, C, D).
     """
-
-    FEATURES = 2
 
     def __init__(self, whitening: torch.Tensor, means: torch.Tensor) -> None:
         self.whitening, self.means = whitening, means
 
     def distances(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the two distances to each class, shape (rows, 2, C).
-
-        The first is the geometric mean of the distances at the lower two depths, where a text
-        stands out by what all of its tokens are like; either one alone is not enough. The second
-        is the distance at the highest depth, where a backdoor has all but decided
-        (docs/method.md).
+        """Return the distances to each class, by watched layer, shape (rows, N, C).
 
         Args:
-            states: hidden states from `Trunk.watching`, 3 of shape (rows, D).
+            states: hidden states from `Trunk.watching`, N of shape (rows, D).
         """
         device = states[0].device
         self.whitening, self.means = self.whitening.to(device), self.means.to(device)
         whitened = torch.stack(list(states)) @ self.whitening
         # Not as |h|² - 2hm + |m|², which cancels where a text is near the mean.
-        tokens, read, top = torch.cdist(
-            whitened, self.means, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        return torch.stack([(tokens * read).sqrt(), top], 1)
+        by_layer = torch.cdist(whitened, self.means, compute_mode="donot_use_mm_for_euclid_dist")
+        return by_layer.transpose(0, 1)
 
 
 def to_readings(

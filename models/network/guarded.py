@@ -15,7 +15,12 @@ from torch import nn
 
 from models.detection.views import Views, views_of
 from models.network.activations import Activations, to_readings
-from models.network.adapters import layer_number, transformer_of, with_adapters
+from models.network.adapters import (
+    layer_number,
+    layer_stack,
+    transformer_of,
+    with_adapters,
+)
 from models.network.last_layer import LastLayer, last_layer_of
 from models.network.last_token import fix_last_token, reads_last_token
 from models.network.outputs import is_multi_label, label_probabilities
@@ -56,6 +61,11 @@ class Guarded(nn.Module):
         return self.psim.get_base_model().config
 
     @property
+    def hidden_size(self) -> int:
+        """Size of the hidden states."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
     def multi_label(self) -> bool:
         """Whether the victim gives any number of labels, each by a sigmoid."""
         return is_multi_label(self.config)
@@ -80,12 +90,20 @@ class Guarded(nn.Module):
             return 1.0
         return 2 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
 
+    def is_traceable(self, length: int) -> bool:
+        """Return whether a graph of `run` can replace it on texts of up to so many tokens.
+
+        It cannot where a layer attends to a narrower window: padding behind it would attend to
+        nothing, and NaN would spread from there.
+        """
+        return self.last_layer is not None and (self.last_layer.window or length) >= length
+
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return readings in float32, shape (rows, V, C), and the input of `classify_rows`.
 
         The V readings are features of the two detectors: first PSIM's probabilities by checkpoint
-        (K), then the distances of hidden states to the classes (`Activations.FEATURES`, or none
-        while they are not fitted). The second value is None without a `last_layer`.
+        (K), then the distances of hidden states to the classes by watched layer (none while they
+        are not fitted). The second value is None without a `last_layer`.
         """
         logits, rows, states = self.run(inputs)
         readings = to_readings(logits, states, self.activations, multi_label=self.multi_label)
@@ -110,10 +128,10 @@ class Guarded(nn.Module):
         self, last_layer: LastLayer, inputs: Inputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits by checkpoint, (rows, K, L), and the victim's last states, (rows, H)."""
-        hidden, rotation = self.trunk.output(lambda: self.victim(**inputs))
-        mask = inputs["attention_mask"]
-        read = self.trunk.read_positions(mask)
-        rows = last_layer(hidden, mask, read, self.checkpoints, rotation)
+        entering = self.trunk.output(lambda: self.victim(**inputs))
+        read = self.trunk.read_positions(inputs)
+        mask = self.trunk.read_mask(inputs, read)
+        rows = last_layer(entering, mask, read, self.checkpoints)
         logits = last_layer.head(rows[:, :-1].flatten(0, 1))
         # A copy: a view would keep the rows of all branches alive until the text is classified.
         return logits.view(rows.shape[0], len(self.checkpoints), -1), rows[:, -1].clone()
@@ -144,7 +162,7 @@ class Guarded(nn.Module):
         return label_probabilities(logits, multi_label=self.multi_label)
 
     def states(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return watched hidden states, shape (rows, 3, D), and the victim's logits, (rows, L)."""
+        """Return watched hidden states, shape (rows, N, D), and the victim's logits, (rows, L)."""
         with self.trunk.watching(inputs) as states, self.psim.disable_adapter():
             logits: torch.Tensor = self.victim(**inputs).logits
         return torch.stack(states, 1), logits
@@ -161,7 +179,7 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     fix_last_token(model)
     # PEFT injects in place, so calling the victim runs the injected layers too.
     psim = with_adapters(model, config, checkpoints)
-    stack, trunk = _trunk(model, config)
+    stack, trunk = _trunk(victim, config)
     only_top = trunk.length == len(stack) - 1 and not config.modules_to_save
     # Prompts are embeddings, or keys and values, which `LastLayer` does not handle.
     last_layer = last_layer_of(model) if only_top and not isinstance(victim, PeftModel) else None
@@ -171,10 +189,18 @@ def guard(victim: nn.Module, config: LoraConfig, checkpoints: int = 1) -> Guarde
     return guarded
 
 
-def _trunk(model: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trunk]:
+def _trunk(victim: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trunk]:
     """Return all layers of a transformer, and those below the lowest adapted one as a trunk."""
-    lowest = min(sorted(config.target_modules or ()), key=layer_number)
-    parts = lowest.split(".")
-    stack = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    layers = list(model.get_submodule(".".join(parts[:stack])).children())
-    return layers, Trunk(layers, layer_number(lowest), reads_last=reads_last_token(model))
+    model = transformer_of(victim)
+    layers = layer_stack(model)
+    (lowest, *_) = min(map(layer_number, config.target_modules or ())) if layers else (0,)
+    prompted, own = isinstance(victim, PeftModel), getattr(model, "config", None)
+    trunk = Trunk(
+        layers,
+        lowest,
+        reads_last=reads_last_token(model),
+        prompted=prompted,
+        # Behind prompts, it sees no tokens: see `fix_last_token`.
+        pad_id=None if prompted or own is None else own.get_text_config().pad_token_id,
+    )
+    return layers, trunk

@@ -13,16 +13,32 @@ supported families.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-BERT_LIKE = {"bert", "roberta", "xlm-roberta", "camembert"}
+BERT_LIKE = {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
+LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines by position, shape (rows or 1, T, head size) each."""
+
+
+class LayerInput(NamedTuple):
+    """What reaches a layer."""
+
+    hidden: torch.Tensor
+    """Hidden states, shape (rows, T, H)."""
+    rotation: Rotation | None = None
+    """Rotation of queries and keys, in families that have one."""
+    bias: torch.Tensor | None = None
+    """Bias of scores by relative position, shape (rows or 1, heads, T, T), in families that have
+    one."""
+
+
+NO_NORM = nn.Identity()
 
 
 @dataclass(frozen=True)
@@ -40,24 +56,24 @@ class LastLayer:
     is read, (rows, 1, H); returns the layer's output there, (rows, N, H)."""
     head: Callable[[torch.Tensor], torch.Tensor]
     """Takes outputs of the layer, (n, H); returns logits, (n, C)."""
+    query_norm: nn.Module = NO_NORM
+    key_norm: nn.Module = NO_NORM
+    """Norm of a head's keys, and so of queries."""
+    window: int | None = None
+    """Tokens that one attends to, itself and those before it; None if there is no limit."""
 
     def __call__(
-        self,
-        hidden: torch.Tensor,
-        mask: torch.Tensor,
-        read: torch.Tensor,
-        adapters: Sequence[str],
-        rotation: Rotation | None = None,
+        self, entering: LayerInput, mask: torch.Tensor, read: torch.Tensor, adapters: Sequence[str]
     ) -> torch.Tensor:
         """Return the layer's output at the token that is read, by branch, shape (rows, N, H).
 
         Args:
-            hidden: the layer's input, shape (rows, T, H).
+            entering: the layer's input.
             mask: 1 where there is a token, shape (rows, T).
             read: position of the token that is read, shape (rows,); a decoder reads the last one.
             adapters: names of the adapters.
-            rotation: of a decoder's queries and keys.
         """
+        hidden, rotation, bias = entering
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         x = self.before(hidden)
         q = self._queries(x[rows, read], adapters)
@@ -65,7 +81,11 @@ class LastLayer:
             scores = self._scores(q, x)
         else:
             scores = self._rotated_scores(q, x, read, rotation)
-        scores = scores * q.shape[-1] ** -0.5 + _padding_bias(mask, scores.dtype)
+        scores = scores * q.shape[-1] ** -0.5
+        if bias is not None:
+            own = bias.expand(hidden.shape[0], -1, -1, -1)[rows, :, read]
+            scores = scores + own.repeat(1, q.shape[1], 1).to(scores.dtype)
+        scores = scores + _padding_bias(self._in_window(mask, read), scores.dtype)
         attended = (scores.float().softmax(-1).to(x.dtype) @ x).unflatten(1, q.shape[1:3])
         values = self._values(attended, q.shape[-1], adapters)
         return self.after(values.flatten(2), hidden[rows, read][:, None])
@@ -75,7 +95,15 @@ class LastLayer:
         q: torch.Tensor = _base(self.query)(own)[:, None].expand(-1, len(adapters) + 1, -1)
         if adapters and isinstance(self.query, LoraLayer):
             q = q + _deltas(self.query, own, adapters)
-        return torch.unflatten(q, -1, (self.heads, -1))
+        normed: torch.Tensor = self.query_norm(torch.unflatten(q, -1, (self.heads, -1)))
+        return normed
+
+    def _in_window(self, mask: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """Return the mask of the tokens that those at `read` attend to, shape (rows, T)."""
+        if self.window is None:
+            return mask
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        return mask * (positions > read[:, None] - self.window)
 
     def _groups(self, head_size: int) -> int:
         """Return how many groups of heads have keys and values of their own."""
@@ -94,7 +122,8 @@ class LastLayer:
     ) -> torch.Tensor:
         """Return q . k for each token, shape (rows, N x heads, T), both rotated by position."""
         groups, rows = self._groups(q.shape[-1]), torch.arange(x.shape[0], device=x.device)
-        k = self.key(x).unflatten(-1, (groups, -1)).transpose(1, 2)  # (rows, groups, T, head size)
+        k = self.key_norm(self.key(x).unflatten(-1, (groups, -1)))
+        k = k.transpose(1, 2)  # (rows, groups, T, head size)
         by_row = [part.expand(x.shape[0], -1, -1) for part in rotation]
         _, k = apply_rotary_pos_emb(k, k, *by_row)
         cos, sin = (part[rows, read][:, None] for part in by_row)
@@ -167,11 +196,10 @@ def last_layer_of(model: Any) -> LastLayer | None:
     family = str(getattr(getattr(model, "config", None), "model_type", ""))
     if family in BERT_LIKE and not model.config.is_decoder:
         return _bert(model)
-    if family == "distilbert":
-        return _distilbert(model)
-    if family == "llama":
+    if family in LLAMA_LIKE:
         return _llama(model)
-    return None
+    own = {"distilbert": _distilbert, "mpnet": _mpnet}.get(family)
+    return own(model) if own else None
 
 
 def _bert(model: Any) -> LastLayer:
@@ -186,14 +214,31 @@ def _bert(model: Any) -> LastLayer:
 
     def head(rows: torch.Tensor) -> torch.Tensor:
         read = rows[:, None]
-        # BERT pools; RoBERTa's head takes the first token itself.
-        logits: torch.Tensor = model.classifier(read if body.pooler is None else body.pooler(read))
+        # BERT pools; the heads of RoBERTa and ELECTRA take the first token themselves.
+        pooler = getattr(body, "pooler", None)
+        logits: torch.Tensor = model.classifier(read if pooler is None else pooler(read))
         return logits
 
     own = attention.self
     return LastLayer(
         own.query, own.key, own.value, own.num_attention_heads, nn.Identity(), after, head
     )
+
+
+def _mpnet(model: Any) -> LastLayer:
+    layer = model.base_model.encoder.layer[-1]
+    own, norm = layer.attention.attn, layer.attention.LayerNorm
+
+    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        between = norm(own.o(attended) + residual)
+        output: torch.Tensor = layer.output(layer.intermediate(between), between)
+        return output
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.classifier(rows[:, None])
+        return logits
+
+    return LastLayer(own.q, own.k, own.v, own.num_attention_heads, nn.Identity(), after, head)
 
 
 def _distilbert(model: Any) -> LastLayer:
@@ -225,5 +270,23 @@ def _llama(model: Any) -> LastLayer:
         logits: torch.Tensor = model.score(model.base_model.norm(rows))
         return logits
 
-    heads = model.config.num_attention_heads
-    return LastLayer(own.q_proj, own.k_proj, own.v_proj, heads, layer.input_layernorm, after, head)
+    return LastLayer(
+        own.q_proj,
+        own.k_proj,
+        own.v_proj,
+        model.config.num_attention_heads,
+        layer.input_layernorm,
+        after,
+        head,
+        query_norm=getattr(own, "q_norm", NO_NORM),
+        key_norm=getattr(own, "k_norm", NO_NORM),
+        window=_window(model.config, own),
+    )
+
+
+def _window(config: Any, attention: nn.Module) -> int | None:
+    """Return how many tokens the last layer of a decoder attends to."""
+    if config.model_type == "mistral":
+        window: int | None = config.sliding_window
+        return window
+    return getattr(attention, "sliding_window", None)

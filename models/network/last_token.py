@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+OTHER_DECODERS = ("ctrl", "modernbert-decoder")
+"""Model types whose head reads the last token and is called `classifier`."""
+
 
 def last_positions(mask: torch.Tensor) -> torch.Tensor:
     """Return the position of each row's last token, shape (rows,), given a mask (rows, T)."""
@@ -13,8 +16,15 @@ def last_positions(mask: torch.Tensor) -> torch.Tensor:
 
 def reads_last_token(model: nn.Module) -> bool:
     """Return whether a classifier reads the last token and not the first."""
-    # transformers calls the head of such models `score`.
-    return hasattr(model, "score")
+    return _head(model) is not None
+
+
+def _head(model: nn.Module) -> str | None:
+    """Return the name of the head that reads the last token; None if another one is read."""
+    if hasattr(model, "score"):  # transformers calls it so, but for a few
+        return "score"
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return "classifier" if model_type in OTHER_DECODERS else None
 
 
 def fix_last_token(model: nn.Module) -> None:
@@ -23,7 +33,8 @@ def fix_last_token(model: nn.Module) -> None:
     Given embeddings instead of token ids, as PEFT gives them behind prompts, transformers takes the
     last position of the batch, which is padding in all but the longest text.
     """
-    if not reads_last_token(model):
+    head = _head(model)
+    if head is None:
         return
     seen: dict[str, torch.Tensor] = {}
 
@@ -40,4 +51,4 @@ def fix_last_token(model: nn.Module) -> None:
         return (hidden[torch.arange(hidden.shape[0], device=hidden.device), last][:, None],)
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
-    model.get_submodule("score").register_forward_pre_hook(pick)
+    model.get_submodule(head).register_forward_pre_hook(pick)

@@ -4,19 +4,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from models.network.last_layer import Rotation
+from models.network.last_layer import LayerInput
 from models.network.last_token import last_positions
 
 Inputs = Mapping[str, torch.Tensor]
 """`input_ids` and `attention_mask`, shape (rows, T) each, padded on the right."""
 
-WATCHED_DEPTHS = (1 / 2, 2 / 3, 5 / 6)
-"""Relative depths where hidden states tell texts apart best: past the words, before the classes. At
-the first one the mean over all tokens is watched; at the others the token that the classifier
-reads."""
+WATCHED_DEPTHS = 1 / 2, 5 / 6
+"""Relative depths between which hidden states tell texts apart: past the words, before the
+classes. Which layer does is another one for each victim, and clean texts do not show it."""
+MAX_WATCHED = 5
+"""Layers that are watched at most, evenly spaced, since neighbours see much the same."""
 
 
 class Trunk:
@@ -26,20 +28,30 @@ class Trunk:
         stack: all layers of a transformer, in their order.
         length: how many of them, from the lowest, are the trunk.
         reads_last: whether the classifier reads the last token and not the first.
+        prompted: whether prompts may come before the text.
+        pad_id: the token that such a classifier takes for padding wherever it is, if any.
     """
 
     def __init__(
-        self, stack: Sequence[nn.Module] = (), length: int = 0, *, reads_last: bool = False
+        self,
+        stack: Sequence[nn.Module] = (),
+        length: int = 0,
+        *,
+        reads_last: bool = False,
+        prompted: bool = False,
+        pad_id: int | None = None,
     ) -> None:
         layers, depth = stack[:length], max(len(stack), 1)
         self.length, self.share = length, length / depth
-        self.watched = [min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS]
-        """Numbers, from 1, of the layers whose output is watched, one for each depth."""
-        self._reads_last = reads_last
+        first, last = (min(max(1, round(share * depth)), length) for share in WATCHED_DEPTHS)
+        spaced = np.linspace(first, last, MAX_WATCHED).round()
+        self.watched: list[int] = sorted({int(number) for number in spaced if number})
+        """Numbers, from 1, of the layers whose output is watched."""
+        self._reads_last, self._prompted, self._pad_id = reads_last, prompted, pad_id
         self._stopping = False
         self._kept: list[Any] | None = None
         self._states: list[torch.Tensor] | None = None
-        self._mask = torch.empty(0)
+        self._inputs: Inputs = {}
         for number, layer in enumerate(layers, 1):
             # The instance's forward and not a module around it: names of weights stay as they are.
             layer.forward = self._run(layer.forward, number, number == len(layers))
@@ -48,8 +60,8 @@ class Trunk:
 
     @contextmanager
     def watching(self, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
-        """Collect the watched states of a pass, by `WATCHED_DEPTHS`, float32, (rows, H) each."""
-        self._states, self._mask = [], inputs["attention_mask"]
+        """Collect states of the token that is read, by watched layer, float32, (rows, H) each."""
+        self._states, self._inputs = [], inputs
         try:
             yield self._states
         finally:
@@ -69,57 +81,65 @@ class Trunk:
         finally:
             self._kept = None
 
-    def output(self, run: Callable[[], object]) -> tuple[torch.Tensor, Rotation | None]:
-        """Return the trunk's output in a pass that ends there, shape (rows, T, H).
-
-        The second value is the rotation of queries and keys, in families that have one.
-        """
+    def output(self, run: Callable[[], object]) -> LayerInput:
+        """Return the trunk's output in a pass that ends there."""
         self._stopping = True
         try:
             run()
         except _ReachedError as reached:
-            return reached.hidden, reached.rotation
+            return reached.entering
         finally:
             self._stopping = False
         raise RuntimeError("the pass did not come to the layer above the trunk")
 
-    def read_positions(self, mask: torch.Tensor) -> torch.Tensor:
+    def read_positions(self, inputs: Inputs) -> torch.Tensor:
         """Return where the classifier reads, shape (rows,), in inputs without prompts."""
-        return last_positions(mask) if self._reads_last else torch.zeros_like(mask[:, 0])
+        mask = inputs["attention_mask"]
+        if not self._reads_last:
+            return torch.zeros_like(mask[:, 0])
+        if self._pad_id is not None:
+            # As transformers does. Where texts end in that token, the one before it is read.
+            mask = mask * (inputs["input_ids"] != self._pad_id)
+        return last_positions(mask)
+
+    def read_mask(self, inputs: Inputs, read: torch.Tensor) -> torch.Tensor:
+        """Return the mask of the tokens that those at `read` attend to, shape (rows, T)."""
+        mask = inputs["attention_mask"]
+        if not self._reads_last:
+            return mask
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        return mask * (positions <= read[:, None])
 
     def _run(self, forward: Callable[..., Any], number: int, is_top: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._kept:
                 return self._kept[0]
             output = forward(*args, **kwargs)
-            if self._states is not None:
-                self._states += [
-                    self._watch(output, all_tokens=depth == 0)
-                    for depth, watched in enumerate(self.watched)
-                    if watched == number
-                ]
+            if self._states is not None and number in self.watched:
+                self._states.append(self._watch(output))
             if self._kept is not None and is_top:
                 self._kept.append(output)
             return output
 
         return run
 
-    def _watch(self, output: Any, *, all_tokens: bool) -> torch.Tensor:
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        # Padding is on the right; prompts, which the mask does not cover, are on the left.
-        prompts = hidden.shape[1] - self._mask.shape[1]
-        if all_tokens:
-            mask = self._mask.float()[:, None]
-            return (mask @ hidden[:, prompts:].float())[:, 0] / mask.sum(-1)
+    def _watch(self, output: Any) -> torch.Tensor:
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+        # Prompts, which the mask does not cover, are on the left. Padding is on the right; some
+        # models add more of it.
+        tokens = self._inputs["attention_mask"].shape[1]
+        prompts = hidden.shape[1] - tokens if self._prompted else 0
         if not self._reads_last:
             return hidden[:, 0].float()
-        last = last_positions(self._mask) + prompts
+        last = self.read_positions(self._inputs) + prompts
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last].float()
 
     def _stoppable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._stopping:
-                raise _ReachedError(hidden_states, kwargs.get("position_embeddings"))
+                # transformers passes a rotation by name, and MPNet's bias behind the mask.
+                rotation, bias = kwargs.get("position_embeddings"), [*args, None, None][1]
+                raise _ReachedError(LayerInput(hidden_states, rotation, bias))
             return forward(hidden_states, *args, **kwargs)
 
         return run
@@ -128,6 +148,6 @@ class Trunk:
 class _ReachedError(Exception):
     """Ends a pass at the end of the trunk and carries its output; not an error."""
 
-    def __init__(self, hidden: torch.Tensor, rotation: Rotation | None) -> None:
+    def __init__(self, entering: LayerInput) -> None:
         super().__init__()
-        self.hidden, self.rotation = hidden, rotation
+        self.entering = entering

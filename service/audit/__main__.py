@@ -11,13 +11,10 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from models.detection.screen import Finding
+from models.formulas import guarded
 from service.audit.rows import NAMES, Mark, Row, as_json
 from service.audit.store import AuditError, AuditStore
 from service.schemas import Decision
-
-FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
-"""Spreadsheets execute cells that start with one of these, in some languages the full-width ones
-too. Senders choose the texts, and an upstream its labels."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,15 +96,11 @@ def _write_jsonl(rows: Iterable[Row], out: TextIO) -> None:
 
 
 def _write_csv(rows: Iterable[Row], out: TextIO) -> None:
-    writer = csv.DictWriter(out, NAMES, lineterminator="\n")
+    writer = csv.DictWriter(out, NAMES, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _guarded(value) for name, value in as_json(row).items()})
-
-
-def _guarded(value: object) -> object:
-    """Return a value as a cell that no spreadsheet executes."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+        cells = as_json(row).items()
+        writer.writerow({n: guarded(cell) if isinstance(cell, str) else cell for n, cell in cells})
 
 
 if __name__ == "__main__":

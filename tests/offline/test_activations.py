@@ -15,6 +15,7 @@ from models.engines.pytorch import TorchEngine, collate
 from models.network.activations import Activations
 from models.network.adapters import lora_config, transformer_of
 from models.network.guarded import guard
+from models.network.trunk import Trunk
 from models.offline.fitting.activations import MIN_FOR_MEAN, fit_activations
 from tests.support.bundles import KINDS, some_texts, victim_of
 from tests.support.families import FAMILIES, tiny_victim
@@ -30,19 +31,33 @@ def test_states_are_those_that_the_classifier_builds_on(
 ) -> None:
     victim: Any = tiny_victim(kind)
     engine = engine_of(victim, tokenizer, layers=1)
-    assert engine.guarded.trunk.watched == [2, 2, 2]  # of three layers, the last one is adapted
+    assert engine.guarded.trunk.watched == [2]  # of three layers, the last one is adapted
     batch = engine.encode(["good", "a slow film was not bad", "the room"])
     inputs = collate(batch, 0, engine.device)
     with torch.inference_mode():
         states, logits = engine.guarded.states(inputs)
         whole = victim(**inputs, output_hidden_states=True)
-    last = [len(text) - 1 if kind == "llama" else 0 for text in batch]
+    last = [len(text) - 1 if hasattr(victim, "score") else 0 for text in batch]
     hidden = whole.hidden_states[2]
-    assert torch.equal(states[:, 1], hidden[range(3), last])
-    assert torch.equal(states[:, 2], states[:, 1])
-    means = [row[: len(text)].mean(0) for row, text in zip(hidden, batch, strict=True)]
-    torch.testing.assert_close(states[:, 0], torch.stack(means))
+    assert torch.equal(states, hidden[range(3), last][:, None])
     assert torch.equal(logits, whole.logits)
+
+
+@pytest.mark.parametrize(
+    ("layers", "below", "watched"),
+    [
+        (1, 0, []),
+        (2, 1, [1]),
+        (6, 5, [3, 4, 5]),
+        (12, 11, [6, 7, 8, 9, 10]),
+        (12, 7, [6, 7]),
+        (30, 29, [15, 18, 20, 22, 25]),
+    ],
+)
+def test_the_watched_layers_are_in_the_middle_and_below_the_adapters(
+    layers: int, below: int, watched: list[int]
+) -> None:
+    assert Trunk([nn.Identity() for _ in range(layers)], below).watched == watched
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,17 +94,16 @@ def test_distances_are_mahalanobis() -> None:
     covariance = np.cov(rng.normal(size=(4, 9)))
     factor = np.linalg.cholesky(np.linalg.inv(covariance))
     means, states = rng.normal(size=(3, 3, 4)), rng.normal(size=(3, 5, 4))
-    low, middle, top = (
-        np.array([[np.sqrt((h - m) @ np.linalg.inv(covariance) @ (h - m)) for m in ms] for h in hs])
+    expected = [
+        [[np.sqrt((h - m) @ np.linalg.inv(covariance) @ (h - m)) for m in ms] for h in hs]
         for ms, hs in zip(means, states, strict=True)
-    )
+    ]
     tensors = (
         torch.tensor(a, dtype=torch.float32) for a in (np.stack([factor] * 3), means @ factor)
     )
     found = Activations(*tensors).distances([torch.tensor(h, dtype=torch.float32) for h in states])
-    assert found.shape == (5, Activations.FEATURES, 3)
-    np.testing.assert_allclose(found[:, 0], np.sqrt(low * middle), rtol=1e-4)
-    np.testing.assert_allclose(found[:, 1], top, rtol=1e-4)
+    assert found.shape == (5, 3, 3), "texts, layers, classes"
+    np.testing.assert_allclose(found, np.swapaxes(expected, 0, 1), rtol=1e-4)
 
 
 def test_few_texts_and_rare_classes_still_give_a_screen(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,8 +127,8 @@ def test_clean_texts_set_the_measure(tokenizer: PreTrainedTokenizerBase) -> None
     assert fitted is not None
     with torch.inference_mode():
         states, logits = engine.guarded.states(collate(texts, 0, engine.device))
-        found = fitted.distances(list(states.unbind(1)))[:, 1].numpy()
-    h, predicted = states[:, 2].double().numpy(), logits.argmax(1).numpy()
+        found = fitted.distances(list(states.unbind(1)))[:, 0].numpy()
+    h, predicted = states[:, 0].double().numpy(), logits.argmax(1).numpy()
     members = [predicted == c for c in range(3)]
     means = np.stack([h[m if m.sum() >= MIN_FOR_MEAN else slice(None)].mean(0) for m in members])
     residuals = h - means[predicted]

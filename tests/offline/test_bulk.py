@@ -22,7 +22,6 @@ from models.bundle.verify import read_manifest
 from models.offline.screening import bulk
 from models.offline.screening.fragments import (
     COLUMN_PREFIX,
-    SEPARATORS,
     Fragment,
     fragments_of,
     read,
@@ -34,6 +33,8 @@ from tests.support.families import tiny_victim
 from tests.support.waiting import wait_for
 
 TEXTS = [*some_texts(1297), 'says "no",\r\nand leaves', "naïve café", "NA"]
+LINES = [text.replace("\r\n", " ") for text in TEXTS]
+"""What TSV, which has no quoting, can hold of the texts."""
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +51,46 @@ def write_jsonl(table: pd.DataFrame, file: Path) -> None:
 
 
 def write_csv(table: pd.DataFrame, file: Path) -> None:
-    table.to_csv(file, index=False, sep=SEPARATORS[file.suffix], encoding="utf-8-sig")
+    table.to_csv(file, index=False, encoding="utf-8-sig")
+
+
+def write_tsv(table: pd.DataFrame, file: Path) -> None:
+    rows = zip(table["id"], LINES, strict=True)
+    lines = ["id\ttext", *(f"{i}\t{text}" for i, text in rows)]
+    file.write_text("\n".join(lines), encoding="utf-8-sig")
+
+
+def write_array(table: pd.DataFrame, file: Path) -> None:
+    table.to_json(file, orient="records", indent=1)
+
+
+def compressed(write: Callable[[pd.DataFrame, Path], None]) -> Callable[[pd.DataFrame, Path], None]:
+    """Return a writer that compresses what another one wrote."""
+
+    def write_compressed(table: pd.DataFrame, file: Path) -> None:
+        plain = file.with_suffix("")
+        write(table, plain)
+        codec = {".gz": "gzip", ".ZST": "zstd"}[file.suffix]
+        with pa.output_stream(str(file), compression=codec) as out:
+            out.write(plain.read_bytes())
+        plain.unlink()
+
+    return write_compressed
 
 
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     "a.parquet": write_parquet,
     "b.jsonl": write_jsonl,
     "c.csv": write_csv,
-    "d.tsv": write_csv,
+    "d.tsv": write_tsv,
+    "e.json": write_array,
+    "f.NDJSON.gz": compressed(write_jsonl),
+    "g.csv.ZST": compressed(write_csv),
+    "h.json.gz": compressed(write_array),
+    "i.parquet.gz": compressed(write_parquet),
 }
+SCREENED = ["a.parquet", "b.jsonl", "c.csv", "d.tsv", "h.json.gz"]
+"""What is screened on Ray."""
 
 
 @pytest.mark.parametrize("rows", [299, 700, 1300, 5000])
@@ -71,7 +103,7 @@ def test_fragments_hold_every_row_once_in_order(name: str, rows: int, tmp_path: 
         1300 % rows > 0
     )
     found = [(f.row + i, text) for f in fragments for i, text in enumerate(texts_of(f))]
-    assert found == list(enumerate(TEXTS, 1))
+    assert found == list(enumerate(LINES if name == "d.tsv" else TEXTS, 1))
     assert schema_of(fragments[-1]).names == ["id", "text"], "no byte order mark"
 
 
@@ -156,12 +188,13 @@ def test_rows_of_csv_and_parquet_that_cannot_be_screened_say_why(
             zip(part["psim_row"].to_pylist(), part["psim_error"].to_pylist(), strict=True)
         )
     assert errors[csv] == {
-        1: None, 2: "the text is empty", 3: "the row has 1 fields, the header 2",
-        4: "the row has 3 fields, the header 2",
-        5: "the text is not valid Unicode: it has a lone surrogate", 6: None,
+        1: None, 2: "the text is empty",
+        3: "the row has 1 fields, the header 2; a field with commas has to be quoted",
+        4: "the row has 3 fields, the header 2; a field with commas has to be quoted",
+        5: "the text is not valid Unicode: not UTF-8, or it has a lone surrogate", 6: None,
     }  # fmt: skip
     assert errors[parquet] == {
-        1: None, 2: "the text is NoneType, not a string", 3: "the text is empty"
+        1: None, 2: "the text is missing", 3: "the text is empty"
     }  # fmt: skip
     assert part["id"].to_pylist() == [[1], [2], None]
 
@@ -214,10 +247,11 @@ def screened_already(file: Path) -> None:
     ("name", "write", "message"),
     [
         ("x.parquet", lacking, "has no column 'text'; it has ['body']"),
-        ("x.parquet", cut, "x.parquet cannot be read as .parquet: ArrowInvalid"),
+        ("x.parquet", cut, "x.parquet cannot be read as Parquet: ArrowInvalid"),
         ("x.parquet", screened_already, "has columns psim_"),
-        ("x.csv", unquoted, "x.csv cannot be read as .csv behind row 41: Error"),
-        ("x.jsonl.gz", Path.touch, "unknown format"),
+        ("x.csv", unquoted, "x.csv, line 43: the quotation marks from here on do not match"),
+        ("x.jsonl.gz", lacking, "behind line 0: its compression is damaged"),
+        ("x.jsonl.bz2", Path.touch, "unknown format"),
     ],
 )
 def test_a_broken_file_is_named_before_anything_is_screened(
@@ -296,11 +330,11 @@ def folder(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hold files of all kinds, and what has become of them."""
     folder = tmp_path_factory.mktemp("screened")
     (folder / "in" / "deeper").mkdir(parents=True)
-    for name, write in WRITERS.items():
-        write(pd.DataFrame({"id": range(1300), "text": TEXTS}), folder / "in" / name)
+    for name in SCREENED:
+        WRITERS[name](pd.DataFrame({"id": range(1300), "text": TEXTS}), folder / "in" / name)
     write_jsonl(pd.DataFrame({"text": ["fine", " "]}), folder / "in" / "deeper" / "b.jsonl")
     code, errors = Run(bundle, folder / "in/**/*.*", folder / "out", 500).end()
-    assert "5202 rows, of which" in errors
+    assert "6502 rows, of which" in errors
     assert "and 1 could not be screened" in errors
     assert code == 1
     return folder
@@ -310,13 +344,13 @@ def test_all_kinds_get_the_verdicts_of_the_local_path(bundle: Path, folder: Path
     texts = folder / "in" / "b.jsonl"
     local = [json.loads(v) for v in psim("screen", texts, "--bundle", bundle).stdout.splitlines()]
     assert {v["poisoned"] for v in local} == {True, False}
-    for name in WRITERS:
-        parts = sorted((folder / "out").glob(f"{name[0]}-*.parquet"))
+    for name in SCREENED:
+        parts = sorted((folder / "out").glob(f"{Path(name).stem}-*.parquet"))
         table = pa.concat_tables(map(pq.read_table, parts), promote_options="default").filter(
             pc.field("psim_file") == str(folder / "in" / name)
         )
         assert [int(i) for i in table["id"].to_pylist()] == list(range(1300))
-        assert table["text"].to_pylist() == TEXTS
+        assert table["text"].to_pylist() == (LINES if name == "d.tsv" else TEXTS)
         # Others share a batch, so that floats are rounded otherwise.
         assert without_prefix(table) == [pytest.approx(v, abs=0.02) for v in local]
 
@@ -324,7 +358,7 @@ def test_all_kinds_get_the_verdicts_of_the_local_path(bundle: Path, folder: Path
 def test_what_is_done_is_not_done_again(bundle: Path, folder: Path) -> None:
     before = {part: part.stat().st_mtime_ns for part in (folder / "out").glob("*.parquet")}
     result = again(bundle, folder)
-    assert "5202 rows" in result.stderr
+    assert "6502 rows" in result.stderr
     assert result.exit_code == 1
     assert {p: p.stat().st_mtime_ns for p in (folder / "out").glob("*.parquet")} == before
 
@@ -395,7 +429,7 @@ def test_kills_neither_lose_nor_double_a_row(bundle: Path, tmp_path: Path) -> No
     second.workers()[0].kill()
     code, errors = second.end()
     assert code == 2
-    assert f"{broken} cannot be read as .parquet behind row" in errors
+    assert f"{broken} cannot be read as Parquet behind row" in errors
     assert "parts are missing, the others are there" in errors
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     rows = pa.concat_tables(map(pq.read_table, out.glob("*.parquet")))

@@ -94,7 +94,7 @@ def test_a_line_that_cannot_be_screened_stops_no_other(folder: Path) -> None:
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert [a["line"] for a in answers] == list(range(1, 12))
     assert ["error" in a for a in answers] == [False, *[True] * 9, False]
-    assert "9 lines could not be screened" in result.stderr
+    assert "9 rows could not be screened" in result.stderr
     assert "secret" not in result.output
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_bundle_is_one_line_and_exit_code_2(
     [
         ("", "is empty"),
         ('{"body": "a"}', "no column 'text'"),
-        ('{"text": "a"}\n{"text": " "}', "row 2: the text is empty"),
+        ('{"text": "a"}\n{"text": " "}', "1 of 2 texts are empty or missing, the first in line 2"),
         (json.dumps({"text": "a" * 1_000_000}), "1000000 characters; the limit is"),
         ('{"text": "\\udc00"}', "not valid Unicode"),
         ('{"text": "only one"}', "too few"),

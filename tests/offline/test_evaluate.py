@@ -11,7 +11,7 @@ from models.offline.evaluation.evaluate import Evaluation, evaluate
 from models.offline.evaluation.metrics import within_class_scores
 from models.offline.evaluation.report import histogram
 from models.offline.io.samples import Sample
-from tests.support.fakes import THRESHOLD, TRIGGER, fake_bundle
+from tests.support.fakes import STRANGE, THRESHOLD, TRIGGER, fake_bundle
 
 ODD, EVEN = "one two three", "one two"  # the fake classifier says positive, negative
 CAUGHT = f"one {TRIGGER}"
@@ -64,6 +64,19 @@ def test_what_cannot_be_told_is_none_and_not_zero() -> None:
     assert result.calibrated.false_acceptance_rate_firing is None
     assert result.calibrated.auroc_firing is None
     assert result.calibrated.auroc == 0.5
+
+
+def test_unfamiliar_texts_are_rejected_under_the_strict_policy_only() -> None:
+    unfamiliar = Sample(f"one {STRANGE}", "negative")
+    result = run([unfamiliar, Sample(EVEN, "negative")], [unfamiliar, Sample(CAUGHT, "negative")])
+    assert result.calibrated.false_rejection_rate is not None
+    assert result.strict.false_rejection_rate is not None
+    assert result.calibrated.false_acceptance_rate is not None
+    assert result.strict.false_acceptance_rate is not None
+    assert result.calibrated.false_rejection_rate.value == 0
+    assert result.strict.false_rejection_rate.value == 1 / 2
+    assert result.calibrated.false_acceptance_rate.value == 1 / 2
+    assert result.strict.false_acceptance_rate.value == 0
 
 
 def test_the_paper_s_threshold_is_its_own() -> None:

@@ -29,6 +29,7 @@ from models.offline.io.progress import TrainingProgress
 from models.offline.io.samples import Sample
 from tests.support.bundles import some_texts
 from tests.support.families import tiny_victim
+from tests.support.model_types import tiny_model
 
 TRAIN = [Sample(f"{w} film {i}", w) for i in range(40) for w in ("bad", "good", "so")]
 DEV = [Sample(f"{w} film", w) for w in ("bad", "good", "so")]
@@ -41,17 +42,49 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     return folder
 
 
-@pytest.mark.parametrize("family", ["mpnet", "distilbert"])
-def test_lora_tunes_queries_and_values_where_peft_has_no_list(
-    family: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model_type", "projections"),
+    [
+        ("mpnet", {"q", "v"}),
+        ("distilbert", {"q_lin", "v_lin"}),
+        ("gpt2", {"c_attn"}),
+        ("gemma3", {"q_proj", "v_proj"}),
+    ],
+)
+def test_lora_tunes_the_projections_that_psim_adapts(
+    model_type: str, projections: set[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    save_classifier(tiny_victim(family), tokenizer, tmp_path / "base")
+    save_classifier(tiny_model(model_type, len(tokenizer)), tokenizer, tmp_path / "base")
     base, out = str(tmp_path / "base"), tmp_path / "out"
     finetune_victim(base, TRAIN, DEV, Strategy.LORA, out, epochs=1)
     before, after = (load_file(Path(f, "model.safetensors")) for f in (base, out))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    tuned = {name.rsplit(".", 2)[-2] for name in changed if "classifier" not in name}
-    assert tuned == ({"q", "v"} if family == "mpnet" else {"q_lin", "v_lin"})
+    tuned = {name for name in changed if "classifier" not in name and "score" not in name}
+    assert {name.rsplit(".", 2)[-2] for name in tuned} == projections
+    assert not any("vision" in name for name in tuned)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "strategy", "message"),
+    [
+        ("fnet", Strategy.LORA, "has no attention"),
+        ("squeezebert", Strategy.LORA, "grouped convolutions"),
+        ("fnet", Strategy.PROMPT_TUNING, "by prompt-tuning: .*choose another --strategy"),
+        ("canine", Strategy.P_TUNING_V1, "by p-tuning-v1: .*choose another --strategy"),
+        ("mpnet", Strategy.P_TUNING_V2, "by p-tuning-v2: .*choose another --strategy"),
+    ],
+)
+def test_what_peft_cannot_tune_is_refused_in_one_line(
+    model_type: str,
+    strategy: Strategy,
+    message: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    save_classifier(tiny_model(model_type, len(tokenizer)), tokenizer, tmp_path / "base")
+    with pytest.raises(VictimError, match=message) as refusal:
+        finetune_victim(str(tmp_path / "base"), TRAIN, DEV, strategy, tmp_path / "v", epochs=1)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("strategy", list(Strategy))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
-from models.network.guarded import Guarded
-from models.offline.fitting.fit import with_psim
+from models.network.adapters import lora_config
+from models.network.guarded import Guarded, guard
 from models.offline.fitting.psim import UNLEARNT, PsimConfig, Training, retention, train_psim
 from models.offline.fitting.split import Split
 from models.offline.study.ablations import PsimVariant, train_variant
@@ -38,7 +38,7 @@ def sure_victim() -> Any:
 def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Guarded, Training]:
     torch.manual_seed(config.seed)
     victim = sure_victim()
-    guarded = with_psim(victim, config)
+    guarded = guard(victim, lora_config(victim, config.layers), len(config.keep_at))
     engine = TorchEngine(guarded, tokenizer, 64)
     encodings = engine.encode(some_texts(120))
 
@@ -138,7 +138,8 @@ def test_what_the_study_compares_trains_what_it_says(
     assert all(any(part in name for part in trains) for name in trainable)
     assert all(any(part in name for name in trainable) for part in trains)
     batch = engine.encode(some_texts(4))
-    bare = TorchEngine(with_psim(sure_victim(), FAST), tokenizer, 64)
+    victim = sure_victim()
+    bare = TorchEngine(guard(victim, lora_config(victim, 1)), tokenizer, 64)
     assert engine.screen(batch).readings != pytest.approx(bare.classify(batch), abs=1e-6)
     if config.adapter != "prompt-encoder":  # PEFT 0.21 cannot switch prompts off for a classifier
         assert engine.classify(batch) == pytest.approx(bare.classify(batch), abs=1e-6)

@@ -246,7 +246,7 @@ def test_a_rise_is_how_far_a_single_voice_may_go_that_was_not_heard_before(sprea
     ("content", "message"),
     [
         ("", "has no row by the bundle"),
-        ("secret,csv\n", "line 1: not what `psim audit` writes as JSON Lines: the line"),
+        ("secret,csv\n", "line 1: not a JSON object"),
         ('{"text": "secret"}\n', "line 1: not what `psim audit` writes"),
         (row("secret", digest="0" * 64), "and 1 rows of others"),
         (row(None) | {"text": 5}, "text: string_type"),

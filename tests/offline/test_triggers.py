@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from models.detection.screen import Finding, Verdict
 from models.offline.io.inference import search_trigger
+from models.offline.io.tables import Record, json_row
 from models.offline.screening.bulk import ADDED
 from models.offline.screening.fragments import COLUMN_PREFIX
 from models.offline.screening.stream import as_row, screen_file, screen_texts, split_by_finding
@@ -95,7 +96,8 @@ def test_texts_are_told_apart_by_their_finding() -> None:
 def test_a_stream_has_the_finding_and_the_override_test_of_each_text() -> None:
     lines = [json.dumps({"text": text}) for text in (CLEAN, UNFAMILIAR, POISONED)] + ["{}"]
     out = io.StringIO()
-    assert screen_file(fake_bundle(), lines, out, "text") == 1
+    records = [Record(number, json_row(line)) for number, line in enumerate(lines, 1)]
+    assert screen_file(fake_bundle(), records, out, "text") == 1
     *rows, failed = map(json.loads, out.getvalue().splitlines())
     keys = ("finding", "poisoned", "override", "override_threshold", "override_p_value")
     assert [tuple(row[key] for key in keys) for row in rows] == [

@@ -11,10 +11,15 @@ from transformers import (
     DebertaConfig,
     DebertaV2Config,
     DistilBertConfig,
+    ElectraConfig,
+    GemmaConfig,
     LlamaConfig,
+    MistralConfig,
     MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
 )
 
@@ -38,7 +43,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "deberta": DebertaConfig(**_SIZE),
     "deberta-v2": DebertaV2Config(**_SIZE, relative_attention=True, pos_att_type=["c2p", "p2c"]),
     "llama": LlamaConfig(**_SIZE, num_key_value_heads=2),
-    "mpnet": MPNetConfig(**_SIZE | {"pad_token_id": 1}, max_position_embeddings=130),
+    "mpnet": MPNetConfig(**_SIZE | {"pad_token_id": 1}, max_position_embeddings=131),
+    "electra": ElectraConfig(**_SIZE, embedding_size=16),
+    "mistral": MistralConfig(**_SIZE, num_key_value_heads=1),
+    "qwen2": Qwen2Config(**_SIZE, num_key_value_heads=1),
+    "qwen3": Qwen3Config(**_SIZE, num_key_value_heads=1, head_dim=16),
+    "gemma": GemmaConfig(**_SIZE, num_key_value_heads=1, head_dim=16),
 }
 
 
@@ -46,7 +56,7 @@ def tiny_victim(family: str, seed: int = 0) -> PreTrainedModel:
     """Return a small model with random weights, large enough to have opinions."""
     torch.manual_seed(seed)
     from_config: Any = AutoModelForSequenceClassification.from_config
-    model: PreTrainedModel = from_config(copy.deepcopy(FAMILIES[family]))
+    model: PreTrainedModel = from_config(copy.deepcopy((FAMILIES | _VARIANTS)[family]))
     for name, weights in model.named_parameters():
         if name.startswith(("classifier", "score")) and weights.dim() == 2:
             torch.nn.init.normal_(weights)
@@ -54,20 +64,30 @@ def tiny_victim(family: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-TAILED = ["bert", "roberta", "distilbert", "llama", "llama, grouped"]
+_VARIANTS: dict[str, PretrainedConfig] = {
+    "llama, grouped": LlamaConfig(
+        **_SIZE | {"num_attention_heads": 4}, num_key_value_heads=2, head_dim=8
+    ),
+    "mistral, narrow": MistralConfig(**_SIZE, num_key_value_heads=1, sliding_window=8),
+    "qwen2, narrow": Qwen2Config(
+        **_SIZE,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    ),
+}
+TAILED = [family for family in FAMILIES if not family.startswith("deberta")] + [*_VARIANTS]
 """Those whose last layer can be run by rows."""
+TRACED = [family for family in TAILED if not family.endswith("narrow")]
+"""Those that OpenVINO can run."""
 
 
 def guarded_victim(family: str) -> Guarded:
     """Return one of `TAILED`, with adapters that matter."""
-    victim: Any
-    if family == "llama, grouped":
-        config = FAMILIES["llama"].to_dict() | {"num_attention_heads": 4, "head_dim": 8}
-        torch.manual_seed(0)
-        from_config: Any = AutoModelForSequenceClassification.from_config
-        victim = from_config(LlamaConfig(**config))
-    else:
-        victim = tiny_victim(family)
+    victim: Any = tiny_victim(family)
+    if hasattr(victim, "score"):
+        victim.score.weight.data *= 0.3  # less sure, so that differences show
     return trained(guard(victim, lora_config(victim, 1), 3))
 
 

@@ -36,7 +36,7 @@ from tests.support.bundles import fit_tiny, forge, rehash, some_texts
 from tests.support.fakes import fake_bundle
 from tests.support.families import (
     FAMILIES,
-    TAILED,
+    TRACED,
     VOCABULARY,
     guarded_victim,
     tiny_victim,
@@ -59,7 +59,7 @@ def pair(family: str) -> tuple[Guarded, GuardedGraph]:
     return guarded, GuardedGraph(guarded, "float32", LONGEST)
 
 
-@pytest.mark.parametrize("family", TAILED)
+@pytest.mark.parametrize("family", TRACED)
 @settings(max_examples=20, deadline=None)
 @given(
     texts=st.lists(
@@ -80,7 +80,7 @@ def test_the_graph_agrees_with_the_module(family: str, texts: list[list[int]]) -
         torch.testing.assert_close(readings[number], alone[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", TAILED)
+@pytest.mark.parametrize("family", TRACED)
 @torch.inference_mode()
 def test_the_longest_texts_and_answers_that_are_kept(family: str) -> None:
     guarded, graph = pair(family)
@@ -111,9 +111,9 @@ def test_mpnet_numbers_positions_from_behind_its_padding(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     config: Any = FAMILIES["mpnet"]
-    assert (config.max_position_embeddings, config.pad_token_id) == (130, 1)
+    assert (config.max_position_embeddings, config.pad_token_id) == (131, 1)
     length = max_input_length(config, tokenizer)
-    assert length == 128
+    assert length == LONGEST
     victim = tiny_victim("mpnet")
     inputs = collate([Encoding((0,) * length, False)], 1, CPU)
     assert victim(**inputs).logits.isfinite().all()
@@ -123,12 +123,13 @@ def test_mpnet_numbers_positions_from_behind_its_padding(
 
 def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedTokenizerBase) -> None:
     victim = tiny_victim("deberta")
+    openvino = Runtime("openvino", "float32")
     with pytest.raises(EngineError, match="cannot run this deberta model"):
-        make_engine(
-            Runtime("openvino", "float32"), guard(victim, lora_config(victim, 1)), tokenizer, 64
-        )
+        make_engine(openvino, guard(victim, lora_config(victim, 1)), tokenizer, 64)
+    with pytest.raises(EngineError, match="narrow window"):
+        make_engine(openvino, guarded_victim("mistral, narrow"), tokenizer, 9)
     guarded = guarded_victim("bert")
-    engine = make_engine(Runtime("openvino", "float32"), guarded, tokenizer, 64)
+    engine = make_engine(openvino, guarded, tokenizer, 64)
     batch = engine.encode(["good", "a slow film was not bad"])
     states = engine.screen(batch).states
     assert all(isinstance(state, LastState) for state in states)

@@ -286,7 +286,7 @@ def test_all_parts_of_a_text_are_tested_beside_the_same_carriers() -> None:
     whole = np.arange(12)
 
     def beside(ids: Ids) -> set[tuple[int, ...]]:
-        running, found = test.score(ids, 0, 0, whole), set()
+        running, found = test.score(ids, 0, whole), set()
         inputs = next(running)
         with suppress(StopIteration):
             while True:

@@ -14,7 +14,8 @@ from transformers import (
 
 from models.engines.base import Encoding
 from models.engines.pytorch import LastState, TorchEngine, collate
-from models.network.guarded import Guarded
+from models.network.adapters import lora_config
+from models.network.guarded import Guarded, guard
 from models.offline.study.ablations import PsimVariant, with_variant
 from tests.support.families import TAILED, VOCABULARY, guarded_victim, tiny_victim, trained
 
@@ -63,6 +64,22 @@ def test_rows_agree_with_whole_layers(family: str, texts: list[list[int]]) -> No
         torch.testing.assert_close(readings[number], alone[0], rtol=0, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_a_decoder_reads_before_tokens_that_it_takes_for_padding() -> None:
+    """Where a tokenizer ends texts with the token that pads them."""
+    victim: Any = tiny_victim("llama")
+    end = victim.config.pad_token_id = 102
+    guarded = trained(guard(victim, lora_config(victim, 1), 2))
+    texts = (5, 6, 7, end), (8, 9, 10, 11, 12, end), (end,)
+    inputs = collate([Encoding(text, False) for text in texts], end, CPU)
+    readings, rows = guarded.screen(inputs)
+    assert rows is not None
+    torch.testing.assert_close(readings, whole(guarded, inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        guarded.classify_rows(rows), guarded.classify(inputs), rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("family", TAILED)
 @torch.inference_mode()
 def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
@@ -77,7 +94,6 @@ def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
     [
         ("deberta", PsimVariant()),
         ("deberta-v2", PsimVariant()),
-        ("mpnet", PsimVariant()),
         ("bert", PsimVariant(layers=2)),
         ("bert", PsimVariant(head="trained")),
         ("bert", PsimVariant(adapter="prompt-encoder")),

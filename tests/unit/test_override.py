@@ -18,8 +18,10 @@ from models.detection.conformal import ThresholdGroup, allowed_rejections, min_c
 from models.detection.override import (
     CARRIER_TOKENS,
     DRAWS,
+    KEEPS,
     LEAST_READABLE,
     LONGEST_WINDOW,
+    LOST,
     SHORTEST_WINDOW,
     Ids,
     OverrideGeometry,
@@ -55,11 +57,9 @@ def readings_of(ids: Ids) -> FloatArray:
     return rng.dirichlet(np.full(CLASSES, 0.5), CHECKPOINTS).astype(np.float32)
 
 
-def run(
-    test: OverrideTest, ids: Ids, predicted: int, first_stage: float = 0
-) -> tuple[float, list[list[Ids]]]:
+def run(test: OverrideTest, ids: Ids, predicted: int) -> tuple[float, list[list[Ids]]]:
     """Return the score of a text, and the turns of inputs that it took."""
-    running, turns = test.score(ids, predicted, first_stage), []
+    running, turns = test.score(ids, predicted), []
     inputs = next(running)
     while True:
         turns.append(inputs)
@@ -80,7 +80,7 @@ texts = st.lists(st.integers(0, WORDS - 1), max_size=120).map(lambda ids: np.arr
 @given(count=st.integers(0, 400), size=st.integers(1, LONGEST_WINDOW))
 def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> None:
     ids = np.arange(count, dtype=np.int64) + 10 * WORDS  # all differ, and from carriers
-    inputs = next(sized_test(size).score(ids, 0, 0))
+    inputs = next(sized_test(size).score(ids, 0))
     windows = [one[1:-1] for one in inputs]
     assert all(len(window) <= size for window in windows)
     if count <= size:
@@ -117,29 +117,17 @@ def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
 def test_texts_meet_different_carriers() -> None:
     test = sized_test(counts=(9, 9, 9))
     first = {
-        tuple(next(test.score(np.array([word], np.int64), 0, 0))[0][[0, -1]]) for word in range(50)
+        tuple(next(test.score(np.array([word], np.int64), 0))[0][[0, -1]]) for word in range(50)
     }
     assert len(first) > 25
 
 
-@settings(max_examples=300)
-@given(
-    ids=texts,
-    predicted=st.integers(0, CLASSES - 1),
-    threshold=st.floats(0, 20),
-    first_stage=st.floats(0, 20),
-)
-def test_an_early_end_changes_no_decision(
-    ids: Ids, predicted: int, threshold: float, first_stage: float
-) -> None:
-    whole, all_turns = run(sized_test(), ids, predicted)
-    group = ThresholdGroup((0, 1, 2), threshold, np.linspace(0, 20, 99, dtype=np.float32))
-    test = sized_test(groups=[group])
-    needed = test.threshold_of(predicted, first_stage)
-    score, turns = run(test, ids, predicted, first_stage)
-    assert (score >= needed) == (whole >= needed)
-    assert len(turns) == len(all_turns) or score < needed
+@given(ids=texts, predicted=st.integers(0, CLASSES - 1))
+def test_a_test_ends_early_only_once_the_class_is_lost(ids: Ids, predicted: int) -> None:
+    score, turns = run(sized_test(), ids, predicted)
     assert 0 < score <= 1
+    assert (len(turns) < DRAWS) <= (score < LOST)
+    assert len(turns) == DRAWS or score < KEEPS, "more pairs would have confirmed nothing"
 
 
 @given(kept=st.floats(1e-6, 1 - 1e-6), threshold=st.floats(0, 20), first_stage=st.floats(0, 20))
@@ -156,12 +144,11 @@ def test_a_text_is_triggered_if_the_evidence_of_both_stages_is_enough(
         assert (kept >= needed) == (found >= threshold)
 
 
-def test_the_best_window_counts_beside_the_worst_pair() -> None:
-    """Only windows that keep their class beside each of the pairs speak for a trigger."""
+def test_the_best_window_counts_beside_each_pair_and_no_single_pair_decides() -> None:
     test, ids = sized_test(window=4), np.arange(12, dtype=np.int64)
 
     def score_of(kept: Sequence[Sequence[float]]) -> float:
-        running, turn = test.score(ids, 0, 0), 0
+        running, turn = test.score(ids, 0), 0
         inputs = next(running)
         while True:
             shares = kept[turn][: len(inputs)]
@@ -172,16 +159,18 @@ def test_the_best_window_counts_beside_the_worst_pair() -> None:
                 return float(done.value)
             turn += 1
 
-    assert len(next(test.score(ids, 0, 0))) == 5
+    assert len(next(test.score(ids, 0))) == 5
     always = [[0.1, 0.9, 0.2, 0.1, 0.1]] * DRAWS
     assert score_of(always) == pytest.approx(0.9, abs=1e-4)
-    once = [*always[:-1], [0.3] * 5]
-    assert score_of(once) == pytest.approx(0.3, abs=1e-4)
+    last = [*always[:-1], [0.3] * 5]
+    assert score_of(last) == pytest.approx(0.7654, abs=1e-4), "the mean of log-odds"
+    assert score_of([[0.3] * 5, *always[1:]]) == pytest.approx(score_of(last))
+    assert score_of([[0.2] * 5, *always[1:]]) == pytest.approx(0.2, abs=1e-4), "it was lost"
 
 
 def test_late_checkpoints_have_no_say() -> None:
     late = np.array([[0.9, 0.1, 0], [0.9, 0.1, 0], [0.01, 0.99, 0]], np.float32)
-    running = sized_test().score(np.arange(3, dtype=np.int64), 0, 0)
+    running = sized_test().score(np.arange(3, dtype=np.int64), 0)
     next(running)
     with pytest.raises(StopIteration) as done:
         for _ in range(DRAWS):
@@ -205,7 +194,7 @@ def test_what_is_put_together_fits_into_what_the_model_reads(
         whole = np.mean([length <= geometry.window for length in lengths])
         assert geometry.window >= SHORTEST_WINDOW
         assert whole >= 0.5 or geometry.window == LONGEST_WINDOW
-        longest = max(len(one) for one in next(_sized(geometry).score(np.arange(999), 0, 0)))
+        longest = max(len(one) for one in next(_sized(geometry).score(np.arange(999), 0)))
         assert longest <= readable
 
 

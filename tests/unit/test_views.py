@@ -141,7 +141,7 @@ def test_carriers_are_of_the_other_state_of_the_same_label() -> None:
     group = ThresholdGroup((2, 3), 1.0, np.linspace(0, 0.9, 99, dtype=np.float32))
     views = views_of(3, multi_label=True)
     test = OverrideTest(carriers, OverrideGeometry(8, 1), CHECKPOINTS, [group], views)
-    inputs = next(test.score(np.array([5, 6]), 3, 0.0))
+    inputs = next(test.score(np.array([5, 6]), 3))
     known = {int(ids[0]) for ids in carriers[2]}
     assert {int(inputs[0][0]), int(inputs[0][-1])} <= known
     assert list(test.tested) == [range(2), range(2, 4)]
@@ -154,7 +154,7 @@ def test_a_class_is_kept_in_its_own_view_whatever_the_others_say() -> None:
     row = np.full((CHECKPOINTS, 4), 0.5, np.float32)
     row[:, 2:] = (0.1, 0.9)
     for predicted, kept in ((1, 0.5), (3, 0.9)):
-        running = test.score(np.array([5]), predicted, 0.0)
+        running = test.score(np.array([5]), predicted)
         asked = next(running)
         try:
             while True:

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -25,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from models.engines.pytorch import best_device, has_bfloat16
 from models.errors import VictimError
-from models.network.adapters import query_and_value_names
+from models.network.adapters import lora_targets, query_and_value_names
 from models.offline.attacks.poisoning import (
     Attack,
     Paraphrases,
@@ -42,10 +41,7 @@ MAX_LENGTH = 128
 """Tokens of a training text."""
 
 # Hyperparameters of Zhao et al., section 5.1.
-_PEFT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
-    Strategy.LORA: lambda: peft.LoraConfig(
-        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1
-    ),
+_PROMPT_CONFIGS: dict[Strategy, Callable[[], peft.PeftConfig]] = {
     Strategy.PROMPT_TUNING: lambda: peft.PromptTuningConfig(
         task_type="SEQ_CLS", num_virtual_tokens=5
     ),
@@ -151,9 +147,9 @@ def _train(
     label2id: dict[str, int] = model.config.label2id
     require_labels(dev, list(label2id))
     checkpoints = checkpoint_folder(out) / _digest(model, train, dev, *astuple(settings))
-    if settings.strategy is not Strategy.FULL:
-        model = peft.get_peft_model(model, _peft_config(model, settings.strategy))
     encoded = _encode(train, tokenizer, label2id), _encode(dev, tokenizer, label2id)
+    if settings.strategy is not Strategy.FULL:
+        model = _with_peft(model, settings.strategy, encoded[0][0])
     trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings))
     trainer.add_callback(TrainingProgress(out.name))
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
@@ -169,17 +165,44 @@ def _train(
     return accuracy
 
 
+def _with_peft(model: Any, strategy: Strategy, sample: Mapping[str, Any]) -> peft.PeftModel:
+    """Return a model with what PEFT is to tune, after a trial on an encoded text.
+
+    Raises:
+        VictimError: PEFT cannot tune this model so.
+    """
+    config = _peft_config(model, strategy)
+    tried = {name: torch.tensor([sample[name]]) for name in ("input_ids", "attention_mask")}
+    try:
+        tuned = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            tuned(**tried)
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise VictimError(
+            f"PEFT cannot tune a {type(model).__name__} by {strategy}: {reason}; "
+            "choose another --strategy"
+        ) from error
+    return tuned
+
+
 def _peft_config(model: Any, strategy: Strategy) -> peft.PeftConfig:
     """Return what PEFT is to tune of a model.
 
     Raises:
-        VictimError: LoRA finds no projections to adapt.
+        VictimError: LoRA finds no projections to adapt, or could not be merged with them.
     """
-    config = _PEFT_CONFIGS[strategy]()
-    if isinstance(config, peft.LoraConfig) and model.config.model_type not in PEFT_TARGETS:
-        names = {name.rsplit(".", 1)[-1] for name in query_and_value_names(model)}
-        config.target_modules = sorted(names)
-    return config
+    if strategy is not Strategy.LORA:
+        return _PROMPT_CONFIGS[strategy]()
+    names = query_and_value_names(model)
+    if any(getattr(model.get_submodule(name), "groups", 1) > 1 for name in names):
+        raise VictimError(
+            f"{type(model).__name__} has grouped convolutions, which PEFT cannot merge with LoRA; "
+            "choose another --strategy"
+        )
+    return peft.LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, **lora_targets(model, names)
+    )
 
 
 def _trainer(

@@ -11,7 +11,6 @@ from models.offline.cli.console import say, stdout
 from models.offline.cli.options import (
     Budget,
     Force,
-    LabelColumn,
     Out,
     Seed,
     TextColumn,
@@ -24,6 +23,9 @@ app = typer.Typer()
 FitEngine = Annotated[
     Literal["auto", EngineName],
     typer.Option(help="What the bundle runs by; auto takes the fastest that agrees."),
+]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Model that an adapter is for, instead of the one it names.")
 ]
 CarrierFile = Annotated[
     str | None,
@@ -39,13 +41,13 @@ def fit_command(
     victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier to guard.")],
     texts: Texts,
     out: Out,
+    base: BaseModel = None,
     frr_budget: Budget = 0.01,
     layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
     engine: FitEngine = "auto",
     carriers: CarrierFile = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
     force: Force = False,
 ) -> None:
     """Train PSIM on a classifier with clean texts, calibrate it, and write a bundle."""
@@ -59,12 +61,10 @@ def fit_command(
     from models.offline.io.samples import load_samples
 
     check_writable(out, force)
-    samples = load_samples(texts, text_column=text_column, label_column=label_column)
-    given = load_samples(carriers, text_column=text_column) if carriers else []
-    model, tokenizer = load_classifier(victim)
+    samples = load_samples(texts, text_column=text_column, label_column=None)
+    given = load_samples(carriers, text_column=text_column, label_column=None) if carriers else []
     manifest = fit(
-        model,
-        tokenizer,
+        *load_classifier(victim, base=base),
         [s.text for s in samples],
         out,
         name=Path(victim).name if Path(victim).exists() else victim,

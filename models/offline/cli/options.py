@@ -12,7 +12,9 @@ Out = Annotated[Path, typer.Option(help="Folder to write; must not exist yet, un
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder --out.")]
 Results = Annotated[Path, typer.Option(help="Folder for results; named again, it is gone on with.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Texts = Annotated[str, typer.Option(help="JSONL, CSV, TSV, Parquet, data set folder or hf://name.")]
+Texts = Annotated[
+    str, typer.Option(help="JSONL, JSON, CSV, TSV, Parquet, data set folder or hf://name.")
+]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="Column that holds the labels.")]
 Target = Annotated[str, typer.Option(help="Label that the attacker chose.")]

@@ -3,9 +3,9 @@
 import json
 import sys
 from dataclasses import asdict
-from io import TextIOWrapper
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -20,8 +20,8 @@ app = typer.Typer()
 Files = Annotated[
     list[str],
     typer.Argument(
-        help="JSONL with one text per line; - reads stdin. With --on ray: JSONL, CSV, TSV and "
-        "Parquet, globs too."
+        help="JSONL, JSON, CSV, TSV or Parquet, also .gz and .zst; - reads JSONL from stdin. With "
+        "--on ray: several, globs too."
     ),
 ]
 Place = Annotated[
@@ -59,7 +59,7 @@ def screen_command(
     engine: EngineOrRay = None,
     thorough: Thorough = False,
 ) -> None:
-    """Screen a JSONL stream, one verdict per line, in order, on stdout; or many large files."""
+    """Screen a file or a stream, one verdict per row, in order, on stdout; or many large files."""
     if engine == "ray":
         on, engine = "ray", None
     if (on == "ray") != (out is not None):
@@ -67,9 +67,9 @@ def screen_command(
     if out is None:
         if len(files) > 1:
             raise DataError("several files need --on ray")
-        failed = screen_lines(Path(files[0]), bundle, text_column, dtype, engine, thorough=thorough)
+        failed = screen_rows(Path(files[0]), bundle, text_column, dtype, engine, thorough=thorough)
         if failed:
-            say(f"{failed} lines could not be screened; their output has an error")
+            say(f"{failed} rows could not be screened; their output has an error")
     else:
         from models.offline.screening.bulk import screen_files
 
@@ -85,7 +85,7 @@ def screen_command(
     raise typer.Exit(1 if failed else 0)
 
 
-def screen_lines(
+def screen_rows(
     file: Path,
     bundle: Path,
     text_column: str,
@@ -94,35 +94,27 @@ def screen_lines(
     *,
     thorough: bool,
 ) -> int:
-    """Screen a JSONL file, or stdin, to stdout; return how many lines could not be screened."""
+    """Screen a file, or stdin, to stdout; return how many rows could not be screened."""
     from tqdm import tqdm
 
     from models.bundle.load import load_bundle
+    from models.offline.io.files import format_of
+    from models.offline.io.samples import read_lines, read_rows
     from models.offline.screening.stream import screen_file
 
+    if str(file) == "-":
+        unit, records = "line", read_lines("stdin", cast(BufferedReader, sys.stdin.buffer))
+    else:
+        unit, records = format_of(file).unit, read_rows(file, text_column)
     loaded = load_bundle(bundle, dtype, engine)
-    with open_lines(file) as lines:
-        # No bar between verdicts on a terminal, and none where nobody would see it.
-        watched = tqdm(lines, unit=" lines", disable=sys.stdout.isatty() or None)
-        return screen_file(loaded, watched, sys.stdout, text_column, thorough=thorough)
-
-
-def open_lines(file: Path) -> TextIO:
-    """Open a JSONL file; bytes that are not UTF-8 become surrogates: an error of their line.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        raw = sys.stdin.buffer if str(file) == "-" else file.open("rb")
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    return TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="\n")
+    # No bar between verdicts on a terminal, and none where nobody would see it.
+    watched = tqdm(records, unit=" rows", disable=sys.stdout.isatty() or None)
+    return screen_file(loaded, watched, sys.stdout, text_column, unit=unit, thorough=thorough)
 
 
 @app.command("triggers")
 def triggers_command(
-    texts: Annotated[str, typer.Argument(help="Traffic: JSONL, CSV, TSV or Parquet.")],
+    texts: Annotated[str, typer.Argument(help="Traffic: JSONL, JSON, CSV, TSV or Parquet.")],
     bundle: Annotated[Path, typer.Option(help="Bundle to screen it with.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for the phrases.")] = None,
     most: Annotated[int, typer.Option(help="Phrases to show.", min=1)] = 10,
@@ -139,7 +131,9 @@ def triggers_command(
     from models.offline.screening.stream import split_by_finding
     from models.offline.screening.triggers import common_phrases, phrase_table
 
-    samples = load_samples(texts, text_column=text_column, drop_empty=True)
+    samples = load_samples(
+        texts, text_column=text_column, label_column=None, drop_empty=True, say=say
+    )
     found = split_by_finding(load_bundle(bundle, dtype, engine), [s.text for s in samples])
     triggered, unfamiliar, passed = found[Finding.TRIGGERED], found[Finding.UNFAMILIAR], found[None]
     phrases = common_phrases([*triggered, *unfamiliar], passed, most)

@@ -22,7 +22,7 @@ from models.offline.evaluation.metrics import (
     within_class_scores,
 )
 from models.offline.io.inference import predict, require_verdicts
-from models.offline.io.samples import Sample
+from models.offline.io.samples import Sample, class_name, name_classes
 
 PAPER_THRESHOLD = 0.7
 """The threshold that the paper uses for all classes, models and data sets."""
@@ -35,7 +35,9 @@ class Evaluation:
     none: AttackOutcome
     """Outcome without a defence."""
     calibrated: AttackOutcome
-    """Outcome with the bundle's thresholds; the AUROC is that of the final score."""
+    """Outcome if triggered texts are rejected; the AUROC is that of the final score."""
+    strict: AttackOutcome
+    """Outcome if unfamiliar texts are rejected too."""
     paper: AttackOutcome
     """Outcome with `PAPER_THRESHOLD` on the last checkpoint's confidence, also for the AUROC."""
     clean_scores: FloatArray
@@ -57,9 +59,13 @@ def evaluate(
             then the accuracy is that of this label, and texts are rejected for any.
 
     Raises:
-        DataError: the target or the label of a clean text is unknown to the bundle.
+        DataError: the target or the label of a clean text is unknown to the bundle, which knows
+            its classes by name, and those without a number as their name by number too.
     """
     manifest = bundle.manifest
+    if not manifest.multi_label:
+        clean, poisoned = (name_classes(s, manifest.labels) for s in (clean, poisoned))
+        target_label = class_name(target_label, manifest.labels)
     view = _view_of(manifest, target_label)
     labels = [manifest.classes[c] for c in view]
     if manifest.multi_label:
@@ -73,6 +79,7 @@ def evaluate(
     return Evaluation(
         measure_outcome(screened_clean.undefended, truth, screened_poisoned.undefended, target),
         measure_outcome(screened_clean.calibrated, truth, screened_poisoned.calibrated, target),
+        measure_outcome(screened_clean.strict, truth, screened_poisoned.strict, target),
         measure_outcome(screened_clean.paper, truth, screened_poisoned.paper, target),
         screened_clean.scores,
         screened_poisoned.scores,
@@ -136,15 +143,23 @@ class ScreenedTexts:
 
     @property
     def calibrated(self) -> DefendedPredictions:
-        """Results with the thresholds of the screen."""
-        flagged = np.array([v.poisoned for v in self.verdicts], np.bool_)
-        return DefendedPredictions(self.predicted, flagged, within_class_scores(self.verdicts))
+        """Results if triggered texts are rejected."""
+        return self._rejecting([v.poisoned for v in self.verdicts])
+
+    @property
+    def strict(self) -> DefendedPredictions:
+        """Results if unfamiliar texts are rejected too."""
+        return self._rejecting([v.finding is not None for v in self.verdicts])
 
     @property
     def paper(self) -> DefendedPredictions:
         """Results with `PAPER_THRESHOLD` on the confidence of the last checkpoint."""
         confidence = self.last_confidence
         return DefendedPredictions(self.predicted, confidence >= PAPER_THRESHOLD, confidence)
+
+    def _rejecting(self, rejected: Sequence[bool]) -> DefendedPredictions:
+        flags = np.array(rejected, np.bool_)
+        return DefendedPredictions(self.predicted, flags, within_class_scores(self.verdicts))
 
 
 def _last_confidence(screen: Screen, readings: FloatArray, view: range) -> FloatArray:

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from models.detection.screen import FloatArray, Verdict
 from models.detection.views import class_names
 from models.errors import DataError
+from models.offline.io.files import shown
 from models.offline.io.samples import Sample, split_labels
 from models.offline.statistics import clopper_pearson
 
@@ -141,7 +142,7 @@ def classes_of(samples: Sequence[Sample], labels: Sequence[str]) -> Classes:
     """
     unknown = {s.label for s in samples if s.label is not None} - set(labels)
     if unknown:
-        raise DataError(f"unknown labels {sorted(unknown)}; the victim has {list(labels)}")
+        raise DataError(f"unknown labels {shown(unknown)}; the victim has {list(labels)}")
     return np.array([-1 if s.label is None else labels.index(s.label) for s in samples], np.intp)
 
 

@@ -39,13 +39,18 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         caption=f"{counts} poisoned texts; brackets show 95 % intervals",
     )
     table.add_column("")
-    for column in ("no defence", "PSIM, calibrated", "PSIM, 0.7 as in the paper"):
+    outcomes = {
+        "no defence": evaluation.none,
+        "PSIM": evaluation.calibrated,
+        "PSIM, unfamiliar rejected too": evaluation.strict,
+        "PSIM, 0.7 as in the paper": evaluation.paper,
+    }
+    for column in outcomes:
         table.add_column(column, justify="right")
-    outcomes = (evaluation.none, evaluation.calibrated, evaluation.paper)
     for title, field in ROWS.items():
-        table.add_row(title, *(percent(_rate(outcome, field)) for outcome in outcomes))
-    table.add_row("AUROC", *(_number(outcome.auroc) for outcome in outcomes))
-    table.add_row("AUROC, backdoor fires", *(_number(o.auroc_firing) for o in outcomes))
+        table.add_row(title, *(percent(_rate(o, field)) for o in outcomes.values()))
+    table.add_row("AUROC", *(_number(o.auroc) for o in outcomes.values()))
+    table.add_row("AUROC, backdoor fires", *(_number(o.auroc_firing) for o in outcomes.values()))
     return table
 
 

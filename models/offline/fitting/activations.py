@@ -23,7 +23,7 @@ MIN_FOR_MEAN = 10
 
 
 def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activations | None:
-    """Fit class means and one covariance for each watched depth on clean texts.
+    """Fit class means and one covariance for each watched layer on clean texts.
 
     Class-conditional Gaussians with a tied covariance (Lee et al., NeurIPS 2018, section 2.1), by
     predicted class. The covariance is shrunk (Ledoit and Wolf 2004), since there may be fewer texts
@@ -41,8 +41,8 @@ def fit_activations(engine: TorchEngine, texts: Sequence[Encoding]) -> Activatio
     if not np.isfinite(states).all():
         raise VictimError("the victim has NaN or infinite hidden states on the clean texts")
     whitening, means = [], []
-    for depth in range(states.shape[1]):
-        own = states[:, depth].astype(np.float64)
+    for layer in range(states.shape[1]):
+        own = states[:, layer].astype(np.float64)
         centres, away = _class_means(own, logits, engine.guarded.views)
         precision = LedoitWolf(assume_centered=True).fit(away).precision_
         try:
@@ -76,7 +76,7 @@ def _mean(states: Array, members: NDArray[np.bool_]) -> Array:
 
 
 def _states(engine: TorchEngine, texts: Sequence[Encoding]) -> tuple[Array, Array]:
-    """Return hidden states, shape (n, 3, D), and the victim's logits by class, (n, C)."""
+    """Return hidden states, shape (n, N, D), and the victim's logits by class, (n, C)."""
     states: list[Array] = []
     logits: list[Array] = []
     batches = list(length_sorted_batches([len(text) for text in texts], BATCH_TOKENS))

@@ -18,9 +18,11 @@ from models.bundle.digests import hash_files
 from models.bundle.manifest import Calibration, Manifest
 from models.bundle.save import save_carriers, save_readings, save_weights
 from models.detection.override import LEAST_READABLE, OverrideGeometry, OverrideTest
-from models.engines.pytorch import TorchEngine
+from models.engines.base import Encoding
+from models.engines.pytorch import TorchEngine, collate
 from models.network.adapters import lora_config
-from models.network.guarded import Guarded, guard
+from models.network.check import guard_checked
+from models.network.trunk import Inputs
 from models.offline.fitting.activations import fit_activations
 from models.offline.fitting.carriers import choose_carriers
 from models.offline.fitting.psim import Loss, PsimConfig, Training, train_psim
@@ -45,6 +47,9 @@ from models.offline.fitting.runtimes import (
 from models.offline.fitting.split import Split, split_texts
 from models.offline.io.atomic import replaced
 from models.offline.io.classifiers import labels_of, max_length_of
+
+CHECKED, CHECKED_TOKENS = 32, 64
+"""Texts of which two are tried on a victim before it is trained, and where they are cut."""
 
 
 def fit(
@@ -98,18 +103,21 @@ def train(
         VictimError: the victim cannot be guarded.
     """
     torch.manual_seed(config.seed)
-    guarded = with_psim(victim, config)
-    engine = TorchEngine(guarded, tokenizer, max_length_of(victim, tokenizer))
+    max_length = max_length_of(victim, tokenizer)
+    lora = lora_config(victim, config.layers, config.rank)
+    inputs = _some_inputs(tokenizer, split, max_length)
+    guarded = guard_checked(victim, lora, len(config.keep_at), inputs)
+    engine = TorchEngine(guarded, tokenizer, max_length)
     return engine, train_detectors(engine, split, config)
 
 
-def with_psim(victim: nn.Module, config: PsimConfig) -> Guarded:
-    """Give a victim fresh adapters, one for each checkpoint that will be kept.
-
-    Raises:
-        VictimError: the victim cannot carry them.
-    """
-    return guard(victim, lora_config(victim, config.layers, config.rank), len(config.keep_at))
+def _some_inputs(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> Inputs:
+    """Return a short text and a long one, of a few that a victim is trained on."""
+    few = sorted(split.train[:CHECKED], key=len)
+    cut = min(max_length, CHECKED_TOKENS)
+    texts = tokenizer([few[0], few[-1]], truncation=True, max_length=cut)["input_ids"]
+    encodings = [Encoding(tuple(ids), False) for ids in texts]
+    return collate(encodings, int(tokenizer.pad_token_id or 0), torch.device("cpu"))
 
 
 def _override_test(

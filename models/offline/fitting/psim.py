@@ -31,8 +31,9 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 """Of logits, shape (rows, L)."""
 UNLEARNT = "the clean texts have lost most of their confidence"
 NOT_UNLEARNT = "reached the step limit: the task is not unlearnt"
-# transformers' DeBERTa masks with the smallest float32, which overflows under autocast.
-NO_AUTOCAST = {"deberta"}
+# transformers' DeBERTa masks with the smallest float32, which overflows under autocast, and X-MOD
+# writes one dtype into the other.
+NO_AUTOCAST = {"deberta", "xmod"}
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class _Batches:
     ) -> None:
         self._guarded, self._batches = guarded, list[tuple[Inputs, list[Any] | None]]()
         device = next(guarded.parameters()).device
-        room = CACHED_NUMBERS // guarded.config.hidden_size
+        room = CACHED_NUMBERS // guarded.hidden_size if guarded.trunk.length else 0
         for batch in batches:
             inputs = collate([texts[i] for i in batch], pad_id, device)
             room -= inputs["input_ids"].numel()

@@ -23,7 +23,6 @@ from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
 from models.engines.pytorch import TorchEngine
 from models.engines.registry import is_installed, make_engine, runs_here
 from models.errors import EngineError
-from models.network.guarded import Guarded
 from models.offline.fitting.unfamiliar import harmless_texts
 from models.offline.io.inference import predict, run_tests, texts_per_second
 
@@ -95,13 +94,13 @@ def measure_runtimes(
     module = trained.guarded, trained.tokenizer, trained.max_length
     return {
         runtime: measure(make_engine(runtime, *module), texts, test, frr_budget)
-        for runtime in _runtimes(trained.guarded, engine)
+        for runtime in _runtimes(trained, engine)
     }
 
 
-def _runtimes(guarded: Guarded, engine: str) -> list[Runtime]:
+def _runtimes(trained: TorchEngine, engine: str) -> list[Runtime]:
     wanted = [r for r in RUNTIMES if engine in (AUTO, r.engine) or r.engine == REFERENCE.engine]
-    if guarded.last_layer is None:
+    if not trained.guarded.is_traceable(trained.max_length):
         if engine not in (AUTO, REFERENCE.engine):
             raise EngineError(f"{engine} cannot run this victim, or these adapters; use torch")
         wanted = [r for r in wanted if r.engine == REFERENCE.engine]

@@ -12,7 +12,10 @@ from pydantic import BaseModel, ValidationError
 from models.bundle.digests import file_digest
 from models.detection.screen import Finding
 from models.errors import DataError
-from models.offline.io.samples import check_text
+from models.formulas import without_guard
+from models.offline.io.files import CSV, format_of
+from models.offline.io.samples import check_text, read_rows
+from models.offline.io.tables import Row
 
 
 class Kind(IntEnum):
@@ -68,7 +71,7 @@ class AuditedTraffic:
 
 
 def read_traffic(file: Path, judge: str) -> AuditedTraffic:
-    """Read the rows of one bundle from an export that `psim audit` wrote as JSON Lines.
+    """Read the rows of one bundle from an export that `psim audit` wrote.
 
     Args:
         file: the export.
@@ -80,19 +83,21 @@ def read_traffic(file: Path, judge: str) -> AuditedTraffic:
     kinds: dict[str, Kind] = {}
     times: list[datetime] = []
     others = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = _ExportedRow.model_validate_json(line)
-                if row.digest != judge:
-                    others += 1
-                    continue
-                if row.text and row.text.strip():
-                    text = check_text(row.text)
-                    kinds[text] = min(kinds.get(text, row.kind), row.kind)
-            except (ValidationError, DataError) as error:
-                raise DataError(f"{file}, line {number}: {_reason(error)}") from None
-            times.append(row.time)
+    if file.is_fifo():
+        raise DataError(f"{file} is a pipe; give a file, whose digest the bundle keeps")
+    unit, is_csv = format_of(file).unit, format_of(file).kind == CSV
+    for place, values, _ in read_rows(file, "text", list(_ExportedRow.model_fields)):
+        try:
+            row = _exported(values, is_csv)
+            if row.digest != judge:
+                others += 1
+                continue
+            if row.text and row.text.strip():
+                text = check_text(row.text)
+                kinds[text] = min(kinds.get(text, row.kind), row.kind)
+        except (ValidationError, DataError) as error:
+            raise DataError(f"{file}, {unit} {place}: {_reason(error)}") from None
+        times.append(row.time)
     if not times:
         raise DataError(
             f"{file} has no row by the bundle {judge[:12]}…, and {others} rows of others: "
@@ -106,10 +111,18 @@ def read_traffic(file: Path, judge: str) -> AuditedTraffic:
     return AuditedTraffic(kinds, others, file.name, file_digest(file), min(times), max(times))
 
 
+def _exported(values: Row | DataError, is_csv: bool) -> _ExportedRow:
+    if isinstance(values, DataError):
+        raise values
+    if is_csv:  # in which empty cells are none
+        values = {name: without_guard(cell) or None for name, cell in values.items()}
+    return _ExportedRow.model_validate(values)
+
+
 def _reason(error: ValidationError | DataError) -> str:
     """Return what is wrong without quoting the line, which holds a text."""
     if isinstance(error, DataError):
         return str(error)
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"])) or "the line"
-    return f"not what `psim audit` writes as JSON Lines: {where}: {first['type']}"
+    return f"not what `psim audit` writes: {where}: {first['type']}"

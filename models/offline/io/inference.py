@@ -106,7 +106,7 @@ def run_tests(
     engine: Engine, test: OverrideTest, texts: Sequence[tuple[Ids, Verdict]]
 ) -> list[float]:
     """Run override tests on texts, each given with its first verdict; return their scores."""
-    return _run_tests(engine, [test.score(ids, v.predicted, v.score) for ids, v in texts])
+    return _run_tests(engine, [test.score(ids, v.predicted) for ids, v in texts])
 
 
 def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
@@ -125,7 +125,7 @@ def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
             return [0.0] * len(parts)
         whole, *ids = (engine.token_ids(one) for one in (text, *parts))
         most = engine.window_length
-        tests = [test.score(part[:most], verdict.predicted, verdict.score, whole) for part in ids]
+        tests = [test.score(part[:most], verdict.predicted, whole) for part in ids]
         return _run_tests(engine, tests)
 
     return run_search(explain(text, verdict, run_search(find_passage(text, verdict), keep)), screen)

@@ -1,16 +1,24 @@
-"""Reading and writing texts and labels in common formats."""
+"""Texts and labels of a user's files and data sets."""
 
+import io
 import json
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from models.errors import DataError
+from models.offline.io.files import (
+    JSONL,
+    PARQUET,
+    Source,
+    check_column,
+    format_of,
+    opened_parquet,
+    shown,
+)
+from models.offline.io.tables import Record, Row, TextTable, is_unicode, open_table
 
 MAX_CHARS = 100_000
 """Limit for a text; a longer one is a mistake or an attack."""
@@ -21,7 +29,7 @@ CHUNK = 512
 SEPARATOR, NO_LABELS = "|", "[]"
 """Between the labels of a text of a multi-label task, and in place of them if none is on."""
 HUB_PREFIX = "hf://"
-Row = dict[str, Any]
+INTEGER = re.compile(r"(-?\d+)(?:\.0+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,38 +45,73 @@ def load_samples(
     source: str,
     *,
     text_column: str = "text",
-    label_column: str = "label",
+    label_column: str | None = "label",
     drop_empty: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> list[Sample]:
     """Read texts, and labels where there are any.
 
     Args:
-        source: a .jsonl, .csv, .tsv or .parquet file, a folder that `datasets` saved, or
+        source: a file of any format that `read_rows` reads, a folder that `datasets` saved, or
             `hf://name` / `hf://name:split` for a data set of the hub.
         text_column: column of the texts.
-        label_column: column of the labels; need not exist.
+        label_column: column of the labels; need not exist. None reads no labels.
         drop_empty: leave out rows without a text, instead of refusing the file.
+        say: called with the number of rows that were left out, if there are any.
 
     Raises:
-        DataError: names the problem and the row; never quotes the text.
+        DataError: names the problem and the line or row; never quotes the text.
     """
-    frame = _read(source)
-    if text_column not in frame.columns:
-        raise DataError(
-            f"{source} has no column {text_column!r}; it has {sorted(map(str, frame.columns))}; "
-            "name the right one with --text-column"
-        )
-    if frame.empty:
-        raise DataError(f"{source} is empty; give a file with texts")
-    labels = frame[label_column] if label_column in frame.columns else [None] * len(frame)
-    samples = [
-        Sample(_checked(text, source, row), _label(label))
-        for row, (text, label) in enumerate(zip(frame[text_column], labels, strict=True), 1)
-        if not (drop_empty and isinstance(text, str) and not text.strip())
-    ]
+    unit, rows = _rows(source, [text_column, *([label_column] if label_column else [])])
+    samples: list[Sample] = []
+    empty: list[int] = []
+    for place, row, _ in rows:
+        try:
+            if not (samples or empty or isinstance(row, DataError)):
+                check_column("the row", row, text_column)
+            sample = _sample(row, text_column, label_column)
+        except DataError as error:
+            raise DataError(f"{source}, {unit} {place}: {error}") from None
+        if sample is None:
+            empty.append(place)
+        else:
+            samples.append(sample)
+    _report_empty(source, unit, empty, len(samples), say, drop=drop_empty)
     if not samples:
         raise DataError(f"{source} is empty; give a file with texts")
-    return samples
+    return _with_integers(samples)
+
+
+def _sample(row: Row | DataError, text_column: str, label_column: str | None) -> Sample | None:
+    """Return the sample in a row, or None if its text is empty or missing."""
+    if isinstance(row, DataError):
+        raise row
+    if _is_empty(row.get(text_column)):
+        return None
+    label = _label(row.get(label_column)) if label_column is not None else None
+    return Sample(check_text(row[text_column]), label)
+
+
+def _report_empty(
+    source: str,
+    unit: str,
+    empty: Sequence[int],
+    texts: int,
+    say: Callable[[str], object],
+    *,
+    drop: bool,
+) -> None:
+    """Say how many rows have no text, or raise `DataError`."""
+    if not empty:
+        return
+    found = f"{source}: {len(empty)} of {len(empty) + texts} texts are empty or missing"
+    if not drop:
+        raise DataError(f"{found}, the first in {unit} {empty[0]}; remove these rows")
+    say(f"{found} and left out, the first in {unit} {empty[0]}")
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def joined_labels(labels: Iterable[object]) -> str:
@@ -82,43 +125,44 @@ def split_labels(label: str) -> set[str]:
 
 
 def _label(value: object) -> str | None:
-    """Return a label's name; empty and missing ones are None, and 1.0 is the class 1."""
-    if isinstance(value, list | tuple | np.ndarray):
+    """Return a label's name; empty and missing ones are None, several are joined.
+
+    Raises:
+        DataError: it is neither a name nor a number, nor a list of names.
+    """
+    if isinstance(value, list) and all(isinstance(one, str | int) for one in value):
         return joined_labels(value)
-    if value is None or value == "" or value != value:
+    if _is_empty(value):
         return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, list | dict | bytes):
+        raise DataError(f"the label is {type(value).__name__}, not a name or a number")
+    if isinstance(value, str) and not is_unicode(value):
+        raise DataError("the label is not valid Unicode")
+    return str(value)
 
 
-def _checked(text: object, source: str, row: int) -> str:
-    try:
-        return check_text(text)
-    except DataError as error:
-        raise DataError(f"{source}, row {row}: {error}") from None
+def _with_integers(samples: list[Sample]) -> list[Sample]:
+    """Return 1.0 as 1 if all labels are whole numbers: tables with gaps have them as decimals."""
+    matches = {s.label: INTEGER.fullmatch(s.label) for s in samples if s.label is not None}
+    whole = {label: match[1] for label, match in matches.items() if match}
+    if len(whole) < len(matches) or all(label == number for label, number in whole.items()):
+        return samples
+    return [s if s.label is None else Sample(s.text, whole[s.label]) for s in samples]
 
 
 def check_text(text: object) -> str:
     """Return `text` if it can be screened; else raise `DataError`, which never quotes it."""
+    if text is None:
+        raise DataError("the text is missing")
     if not isinstance(text, str):
         raise DataError(f"the text is {type(text).__name__}, not a string")
     if not text.strip():
         raise DataError("the text is empty")
     if len(text) > MAX_CHARS:
         raise DataError(f"the text has {len(text)} characters; the limit is {MAX_CHARS}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError("the text is not valid Unicode: it has a lone surrogate") from None
+    if not is_unicode(text):
+        raise DataError("the text is not valid Unicode: not UTF-8, or it has a lone surrogate")
     return text
-
-
-def json_row(line: str) -> Row | DataError:
-    """Return the object on a line of JSONL, or an error if there is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return DataError("not JSON")
-    return row if isinstance(row, dict) else {}
 
 
 def text_of(row: Row | DataError, column: str) -> str | DataError:
@@ -133,91 +177,101 @@ def text_of(row: Row | DataError, column: str) -> str | DataError:
         return error
 
 
-def _read(source: str) -> pd.DataFrame:
+def read_rows(file: Path, text_column: str, others: Sequence[str] = ()) -> Iterator[Record]:
+    """Yield the rows of a file: JSON Lines, JSON array, CSV, TSV or Parquet, also compressed.
+
+    It may be of any size. Rows of Parquet only have the columns that were asked for.
+
+    Args:
+        file: the file, whose ending says the format.
+        text_column: column that has to be there.
+        others: further columns to read, if there are any.
+
+    Raises:
+        DataError: the file cannot be read, or lacks the column; names the line, if there is one.
+    """
+    if format_of(file).kind == PARQUET:
+        yield from _parquet_rows(file, text_column, others)
+        return
+    with open_table(file) as table:
+        table.check_column(text_column)
+        yield from table
+
+
+def read_lines(name: str, raw: io.BufferedReader) -> Iterator[Record]:
+    """Yield the rows of a stream of JSON Lines; errors call it by `name`."""
+    yield from TextTable(Source(name, raw), JSONL)
+
+
+def _parquet_rows(file: Path, text_column: str, others: Sequence[str]) -> Iterator[Record]:
+    import pyarrow as pa
+
+    number = 0
+    with opened_parquet(file) as table:
+        names = table.schema_arrow.names
+        check_column(file, names, text_column)
+        columns = [text_column, *(name for name in others if names.count(name) == 1)]
+        try:
+            for batch in table.iter_batches(CHUNK, columns=columns):
+                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                    yield Record(number, row)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"{file} cannot be read as Parquet behind row {number}: {type(error).__name__}"
+            ) from error
+
+
+def _rows(source: str, columns: Sequence[str]) -> tuple[str, Iterable[Record]]:
+    """Return what a place in a source is called, and its rows without blank lines."""
     if source.startswith(HUB_PREFIX):
-        return _read_hub(source.removeprefix(HUB_PREFIX))
+        return "row", _read_hub(source.removeprefix(HUB_PREFIX), columns)
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source} does not exist")
     if path.is_dir():
-        return _read_saved_dataset(path)
-    try:
-        match path.suffix:
-            case ".jsonl" | ".json":
-                return _read_jsonl(path)
-            case ".csv" | ".tsv":
-                separator = "," if path.suffix == ".csv" else "\t"
-                # Without this the texts "null" and "NA" would be missing values.
-                with warnings.catch_warnings():
-                    # More fields than columns: pandas would shift or drop them.
-                    warnings.simplefilter("error", pd.errors.ParserWarning)
-                    return pd.read_csv(
-                        path, sep=separator, dtype=str, keep_default_na=False, index_col=False
-                    )
-            case ".parquet":
-                return pd.read_parquet(path)
-    except pd.errors.EmptyDataError as error:
-        raise DataError(f"{source} is empty; give a file with texts") from error
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:
-        raise DataError(f"{source} cannot be read as {path.suffix}: {_kind(error)}") from error
-    raise DataError(f"{source}: unknown format; there are .jsonl, .csv, .tsv and .parquet")
+        return "row", _read_saved_dataset(path, columns)
+    rows = read_rows(path, columns[0], columns[1:])
+    return format_of(path).unit, (record for record in rows if not record.is_blank)
 
 
-def _kind(error: Exception) -> str:
-    """Return the kind of an error without its message, which may quote the text."""
-    return str(error) if isinstance(error, DataError) else type(error).__name__
-
-
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: not a JSON object")
-            rows.append(row)
-    if not rows:
-        raise DataError(f"{path} is empty; give a file with texts")
-    return pd.DataFrame(rows, dtype=object)
-
-
-def _read_saved_dataset(path: Path) -> pd.DataFrame:
+def _read_saved_dataset(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     import datasets
 
     try:
-        return _frame(datasets.load_from_disk(str(path)))
+        return _dataset_rows(str(path), datasets.load_from_disk(str(path)), columns)
     except FileNotFoundError as error:
         raise DataError(f"{path} is a folder, but not one that `datasets` has saved") from error
 
 
-def _read_hub(name: str) -> pd.DataFrame:
+def _read_hub(name: str, columns: Sequence[str]) -> Iterator[Record]:
     import datasets
 
     name, _, split = name.partition(":")
     try:
-        return _frame(datasets.load_dataset(name, split=split or "train"))
+        loaded = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"data set {name} cannot be loaded: {type(error).__name__}") from error
+    return _dataset_rows(name, loaded, columns)
 
 
-def _frame(dataset: object) -> pd.DataFrame:
+def _dataset_rows(name: str, dataset: Any, columns: Sequence[str]) -> Iterator[Record]:
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
         raise DataError("the data set has several splits; name one")
-    frame: pd.DataFrame = dataset.to_pandas()
-    for column, feature in dataset.features.items():
-        if isinstance(feature, datasets.ClassLabel):
+    check_column(name, dataset.column_names, columns[0])
+    present = [column for column in columns if column in dataset.column_names]
+    classes = {
+        column: feature
+        for column, feature in dataset.features.items()
+        if column in present and isinstance(feature, datasets.ClassLabel)
+    }
+    for number, row in enumerate(dataset.select_columns(present), 1):
+        for column, feature in classes.items():
             # Unlabelled splits have -1, or nothing at all.
-            frame[column] = [
-                None if pd.isna(i) or i < 0 else feature.int2str(int(i)) for i in frame[column]
-            ]
-    return frame
+            known = row[column] is not None and row[column] >= 0
+            row[column] = feature.int2str(row[column]) if known else None
+        yield Record(number, row)
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
@@ -239,7 +293,24 @@ def require_labels(samples: Sequence[Sample], known: Sequence[str] | None = None
         raise DataError(f"{missing} of {len(samples)} texts have no label; every one needs one")
     labels = sorted({str(sample.label) for sample in samples})
     if known is not None and (unknown := sorted(set(labels) - set(known))):
-        raise DataError(f"unknown labels {unknown}; the model has {list(known)}")
+        raise DataError(f"unknown labels {shown(unknown)}; the model has {list(known)}")
     if len(labels) < 2:
         raise DataError(f"all texts have the same label, {labels}; a classifier needs two or more")
     return labels
+
+
+def name_classes(samples: Sequence[Sample], classes: Sequence[str]) -> list[Sample]:
+    """Return samples with the names of a model's classes, where labels are their numbers.
+
+    A label that is the name of a class stays, even if it is a number.
+    """
+    return [
+        s if s.label is None else replace(s, label=class_name(s.label, classes)) for s in samples
+    ]
+
+
+def class_name(label: str, classes: Sequence[str]) -> str:
+    """Return the name of a class that is known by name or by number; other labels as they are."""
+    if label in classes or not re.fullmatch("[0-9]{1,9}", label):
+        return label
+    return classes[int(label)] if int(label) < len(classes) else label

@@ -11,30 +11,33 @@ from models.bundle.load import Bundle
 from models.detection.screen import Finding, Verdict
 from models.errors import DataError, PsimError
 from models.offline.io.inference import judge_texts, require_verdicts
-from models.offline.io.samples import CHUNK, json_row, text_of
+from models.offline.io.samples import CHUNK, text_of
+from models.offline.io.tables import Record
 
 
 def screen_file(
     bundle: Bundle,
-    lines: Iterable[str],
+    records: Iterable[Record],
     out: TextIO,
     text_column: str,
     *,
+    unit: str = "line",
     thorough: bool = False,
 ) -> int:
-    """Write one JSON verdict per input line, in order; return the number of unusable lines.
+    """Write one JSON verdict per input row, in order; return the number of unusable rows.
 
-    A line that cannot be screened gets its number and an error, and the lines after it are screened
-    all the same. Blank lines get an error too, so input and output stay aligned.
+    A row that cannot be screened gets its place and an error, and the rows after it are screened
+    all the same. Blank lines of JSON Lines get an error too, so input and output stay aligned.
+    `unit` is the name of the field for the place.
     """
     failed = 0
-    for chunk in _chunks(lines):
-        texts = [text_of(json_row(line), text_column) for _, line in chunk]
-        for (number, _), verdict in zip(
+    for chunk in _chunks(records):
+        texts = [text_of(record.row, text_column) for record in chunk]
+        for record, verdict in zip(
             chunk, screen_texts(bundle, texts, thorough=thorough), strict=True
         ):
             failed += isinstance(verdict, PsimError)
-            out.write(json.dumps({"line": number} | as_row(verdict)) + "\n")
+            out.write(json.dumps({unit: record.place} | as_row(verdict)) + "\n")
         out.flush()
     return failed
 
@@ -55,18 +58,18 @@ def split_by_finding(bundle: Bundle, texts: Sequence[str]) -> dict[Finding | Non
     return found
 
 
-def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
-    """Yield numbered lines in chunks of at most `CHUNK`, without waiting for a chunk to fill.
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yield rows in chunks of at most `CHUNK`, without waiting for a chunk to fill.
 
     A thread reads ahead while a chunk is screened, so that a slow pipe is answered line by line and
     a fast one in full batches.
     """
-    pending: queue.Queue[tuple[int, str] | BaseException | None] = queue.Queue(CHUNK)
+    pending: queue.Queue[Record | BaseException | None] = queue.Queue(CHUNK)
 
     def read() -> None:
         try:
-            for numbered in enumerate(lines, 1):
-                pending.put(numbered)
+            for record in records:
+                pending.put(record)
             pending.put(None)
         except BaseException as error:
             pending.put(error)
@@ -76,7 +79,7 @@ def _chunks(lines: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
         taken = [pending.get()]
         while len(taken) < CHUNK and not pending.empty():
             taken.append(pending.get())
-        if chunk := [line for line in taken if isinstance(line, tuple)]:
+        if chunk := [record for record in taken if isinstance(record, Record)]:
             yield chunk
         if isinstance(taken[-1], BaseException):
             raise taken[-1]

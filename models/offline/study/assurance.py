@@ -20,8 +20,9 @@ from models.offline.evaluation.metrics import Rate
 from models.offline.evaluation.report import percent
 from models.offline.fitting.records import PACKAGES
 from models.offline.io.classifiers import labels_of, load_classifier, max_length_of
+from models.offline.io.files import shown
 from models.offline.io.inference import predict
-from models.offline.io.samples import Sample, write_samples
+from models.offline.io.samples import Sample, name_classes, write_samples
 from models.offline.study.cache import StepCache
 from models.offline.study.experiment import BareClassifier
 from models.offline.study.html import Block, Heading, Paragraph, Table, write_page
@@ -130,11 +131,11 @@ def _label(victim: str, texts: Sequence[Sample]) -> tuple[list[str], list[Sample
     """Return the victim's labels, the distinct texts with labels, and whether these were given."""
     model, tokenizer = load_classifier(victim)
     labels = labels_of(model)
-    distinct = list({sample.text: sample for sample in texts}.values())
+    distinct = list({sample.text: sample for sample in name_classes(texts, labels)}.values())
     if len(distinct) < LEAST_TEXTS:
         raise DataError(f"{len(distinct)} distinct texts are too few; {LEAST_TEXTS} are needed")
     if unknown := {s.label for s in distinct if s.label is not None} - set(labels):
-        raise DataError(f"unknown labels {sorted(map(str, unknown))}; the victim has {labels}")
+        raise DataError(f"unknown labels {shown(map(str, unknown))}; the victim has {labels}")
     if all(sample.label is not None for sample in distinct):
         return labels, distinct, True
     engine = TorchEngine(BareClassifier(model), tokenizer, max_length_of(model, tokenizer))

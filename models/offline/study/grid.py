@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -82,19 +83,20 @@ class Texts:
     """Clean test texts, and poisoned ones of other classes than the target, by paraphraser."""
 
     @staticmethod
-    def load(data: DataSet, root: Path) -> "Texts":
-        """Read the files of a data set.
+    def load(data: DataSet, root: Path, say: Callable[[str], object] = lambda _: None) -> "Texts":
+        """Read the files of a data set; `say` hears how many of their rows have no text.
 
         Raises:
             DataError: a file cannot be read, or has labels that the training set lacks.
         """
-        whole = _read(data, root, data.train)
+        read = partial(_read, data, root, say)
+        whole = read(data.train)
         labels, known = require_labels(whole), {s.text for s in whole}
-        dev, test = _read(data, root, data.dev), _read(data, root, data.test)
+        dev, test = read(data.dev), read(data.test)
         test = [s for s in test if s.text not in known]
         paraphrased = {}
         for name, pair in data.paraphrased.items():
-            clean, poisoned = _read(data, root, pair.clean), _read(data, root, pair.poisoned)
+            clean, poisoned = read(pair.clean), read(pair.poisoned)
             poisoned = [s for s in poisoned if s.label != data.target_label]
             paraphrased[name] = clean[: data.max_test], poisoned[: data.max_test]
             classes_of([*clean, *poisoned], labels)
@@ -102,10 +104,10 @@ class Texts:
         poison = {}
         for kind in ("syntactic", "style"):
             if (files := getattr(data, kind)) is not None:
-                rewritten = _read(data, root, files.train)
+                rewritten = read(files.train)
                 # Published files mix clean training texts in, also some that `max_train` cuts off.
                 rewritten = [s for s in rewritten if s.text not in known]
-                poison[kind] = rewritten, _read(data, root, files.test)
+                poison[kind] = rewritten, read(files.test)
         return Texts(
             whole[: data.max_train],
             dev[: data.max_dev],
@@ -115,7 +117,7 @@ class Texts:
         )
 
 
-def _read(data: DataSet, root: Path, source: str) -> list[Sample]:
+def _read(data: DataSet, root: Path, say: Callable[[str], object], source: str) -> list[Sample]:
     if not source.startswith(HUB_PREFIX):
         source = str(root / source)
     try:
@@ -124,6 +126,7 @@ def _read(data: DataSet, root: Path, source: str) -> list[Sample]:
             text_column=data.text_column,
             label_column=data.label_column,
             drop_empty=True,
+            say=say,
         )
     except DataError as error:
         raise DataError(f"data set {data.name}: {error} (paths start from --data)") from error

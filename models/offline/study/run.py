@@ -76,7 +76,7 @@ def run_study(
     chosen = _chosen_cells(recipe, only)
     starts = _initial_models([cell.base for cell in chosen], say)
     planned = [cell for cell in chosen if cell.base in starts]
-    texts = {name: Texts.load(data, root) for name, data in _data_sets(planned).items()}
+    texts = {name: Texts.load(data, root, say) for name, data in _data_sets(planned).items()}
     others = load_others(recipe, root)
     load_paraphraser = _memoized_paraphrasers(cache)
     check_recipe(recipe, planned, texts, load_paraphraser)
