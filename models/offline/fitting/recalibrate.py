@@ -211,8 +211,8 @@ def limits_of(screen: Screen, predicted: int) -> list[LimitRecord]:
     for feature, (centre, scale) in enumerate(
         zip(own.centre[predicted], own.scale[predicted], strict=True)
     ):
-        # The checkpoints share the first component of the score.
-        component = max(feature - screen.normalizer.checkpoints + 1, 0)
+        # The checkpoints share the first component of the score, and the distances the second.
+        component = int(feature >= screen.normalizer.checkpoints)
         unit = scale * components.scale[predicted, component]
         mean = centre + scale * components.centre[predicted, component]
         least = mean + unit * screen.threshold_of(predicted)
