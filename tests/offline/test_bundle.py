@@ -264,7 +264,7 @@ def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
     no_budget["frr_budget"] = 5e-324
     for changes, message in (
         ({"schema_version": 1}, "another version; run `psim fit` again"),
-        ({"labels": ["x"]}, "labels"),
+        ({"labels": ["x"]}, "at least two"),
         ({"calibrations": [no_budget]}, "frr_budget"),
         ({"labels": ["x", "y", "z"]}, "labels of manifest"),
         ({"surprise": 1}, "surprise"),
@@ -310,7 +310,7 @@ def test_victims_that_cannot_be_guarded_are_refused(
 ) -> None:
     regression = tiny_victim("bert")
     regression.config.num_labels = 1
-    with pytest.raises(VictimError, match=r"regression.* multi_label_classification"):
+    with pytest.raises(VictimError, match=r"single output.*multi_label_classification"):
         fit(regression, tokenizer, some_texts(160), tmp_path / "b", name="x")
     with pytest.raises(VictimError, match="the victim has 3"):
         lora_config(tiny_victim("bert"), layers=4)

