@@ -137,9 +137,7 @@ class Trunk:
     def _stoppable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._stopping:
-                # transformers passes a rotation by name, and MPNet's bias behind the mask.
-                rotation, bias = kwargs.get("position_embeddings"), [*args, None, None][1]
-                raise _ReachedError(LayerInput(hidden_states, rotation, bias))
+                raise _ReachedError(LayerInput(hidden_states, args, kwargs))
             return forward(hidden_states, *args, **kwargs)
 
         return run

@@ -13,6 +13,7 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     MPNetConfig,
@@ -36,12 +37,24 @@ _SIZE: dict[str, Any] = {
     "pad_token_id": 0,
     "num_labels": 3,
 }
+_RELATIVE: dict[str, Any] = {
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_buckets": 8,
+}
+_AS_V3: dict[str, Any] = _RELATIVE | {
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "conv_kernel_size": 3,
+}
 FAMILIES: dict[str, PretrainedConfig] = {
     "bert": BertConfig(**_SIZE),
     "roberta": RobertaConfig(**_SIZE, max_position_embeddings=130),
     "distilbert": DistilBertConfig(**_SIZE | {"dim": 32, "hidden_dim": 64}),
     "deberta": DebertaConfig(**_SIZE),
-    "deberta-v2": DebertaV2Config(**_SIZE, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "deberta-v2": DebertaV2Config(**_SIZE, **_RELATIVE),
+    "gpt2": GPT2Config(**_SIZE),
     "llama": LlamaConfig(**_SIZE, num_key_value_heads=2),
     "mpnet": MPNetConfig(**_SIZE | {"pad_token_id": 1}, max_position_embeddings=131),
     "electra": ElectraConfig(**_SIZE, embedding_size=16),
@@ -65,6 +78,13 @@ def tiny_victim(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 _VARIANTS: dict[str, PretrainedConfig] = {
+    "gpt2, scaled": GPT2Config(**_SIZE, scale_attn_by_inverse_layer_idx=True),
+    "deberta-v2, as v3": DebertaV2Config(**_SIZE, **_AS_V3),
+    "deberta-v2, near": DebertaV2Config(
+        **_SIZE, relative_attention=True, pos_att_type=["c2p"], max_relative_positions=4
+    ),
+    "deberta-v2, p2c": DebertaV2Config(**_SIZE, relative_attention=True, pos_att_type=["p2c"]),
+    "deberta-v2, absolute": DebertaV2Config(**_SIZE, pos_att_type=["c2p"]),
     "llama, grouped": LlamaConfig(
         **_SIZE | {"num_attention_heads": 4}, num_key_value_heads=2, head_dim=8
     ),
@@ -77,7 +97,7 @@ _VARIANTS: dict[str, PretrainedConfig] = {
         max_window_layers=1,
     ),
 }
-TAILED = [family for family in FAMILIES if not family.startswith("deberta")] + [*_VARIANTS]
+TAILED = [family for family in FAMILIES if family != "deberta"] + [*_VARIANTS]
 """Those whose last layer can be run by rows."""
 TRACED = [family for family in TAILED if not family.endswith("narrow")]
 """Those that OpenVINO can run."""
@@ -86,8 +106,9 @@ TRACED = [family for family in TAILED if not family.endswith("narrow")]
 def guarded_victim(family: str) -> Guarded:
     """Return one of `TAILED`, with adapters that matter."""
     victim: Any = tiny_victim(family)
-    if hasattr(victim, "score"):
-        victim.score.weight.data *= 0.3  # less sure, so that differences show
+    if hasattr(victim, "score") or family.startswith("deberta"):
+        head = victim.score if hasattr(victim, "score") else victim.classifier
+        head.weight.data *= 0.3  # less sure, so that differences show
     return trained(guard(victim, lora_config(victim, 1), 3))
 
 

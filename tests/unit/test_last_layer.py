@@ -93,7 +93,6 @@ def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
     ("family", "config"),
     [
         ("deberta", PsimVariant()),
-        ("deberta-v2", PsimVariant()),
         ("bert", PsimVariant(layers=2)),
         ("bert", PsimVariant(head="trained")),
         ("bert", PsimVariant(adapter="prompt-encoder")),
