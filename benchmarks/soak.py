@@ -487,6 +487,7 @@ def run(
     settings = {
         "BUNDLE": bundle,
         "THREADS": 1,
+        "UNFAMILIAR": "reject",  # a model without opinions overrides nothing
         "AUDIT_URL": f"sqlite:///{audit}",
         # Nothing is late on a machine that is busy with other things.
         "REQUEST_TIMEOUT_S": 900,

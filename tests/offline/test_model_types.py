@@ -203,13 +203,13 @@ def test_a_victim_that_changes_its_mind_is_refused() -> None:
 
 def test_layers_that_run_twice_are_refused() -> None:
     """As Perceiver's do, by its config; a trunk would be reused within a pass."""
-    model: Any = tiny_model("mpnet")
-    layers = model.mpnet.encoder.layer
+    model: Any = tiny_model("deberta")
+    layers = model.deberta.encoder.layer
     run = layers[0].forward
     layers[0].forward = lambda hidden, *args, **kwargs: run(
         layers[1](run(hidden, *args, **kwargs)[0], *args, **kwargs)[0], *args, **kwargs
     )
-    assert "cannot share its lower layers" in outcome_of("mpnet", model).row
+    assert "cannot share its lower layers" in outcome_of("deberta", model).row
 
 
 def test_adapters_that_change_nothing_are_refused() -> None:

@@ -222,7 +222,6 @@ def _labels(**id2label: str) -> Callable[[Path], None]:
     ("fault", "message"),
     [
         (_problem("regression"), "is for regression"),
-        (_problem("multi_label_classification"), "several labels at once"),
         (_labels(n0="a", n1="b"), "its head is for 3 classes, its config.json names 2"),
         (_labels(n0="a", n2="c", n3="b"), "names classes [0, 2, 3]: complete it"),
         (_labels(n0="a", n1="b", n2="a"), "gives several classes the name 'a'"),

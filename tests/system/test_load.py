@@ -60,6 +60,7 @@ async def test_a_small_soak_adds_up_and_what_would_not_is_noticed(tmp_path: Path
         bundle=soak.tiny_bundle(tmp_path / "bundle"),
         dtype="float32",
         threads=1,
+        unfamiliar="reject",  # a model without opinions overrides nothing
         audit_url=SecretStr(f"sqlite:///{audit}"),
     )
     book = soak.Book()
