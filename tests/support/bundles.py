@@ -62,7 +62,10 @@ PROMPTS: dict[str, Callable[[], peft.PeftConfig]] = {
     ),
     "p-tuning-v2": lambda: peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
 }
-KINDS = [*FAMILIES, *(f"{family} {prompts}" for family in ("bert", "llama") for prompts in PROMPTS)]
+KINDS = [
+    *sorted(FAMILIES.keys() - {"electra", "mistral", "qwen2", "gemma"}),  # as BERT and LLaMA are
+    *(f"{family} {prompts}" for family in ("bert", "llama") for prompts in PROMPTS),
+]
 """Every kind of victim: by its family, or that with prompts."""
 
 

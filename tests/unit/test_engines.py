@@ -60,7 +60,7 @@ def pair(family: str) -> tuple[Guarded, GuardedGraph]:
 
 
 @pytest.mark.parametrize("family", TRACED)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)  # each compiles graphs for its shapes
 @given(
     texts=st.lists(
         st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=40), min_size=1, max_size=5
