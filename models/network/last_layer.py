@@ -158,9 +158,8 @@ class RotatedLastLayer(LastLayer):
         adapters: Sequence[str],
     ) -> torch.Tensor:
         groups, rows = self._groups(q.shape[-1]), torch.arange(x.shape[0], device=x.device)
-        k = self.key.by_branch(x, adapters)  # (rows, T, N or 1, groups x head size)
-        branches = k.shape[2]
-        k = self.key_norm(torch.unflatten(k, -1, (groups, -1))).flatten(2, 3).transpose(1, 2)
+        k = self.key_norm(torch.unflatten(self.key(x), -1, (groups, -1)))
+        k = k.transpose(1, 2)  # (rows, groups, T, head size)
         # Cosines and sines by position, shape (rows or 1, T, head size) each.
         by_row = [part.expand(x.shape[0], -1, -1) for part in kwargs["position_embeddings"]]
         _, k = apply_rotary_pos_emb(k, k, *by_row)
@@ -168,10 +167,7 @@ class RotatedLastLayer(LastLayer):
         normed = self.query_norm(q).flatten(1, 2)[:, :, None]
         rotated, _ = apply_rotary_pos_emb(normed, k[:, :, :1], cos, sin)
         grouped = torch.unflatten(rotated[:, :, 0], 1, (q.shape[1], groups, -1))
-        if branches == 1:
-            return torch.einsum("rngsd,rgtd->rngst", grouped, k).flatten(1, 3)
-        own = torch.unflatten(k, 1, (branches, groups))
-        return torch.einsum("rngsd,rngtd->rngst", grouped, own).flatten(1, 3)
+        return torch.einsum("rngsd,rgtd->rngst", grouped, k).flatten(1, 3)
 
 
 @dataclass(frozen=True)
