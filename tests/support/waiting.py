@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until the condition holds; a refused connection is none that holds."""
     deadline = time.monotonic() + seconds
     while True:
@@ -21,7 +21,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait as `wait_for` does while other tasks run; the condition may be a coroutine."""
     deadline = time.monotonic() + seconds
     while True:

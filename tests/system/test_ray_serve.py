@@ -43,6 +43,8 @@ TEXT = "a quiet film that takes its time"
 INPUTS = 32
 """Of each request of `load`."""
 FAILED = "ray_serve_num_http_error_requests_total"
+START_S = 240
+"""Time for a replica to start beside one that is busy, on a machine that runs other tests too."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ def cluster(
     }
     with on_ray(config, variables, statistics) as url:
         asked = {"x-test": '["first", {}]'}
-        wait_for(lambda: is_ready(f"{url}/contract/live", asked), 90)
+        wait_for(lambda: is_ready(f"{url}/contract/live", asked), START_S)
         yield Cluster(url, f"http://127.0.0.1:{statistics}/metrics")
 
 
@@ -195,15 +197,15 @@ async def test_where_replicas_are_is_told_to_keys_that_read_metrics(tmp_path: Pa
 def test_a_long_queue_brings_a_second_replica_and_both_serve(cluster: Cluster) -> None:
     assert len(replicas(cluster)) == 1
     with load(cluster, callers=16) as statuses:
-        wait_for(lambda: len(replicas(cluster)) == 2, 60)
-        wait_for(lambda: all(inputs(one) > 20 * INPUTS for one in replicas(cluster)))
+        wait_for(lambda: len(replicas(cluster)) == 2, START_S)
+        wait_for(lambda: all(inputs(one) > 20 * INPUTS for one in replicas(cluster)), 60)
     assert set(statuses) == {200}
 
 
 def test_prometheus_finds_each_replica_and_their_sum_is_what_was_asked(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    wait_for(lambda: len(replicas(cluster)) == 2, 60)
+    wait_for(lambda: len(replicas(cluster)) == 2, START_S)
     before = sum(inputs(one) for one in replicas(cluster))
     with httpx.Client(base_url=cluster.url) as client, ThreadPoolExecutor(8) as pool:
         assert set(pool.map(ask, [client] * 40)) == {200}
@@ -234,13 +236,13 @@ def test_prometheus_finds_each_replica_and_their_sum_is_what_was_asked(
 def test_a_replica_that_is_killed_under_load_loses_no_request_and_comes_back(
     cluster: Cluster,
 ) -> None:
-    wait_for(lambda: len(replicas(cluster)) == 2, 60)
+    wait_for(lambda: len(replicas(cluster)) == 2, START_S)
     first = replicas(cluster)
     failed = failures(cluster, 500)
     with load(cluster) as statuses:
         wait_for(lambda: statuses[200] > 50)
         os.kill(_owner(first[0]), signal.SIGKILL)
-        wait_for(lambda: [one for one in {*replicas(cluster)} - {*first} if inputs(one) > 5], 60)
+        wait_for(lambda: [one for one in {*replicas(cluster)} - {*first} if inputs(one) > 5], START_S)
     assert statuses.keys() <= {200, 500, 503}
     errors = statuses.total() - statuses[200]
     assert errors <= 8, "more than what the replica held"
