@@ -75,10 +75,10 @@ class GuardedGraph:
     forward_passes = 1.0
 
     def __init__(self, guarded: Guarded, dtype: str, max_length: int) -> None:
-        if not guarded.is_traceable(max_length):
+        if not guarded.is_traceable:
             raise EngineError(
                 f"OpenVINO cannot run this {guarded.config.model_type} model, since its last layer "
-                "runs as a whole or attends to a narrow window; use the engine torch"
+                "runs as a whole; use the engine torch"
             )
         if dtype == "bfloat16" and not computes_bfloat16():
             raise EngineError("this processor does not compute in bfloat16; use float32")

@@ -28,6 +28,7 @@ def last_layer_of(model: Any) -> LastLayer | None:
         "deberta-v2": _deberta,
         "distilbert": _distilbert,
         "gpt2": _gpt2,
+        "modernbert": _modernbert,
         "mpnet": _mpnet,
     }.get(family)
     return own(model) if own else None
@@ -164,6 +165,31 @@ def _llama(model: Any) -> LastLayer:
         window=_window(model.config, own),
         query_norm=getattr(own, "q_norm", NO_NORM),
         key_norm=getattr(own, "k_norm", NO_NORM),
+    )
+
+
+def _modernbert(model: Any) -> LastLayer | None:
+    if model.config.classifier_pooling != "cls":
+        return None  # all tokens are read
+    layer = model.base_model.layers[-1]
+    own = layer.attn
+
+    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        between = own.Wo(attended) + residual
+        output: torch.Tensor = layer.mlp(layer.mlp_norm(between)) + between
+        return output
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.classifier(model.head(model.base_model.final_norm(rows)))
+        return logits
+
+    return RotatedLastLayer(
+        *fused(own.Wqkv),
+        model.config.num_attention_heads,
+        layer.attn_norm,
+        after,
+        head,
+        window=own.sliding_window,
     )
 
 

@@ -91,13 +91,10 @@ class Guarded(nn.Module):
             return 1.0
         return 2 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
 
-    def is_traceable(self, length: int) -> bool:
-        """Return whether a graph of `run` can replace it on texts of up to so many tokens.
-
-        It cannot where a layer attends to a narrower window: padding behind it would attend to
-        nothing, and NaN would spread from there.
-        """
-        return self.last_layer is not None and (self.last_layer.window or length) >= length
+    @property
+    def is_traceable(self) -> bool:
+        """Whether a graph of `run` can replace it."""
+        return self.last_layer is not None
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return readings in float32, shape (rows, V, C), and the input of `classify_rows`.
@@ -203,5 +200,6 @@ def _trunk(victim: nn.Module, config: LoraConfig) -> tuple[list[nn.Module], Trun
         prompted=prompted,
         # Behind prompts, it sees no tokens: see `fix_last_token`.
         pad_id=None if prompted or own is None else own.get_text_config().pad_token_id,
+        windowed=getattr(own, "sliding_window", None) is not None,
     )
     return layers, trunk

@@ -56,7 +56,8 @@ class LastLayer:
     bias: Callable[[LayerInput], torch.Tensor] | None = None
     """Returns the bias of scores by relative position, shape (rows or 1, heads, T, T)."""
     window: int | None = None
-    """Tokens that one attends to, itself and those before it; None if there is no limit."""
+    """How far a token sees: to those less than this many positions away; None if there is no
+    limit."""
 
     def __call__(
         self, entering: LayerInput, mask: torch.Tensor, read: torch.Tensor, adapters: Sequence[str]
@@ -89,7 +90,7 @@ class LastLayer:
         if self.window is None:
             return mask
         positions = torch.arange(mask.shape[1], device=mask.device)
-        return mask * (positions > read[:, None] - self.window)
+        return mask * ((positions - read[:, None]).abs() < self.window)
 
     def _groups(self, head_size: int) -> int:
         """Return how many groups of heads have keys and values of their own."""
@@ -158,8 +159,9 @@ class RotatedLastLayer(LastLayer):
         adapters: Sequence[str],
     ) -> torch.Tensor:
         groups, rows = self._groups(q.shape[-1]), torch.arange(x.shape[0], device=x.device)
-        k = self.key_norm(torch.unflatten(self.key(x), -1, (groups, -1)))
-        k = k.transpose(1, 2)  # (rows, groups, T, head size)
+        k = self.key.by_branch(x, adapters)  # (rows, T, N or 1, groups x head size)
+        branches = k.shape[2]
+        k = self.key_norm(torch.unflatten(k, -1, (groups, -1))).flatten(2, 3).transpose(1, 2)
         # Cosines and sines by position, shape (rows or 1, T, head size) each.
         by_row = [part.expand(x.shape[0], -1, -1) for part in kwargs["position_embeddings"]]
         _, k = apply_rotary_pos_emb(k, k, *by_row)
@@ -167,7 +169,8 @@ class RotatedLastLayer(LastLayer):
         normed = self.query_norm(q).flatten(1, 2)[:, :, None]
         rotated, _ = apply_rotary_pos_emb(normed, k[:, :, :1], cos, sin)
         grouped = torch.unflatten(rotated[:, :, 0], 1, (q.shape[1], groups, -1))
-        return torch.einsum("rngsd,rgtd->rngst", grouped, k).flatten(1, 3)
+        by_branch = torch.unflatten(k, 1, (branches, groups))
+        return torch.einsum("rngsd,rngtd->rngst", grouped, by_branch).flatten(1, 3)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.jit._trace import is_tracing
 
 from models.network.last_layer import LayerInput
 from models.network.last_token import last_positions
@@ -30,6 +31,7 @@ class Trunk:
         reads_last: whether the classifier reads the last token and not the first.
         prompted: whether prompts may come before the text.
         pad_id: the token that such a classifier takes for padding wherever it is, if any.
+        windowed: whether layers attend to a window of tokens.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Trunk:
         reads_last: bool = False,
         prompted: bool = False,
         pad_id: int | None = None,
+        windowed: bool = False,
     ) -> None:
         layers, depth = stack[:length], max(len(stack), 1)
         self.length, self.share = length, length / depth
@@ -48,7 +51,7 @@ class Trunk:
         self.watched: list[int] = sorted({int(number) for number in spaced if number})
         """Numbers, from 1, of the layers whose output is watched."""
         self._reads_last, self._prompted, self._pad_id = reads_last, prompted, pad_id
-        self._stopping = False
+        self._windowed, self._stopping = windowed, False
         self._kept: list[Any] | None = None
         self._states: list[torch.Tensor] | None = None
         self._inputs: Inputs = {}
@@ -115,6 +118,10 @@ class Trunk:
             if self._kept:
                 return self._kept[0]
             output = forward(*args, **kwargs)
+            if self._windowed and is_tracing():  # type: ignore[no-untyped-call]
+                # Padding far behind a text has nothing to attend to. In a graph that makes NaN,
+                # which would spread from there.
+                output = output.masked_fill(self._inputs["attention_mask"][..., None] == 0, 0)
             if self._states is not None and number in self.watched:
                 self._states.append(self._watch(output))
             if self._kept is not None and is_top:

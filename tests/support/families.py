@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -61,6 +62,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**_SIZE, num_key_value_heads=1),
     "qwen2": Qwen2Config(**_SIZE, num_key_value_heads=1),
     "qwen3": Qwen3Config(**_SIZE, num_key_value_heads=1, head_dim=16),
+    "modernbert": ModernBertConfig(**_SIZE, local_attention=512),
     "gemma": GemmaConfig(**_SIZE, num_key_value_heads=1, head_dim=16),
 }
 
@@ -89,6 +91,12 @@ _VARIANTS: dict[str, PretrainedConfig] = {
         **_SIZE | {"num_attention_heads": 4}, num_key_value_heads=2, head_dim=8
     ),
     "mistral, narrow": MistralConfig(**_SIZE, num_key_value_heads=1, sliding_window=8),
+    "modernbert, narrow": ModernBertConfig(**_SIZE, local_attention=8),
+    "modernbert, global and narrow": ModernBertConfig(
+        **_SIZE,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        local_attention=8,
+    ),
     "qwen2, narrow": Qwen2Config(
         **_SIZE,
         num_key_value_heads=1,
@@ -99,8 +107,6 @@ _VARIANTS: dict[str, PretrainedConfig] = {
 }
 TAILED = [family for family in FAMILIES if family != "deberta"] + [*_VARIANTS]
 """Those whose last layer can be run by rows."""
-TRACED = [family for family in TAILED if not family.endswith("narrow")]
-"""Those that OpenVINO can run."""
 
 
 def guarded_victim(family: str) -> Guarded:

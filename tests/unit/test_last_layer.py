@@ -107,6 +107,12 @@ def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimVariant) ->
     assert (readings.shape, rows) == ((1, len(config.keep_at), 3), None)
 
 
+def test_modernbert_that_reads_the_mean_of_all_tokens_has_no_tail() -> None:
+    victim: Any = tiny_victim("modernbert")
+    victim.config.classifier_pooling = "mean"
+    assert guard(victim, lora_config(victim, 1)).last_layer is None
+
+
 @torch.inference_mode()
 def test_mpnet_says_what_it_said_while_its_adapters_are_off() -> None:
     victim: Any = tiny_victim("mpnet")

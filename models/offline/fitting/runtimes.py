@@ -100,7 +100,7 @@ def measure_runtimes(
 
 def _runtimes(trained: TorchEngine, engine: str) -> list[Runtime]:
     wanted = [r for r in RUNTIMES if engine in (AUTO, r.engine) or r.engine == REFERENCE.engine]
-    if not trained.guarded.is_traceable(trained.max_length):
+    if not trained.guarded.is_traceable:
         if engine not in (AUTO, REFERENCE.engine):
             raise EngineError(f"{engine} cannot run this victim, or these adapters; use torch")
         wanted = [r for r in wanted if r.engine == REFERENCE.engine]
