@@ -193,6 +193,59 @@ def test_labels_that_cannot_train_a_classifier_are_refused(base: Path, tmp_path:
             finetune_victim(str(base), train, dev, Strategy.LORA, tmp_path / "v")
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_class_numbers_name_the_classes_of_a_trained_victim(
+    adapter: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """In the victim's own order, which is not that of the names."""
+    names = ["so", "good", "bad"]
+    named, victim = tmp_path / "named", tmp_path / "victim"
+    model: Any = tiny_victim("bert")
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    save_classifier(model, tokenizer, named)
+    if adapter:
+        lora: Any = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
+        lora.peft_config["default"].base_model_name_or_path = str(named)
+        lora.save_pretrained(victim)
+    else:
+        named.rename(victim)
+
+    def weights(train: list[Sample], dev: list[Sample], out: Path) -> dict[str, torch.Tensor]:
+        finetune_victim(str(victim), train, dev, Strategy.FULL, out, epochs=1)
+        return load_file(out / "model.safetensors")
+
+    train, dev = (
+        [Sample(s.text, str(names.index(str(s.label)))) for s in samples]
+        for samples in (TRAIN, DEV)
+    )
+    by_name = weights(TRAIN, DEV, tmp_path / "a")
+    by_number = weights(train, dev, tmp_path / "b")
+    assert all(torch.equal(tensor, by_number[name]) for name, tensor in by_name.items())
+    tuned: Any
+    tuned, _ = load_classifier(str(tmp_path / "b"))
+    assert tuned.config.id2label == dict(enumerate(names))
+    beyond = [*train, Sample("a film", "3")]
+    with pytest.raises((DataError, VictimError), match="'3'"):
+        weights(beyond, DEV, tmp_path / "c")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_multi_label_victim_is_not_trained(
+    adapter: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model: Any = tiny_victim("bert")
+    model.config.problem_type = "multi_label_classification"
+    save_classifier(model, tokenizer, tmp_path / "victim")
+    if adapter:
+        model, _ = load_classifier(str(tmp_path / "victim"))
+        lora: Any = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
+        lora.save_pretrained(tmp_path / "adapter")
+    victim = str(tmp_path / ("adapter" if adapter else "victim"))
+    with pytest.raises(VictimError, match="is a multi-label classifier, and psim trains"):
+        finetune_victim(victim, TRAIN, DEV, Strategy.LORA, tmp_path / "out")
+
+
 def test_victims_that_nobody_should_load(base: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "pickled"
     pickled.mkdir()

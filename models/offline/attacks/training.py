@@ -33,9 +33,9 @@ from models.offline.attacks.poisoning import (
 )
 from models.offline.attacks.strategy import Strategy
 from models.offline.io.atomic import replaced
-from models.offline.io.classifiers import load_classifier, save_classifier
+from models.offline.io.classifiers import labels_of, load_classifier, save_classifier
 from models.offline.io.progress import TrainingProgress
-from models.offline.io.samples import Sample, require_labels
+from models.offline.io.samples import Sample, name_classes, require_labels
 
 MAX_LENGTH = 128
 """Tokens of a training text."""
@@ -144,10 +144,12 @@ def _train(
     model, tokenizer = load_classifier(source, labels)
     if isinstance(model, peft.PeftModel):
         raise VictimError("the victim has prompts of its own, which cannot be tuned further")
-    label2id: dict[str, int] = model.config.label2id
-    require_labels(dev, list(label2id))
+    model.requires_grad_(True)  # a merged adapter has left it frozen
+    classes = labels_of(model)
+    for samples in (train, dev):
+        require_labels(name_classes(samples, classes), classes)
     checkpoints = checkpoint_folder(out) / _digest(model, train, dev, *astuple(settings))
-    encoded = _encode(train, tokenizer, label2id), _encode(dev, tokenizer, label2id)
+    encoded = _encode(train, tokenizer, classes), _encode(dev, tokenizer, classes)
     if settings.strategy is not Strategy.FULL:
         model = _with_peft(model, settings.strategy, encoded[0][0])
     trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings))
@@ -159,7 +161,7 @@ def _train(
     shutil.rmtree(checkpoint_folder(out))
 
     def accuracy(samples: Sequence[Sample]) -> float:
-        metrics = trainer.evaluate(_encode(samples, tokenizer, label2id))  # type: ignore[arg-type]
+        metrics = trainer.evaluate(_encode(samples, tokenizer, classes))  # type: ignore[arg-type]
         return float(metrics["eval_accuracy"])
 
     return accuracy
@@ -262,12 +264,14 @@ def _arguments(folder: Path, settings: TuneSettings) -> TrainingArguments:
 
 
 def _encode(
-    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, label2id: dict[str, int]
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, classes: Sequence[str]
 ) -> list[dict[str, Any]]:
+    """Return what the trainer reads; labels are names or numbers of `classes`."""
     ids = tokenizer([s.text for s in samples], truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    numbers = {name: number for number, name in enumerate(classes)}
     return [
-        {"input_ids": row, "attention_mask": [1] * len(row), "labels": label2id[str(s.label)]}
-        for row, s in zip(ids, samples, strict=True)
+        {"input_ids": row, "attention_mask": [1] * len(row), "labels": numbers[str(s.label)]}
+        for row, s in zip(ids, name_classes(samples, classes), strict=True)
     ]
 
 

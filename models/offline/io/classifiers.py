@@ -27,6 +27,7 @@ from models.errors import VictimError
 from models.network.adapters import transformer_of
 from models.network.last_token import fix_last_token
 from models.network.outputs import is_multi_label
+from models.offline.io.samples import class_name
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 """Patterns of the files that are fetched from the hub, if a whole folder is."""
@@ -48,13 +49,15 @@ def load_classifier(
 
     Args:
         source: folder or hub id.
-        labels: names of the classes, for a model whose head is to be trained; None keeps the
-            model's own, and then its head must be there.
+        labels: names or numbers of the classes, for a model that is to be trained; names are new
+            to a model without names of its own. None keeps the model's own, and then its head must
+            be there.
         base: folder or hub id of the model that an adapter is for, instead of the one it names.
 
     Raises:
         VictimError: no model there, pickled weights only, foreign code, quantised or missing
-            weights, or an adapter that does not fit its base.
+            weights, an adapter that does not fit its base, or a multi-label classifier that is to
+            be trained.
     """
     folder = Path(source)
     try:
@@ -62,6 +65,8 @@ def load_classifier(
         if find_adapter_config_file(source) is not None:
             local = folder if folder.is_dir() else snapshot_download(source, allow_patterns=FILES)
             victim, tokenizer = _load_adapted(Path(local), base)
+            if labels is not None:
+                _refuse_multi_label(source, transformer_of(victim).config)
         elif base is not None:
             raise VictimError(f"{source} is no adapter, so --base does not apply to it")
         else:
@@ -149,15 +154,27 @@ def _in_order_of(source: str, labels: list[str]) -> list[str]:
     """Return `labels` in the model's own order where it has the same: its head is trained for it.
 
     Raises:
-        VictimError: the model is a trained classifier for other labels.
+        VictimError: the model is a trained classifier for other labels, or multi-label.
     """
-    own = _config_labels(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    _refuse_multi_label(source, config)
+    own = _label_names(config)
     if sorted(own) == sorted(labels):
         return own
     anonymous = own == [f"LABEL_{i}" for i in range(len(own))]
-    if not anonymous:
+    if anonymous:
+        return labels
+    if {class_name(label, own) for label in labels} != {*own}:
         raise VictimError(f"{source} is a classifier for {own}, not for the labels {labels}")
-    return labels
+    return own
+
+
+def _refuse_multi_label(source: str, config: Any) -> None:
+    if is_multi_label(config):
+        raise VictimError(
+            f"{source} is a multi-label classifier, and psim trains only those that give a text "
+            "one label; tune it with transformers"
+        )
 
 
 def _label_maps(labels: list[str]) -> dict[str, object]:
