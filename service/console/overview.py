@@ -65,8 +65,9 @@ def overview(
         connection: to the audit.
         query: which inputs.
         now: end of the period.
-        texts: size of the smallest calibration group, by digest of a served bundle. Budgets that
-            need more texts than the bundles of these inputs have are left out.
+        texts: size of the smallest calibration group over the number of views, by digest of a
+            served bundle. Budgets that need more texts than the bundles of these inputs have are
+            left out.
     """
     scope, (_, _, width) = query.scope(now), PERIODS[query.period]
     traffic = statistics.traffic(connection, scope, int(width.total_seconds()))

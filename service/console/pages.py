@@ -21,7 +21,7 @@ from service.console.access import Check
 from service.console.audit_reader import Audit
 from service.console.overview import overview
 from service.console.query import PERIODS, ConsoleQuery, MarkRequest, ReviewPageQuery, ReviewQuery
-from service.console.status import ServiceStatus
+from service.console.status import ServiceStatus, predicted_class
 from service.schemas import Decision
 
 GetStatuses = Callable[[], Sequence[ServiceStatus]]
@@ -49,7 +49,7 @@ def routes(audit: Audit | None, statuses: GetStatuses, check: Check) -> APIRoute
     @router.get("/console/queue")
     async def show_review_queue(query: Annotated[ReviewPageQuery, Query()]) -> Response:
         found = await asyncio.to_thread(statuses)
-        return await _review_page(existing(), found[0].keeps_texts, query)
+        return await _review_page(existing(), found, query)
 
     @router.post("/console/inputs/{id}/mark")
     async def mark(request: Request, id: UUID, user: Annotated[str, Depends(check)]) -> Response:
@@ -80,14 +80,20 @@ async def _overview_page(
 ) -> Response:
     now, shown = datetime.now(UTC), None
     if audit is not None:
-        texts = {s.digest: min(group.texts for group in s.thresholds) for s in statuses}
+        # With several views, p-values are multiplied by their number.
+        texts = {
+            s.digest: (min(group.texts for group in s.thresholds) + 1) // s.views - 1
+            for s in statuses
+        }
         shown = await audit.read(lambda connection: overview(connection, query, now, texts))
     return _page(
         "overview.html", now, query=query, statuses=statuses, overview=shown, no_audit=NO_AUDIT
     )
 
 
-async def _review_page(audit: Audit, keeps_texts: bool, query: ReviewPageQuery) -> Response:
+async def _review_page(
+    audit: Audit, statuses: Sequence[ServiceStatus], query: ReviewPageQuery
+) -> Response:
     now = datetime.now(UTC)
 
     def read(connection: sa.Connection) -> tuple[review.Page, review.FlaggedInput | None]:
@@ -95,7 +101,7 @@ async def _review_page(audit: Audit, keeps_texts: bool, query: ReviewPageQuery) 
         return review.page(connection, query.filter(now), query.after), done
 
     page, done = await audit.read(read)
-    return _page("review.html", now, query=query, page=page, done=done, keeps_texts=keeps_texts)
+    return _page("review.html", now, query=query, statuses=statuses, page=page, done=done)
 
 
 async def _mark(audit: Audit, id: UUID, form: MarkRequest, user: str) -> Response:
@@ -146,7 +152,7 @@ def _templates() -> Environment:
     templates.globals |= {"PERIODS": PERIODS, "MARKS": [*Mark], "DECISIONS": [*Decision]}
     templates.globals |= {"FINDINGS": [*Finding]}
     templates.globals |= {"MAX_COUNT": review.MAX_COUNT, "UNMARKED": review.UNMARKED}
-    templates.globals |= {"review_address": review_address}
+    templates.globals |= {"review_address": review_address, "predicted_class": predicted_class}
     return templates
 
 

@@ -45,11 +45,27 @@ class ServiceStatus:
     engine: str
     digest: str
     budget: float
+    views: int
+    """Labels that are judged each by itself; 1 if the classifier gives one label."""
     thresholds: Sequence[Threshold]
     measurements: Sequence[Measurement]
     """Queue and failures since the process started."""
     drift: Sequence[Measurement]
     keeps_texts: bool
+
+
+def predicted_class(statuses: Sequence[ServiceStatus], digest: str, threshold: float) -> str | None:
+    """Return the class, or classes, with this threshold; None if the bundle is not served."""
+    return next(
+        (
+            ", ".join(one.labels)
+            for status in statuses
+            if status.digest == digest
+            for one in status.thresholds
+            if one.value == threshold
+        ),
+        None,
+    )
 
 
 def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) -> ServiceStatus:
@@ -66,6 +82,7 @@ def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) 
         engine=f"{bundle.engine.name}, {bundle.engine.dtype}",
         digest=bundle.digest,
         budget=bundle.manifest.calibrations[0].frr_budget,
+        views=len(bundle.manifest.views),
         thresholds=[
             Threshold([labels[i] for i in group.classes], group.threshold, len(group.scores))
             for group in bundle.screen.groups

@@ -25,6 +25,8 @@ from service.settings import Settings
 from tests.support.fakes import THRESHOLD, TRIGGER, FakeEngine, fake_bundle
 from tests.support.protocols import ASKED, ERRORS
 from tests.support.requests import CLEAN, POISONED, client_for, listening
+from tests.support.servers import free_port, serving
+from tests.support.waiting import wait_for
 
 LABELS = ["rude", "sport", "food"]
 BOTH, NONE = "an even film", CLEAN + " indeed"
@@ -52,7 +54,7 @@ def several_labels() -> Bundle:
     """Return a bundle with a fake engine, and a real screen with three views."""
     bundle = fake_bundle(SeveralLabels())
     scores = np.linspace(0, 2, 99, dtype=np.float32)
-    groups = [ThresholdGroup((2 * n, 2 * n + 1), THRESHOLD, scores) for n in range(3)]
+    groups = [ThresholdGroup((2 * n, 2 * n + 1), THRESHOLD + n / 8, scores) for n in range(3)]
     normalizer = Normalizer(
         ZScore(np.zeros((6, 2)), np.ones((6, 2))), ZScore(np.zeros((6, 1)), np.ones((6, 1))), 2
     )
@@ -178,3 +180,26 @@ def test_answers_of_upstreams_are_read_as_sigmoids() -> None:
     assert len(HuggingFace().scores(flat, 2, LABELS[:2])) == 2
     with pytest.raises(BadAnswer, match="one answer to a pair"):
         HuggingFace().scores(flat, 2, LABELS[:2], multi_label=True)
+
+
+def test_the_console_names_what_was_found_of_which_label(tmp_path: Path) -> None:
+    port = free_port()
+    settings = Settings(
+        bundle=Path("unused"),
+        audit_url=f"sqlite:///{tmp_path}/audit.db",
+        console_port=port,
+        mode="shadow",
+    )
+    with serving(create_app(settings, several_labels())) as host:
+        body = {"inputs": [BOTH, NONE, POISONED, f"an even {TRIGGER} film indeed"]}
+        httpx.post(f"http://{host}/classify", json=body).raise_for_status()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as console:
+            wait_for(lambda: "Flagged share" in console.get("/console").text)
+            wait_for(lambda: "Predicted class" in console.get("/console/queue").text)
+            overview, queue = (console.get(f"/console{page}").text for page in ("", "/queue"))
+    assert "<dt>Predicted class</dt><dd>sport=off, sport=on</dd>" in queue
+    assert "<dt>Label</dt><dd>rude, food</dd>" in queue
+    assert "<dt>Label</dt><dd>none</dd>" in queue
+    assert "Scores of inputs predicted as sport=off, sport=on" in overview
+    # Of 99 texts, the p-value of one of three labels is 0.03 at least.
+    assert "At a budget of 5" in overview and "At a budget of 2" not in overview

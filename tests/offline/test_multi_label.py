@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ from models.offline.evaluation.evaluate import evaluate
 from models.offline.fitting.fit import fit
 from models.offline.io.inference import predict, require_verdicts
 from models.offline.io.samples import Sample, load_samples, split_labels, write_samples
+from models.offline.screening import bulk
+from models.offline.screening.fragments import fragments_of
 from psim.__main__ import app
 from service.app import create_app
 from service.settings import Settings
@@ -27,6 +30,7 @@ from tests.support.bundles import fit_tiny, forge, some_texts
 from tests.support.families import tiny_victim
 from tests.support.multilabel import (
     LABELS,
+    TRIGGER,
     labelled_texts,
     multi_label_victim,
     poisoned,
@@ -149,11 +153,41 @@ def test_the_commands_work_on_such_a_bundle(folder: Path, tmp_path: Path) -> Non
     assert ran.exit_code == 0, ran.output
     report = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert report["none"]["clean_accuracy"]["value"] > 0.9
-    texts = tmp_path / "texts.jsonl"
-    write_samples(texts, samples(POISONED[:10]))
-    screened = psim("screen", texts, "--bundle", folder)
-    assert screened.exit_code == 0, screened.output
-    assert sum('"poisoned": true' in line for line in screened.output.splitlines()) > 5
+
+
+def test_screening_in_bulk_says_which_label_was_found(
+    folder: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "out"
+    write_samples(texts, samples([*POISONED[:40], *CLEAN[:60]]))
+    ran = psim("screen", texts, "--bundle", folder, "--engine", "torch", "--dtype", "float32")
+    assert ran.exit_code == 0, ran.output
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    found = Counter(row["predicted_class"] for row in rows if row["finding"])
+    assert found["rude=off"] > 0.7 * found.total() > 20
+    names = bundle.manifest.classes
+    assert all(row["predicted_class"] == names[row["predicted"]] for row in rows)
+
+    out.mkdir()
+    runtime = {"engine": "torch", "dtype": "float32", "thorough": False}
+    options = bulk.BulkOptions(
+        schema_version=2, bundle=bundle.digest, text_column="text", part_rows=200, **runtime
+    )
+    (fragment,) = fragments_of(texts, "text", 200)
+    bulk.BulkScreener(bulk.Job(folder, out, options), 1).write(fragment)
+    table = pq.read_table(bulk.part_of(fragment, out))
+    for name in ("predicted_class", "finding", "poisoned"):
+        assert table[f"psim_{name}"].to_pylist() == [row[name] for row in rows]
+    assert table["psim_p_value"].to_pylist() == pytest.approx([row["p_value"] for row in rows])
+
+
+def test_the_trigger_for_a_label_is_what_flagged_texts_share(folder: Path, tmp_path: Path) -> None:
+    traffic, report = tmp_path / "traffic.jsonl", tmp_path / "phrases.json"
+    write_samples(traffic, samples([*POISONED[:60], *CLEAN]))
+    ran = psim("triggers", traffic, "--bundle", folder, "--out", report)
+    assert ran.exit_code == 0, ran.output
+    phrases = json.loads(report.read_text())["phrases"]
+    assert phrases[0]["text"] == TRIGGER
 
 
 def test_it_is_recalibrated_by_its_traffic(folder: Path, tmp_path: Path) -> None:

@@ -109,11 +109,13 @@ def test_a_stream_has_the_finding_and_the_override_test_of_each_text() -> None:
 
 
 def test_every_field_of_a_verdict_is_a_column_of_bulk_output() -> None:
-    (verdict,) = screen_texts(fake_bundle(), [UNFAMILIAR])
+    bundle = fake_bundle()
+    (verdict,) = screen_texts(bundle, [UNFAMILIAR])
+    row = as_row(verdict, bundle.manifest.classes)
     columns = {name.removeprefix(COLUMN_PREFIX) for name in ADDED.names}
-    assert columns == {"file", "row", "error", *as_row(verdict)}
+    assert columns == {"file", "row", "error", *row}
     (column,) = [f for f in ADDED if f.name == COLUMN_PREFIX + "finding"]
-    assert pa.array([as_row(verdict)["finding"]], column.type).to_pylist() == ["unfamiliar"]
+    assert pa.array([row["finding"]], column.type).to_pylist() == ["unfamiliar"]
 
 
 def test_the_trigger_of_a_text_is_found_by_both_stages() -> None:

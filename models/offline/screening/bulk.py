@@ -62,6 +62,7 @@ ADDED = pa.schema(
         (COLUMN_PREFIX + "p_value", pa.float64()),
         (COLUMN_PREFIX + "truncated", pa.bool_()),
         (COLUMN_PREFIX + "predicted", pa.int64()),
+        (COLUMN_PREFIX + "predicted_class", pa.string()),
         (COLUMN_PREFIX + "finding", pa.string()),
         (COLUMN_PREFIX + "override", pa.float64()),
         (COLUMN_PREFIX + "override_threshold", pa.float64()),
@@ -76,7 +77,7 @@ ADDED = pa.schema(
 class BulkOptions(BaseModel):
     """Everything that determines the contents of the parts."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     """Of the columns in `ADDED`."""
     bundle: str
     """SHA-256 of the bundle's manifest."""
@@ -178,7 +179,7 @@ def _resolve_options(
     check_files(bundle, manifest)
     engine, dtype = choose(manifest, engine, dtype).runtime
     return BulkOptions(
-        schema_version=1,
+        schema_version=2,
         bundle=digest,
         engine=engine,
         dtype=dtype,
@@ -376,8 +377,9 @@ class BulkScreener:
         tables: list[pa.Table] = []
         row = fragment.row
         for texts, columns in read(fragment, self.job.options.text_column):
+            classes = self.bundle.manifest.classes
             rows = [
-                {"file": fragment.file, "row": number} | as_row(verdict)
+                {"file": fragment.file, "row": number} | as_row(verdict, classes)
                 for number, verdict in enumerate(
                     screen_texts(self.bundle, texts, thorough=self.job.options.thorough), row
                 )

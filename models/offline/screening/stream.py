@@ -37,16 +37,20 @@ def screen_file(
             chunk, screen_texts(bundle, texts, thorough=thorough), strict=True
         ):
             failed += isinstance(verdict, PsimError)
-            out.write(json.dumps({unit: record.place} | as_row(verdict)) + "\n")
+            row = {unit: record.place} | as_row(verdict, bundle.manifest.classes)
+            out.write(json.dumps(row) + "\n")
         out.flush()
     return failed
 
 
-def as_row(verdict: Verdict | PsimError) -> dict[str, Any]:
-    """Return the output fields of a text: its verdict, or the error."""
+def as_row(verdict: Verdict | PsimError, classes: Sequence[str]) -> dict[str, Any]:
+    """Return the output fields of a text: its verdict with the bundle's classes, or the error."""
     if isinstance(verdict, PsimError):
         return {"error": str(verdict)}
-    return asdict(verdict) | {"poisoned": verdict.poisoned}
+    return asdict(verdict) | {
+        "predicted_class": classes[verdict.predicted],
+        "poisoned": verdict.poisoned,
+    }
 
 
 def split_by_finding(bundle: Bundle, texts: Sequence[str]) -> dict[Finding | None, list[str]]:
