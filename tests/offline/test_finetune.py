@@ -28,6 +28,7 @@ from models.offline.io.classifiers import load_classifier, save_classifier
 from models.offline.io.progress import TrainingProgress
 from models.offline.io.samples import Sample
 from tests.support.bundles import some_texts
+from tests.support.commands import assert_refused, psim
 from tests.support.families import tiny_victim
 from tests.support.model_types import tiny_model
 
@@ -242,8 +243,13 @@ def test_a_multi_label_victim_is_not_trained(
         lora: Any = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
         lora.save_pretrained(tmp_path / "adapter")
     victim = str(tmp_path / ("adapter" if adapter else "victim"))
-    with pytest.raises(VictimError, match="is a multi-label classifier, and psim trains"):
-        finetune_victim(victim, TRAIN, DEV, Strategy.LORA, tmp_path / "out")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text,label\none,LABEL_0|LABEL_2\ntwo,[]\n")
+    asked = psim(
+        *("finetune", "--victim", victim, "--out", tmp_path / "out"),
+        *("--train", texts, "--dev", texts),
+    )
+    assert_refused(asked, "is a multi-label classifier, and psim trains only those")
 
 
 def test_victims_that_nobody_should_load(base: Path, tmp_path: Path) -> None:
