@@ -242,7 +242,9 @@ def test_a_replica_that_is_killed_under_load_loses_no_request_and_comes_back(
     with load(cluster) as statuses:
         wait_for(lambda: statuses[200] > 50)
         os.kill(_owner(first[0]), signal.SIGKILL)
-        wait_for(lambda: [one for one in {*replicas(cluster)} - {*first} if inputs(one) > 5], START_S)
+        wait_for(
+            lambda: [one for one in {*replicas(cluster)} - {*first} if inputs(one) > 5], START_S
+        )
     assert statuses.keys() <= {200, 500, 503}
     errors = statuses.total() - statuses[200]
     assert errors <= 8, "more than what the replica held"
