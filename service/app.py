@@ -152,8 +152,7 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
         settings.max_windows,
         limit=lambda: settings.upstream_max_length or classifier.max_length,
     )
-    # A classifier elsewhere may read more of a text than our model does.
-    screener: Screener = two_stages if settings.upstream is None else windowed_screener
+    screener = _screener(settings, two_stages, windowed_screener, bundle)
     trigger_search = TriggerSearch(screener, model_metrics, settings.searches)
     challenger = _challenger(settings, model_metrics)
     gateway = Gateway(
@@ -168,6 +167,17 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
         challenger,
     )
     return Model(gateway, batcher, challenger)
+
+
+def _screener(
+    settings: Settings, two_stages: TwoStageScreener, windowed: WindowedScreener, bundle: Bundle
+) -> Screener:
+    if settings.upstream is not None:
+        return windowed  # a classifier elsewhere may read more of a text than our model does
+    if settings.long_texts == "cut":
+        return two_stages
+    length, most = bundle.manifest.max_length, settings.max_windows
+    return WindowedScreener(two_stages, length, most, own_classifier=True)
 
 
 def _classifier(

@@ -250,6 +250,9 @@ class ModelSettings(UpstreamSettings, OverrideSettings):
     overlong: Literal["reject", "allow"] = "reject"
     """Fate of a text longer than `max_windows` let the screen read, if the classifier is elsewhere
     and may read on."""
+    long_texts: Literal["cut", "windows"] = "cut"
+    """Whether a text that is too long for the bundle's own classifier is screened only as far as
+    that reads, or to its end; for a classifier elsewhere, it always is."""
     max_windows: int = Field(128, ge=1)
     """Windows per text, see `service.pipeline.windows`."""
 

@@ -77,6 +77,16 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
+            "Share of inputs that were not read to their end",
+            units.PercentUnit,
+            {
+                "{{model}}": (
+                    f"sum by (model) (rate(psim_truncated_inputs_total{RATE})) / "
+                    f"sum by (model) (rate(psim_screen_score_count{RATE}))"
+                )
+            },
+        ),
+        Chart(
             "Screen score (standard deviations)",
             units.NoUnit,
             quantiles("psim_screen_score", "model"),

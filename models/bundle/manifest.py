@@ -11,6 +11,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 LEAST_BUDGET = 1e-6
 Budget = Annotated[float, Field(ge=LEAST_BUDGET, lt=1)]
 """A false-rejection budget; no number of texts supports a smaller one."""
+LEAST_LENGTH = 8
+"""Tokens of a text that a bundle reads at least."""
 MIN_AGREEMENT = 0.999
 """Least share of clean texts on which a default runtime must decide as the reference does."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -205,7 +207,7 @@ class Manifest(_ManifestPart):
     labels: list[str] = Field(min_length=1)
     multi_label: bool = False
     """Whether a text may have any number of the labels, each by a sigmoid."""
-    max_length: int = Field(ge=8)
+    max_length: int = Field(ge=LEAST_LENGTH)
     psim: PsimRecord
     activations: ActivationsRecord | None
     """None if all of the victim's layers are adapted, so that none can be watched."""

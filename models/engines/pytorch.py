@@ -16,8 +16,11 @@ from models.network.guarded import Guarded
 from models.network.trunk import Inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LONGEST_INPUT = 512
-"""Cap on tokens, for models that could read far more, and could be made to by an attacker."""
+SHORT_INPUT = 512
+"""Tokens that any usual machine can have a model read at once."""
+LONGEST_INPUT = 8192
+"""Tokens that are read by default at most, by models that could read far more, and could be made to
+by an attacker; and at all by models that do not say how many they can read."""
 POSITIONS_AFTER_PADDING = set(
     "camembert data2vec-text esm layoutlmv3 lilt longformer luke markuplm mpnet roberta "
     "roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
@@ -229,7 +232,7 @@ def collate(batch: Sequence[Encoding], pad_id: int, device: torch.device) -> Inp
 def max_input_length(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, virtual_tokens: int = 0
 ) -> int:
-    """Return the most tokens that model and tokenizer take, at most `LONGEST_INPUT`.
+    """Return the most tokens that model and tokenizer take; `LONGEST_INPUT` if neither says.
 
     Some models number positions from their padding index + 1, and prompts take positions too.
     """
@@ -238,4 +241,4 @@ def max_input_length(
     positions = next(filter(None, own), LONGEST_INPUT)
     if text_config.model_type in POSITIONS_AFTER_PADDING:
         positions -= (text_config.pad_token_id or 0) + 1
-    return int(min(positions - virtual_tokens, tokenizer.model_max_length, LONGEST_INPUT))
+    return int(min(positions - virtual_tokens, tokenizer.model_max_length))

@@ -133,6 +133,9 @@ class ModelFamilies:
         self.findings = counter(
             "psim_findings", "Screened inputs with a finding", ["model", "finding"]
         )
+        self.truncated_inputs = counter(
+            "psim_truncated_inputs", "Screened inputs that were not read to their end", MODEL
+        )
         self.confidence = histogram(
             "psim_screen_confidence", "PSIM confidence of inputs", MODEL, buckets=CONFIDENCES
         )
@@ -281,6 +284,7 @@ class ModelMetrics:
 
     def __init__(self, families: ModelFamilies, model: str, settings: ModelSettings) -> None:
         self.would_reject = families.would_reject.labels(model)
+        self.truncated_inputs = families.truncated_inputs.labels(model)
         self.confidence = families.confidence.labels(model)
         self.score = families.score.labels(model)
         self.override = families.override.labels(model)

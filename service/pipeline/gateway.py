@@ -25,6 +25,7 @@ from service.pipeline.challenger import Challenger
 from service.pipeline.policy import Policy, only_rejections, policy_of, refuses_request
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
+from service.pipeline.windows import WindowedScreener
 from service.protocols.base import InferenceRequest, ModelInfo
 from service.schemas import (
     Decision,
@@ -274,7 +275,7 @@ class Gateway:
         screened = [answer.value for answer in answers]
         record.texts, record.verdicts = texts, [one.verdict for one in screened]
         if self._challenger and self._warm:
-            self._challenger.compare(record, to_the_end=screener is self._windowed_screener)
+            self._challenger.compare(record, to_the_end=isinstance(screener, WindowedScreener))
         self._require_verdicts(record.verdicts)
         return screened
 

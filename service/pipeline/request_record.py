@@ -139,6 +139,8 @@ class Recorder:
             metrics.score.observe(verdict.score, exemplar_labels)
             if verdict.override is not None:
                 metrics.override.observe(verdict.override, exemplar_labels)
+            if verdict.truncated:
+                metrics.truncated_inputs.inc(exemplar=exemplar_labels)
             if verdict.finding:
                 metrics.findings[verdict.finding].inc(exemplar=exemplar_labels)
         context.drift.add(record.known_verdicts)

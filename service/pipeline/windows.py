@@ -1,4 +1,5 @@
-"""Screening of texts to their end, for a classifier that may read more of a text than the screen.
+"""Screening of texts to their end, for a classifier that may read more of a text than the screen,
+or because the rest of a text matters elsewhere.
 
 A text that the model cannot read at once is tokenized whole, and screened in overlapping windows of
 its tokens; the worst verdict counts. Windows of characters would not do: tokenizers drop
@@ -25,12 +26,15 @@ WINDOWS_AT_ONCE = 8
 class WindowedScreener:
     """Screens texts to their end; a text of more than `most` windows is `truncated`.
 
+    If the classifier is the model's own, so is a text of which that reads only the beginning.
+
     Args:
         screener: screens each window.
         length: tokens that the model reads at once, special tokens included.
         most: windows per text.
         limit: returns after how many tokens, special tokens included, the classifier cuts a text;
             None if it reads as many as the model, or all, or if that is not known.
+        own_classifier: whether texts are for the model's own classifier.
     """
 
     def __init__(
@@ -39,9 +43,11 @@ class WindowedScreener:
         length: int,
         most: int,
         limit: Callable[[], int | None] = lambda: None,
+        *,
+        own_classifier: bool = False,
     ) -> None:
         self._screener, self._length, self._most, self._limit = screener, length, most, limit
-        self._size = screener.window_length
+        self._size, self._own_classifier = screener.window_length, own_classifier
 
     @property
     def health(self) -> Health:
@@ -91,7 +97,7 @@ class WindowedScreener:
             for answer in answers:
                 verdict = worse(verdict, answer.value.verdict)
         if verdict is not None:
-            verdict = replace(verdict, truncated=bool(waiting))
+            verdict = replace(verdict, truncated=self._own_classifier or bool(waiting))
         return Timed(replace(beginning.value, verdict=verdict), stages)
 
     def _is_open(self, beginning: Screened) -> bool:

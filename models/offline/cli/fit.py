@@ -34,6 +34,13 @@ CarrierFile = Annotated[
         "by default."
     ),
 ]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that are read of a text, special ones included; by default as many as the "
+        "victim and memory allow, 8192 at most."
+    ),
+]
 
 
 @app.command("fit")
@@ -46,6 +53,7 @@ def fit_command(
     layers: Annotated[str, typer.Option(help="Layers that carry the adapter.")] = "last:1",
     engine: FitEngine = "auto",
     carriers: CarrierFile = None,
+    max_length: MaxLength = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
     force: Force = False,
@@ -72,6 +80,7 @@ def fit_command(
         config=PsimConfig(layers=top_layers, seed=seed),
         engine=engine,
         carriers=[s.text for s in given],
+        max_length=max_length,
     )
     stdout.print(manifest_table(manifest))
     say(f"wrote {out}; next: psim serve --bundle {out}")

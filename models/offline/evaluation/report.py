@@ -123,6 +123,7 @@ def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "victim", f"{manifest.victim.name} ({manifest.victim.architecture})"
     several = " (any number of them)" if manifest.multi_label else ""
     yield "labels", ", ".join(manifest.labels) + several
+    yield "reads", f"{manifest.max_length} tokens of a text"
     yield "created", fit.created
     yield "adapter", f"LoRA rank {psim.rank}, top {psim.layers} layer(s), {psim.steps} steps"
     yield "checkpoints", f"steps {', '.join(map(str, psim.checkpoints))}"

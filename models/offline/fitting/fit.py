@@ -19,7 +19,7 @@ from models.bundle.manifest import Calibration, Manifest
 from models.bundle.save import save_carriers, save_readings, save_weights
 from models.detection.override import LEAST_READABLE, OverrideGeometry, OverrideTest
 from models.engines.base import Encoding
-from models.engines.pytorch import TorchEngine, collate
+from models.engines.pytorch import TorchEngine, best_device, collate
 from models.network.adapters import lora_config
 from models.network.check import guard_checked
 from models.network.trunk import Inputs
@@ -47,6 +47,7 @@ from models.offline.fitting.runtimes import (
 from models.offline.fitting.split import Split, split_texts
 from models.offline.io.atomic import replaced
 from models.offline.io.classifiers import labels_of, max_length_of
+from models.offline.io.input_length import check_length, choose_length
 
 CHECKED, CHECKED_TOKENS = 32, 64
 """Texts of which two are tried on a victim before it is trained, and where they are cut."""
@@ -63,15 +64,17 @@ def fit(
     config: PsimConfig | None = None,
     engine: str = AUTO,
     carriers: Sequence[str] = (),
+    max_length: int | None = None,
 ) -> Manifest:
     """Train PSIM on the victim, calibrate both stages, write the bundle; return its manifest.
 
+    Of a text, `max_length` tokens are read; by default as many as the victim and memory allow.
     Raises `PsimError` with a message that says why; then nothing is written.
     """
     started, config = time.perf_counter(), config or PsimConfig()
     check_installed(engine)
     labels, split = labels_of(victim), split_texts(texts, config.seed)
-    trained, training = train(victim, tokenizer, split, config)
+    trained, training = train(victim, tokenizer, split, config, max_length)
     with replaced(out) as partial:
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
         test = _override_test(partial, trained, split, carriers)
@@ -95,19 +98,27 @@ def fit(
 
 
 def train(
-    victim: nn.Module, tokenizer: PreTrainedTokenizerBase, split: Split, config: PsimConfig
+    victim: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    config: PsimConfig,
+    max_length: int | None = None,
 ) -> tuple[TorchEngine, Training]:
     """Fit both detectors on the victim, which carries them afterwards; not calibrated yet.
 
     Raises:
-        VictimError: the victim cannot be guarded.
+        VictimError: the victim cannot be guarded, or does not read `max_length` tokens.
     """
+    if max_length is not None:
+        check_length(max_length, victim, tokenizer)
     torch.manual_seed(config.seed)
-    max_length = max_length_of(victim, tokenizer)
+    made_for = max_length_of(victim, tokenizer)
     lora = lora_config(victim, config.layers, config.rank)
-    inputs = _some_inputs(tokenizer, split, max_length)
+    inputs = _some_inputs(tokenizer, split, made_for)
     guarded = guard_checked(victim, lora, len(config.keep_at), inputs)
-    engine = TorchEngine(guarded, tokenizer, max_length)
+    guarded.to(best_device())
+    length = max_length or choose_length(guarded, tokenizer, split.train, made_for)
+    engine = TorchEngine(guarded, tokenizer, length)
     return engine, train_detectors(engine, split, config)
 
 

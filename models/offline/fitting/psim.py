@@ -27,6 +27,9 @@ from models.offline.io.progress import progress
 CACHED_NUMBERS = 2**27
 """Limit for cached outputs of the trunk, for training texts and for held-out ones: 512 MiB in
 float32 each."""
+STEP_TOKENS, LOOK_TOKENS = 32 * 512, 300 * 512
+"""Padded tokens of a training step, and held-out tokens of a look: as many as there may be of texts
+of up to 512 tokens. Of longer texts, a step and a look have fewer."""
 Loss = Callable[[torch.Tensor], torch.Tensor]
 """Of logits, shape (rows, L)."""
 UNLEARNT = "the clean texts have lost most of their confidence"
@@ -161,6 +164,8 @@ class _CheckpointKeeper:
     def __init__(
         self, guarded: Guarded, held_out: Sequence[Encoding], config: PsimConfig, pad_id: int
     ) -> None:
+        looked_at = int((np.cumsum([len(text) for text in held_out]) <= LOOK_TOKENS).sum())
+        held_out = held_out[: max(1, looked_at)]
         batches = length_sorted_batches([len(text) for text in held_out], BATCH_TOKENS)
         self._guarded, self._config = guarded, config
         self._held_out = _Batches(guarded, held_out, batches, pad_id)
@@ -218,7 +223,14 @@ def _grouped(train: Sequence[Encoding], config: PsimConfig) -> Iterator[list[int
     lengths = [len(text) for text in train]
     order = get_length_grouped_indices(lengths, config.batch_size, generator=generator)  # type: ignore[no-untyped-call]
     for start in range(0, len(order), config.batch_size):
-        yield order[start : start + config.batch_size]
+        batch = order[start : start + config.batch_size]
+        own = [lengths[i] for i in batch]
+        if len(own) * max(own) <= STEP_TOKENS:
+            yield batch
+        else:
+            yield from (
+                [batch[i] for i in part] for part in length_sorted_batches(own, STEP_TOKENS)
+            )
 
 
 def _shuffled(n: int, seed: int) -> Iterator[int]:

@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from models.bundle.digests import hash_files, tree_digest
 from models.bundle.layout import ADAPTER_WEIGHTS
-from models.engines.pytorch import max_input_length
+from models.engines.pytorch import SHORT_INPUT, max_input_length
 from models.errors import VictimError
 from models.network.adapters import transformer_of
 from models.network.last_token import fix_last_token
@@ -367,11 +367,16 @@ def labels_of(victim: nn.Module) -> list[str]:
 
 
 def max_length_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens of a text a victim reads; its prompts take positions too."""
+    """Return how many tokens of a text a victim can read; its prompts take positions too."""
     virtual = 0
     if isinstance(victim, peft.PeftModel):
         virtual = int(getattr(victim.active_peft_config, "num_virtual_tokens", 0) or 0)
     return max_input_length(pretrained_model(victim).config, tokenizer, virtual)
+
+
+def short_length_of(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the same, at most `SHORT_INPUT`: studies are about short texts."""
+    return min(max_length_of(victim, tokenizer), SHORT_INPUT)
 
 
 def model_digest(source: str) -> str:

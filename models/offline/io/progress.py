@@ -19,6 +19,11 @@ def progress(step: str, **options: Any) -> "tqdm[Any]":
     return tqdm(desc=step, disable=None, **options)
 
 
+def note(line: str) -> None:
+    """Print a line to standard error, above a bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
 class TrainingProgress(TrainerCallback):
     """A bar for the training of a victim; where standard error is not a terminal, a line an epoch.
 

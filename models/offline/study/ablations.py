@@ -19,7 +19,7 @@ from models.network.trunk import Inputs
 from models.offline.fitting.fit import train_detectors
 from models.offline.fitting.psim import PsimConfig, Training, reset_loss
 from models.offline.fitting.split import Split
-from models.offline.io.classifiers import max_length_of, pretrained_model
+from models.offline.io.classifiers import pretrained_model, short_length_of
 
 PROMPT_TOKENS = 5
 
@@ -48,7 +48,7 @@ def train_variant(
     """
     torch.manual_seed(variant.seed)
     guarded = with_variant(victim, variant)
-    length = max_length_of(victim, tokenizer)
+    length = short_length_of(victim, tokenizer)
     if variant.adapter == "prompt-encoder":
         length -= PROMPT_TOKENS
     engine = TorchEngine(guarded, tokenizer, length)

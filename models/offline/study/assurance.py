@@ -19,7 +19,7 @@ from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.metrics import Rate
 from models.offline.evaluation.report import percent
 from models.offline.fitting.records import PACKAGES
-from models.offline.io.classifiers import labels_of, load_classifier, max_length_of
+from models.offline.io.classifiers import labels_of, load_classifier, short_length_of
 from models.offline.io.files import shown
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample, name_classes, write_samples
@@ -138,7 +138,7 @@ def _label(victim: str, texts: Sequence[Sample]) -> tuple[list[str], list[Sample
         raise DataError(f"unknown labels {shown(map(str, unknown))}; the victim has {labels}")
     if all(sample.label is not None for sample in distinct):
         return labels, distinct, True
-    engine = TorchEngine(BareClassifier(model), tokenizer, max_length_of(model, tokenizer))
+    engine = TorchEngine(BareClassifier(model), tokenizer, short_length_of(model, tokenizer))
     encodings = engine.encode([s.text for s in distinct])
     classes = predict(engine, encodings, classifier=True).argmax(1)
     return (

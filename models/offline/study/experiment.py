@@ -25,7 +25,7 @@ from models.offline.evaluation.metrics import (
     measure_outcome,
     undefended,
 )
-from models.offline.io.classifiers import load_classifier, max_length_of
+from models.offline.io.classifiers import load_classifier, short_length_of
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample
 from models.offline.study.cache import Step, StepCache, digest_of
@@ -154,7 +154,7 @@ class BareClassifier(Guarded):
 def bare_engine(model: Step, dtype: str) -> TorchEngine:
     """Load a trained model of the study without PSIM."""
     victim, tokenizer = load_classifier(str(model.folder / "model"))
-    return TorchEngine(BareClassifier(victim), tokenizer, max_length_of(victim, tokenizer), dtype)
+    return TorchEngine(BareClassifier(victim), tokenizer, short_length_of(victim, tokenizer), dtype)
 
 
 def predict_bare(cache: StepCache, experiment: Experiment, model: Step) -> Step:

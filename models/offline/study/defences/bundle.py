@@ -22,7 +22,7 @@ from models.offline.evaluation.metrics import (
 )
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
-from models.offline.io.classifiers import load_classifier
+from models.offline.io.classifiers import load_classifier, short_length_of
 from models.offline.io.inference import require_verdicts
 from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.experiment import (
@@ -106,6 +106,7 @@ def _fit_bundle(cache: StepCache, experiment: Experiment, defence: BundleDefence
         manifest = fit(
             model, tokenizer, texts, folder / "bundle", name="victim", config=config,
             frr_budget=defence.frr_budget, engine=REFERENCE.engine,
+            max_length=short_length_of(model, tokenizer),
         )  # fmt: skip
         return {"fit_seconds": manifest.fit.seconds}
 
