@@ -53,6 +53,48 @@ async def test_the_model_s_own_classifier_reads_no_further_than_the_screen() -> 
         assert len(engine.classified[-1]) == MAX_LENGTH
 
 
+OWN: dict[str, Any] = {"long_texts": "windows"}
+
+
+async def test_long_texts_are_screened_to_their_end_for_the_own_classifier_if_asked_to() -> None:
+    engine = FakeEngine()
+    async with client_of(engine, **OWN) as client:
+        poisoned = await client.post("/predict", json={"inputs": FILL * 20 + "mn"})
+        assert poisoned.status_code == 403
+        assert (await client.post("/predict", json={"inputs": FILL * 20})).status_code == 200
+        assert len(engine.classified[-1]) == MAX_LENGTH
+        (result,) = (await client.post("/screen", json={"inputs": FILL * 20})).json()["results"]
+        assert result["truncated"], "the classifier read only the beginning"
+        (result,) = (await client.post("/screen", json={"inputs": FILL})).json()["results"]
+        assert not result["truncated"]
+
+
+async def test_what_lies_behind_the_last_window_cannot_reach_the_own_classifier() -> None:
+    async with client_of(max_windows=3, **OWN) as client:
+        answer = await client.post("/predict", json={"inputs": FILL * 20 + "mn"})
+        assert answer.status_code == 200
+
+
+async def test_windows_for_the_own_classifier_change_nothing_for_one_behind_a_proxy() -> None:
+    async with client_of(**OWN) as client:
+        answer = await client.post("/envoy/predict", json={"inputs": FILL * 20})
+        assert answer.status_code == 200, "it was read to its end"
+
+
+@pytest.mark.parametrize(("changes", "truncated"), [({}, 2), (OWN, 2)])
+async def test_texts_that_are_not_read_to_their_end_are_counted(
+    changes: dict[str, Any], truncated: int
+) -> None:
+    async with client_of(**changes) as client:
+        assert await metric(client, "psim_truncated_inputs_total") == 0
+        for path in ("/screen", "/classify"):
+            await client.post(path, json={"inputs": ["a", FILL * 20]})
+        assert await metric(client, "psim_truncated_inputs_total") == truncated
+    async with behind(Peer()) as client:
+        await client.post("/screen", json={"inputs": ["a", FILL * 20]})
+        assert await metric(client, "psim_truncated_inputs_total") == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "decision"),
     [

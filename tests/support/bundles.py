@@ -45,13 +45,18 @@ def sure_victim(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 def fit_tiny(
-    victim: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path, engine: str = "torch"
+    victim: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    engine: str = "torch",
+    max_length: int | None = None,
 ) -> Path:
     """Fit a bundle in a few steps; return its folder."""
     config = PsimConfig(learning_rate=2e-3, max_steps=20)
     setattr(transformer_of(victim), "name_or_path", str(out))  # noqa: B010 - mypy
     texts = some_texts(160)
-    fit(victim, tokenizer, texts, out, name="x", frr_budget=0.05, config=config, engine=engine)
+    options: Any = {"config": config, "engine": engine, "max_length": max_length}
+    fit(victim, tokenizer, texts, out, name="x", frr_budget=0.05, **options)
     return out
 
 

@@ -164,8 +164,7 @@ class _CheckpointKeeper:
     def __init__(
         self, guarded: Guarded, held_out: Sequence[Encoding], config: PsimConfig, pad_id: int
     ) -> None:
-        looked_at = int((np.cumsum([len(text) for text in held_out]) <= LOOK_TOKENS).sum())
-        held_out = held_out[: max(1, looked_at)]
+        held_out = looked_at(held_out)
         batches = length_sorted_batches([len(text) for text in held_out], BATCH_TOKENS)
         self._guarded, self._config = guarded, config
         self._held_out = _Batches(guarded, held_out, batches, pad_id)
@@ -206,6 +205,12 @@ class _CheckpointKeeper:
         """Return the result of a training of so many steps."""
         unlearnt = self._retention <= self._config.keep_at[-1]
         return Training(steps, UNLEARNT if unlearnt else NOT_UNLEARNT, self.kept, self.curve)
+
+
+def looked_at(held_out: Sequence[Encoding]) -> Sequence[Encoding]:
+    """Return the first texts that have up to `LOOK_TOKENS` tokens together, one at least."""
+    fit = np.cumsum([len(text) for text in held_out]) <= LOOK_TOKENS
+    return held_out[: max(1, int(fit.sum()))]
 
 
 def _copy(guarded: Guarded, source: str, target: str) -> None:
