@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from models.bundle.load import load_bundle
 from models.engines.pytorch import max_input_length
@@ -127,8 +131,7 @@ def test_a_victim_that_does_not_say_what_it_reads_is_taken_to_read_8192_tokens(
     boundless = copy.deepcopy(roomy)
     boundless.model_max_length = int(1e30)
     config: Any = copy.deepcopy(FAMILIES["bert"])
-    config.max_position_embeddings = None
-    assert max_input_length(config, boundless) == 8192
+    assert max_input_length(PretrainedConfig(), boundless) == 8192
     config.max_position_embeddings = 131_072
     assert max_input_length(config, boundless) == 131_072
     assert max_input_length(config, roomy) == MADE_FOR

@@ -27,7 +27,7 @@ def quadratic(length: int) -> int:
         (quadratic, 1026, 4 * 1024**2, 1024),
         (quadratic, 8192, 0, 512),
         (linear, 8192, 10**9, 8192),
-        (linear, 8192, 32 * 10**6, 4096),
+        (linear, 8192, 40 * 10**6, 4096),
     ],
 )
 def test_lengths_double_as_far_as_memory_suffices(
