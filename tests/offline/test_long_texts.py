@@ -40,7 +40,8 @@ def long_victim(family: str) -> Any:
     torch.manual_seed(0)
     config: Any = copy.deepcopy(FAMILIES[family])
     config.max_position_embeddings = MADE_FOR
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    from_config: Any = AutoModelForSequenceClassification.from_config
+    return from_config(config).eval()
 
 
 def long_text(tokens: int) -> str:

@@ -76,7 +76,7 @@ def test_steps_and_looks_have_no_more_tokens_for_long_texts() -> None:
     assert sorted(i for batch in batches for i in batch) == [*range(100)]
     for batch in batches:
         assert len(batch) * max(len(texts[i]) for i in batch) <= psim.STEP_TOKENS
-    assert max(map(len, batches)) == 32
+    assert max(map(len, batches)) > 16, "short texts still share a step"
     assert psim.looked_at(some(*[512] * 300)) == some(*[512] * 300)
     assert len(psim.looked_at(some(*[8192] * 300))) == psim.LOOK_TOKENS // 8192
     assert len(psim.looked_at(some(10**6, 5))) == 1

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from models.bundle.digests import hash_files
-from models.bundle.manifest import Calibration, Manifest
+from models.bundle.manifest import Calibration, Manifest, OverrideRecord
 from models.bundle.save import save_carriers, save_readings, save_weights
 from models.detection.override import LEAST_READABLE, OverrideGeometry, OverrideTest
 from models.engines.base import Encoding
@@ -68,8 +68,7 @@ def fit(
 ) -> Manifest:
     """Train PSIM on the victim, calibrate both stages, write the bundle; return its manifest.
 
-    Of a text, `max_length` tokens are read; by default as many as the victim and memory allow.
-    Raises `PsimError` with a message that says why; then nothing is written.
+    Without `max_length`, it chooses one. Raises `PsimError`, which says why; nothing is written.
     """
     started, config = time.perf_counter(), config or PsimConfig()
     check_installed(engine)
@@ -77,8 +76,7 @@ def fit(
     trained, training = train(victim, tokenizer, split, config, max_length)
     with replaced(out) as partial:
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
-        test = _override_test(partial, trained, split, carriers)
-        calibrations = _calibrate(partial, trained, split.calibrate, engine, frr_budget, test)
+        override, calibrations = _calibrate(partial, trained, split, engine, frr_budget, carriers)
         manifest = Manifest(
             schema_version=5,
             victim=victim_record(victim, name, digest),
@@ -87,7 +85,7 @@ def fit(
             max_length=trained.max_length,
             psim=psim_record(config, training),
             activations=activations_record(trained.guarded),
-            override=override_record(test),
+            override=override,
             calibrations=calibrations,
             default=fastest(calibrations, engine),
             fit=fit_record(split, started),
@@ -155,18 +153,19 @@ def _override_test(
 def _calibrate(
     path: Path,
     trained: TorchEngine,
-    texts: Sequence[str],
+    split: Split,
     engine: str,
     frr_budget: float,
-    test: OverrideTest | None,
-) -> list[Calibration]:
-    """Calibrate all runtimes, and write their readings into the bundle."""
-    measured = measure_runtimes(trained, engine, texts, test, frr_budget)
+    carriers: Sequence[str],
+) -> tuple[OverrideRecord | None, list[Calibration]]:
+    """Calibrate all runtimes; write carriers and readings into the bundle."""
+    test = _override_test(path, trained, split, carriers)
+    measured = measure_runtimes(trained, engine, split.calibrate, test, frr_budget)
     checkpoints, views = len(trained.guarded.checkpoints), trained.guarded.views
     tested = test.tested if test else ()
     calibrated = calibrate_runtimes(measured, checkpoints, frr_budget, views, tested)
     save_readings(path, measured_arrays(measured))
-    return calibration_records(measured, calibrated, frr_budget)
+    return override_record(test), calibration_records(measured, calibrated, frr_budget)
 
 
 def train_detectors(
