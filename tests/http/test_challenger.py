@@ -81,6 +81,11 @@ async def test_it_reads_as_far_as_the_served_bundle_did(monkeypatch: pytest.Monk
         await until_metric(client, both("none", "none"), 1)
         assert (await client.post("/envoy/predict", json={"inputs": LONG})).status_code == 403
         await until_metric(client, both("triggered", "triggered"), 1)
+    other = fake_bundle(digest=OTHER)
+    async with on_trial(monkeypatch, other, long_texts="windows") as client:
+        answer = await client.post("/screen", json={"inputs": LONG})
+        assert answer.json()["results"][0]["poisoned"] is True
+        await until_metric(client, both("triggered", "triggered"), 1)
 
 
 async def test_one_that_is_slow_holds_up_nobody_and_what_it_lacks_is_counted(

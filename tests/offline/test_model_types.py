@@ -88,7 +88,7 @@ def test_each_is_guarded_or_refused(
 @torch.inference_mode()
 def reads_all_that_it_may(guarded: Guarded, model: Any) -> None:
     tokenizer = cast(Any, SimpleNamespace(model_max_length=10**9))
-    length = min(max_input_length(model.config, tokenizer), 4096)  # others take too much memory
+    length = min(max_input_length(model.config, tokenizer), 2048)  # others take too much memory
     longest = Encoding((7,) * length, False)
     assert guarded.screen(collate([longest], pad_id_of(model), CPU))[0].isfinite().all()
 
