@@ -1,5 +1,7 @@
-"""Screening of texts to their end, for a classifier that may read more of a text than the screen,
-or because the rest of a text matters elsewhere.
+"""Screening of texts to their end.
+
+It is for a classifier elsewhere, which may read more of a text than the screen does at once, or for
+a text that goes on to others who read all of it.
 
 A text that the model cannot read at once is tokenized whole, and screened in overlapping windows of
 its tokens; the worst verdict counts. Windows of characters would not do: tokenizers drop
