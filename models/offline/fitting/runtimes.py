@@ -102,10 +102,7 @@ def _runtimes(trained: TorchEngine, engine: str) -> list[Runtime]:
     wanted = [r for r in RUNTIMES if engine in (AUTO, r.engine) or r.engine == REFERENCE.engine]
     if not trained.guarded.is_traceable:
         if engine not in (AUTO, REFERENCE.engine):
-            raise EngineError(
-                f"{engine} cannot run this victim, or these adapters, on texts of "
-                f"{trained.max_length} tokens; use torch"
-            )
+            raise EngineError(f"{engine} cannot run this victim, or these adapters; use torch")
         wanted = [r for r in wanted if r.engine == REFERENCE.engine]
     # PyTorch computes in any dtype, if slowly.
     return [r for r in wanted if r.engine == REFERENCE.engine or runs_here(r)]
