@@ -15,7 +15,6 @@ from transformers import (
 
 from models.bundle.load import load_bundle
 from models.engines.pytorch import max_input_length
-from models.errors import EngineError
 from models.offline.fitting.split import split_texts
 from models.offline.io import input_length
 from models.offline.io.classifiers import save_classifier
@@ -136,13 +135,3 @@ def test_a_victim_that_does_not_say_what_it_reads_is_taken_to_read_8192_tokens(
     config.max_position_embeddings = 131_072
     assert max_input_length(config, boundless) == 131_072
     assert max_input_length(config, roomy) == MADE_FOR
-
-
-def test_openvino_is_refused_for_texts_longer_than_a_sliding_window(
-    roomy: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    victim = long_victim("mistral")
-    victim.config.sliding_window = 600
-    options: Any = {"engine": "openvino", "max_length": LENGTH}
-    with pytest.raises(EngineError, match="on texts of 1024 tokens; use torch"):
-        fit_tiny(victim, roomy, tmp_path / "bundle", **options)
