@@ -44,6 +44,7 @@ from service.lifecycle.models_file import settings_by_model
 from service.lifecycle.registry import Model, Registry
 from service.lifecycle.reload import Reloader
 from service.observability import logs
+from service.observability.event_loop import measured_event_loop
 from service.observability.metrics import Metrics, ModelMetrics
 from service.observability.traces import close_provider, open_provider
 from service.pipeline.challenger import Challenger
@@ -95,8 +96,7 @@ def create_app(
 
     Raises:
         BundleError: a bundle cannot be served.
-        PsimError: the file of models or the audit cannot be opened, or an extra that the settings
-            need is not installed.
+        PsimError: the file of models or the audit cannot be opened, or an extra is not installed.
     """
     torch.set_num_threads(settings.threads or usable_cpus())
     traces = traces or (open_provider() if settings.traces else None)
@@ -117,7 +117,8 @@ def create_app(
     ext_proc = _ext_proc(settings, authz, access)
     console = _console(settings, models, metrics, access)
     app = _application(
-        access, lambda _: _running(models, reloader, limiter, ext_proc, console, audit, traces)
+        access,
+        lambda _: _running(models, metrics, reloader, limiter, ext_proc, console, audit, traces),
     )
     app.state.models = models
     app.include_router(ProcessRoutes(models, metrics).router())
@@ -298,6 +299,7 @@ def _warn(settings: Settings) -> None:
 @asynccontextmanager
 async def _running(
     models: Registry,
+    metrics: Metrics,
     reloader: Reloader,
     limiter: Limiter,
     ext_proc: "ExtProc | None",
@@ -310,6 +312,7 @@ async def _running(
     What can fail half-way in its start is to be closed first: its `close` copes with any state.
     """
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(measured_event_loop(metrics.event_loop_lag))
         if traces:
             stack.push_async_callback(asyncio.to_thread, close_provider, traces)
         if audit:

@@ -238,6 +238,11 @@ class Manifest(_ManifestPart):
         return self
 
     @property
+    def frr_budget(self) -> float:
+        """The false-rejection budget; `psim fit` gives all runtimes the same."""
+        return self.calibrations[0].frr_budget
+
+    @property
     def views(self) -> Views:
         """The victim's classes, see `models.detection.views`."""
         return views_of(len(self.labels), multi_label=self.multi_label)

@@ -62,6 +62,7 @@ class Writer:
         self._limit, self._age = limit, timedelta(days=days)
         self._key, self._keep_text = key, keep_text
         self._rows: deque[Row] = deque()
+        metrics.audit_queue_rows.set_function(lambda: len(self._rows))
         self._chars = 0
         self._wake = threading.Condition()
         self._closing = self._given_up = False

@@ -81,7 +81,7 @@ def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) 
         upstream=gateway.upstream_protocol,
         engine=f"{bundle.engine.name}, {bundle.engine.dtype}",
         digest=bundle.digest,
-        budget=bundle.manifest.calibrations[0].frr_budget,
+        budget=bundle.manifest.frr_budget,
         views=len(bundle.manifest.views),
         thresholds=[
             Threshold([labels[i] for i in group.classes], group.threshold, len(group.scores))

@@ -6,6 +6,7 @@ model as a label. Those of requests have not: many requests fail before their mo
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 
 from prometheus_client import (
     GC_COLLECTOR,
@@ -15,6 +16,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
 )
 
 from models.bundle.load import Bundle
@@ -42,6 +44,9 @@ SCORES = (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 15, 20)
 OVERRIDES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 TOKENS = tuple(16 * 2**i for i in range(10))
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# When a counter began is of no use to Prometheus, and was a third of all series.
+disable_created_metrics()
 
 
 class MetricGroup:
@@ -108,7 +113,7 @@ class AccessMetrics(MetricGroup):
 
 
 class AuditMetrics(MetricGroup):
-    """What the audit lacks."""
+    """What waits for the audit, and what the audit lacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,6 +122,32 @@ class AuditMetrics(MetricGroup):
         self.audit_failures = counter(
             "psim_audit_failures", "Times that the audit store could not be used"
         )
+        self.audit_queue_rows = Gauge(
+            "psim_audit_queue_rows", "Rows that wait for the audit store", registry=self.registry
+        )
+
+
+class ProcessMetrics(MetricGroup):
+    """The process: its version, its reloads, and how promptly its event loop runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A registry of our own has no process metrics until it is given the collectors.
+        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+            self.registry.register(collector)
+        build = Gauge("psim_build_info", "The version", ["version"], registry=self.registry)
+        build.labels(version("psim-gateway")).set(1)
+        self.event_loop_lag = Histogram(
+            "psim_event_loop_lag_seconds",
+            "Time by which the event loop woke a task too late",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.reloads = Counter(
+            "psim_reloads", "Reloads of the models", ["outcome"], registry=self.registry
+        )
+        for outcome in RELOADS:
+            self.reloads.labels(outcome)
 
 
 class ModelFamilies:
@@ -225,24 +256,19 @@ class ModelFamilies:
         self.threshold = gauge(
             "psim_threshold", "Score from which an input is extreme", ["model", "label"]
         )
+        self.frr_budget = gauge(
+            "psim_frr_budget", "Share of clean texts that the bundle may find triggered", MODEL
+        )
         self.bundle_info = gauge(
             "psim_bundle_info", "The bundle that is served", ["model", "digest", "engine", "dtype"]
         )
 
 
-class Metrics(RequestMetrics, AccessMetrics, AuditMetrics):
+class Metrics(RequestMetrics, AccessMetrics, AuditMetrics, ProcessMetrics):
     """All metrics of one application; a part names in its annotation the group it needs."""
 
     def __init__(self) -> None:
         super().__init__()
-        # A registry of our own has no process metrics until it is given the collectors.
-        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
-            self.registry.register(collector)
-        self.reloads = Counter(
-            "psim_reloads", "Reloads of the models", ["outcome"], registry=self.registry
-        )
-        for outcome in RELOADS:
-            self.reloads.labels(outcome)
         self._families = ModelFamilies(self.registry)
         self._models: set[str] = set()
 
@@ -259,10 +285,12 @@ class Metrics(RequestMetrics, AccessMetrics, AuditMetrics):
                 family.remove_by_labels({"model": model})
         self._models &= bundles.keys()
         families.threshold.clear()
+        families.frr_budget.clear()
         families.bundle_info.clear()
         for model, bundle in bundles.items():
             for index, label in enumerate(bundle.manifest.classes):
                 families.threshold.labels(model, label).set(bundle.screen.threshold_of(index))
+            families.frr_budget.labels(model).set(bundle.manifest.frr_budget)
             engine = bundle.engine
             families.bundle_info.labels(model, bundle.digest, engine.name, engine.dtype).set(1)
 
