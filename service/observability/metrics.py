@@ -45,7 +45,7 @@ OVERRIDES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 TOKENS = tuple(16 * 2**i for i in range(10))
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-# When a counter began is of no use to Prometheus, and was a third of all series.
+# When a counter began is of no use to our rules, and costs a series each.
 disable_created_metrics()
 
 
@@ -257,7 +257,7 @@ class ModelFamilies:
             "psim_threshold", "Score from which an input is extreme", ["model", "label"]
         )
         self.frr_budget = gauge(
-            "psim_frr_budget", "Share of clean texts that the bundle may find triggered", MODEL
+            "psim_frr_budget", "Share of clean texts that the bundle may find extreme", MODEL
         )
         self.bundle_info = gauge(
             "psim_bundle_info", "The bundle that is served", ["model", "digest", "engine", "dtype"]

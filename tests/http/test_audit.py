@@ -267,6 +267,15 @@ def test_what_still_waits_at_the_end_is_written(url: str, monkeypatch: pytest.Mo
     assert value(metrics, "psim_audit_dropped_total") == 1
 
 
+def test_rows_that_wait_are_counted(tmp_path: Path) -> None:
+    writer, metrics = writer_of(AuditStore(f"sqlite:///{tmp_path}/audit.db"))
+    writer.add([ROW, replace(ROW, number=1)])
+    assert value(metrics, "psim_audit_queue_rows") == 2
+    writer.start()
+    writer.close()
+    assert value(metrics, "psim_audit_queue_rows") == 0
+
+
 def test_texts_that_wait_are_bounded_by_their_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
