@@ -20,8 +20,8 @@ async def test_the_version_and_the_budget_of_the_bundle_are_there() -> None:
 
 async def test_no_series_says_when_a_counter_began() -> None:
     async with client_of() as client:
-        for format in ("text/plain", "application/openmetrics-text"):
-            text = (await client.get("/metrics", headers={"accept": format})).text
+        for accepted in ("text/plain", "application/openmetrics-text"):
+            text = (await client.get("/metrics", headers={"accept": accepted})).text
             assert "psim_requests_total" in text
             assert "_created" not in text
 

@@ -165,27 +165,13 @@ def test_every_alert_has_its_section_in_the_runbook() -> None:
             assert rule["labels"]["severity"] in ("page", "warning")
 
 
-def test_the_example_for_alertmanager_names_alerts_and_labels_that_there_are() -> None:
+def test_the_example_for_alertmanager_names_alerts_and_receivers_that_there_are() -> None:
     (example,) = re.findall(r"^```yaml\n(.*?)^```", RUNBOOK, re.M | re.S)
+    named = re.findall(r"\bPsim\w+", example)
+    assert set(named) <= {rule.get("alert") for rule in RULES}
     config = yaml.safe_load(example)
-    receivers = {receiver["name"] for receiver in config["receivers"]}
-    assert receivers == {
-        config["route"]["receiver"],
-        *(r["receiver"] for r in config["route"]["routes"]),
-    }
-    matchers = [
-        matcher
-        for rule in config["inhibit_rules"]
-        for side in ("source_matchers", "target_matchers")
-        for matcher in rule[side]
-    ]
-    named = {
-        name for m in matchers for name in re.fullmatch(r'alertname=~?"(.*)"', m)[1].split("|")
-    }
-    assert named <= {rule.get("alert") for rule in RULES}
-    severities = {rule["labels"]["severity"] for rule in RULES if "alert" in rule}
-    assert 'severity="page"' in example
-    assert severities == {"page", "warning"}
+    routes = [config["route"], *config["route"]["routes"]]
+    assert {route["receiver"] for route in routes} == {r["name"] for r in config["receivers"]}
 
 
 def test_what_the_runbook_reads_in_the_log_is_what_the_service_writes() -> None:
