@@ -35,6 +35,7 @@ from tests.support.deploy import (
     working_directory,
 )
 from tests.support.fakes import fake_bundle
+from tests.support.network_policy import NAMESPACE, OUTSIDE, Peer, allowed
 from tests.support.paths import ROOT
 from tests.support.programs import program
 from tests.support.servers import free_port
@@ -375,6 +376,50 @@ def test_on_ray_ports_that_run_code_are_open_to_the_cluster_and_its_operator_onl
             assert (ports - served, sources) == ({8265}, [OPERATOR])
     (head,) = [p["spec"] for p in of(RAY, "NetworkPolicy") if "8265" in yaml.safe_dump(p)]
     assert head["podSelector"]["matchLabels"]["ray.io/node-type"] == "head"
+
+
+CLIENT = {"psim-gateway/client": "true"}
+PROMETHEUS_LABELS = {"app.kubernetes.io/name": "prometheus"}
+DNS = Peer("kube-system", {"k8s-app": "kube-dns"})
+
+
+def may(name: str, direction: str, peer: Peer, port: int | str, protocol: str = "TCP") -> bool:
+    """Return whether the policies let a peer reach the gateway, or the gateway a peer."""
+    policies = [policy["spec"] for policy in of(name, "NetworkPolicy")]
+    return allowed(policies, direction, gateway_labels(name), peer, port, protocol)
+
+
+def gateway_labels(name: str) -> dict[str, str]:
+    """Return the labels of the pods that serve."""
+    if name == RAY:
+        own = templates()[1]["metadata"]["labels"]
+        return own | {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"}
+    return dict(the(name, "Deployment")["template"]["metadata"]["labels"])
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+def test_clients_and_prometheus_get_in_and_nobody_else(name: str) -> None:
+    port = 8000 if name == RAY else "http"
+    for peer in (Peer(labels=CLIENT), Peer("monitoring", PROMETHEUS_LABELS)):
+        assert may(name, "Ingress", peer, port), peer
+        assert not may(name, "Ingress", peer, 8265)
+    for peer in (
+        OUTSIDE,
+        Peer(),
+        Peer("elsewhere", CLIENT),
+        Peer("monitoring"),
+        Peer("elsewhere", PROMETHEUS_LABELS),
+        Peer(labels={"app.kubernetes.io/name": "psim-gateway"}),
+    ):
+        assert not may(name, "Ingress", peer, port), peer
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+def test_names_are_resolved_and_nothing_else_is_asked_of_who_does_that(name: str) -> None:
+    assert may(name, "Egress", DNS, 53, "UDP")
+    assert may(name, "Egress", DNS, 53, "TCP")
+    assert not may(name, "Egress", DNS, 8080)
+    assert not may(name, "Egress", Peer(labels=DNS.labels), 53, "UDP"), NAMESPACE
 
 
 def test_policies_open_the_ways_that_are_needed_and_no_other() -> None:
