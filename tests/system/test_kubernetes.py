@@ -38,6 +38,7 @@ from tests.support.fakes import fake_bundle
 from tests.support.network_policy import NAMESPACE, OUTSIDE, Peer, allowed
 from tests.support.paths import ROOT
 from tests.support.programs import program
+from tests.support.requests import client_of
 from tests.support.servers import free_port
 from tests.support.waiting import wait_for
 
@@ -211,6 +212,15 @@ def test_paths_are_those_that_the_service_has() -> None:
         assert asked["port"] == "http"
     (endpoint,) = the("cpu", "ServiceMonitor")["endpoints"]
     assert "get" in routes[endpoint["path"]]
+
+
+async def test_an_upstream_that_is_down_restarts_no_pod_and_sends_it_no_requests() -> None:
+    async with client_of(upstream=f"http://127.0.0.1:{free_port()}") as client:
+        statuses = {
+            probe: (await client.get(gateway("gateway-only")[probe]["httpGet"]["path"])).status_code
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+        }
+    assert statuses == {"startupProbe": 200, "livenessProbe": 200, "readinessProbe": 503}
 
 
 def test_prometheus_finds_the_service_and_calls_it_as_the_rules_do() -> None:
