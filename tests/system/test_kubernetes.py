@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -56,17 +56,27 @@ OTHERS = {
     "keys": ("bundle-claim", "monitoring", "limits", "audit", "keys"),
 }
 """What no overlay takes: the base with these components."""
+ON_RAY = {
+    "ray-keys": ("monitoring", "limits", "audit", "keys"),
+}
+"""The overlay `ray` with these components."""
 
 
 @cache
 def rendered(name: str) -> list[Manifest]:
-    """Return what kubectl would apply of an overlay, or of the base with components."""
-    if name in (*OVERLAYS, RAY):
-        return kustomized(K8S / "overlays" / name)
+    """Return what kubectl would apply of an overlay, or of base or overlay with components."""
+    if name in OTHERS:
+        return composed("base", OTHERS[name])
+    if name in ON_RAY:
+        return composed(f"overlays/{RAY}", ON_RAY[name])
+    return kustomized(K8S / "overlays" / name)
+
+
+def composed(base: str, components: Iterable[str]) -> list[Manifest]:
     with tempfile.TemporaryDirectory() as folder:
         there = os.path.relpath(K8S, Path(folder).resolve())
-        wanted = [f"{there}/components/{component}" for component in OTHERS[name]]
-        content = {"resources": [f"{there}/base"], "components": wanted}
+        wanted = [f"{there}/components/{component}" for component in components]
+        content = {"resources": [f"{there}/{base}"], "components": wanted}
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(content))
         return kustomized(Path(folder))
 
@@ -93,12 +103,17 @@ def pod(name: str) -> Any:
     return the(name, "Deployment")["template"]["spec"]
 
 
+def on_ray(name: str) -> bool:
+    return name == RAY or name in ON_RAY
+
+
 def gateway(name: str) -> Any:
     (container,) = pod(name)["containers"]
     return container
 
 
 everywhere = pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS])
+on_ray_too = pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY, *ON_RAY])
 
 
 def test_every_overlay_and_component_is_rendered_here() -> None:
@@ -112,7 +127,7 @@ def kustomization(overlay: str) -> Any:
     return yaml.safe_load((K8S / "overlays" / overlay / "kustomization.yaml").read_text())
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+@on_ray_too
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_api_takes_every_manifest(name: str, version: str) -> None:
     for manifest in rendered(name):
@@ -123,7 +138,7 @@ def test_the_api_takes_every_manifest(name: str, version: str) -> None:
             # What the operator does not know would be gone.
             assert parsed.model_dump(by_alias=True, exclude_unset=True, mode="json") == manifest
         elif manifest["kind"] == "RayService":
-            for template in templates():  # no registry has a schema of the rest
+            for template in templates(name):  # no registry has a schema of the rest
                 made = template | {"apiVersion": "v1", "kind": "Pod"}
                 made["metadata"] = template["metadata"] | {"name": "made"}
                 assert kubernetes_validate.validate(made, version, strict=True) == version
@@ -131,9 +146,9 @@ def test_the_api_takes_every_manifest(name: str, version: str) -> None:
             assert kubernetes_validate.validate(manifest, version, strict=True) == version
 
 
-def templates() -> list[Any]:
+def templates(name: str = RAY) -> list[Any]:
     """Return the templates of the RayService's pods: the head's, then the workers'."""
-    cluster = the(RAY, "RayService")["rayClusterConfig"]
+    cluster = the(name, "RayService")["rayClusterConfig"]
     return [
         cluster["headGroupSpec"]["template"],
         *(g["template"] for g in cluster["workerGroupSpecs"]),
@@ -276,9 +291,9 @@ def assert_has_no_rights(spec: Any) -> None:
         assert container["resources"].keys() == {"requests", "limits"}
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+@on_ray_too
 def test_no_code_is_imported_from_where_somebody_may_write(name: str) -> None:
-    for spec in [t["spec"] for t in templates()] if name == RAY else [pod(name)]:
+    for spec in [t["spec"] for t in templates(name)] if on_ray(name) else [pod(name)]:
         (own,), others = spec["containers"], spec.get("initContainers", [])
         assert not {"PYTHONPATH", "PYTHONSAFEPATH"} & {v["name"] for v in own.get("env", [])}
         assert "workingDir" not in own
@@ -330,18 +345,44 @@ def test_ray_s_workers_have_the_bundle_room_for_each_replica_and_time_to_end() -
 
 
 def test_prometheus_asks_each_replica_on_ray_and_may() -> None:
-    scrape = the(RAY, "ScrapeConfig")
-    assert not of(RAY, "ServiceMonitor")
-    assert (
-        scrape["jobName"]
-        == the("cpu", "ServiceMonitor")["selector"]["matchLabels"]["app.kubernetes.io/name"]
-    )
-    (discovery,) = scrape["httpSDConfigs"]
-    assert httpx.URL(discovery["url"]).path in SCOPES
-    replica = int(serve_config()["applications"][0]["runtime_env"]["env_vars"]["PSIM_PORT"])
-    assert {replica, httpx.URL(discovery["url"]).port} == {
-        port for ports, sources in ways_in() for port in ports if PROMETHEUS in sources
+    monitor = the("ray-keys", "PodMonitor")
+    wanted = monitor["selector"]["matchLabels"]
+    assert wanted.items() <= gateway_labels("ray-keys").items()
+    assert not wanted.items() <= gateway_labels("cpu").items(), "it has the ServiceMonitor"
+    rules = yaml.safe_dump(the("ray-keys", "PrometheusRule"))
+    assert set(re.findall(r'job="([^"]+)"', rules)) == {
+        gateway_labels("ray-keys")[monitor["jobLabel"]]
     }
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    ports = templates("ray-keys")[1]["spec"]["containers"][0]["ports"]
+    (port,) = [one["containerPort"] for one in ports if one["name"] == endpoint["port"]]
+    assert port == int(serve_config()["applications"][0]["runtime_env"]["env_vars"]["PSIM_PORT"])
+    assert may("ray-keys", "Ingress", Peer("monitoring", PROMETHEUS_LABELS), port)
+    assert not may("ray-keys", "Ingress", Peer(labels=CLIENT), port)
+    assert endpoint["path"] in SCOPES
+
+
+def test_components_do_on_ray_what_they_do_elsewhere() -> None:
+    here, there = pod("keys"), templates("ray-keys")[1]["spec"]
+    own, other = here["containers"][0], there["containers"][0]
+    assert {v["name"]: v for v in own["env"]}.items() <= {
+        v["name"]: v for v in other["env"]
+    }.items()
+    (mount,) = [mount for mount in own["volumeMounts"] if mount["name"] == "keys"]
+    (volume,) = [volume for volume in here["volumes"] if volume["name"] == "keys"]
+    assert mount in other["volumeMounts"]
+    assert volume in there["volumes"]
+    head = templates("ray-keys")[0]["spec"]["containers"][0]
+    assert not [v["name"] for v in head["env"] if v["name"].startswith("PSIM_")]
+    (service,) = the("keys", "ServiceMonitor")["endpoints"]
+    (pods,) = the("ray-keys", "PodMonitor")["podMetricsEndpoints"]
+    assert service["authorization"] == pods["authorization"]
+
+
+@pytest.mark.parametrize("component", ["bundle-claim", "bundle-image", "bundle-store"])
+def test_components_that_need_the_deployment_are_refused_on_ray(component: str) -> None:
+    with pytest.raises(AssertionError, match=r"no resource matches .*Deployment"):
+        composed(f"overlays/{RAY}", [component])
 
 
 def serve_config() -> Any:
@@ -401,15 +442,15 @@ def may(name: str, direction: str, peer: Peer, port: int | str, protocol: str = 
 
 def gateway_labels(name: str) -> dict[str, str]:
     """Return the labels of the pods that serve."""
-    if name == RAY:
-        own = templates()[1]["metadata"]["labels"]
+    if on_ray(name):
+        own = templates(name)[1]["metadata"]["labels"]
         return own | {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"}
     return dict(the(name, "Deployment")["template"]["metadata"]["labels"])
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+@on_ray_too
 def test_clients_and_prometheus_get_in_and_nobody_else(name: str) -> None:
-    port = 8000 if name == RAY else "http"
+    port = 8000 if on_ray(name) else "http"
     for peer in (Peer(labels=CLIENT), Peer("monitoring", PROMETHEUS_LABELS)):
         assert may(name, "Ingress", peer, port), peer
         assert not may(name, "Ingress", peer, 8265)
@@ -424,7 +465,7 @@ def test_clients_and_prometheus_get_in_and_nobody_else(name: str) -> None:
         assert not may(name, "Ingress", peer, port), peer
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, *OTHERS, RAY])
+@on_ray_too
 def test_names_are_resolved_and_nothing_else_is_asked_of_who_does_that(name: str) -> None:
     assert may(name, "Egress", DNS, 53, "UDP")
     assert may(name, "Egress", DNS, 53, "TCP")
@@ -455,8 +496,8 @@ def test_keys_are_read_where_they_are_mounted_and_prometheus_has_its_own() -> No
     # Whole, since a volume with a subPath would not follow the Secret; but not Prometheus's key.
     assert mount == {"name": "keys", "mountPath": mount["mountPath"], "readOnly": True}
     (item,) = volume["items"]
-    (settings,) = of("keys", "ConfigMap")
-    assert settings["data"]["PSIM_KEYS"] == f"{mount['mountPath']}/{item['path']}"
+    (variable,) = [v for v in gateway("keys")["env"] if v["name"] == "PSIM_KEYS"]
+    assert variable["value"] == f"{mount['mountPath']}/{item['path']}"
     (endpoint,) = the("keys", "ServiceMonitor")["endpoints"]
     credentials = endpoint["authorization"]["credentials"]
     assert credentials["name"] == volume["secretName"]
@@ -465,7 +506,7 @@ def test_keys_are_read_where_they_are_mounted_and_prometheus_has_its_own() -> No
 
 def test_components_can_be_combined() -> None:
     assert [variable["name"] for variable in gateway("keys")["env"]] == [
-        "PSIM_AUDIT_URL", "PSIM_AUDIT_KEY", "PSIM_LIMITS_URL",
+        "PSIM_KEYS", "PSIM_AUDIT_URL", "PSIM_AUDIT_KEY", "PSIM_LIMITS_URL",
     ]  # fmt: skip
 
 
@@ -475,6 +516,9 @@ def environment(name: str, secrets: dict[str, dict[str, str]]) -> dict[str, str]
     (settings,) = of(name, "ConfigMap")
     found |= settings["data"]
     for variable in gateway(name).get("env", []):
+        if "value" in variable:
+            found[variable["name"]] = variable["value"]
+            continue
         chosen = variable["valueFrom"]["secretKeyRef"]
         found[variable["name"]] = secrets[chosen["name"]][chosen["key"]]
     return found
