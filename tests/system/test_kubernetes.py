@@ -54,6 +54,9 @@ OTHERS = {
     "image": ("bundle-image",),
     "store": ("bundle-store", "audit"),
     "keys": ("bundle-claim", "monitoring", "limits", "audit", "keys"),
+    "cores": ("bundle-claim", "autoscaling"),
+    "queue": ("bundle-claim", "monitoring", "autoscaling-queue"),
+    "keda": ("bundle-claim", "monitoring", "autoscaling-keda"),
 }
 """What no overlay takes: the base with these components."""
 ON_RAY = {
@@ -142,7 +145,7 @@ def test_the_api_takes_every_manifest(name: str, version: str) -> None:
                 made = template | {"apiVersion": "v1", "kind": "Pod"}
                 made["metadata"] = template["metadata"] | {"name": "made"}
                 assert kubernetes_validate.validate(made, version, strict=True) == version
-        else:
+        elif manifest["kind"] != "ScaledObject":  # nor of KEDA's
             assert kubernetes_validate.validate(manifest, version, strict=True) == version
 
 
@@ -169,7 +172,7 @@ def test_the_rules_are_those_of_prometheus() -> None:
     committed = (K8S / "components/monitoring/prometheusrule.yaml").read_text()
     assert made.stdout == committed, "write it again, as prometheusrule.py says"
     rules = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())
-    assert the("cpu", "PrometheusRule") == rules
+    assert the("keys", "PrometheusRule") == rules
 
 
 @everywhere
@@ -225,7 +228,7 @@ def test_paths_are_those_that_the_service_has() -> None:
         asked = gateway("cpu")[probe]["httpGet"]
         assert "get" in routes[asked["path"]]
         assert asked["port"] == "http"
-    (endpoint,) = the("cpu", "ServiceMonitor")["endpoints"]
+    (endpoint,) = the("keys", "ServiceMonitor")["endpoints"]
     assert "get" in routes[endpoint["path"]]
 
 
@@ -238,28 +241,80 @@ async def test_an_upstream_that_is_down_restarts_no_pod_and_sends_it_no_requests
     assert statuses == {"startupProbe": 200, "livenessProbe": 200, "readinessProbe": 503}
 
 
+BUILT_IN = {"v1", "apps/v1", "autoscaling/v2", "networking.k8s.io/v1", "policy/v1"}
+
+
+def test_overlays_need_nothing_that_a_bare_cluster_does_not_have() -> None:
+    for name in OVERLAYS:
+        assert {manifest["apiVersion"] for manifest in rendered(name)} <= BUILT_IN
+        assert not of(name, "HorizontalPodAutoscaler"), "it needs metrics-server"
+    assert {manifest["apiVersion"] for manifest in rendered(RAY)} <= BUILT_IN | {"ray.io/v1"}
+
+
 def test_prometheus_finds_the_service_and_calls_it_as_the_rules_do() -> None:
-    (service,) = of("cpu", "Service")
+    (service,) = of("keys", "Service")
     labels = service["metadata"]["labels"]
-    monitor = the("cpu", "ServiceMonitor")
+    monitor = the("keys", "ServiceMonitor")
     assert monitor["selector"]["matchLabels"].items() <= labels.items()
     assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
-    jobs = set(re.findall(r'job="([^"]+)"', yaml.safe_dump(the("cpu", "PrometheusRule"))))
+    jobs = set(re.findall(r'job="([^"]+)"', yaml.safe_dump(the("keys", "PrometheusRule"))))
     assert jobs == {labels[monitor["jobLabel"]]}
 
 
-def test_replicas_follow_a_metric_that_is_scraped_and_that_the_adapter_gives() -> None:
-    scaler = the("cpu", "HorizontalPodAutoscaler")
-    (deployment,) = of("cpu", "Deployment")
-    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+@pytest.mark.parametrize("name", ["cores", "queue", "keda"])
+def test_replicas_follow_the_load_of_the_deployment_and_no_manifest_sets_them_back(
+    name: str,
+) -> None:
+    kind = "ScaledObject" if name == "keda" else "HorizontalPodAutoscaler"
+    (deployment,) = of(name, "Deployment")
+    assert the(name, kind)["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     assert "replicas" not in deployment["spec"], "it would be set back with every apply"
-    assert "cpu" in gateway("cpu")["resources"]["requests"], "utilization is of the request"
+    assert "cpu" in gateway(name)["resources"]["requests"], "utilization is of the request"
+
+
+def test_processor_time_alone_scales_in_both_directions() -> None:
+    """A metric that cannot be had, as the queue without an adapter, keeps replicas for ever."""
+    scaler = the("cores", "HorizontalPodAutoscaler")
+    assert [metric["type"] for metric in scaler["metrics"]] == ["Resource"]
+    assert [m["type"] for m in the("queue", "HorizontalPodAutoscaler")["metrics"]] == [
+        "Resource",
+        "Pods",
+    ]
+
+
+def test_replicas_follow_a_metric_that_is_scraped_and_that_the_adapter_gives() -> None:
+    scaler = the("queue", "HorizontalPodAutoscaler")
     (metric,) = [m["pods"]["metric"]["name"] for m in scaler["metrics"] if m["type"] == "Pods"]
-    values = K8S / "components/autoscaling/prometheus-adapter-values.yaml"
-    (rule,) = yaml.safe_load(values.read_text())["rules"]["custom"]
+    values = yaml.safe_load(
+        (K8S / "components/autoscaling-queue/prometheus-adapter-values.yaml").read_text()
+    )
+    (rule,) = values["rules"]["custom"]
     series = rule["seriesQuery"].split("{")[0]
     assert series in scraped()
     assert re.sub(rule["name"]["matches"], rule["name"]["as"], series) == metric
+    assert values["prometheus"].keys() == {"url", "port"}
+
+
+def test_keda_scales_as_the_adapter_does_and_not_by_the_queue_while_that_is_unknown() -> None:
+    scaler, keda = the("queue", "HorizontalPodAutoscaler"), the("keda", "ScaledObject")
+    assert keda["minReplicaCount"] == scaler["minReplicas"] == keda["fallback"]["replicas"]
+    assert keda["maxReplicaCount"] == scaler["maxReplicas"]
+    assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == scaler["behavior"]
+    cores, queue = keda["triggers"]
+    own_cores, own_queue = scaler["metrics"]
+    target = own_cores["resource"]["target"]
+    assert cores["metricType"] == target["type"]
+    assert int(cores["metadata"]["value"]) == target["averageUtilization"]
+    # KEDA has no fallback for metrics of another type.
+    assert queue["metricType"] == "AverageValue"
+    assert queue["metadata"]["threshold"] == own_queue["pods"]["target"]["averageValue"]
+    (series,) = re.findall(r"\bpsim_\w+", queue["metadata"]["query"])
+    assert series == own_queue["pods"]["metric"]["name"]
+    job = the("keda", "ServiceMonitor")["selector"]["matchLabels"]["app.kubernetes.io/name"]
+    assert f'job="{job}"' in queue["metadata"]["query"]
+    values = K8S / "components/autoscaling-queue/prometheus-adapter-values.yaml"
+    prometheus = yaml.safe_load(values.read_text())["prometheus"]
+    assert queue["metadata"]["serverAddress"] == f"{prometheus['url']}:{prometheus['port']}"
 
 
 @everywhere
@@ -379,7 +434,13 @@ def test_components_do_on_ray_what_they_do_elsewhere() -> None:
     assert service["authorization"] == pods["authorization"]
 
 
-@pytest.mark.parametrize("component", ["bundle-claim", "bundle-image", "bundle-store"])
+@pytest.mark.parametrize(
+    "component",
+    [
+        "autoscaling", "autoscaling-keda", "autoscaling-queue",
+        "bundle-claim", "bundle-image", "bundle-store",
+    ],
+)  # fmt: skip
 def test_components_that_need_the_deployment_are_refused_on_ray(component: str) -> None:
     with pytest.raises(AssertionError, match=r"no resource matches .*Deployment"):
         composed(f"overlays/{RAY}", [component])
@@ -480,7 +541,7 @@ def test_policies_open_the_ways_that_are_needed_and_no_other() -> None:
 
     (settings,) = of("gateway-only", "ConfigMap")
     upstream = httpx.URL(settings["data"]["PSIM_UPSTREAM"])
-    assert ways("cpu") == ways("gpu") == ways("image") == {53}
+    assert ways("cpu") == ways("gpu") == ways("image") == ways("keda") == {53}
     assert ways("gateway-only") == {53, upstream.port}
     assert ways("store") == {53, 443, 5432}
     assert ways("keys") == {53, 5432, 6379}
