@@ -246,4 +246,4 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     settings = Settings(bundle=Path("unused"))
     create_app(settings, fake_bundle())
     with pytest.raises(PsimError, match=r"needs grpc: pip install 'psim-gateway\[envoy\]'"):
-        create_app(settings.model_copy(update={"ext_proc_port": 8001}), fake_bundle())
+        create_app(settings.model_copy(update={"ext_proc_port": 8002}), fake_bundle())

@@ -312,6 +312,29 @@ async def nginx_before(url: str, folder: Path) -> AsyncIterator[int]:
         process.wait(10)
 
 
+def test_nginx_takes_the_example_s_lines_for_tls(tmp_path: Path) -> None:
+    key = ["-newkey", "rsa:2048", "-nodes", "-keyout", tmp_path / "tls.key"]
+    made = [
+        program("openssl"),
+        "req",
+        "-x509",
+        *key,
+        "-out",
+        tmp_path / "tls.crt",
+        "-subj",
+        "/CN=x",
+    ]
+    subprocess.run(made, check=True, capture_output=True)
+    conf = (ROOT / "deploy/nginx/psim.conf").read_text().replace("    listen 8080;\n", "")
+    conf = re.sub(r"# (listen 8443 ssl|ssl_\w+ /\S+);", r"\1;", conf)
+    conf = conf.replace("8443", f"127.0.0.1:{free_port()}").replace("/etc/nginx/tls", str(tmp_path))
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid; events {{}} http {{ {conf} }}")
+    command = [program("nginx"), "-t", "-c", f"{tmp_path}/nginx.conf", "-e", f"{tmp_path}/log"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^ +(listen \S+ ssl|ssl_\w+ \S+);", conf, re.M)) == 3
+
+
 async def status(port: int, method: str, path: str) -> int:
     """Return the status of an answer to a request without a body, sent as it is written here."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -15,6 +15,7 @@ PACKAGES = {
     "chromium": "chromium",
     "initdb": "postgresql",
     "nginx": "nginx-light",
+    "openssl": "openssl",
     "postgres": "postgresql",
     "prometheus": "prometheus",
     "promtool": "prometheus",

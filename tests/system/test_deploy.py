@@ -88,6 +88,20 @@ def test_compose_opens_the_console_on_purpose_and_the_service_takes_its_settings
         load_settings()
 
 
+def test_compose_rejects_nothing_before_somebody_says_so() -> None:
+    assert COMPOSE["services"]["gateway"]["environment"]["PSIM_MODE"] == "${PSIM_MODE:-shadow}"
+
+
+def test_each_port_is_one_thing_in_all_examples() -> None:
+    ports = {"console": COMPOSE["services"]["gateway"]["environment"]["PSIM_CONSOLE_PORT"]}
+    envoy = (ROOT / "deploy/envoy/ext_proc.yaml").read_text()
+    ray = (ROOT / "deploy/k8s/overlays/ray/rayservice.yaml").read_text()
+    (ports["ext_proc"],) = map(int, re.findall(r"PSIM_EXT_PROC_PORT=(\d+)", envoy))
+    (ports["replica"],) = map(int, re.findall(r'PSIM_PORT: "(\d+)"', ray))
+    assert f"port_value: {ports['ext_proc']} }}" in envoy
+    assert len({8000, *ports.values()}) == 4, ports
+
+
 def test_compose_keeps_the_audit_where_the_image_lets_it_write() -> None:
     gateway = COMPOSE["services"]["gateway"]
     folder = str(Path(make_url(gateway["environment"]["PSIM_AUDIT_URL"]).database or "").parent)
