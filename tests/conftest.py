@@ -33,7 +33,14 @@ SLOW_FOLDERS = {"offline", "system"}
 BUT_FAST = {
     *("test_corpus", "test_data", "test_evaluate", "test_honest", "test_step_cache"),
     "test_study_report",
-    *("test_triggers", "test_deploy", "test_faults", "test_kubernetes", "test_scaling"),
+    *(
+        "test_triggers",
+        "test_deploy",
+        "test_faults",
+        "test_kubernetes",
+        "test_kubernetes_page",
+        "test_scaling",
+    ),
 }
 """Modules there that do neither."""
 SLOW_FIXTURES = {"both", "browser", "cluster", "demo_bundle", "demo_folder", "service", "shared"}

@@ -23,6 +23,7 @@ from tests.support.deploy import (
 )
 from tests.support.paths import ROOT
 
+FIT_DOCKERFILE = (ROOT / "deploy/k8s/fit/Dockerfile").read_text()
 BIN = Path(sys.executable).parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
@@ -30,7 +31,7 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 @pytest.mark.parametrize(
     "command",
     [
-        ["hadolint", "--failure-threshold", "style", "Dockerfile"],
+        ["hadolint", "--failure-threshold", "style", "Dockerfile", "deploy/k8s/fit/Dockerfile"],
         ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
     ],
 )
@@ -49,12 +50,21 @@ def test_the_image_runs_as_nobody_and_has_no_build_stage_left() -> None:
     assert "apt-get" not in DOCKERFILE
 
 
+def test_the_image_that_fits_runs_as_nobody_and_has_what_a_fit_takes() -> None:
+    assert re.search(r"^USER \d{4,}$", FIT_DOCKERFILE, re.M)
+    assert "requirements/demo.txt" in FIT_DOCKERFILE
+    assert re.search(r'^ENTRYPOINT \["psim"\]$', FIT_DOCKERFILE, re.M)
+    (torch,) = re.findall(r"^ARG TORCH=(\w+)$", FIT_DOCKERFILE, re.M)
+    assert (ROOT / f"requirements/torch-{torch}.txt").exists()
+
+
 def test_what_the_image_copies_is_not_ignored() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
-    copied = set()
-    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.M):
-        copied |= {name.strip("/") for name in line.split()[:-1]}
-    assert copied == allowed
+    for file in (DOCKERFILE, FIT_DOCKERFILE):
+        copied = set()
+        for line in re.findall(r"^COPY (?!--from)(.*)$", file, re.M):
+            copied |= {name.strip("/") for name in line.split()[:-1]}
+        assert copied == allowed
     assert all((ROOT / name).exists() for name in copied)
 
 

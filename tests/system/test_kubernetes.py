@@ -35,20 +35,20 @@ from tests.support.deploy import (
     working_directory,
 )
 from tests.support.fakes import fake_bundle
+from tests.support.kubernetes import (
+    K8S,
+    OLDEST,
+    VERSIONS,
+    Manifest,
+    assert_has_no_rights,
+    kustomized,
+)
 from tests.support.network_policy import NAMESPACE, OUTSIDE, Peer, allowed
 from tests.support.paths import ROOT
-from tests.support.programs import program
 from tests.support.requests import client_of
 from tests.support.servers import free_port
 from tests.support.waiting import wait_for
 
-Manifest = dict[str, Any]
-
-K8S = ROOT / "deploy/k8s"
-OLDEST = "1.30"
-"""Version of Kubernetes that first has `sleep` before a pod's end switched on."""
-VERSIONS = (OLDEST, "1.35", "1.36", "1.37")
-"""Of Kubernetes, the oldest that works, and those that are maintained."""
 OVERLAYS = ("cpu", "gpu", "gateway-only")
 RAY = "ray"
 """The overlay with a RayService in place of a Deployment."""
@@ -87,14 +87,6 @@ def composed(base: str, components: Iterable[str]) -> list[Manifest]:
         content = {"resources": [f"{there}/{base}"], "components": wanted}
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(content))
         return kustomized(Path(folder))
-
-
-def kustomized(folder: Path) -> list[Manifest]:
-    command = [program("kubectl"), "kustomize", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, "kustomize warns of what it will not take any more"
-    return list(yaml.safe_load_all(done.stdout))
 
 
 def of(name: str, kind: str) -> list[Manifest]:
@@ -342,21 +334,6 @@ def test_containers_of_ray_may_do_nothing_that_they_need_not() -> None:
     assert_has_no_rights(head | {"automountServiceAccountToken": False})
     options = the(RAY, "RayService")["rayClusterConfig"]["autoscalerOptions"]
     assert options["securityContext"] == head["containers"][0]["securityContext"]
-
-
-def assert_has_no_rights(spec: Any) -> None:
-    assert spec["automountServiceAccountToken"] is False
-    rights = spec["securityContext"]
-    assert rights["runAsNonRoot"]
-    assert rights["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert f"USER {rights['runAsUser']}" in DOCKERFILE
-    for container in (*spec["containers"], *spec.get("initContainers", [])):
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert container["resources"].keys() == {"requests", "limits"}
 
 
 @on_ray_too
@@ -669,7 +646,7 @@ def test_the_service_starts_with_what_the_manifests_give_it(demo_bundle: Path) -
     with tempfile.TemporaryDirectory() as own, tempfile.TemporaryDirectory() as other:
         url = f"sqlite:///{own}/audit.db"
         secrets = {"psim-audit": {"url": url, "key": "k" * 32}}
-        with started("store", demo_bundle, own, secrets, PSIM_MODE="flag") as classifier:
+        with started("store", demo_bundle, own, secrets) as classifier:
             upstream = str(classifier.base_url)
             changes = {"PSIM_UPSTREAM": upstream, "PSIM_MODE": "enforce"}
             with started("gateway-only", demo_bundle, other, {}, **changes) as screen:
@@ -678,9 +655,15 @@ def test_the_service_starts_with_what_the_manifests_give_it(demo_bundle: Path) -
                     assert clean.json()["results"][0]["label"] == "negative"
                     triggered = client.post("/classify", json={"inputs": TRIGGERED_TEXT})
                     assert triggered.status_code == status
+                    assert triggered.json()["results"][0]["screen"]["finding"] == "triggered"
+                (shadowed,) = classifier.post("/classify", json={"inputs": TRIGGERED_TEXT}).json()[
+                    "results"
+                ]
+                assert (shadowed["decision"], shadowed["label"]) == ("allow", "positive")
         found = [row for row in rows(url) if row.request_id != "warm-up"]
         # The screen lets only the clean one through to the classifier, which audits it too.
-        assert [row.decision for row in found] == ["allow", "flag", "allow"]
+        findings = [None, "triggered", None, "triggered"]
+        assert [(row.decision, row.finding) for row in found] == [("allow", f) for f in findings]
         assert all(row.text is None and row.text_hmac for row in found)
 
 

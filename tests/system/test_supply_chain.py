@@ -51,13 +51,15 @@ def test_every_requirement_has_a_hash_and_no_address(lock: Path) -> None:
 
 
 def test_only_what_is_locked_is_installed() -> None:
-    for name in ("Makefile", "Dockerfile"):
+    for name in ("Makefile", "Dockerfile", "deploy/k8s/fit/Dockerfile"):
         text = (ROOT / name).read_text().replace("\\\n", " ")
         installs = re.findall(r"pip install ([^&;\n]*)", text)
         assert installs
         for given in installs:
             assert "--no-deps" in given
-            assert "--require-hashes" in given or re.search(r"-e \.|dist/\*\.whl", given)
+            assert "--require-hashes" in given or re.search(
+                r"-e \.|dist/\*\.whl|-isolation \.", given
+            )
 
 
 def test_the_bill_of_materials_lists_what_is_installed(tmp_path: Path) -> None:
