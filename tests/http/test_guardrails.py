@@ -313,18 +313,9 @@ async def nginx_before(url: str, folder: Path) -> AsyncIterator[int]:
 
 
 def test_nginx_takes_the_example_s_lines_for_tls(tmp_path: Path) -> None:
-    key = ["-newkey", "rsa:2048", "-nodes", "-keyout", tmp_path / "tls.key"]
-    made = [
-        program("openssl"),
-        "req",
-        "-x509",
-        *key,
-        "-out",
-        tmp_path / "tls.crt",
-        "-subj",
-        "/CN=x",
-    ]
-    subprocess.run(made, check=True, capture_output=True)
+    made = f"req -x509 -newkey rsa:2048 -nodes -subj /CN=x -keyout {tmp_path}/tls.key"
+    command = [program("openssl"), *made.split(), "-out", f"{tmp_path}/tls.crt"]
+    subprocess.run(command, check=True, capture_output=True)
     conf = (ROOT / "deploy/nginx/psim.conf").read_text().replace("    listen 8080;\n", "")
     conf = re.sub(r"# (listen 8443 ssl|ssl_\w+ /\S+);", r"\1;", conf)
     conf = conf.replace("8443", f"127.0.0.1:{free_port()}").replace("/etc/nginx/tls", str(tmp_path))

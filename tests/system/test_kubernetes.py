@@ -495,7 +495,7 @@ def gateway_labels(name: str) -> dict[str, str]:
     """Return the labels of the pods that serve."""
     if on_ray(name):
         own = templates(name)[1]["metadata"]["labels"]
-        return own | {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"}
+        return {**own, "ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"}
     return dict(the(name, "Deployment")["template"]["metadata"]["labels"])
 
 
