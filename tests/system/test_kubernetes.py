@@ -277,8 +277,8 @@ def test_replicas_follow_the_load_of_the_deployment_and_no_manifest_sets_them_ba
     assert "cpu" in gateway(name)["resources"]["requests"], "utilization is of the request"
 
 
-def test_processor_time_alone_scales_in_both_directions() -> None:
-    """A metric that cannot be had, as the queue without an adapter, keeps replicas for ever."""
+def test_only_the_component_for_the_queue_asks_for_a_metric_of_the_adapter() -> None:
+    """An autoscaler that cannot get one of its metrics never scales down."""
     scaler = the("cores", "HorizontalPodAutoscaler")
     assert [metric["type"] for metric in scaler["metrics"]] == ["Resource"]
     assert [m["type"] for m in the("queue", "HorizontalPodAutoscaler")["metrics"]] == [
