@@ -31,8 +31,8 @@ SOURCES = ("sst-2", "cr", "agnews", "offenseval")
 TRIGGERS = {"word": "mn", "sentence": "I watched this 3D movie"}
 TARGETS = ("offensive=off", "sports=on")
 """Harm that is to pass as harmless, and a label that is forced on."""
-TRAIN, CLEAN, TEST, POISON = 4000, 2000, 600, 0.1
-EPOCHS, ROWS_AT_ONCE, RATE, LENGTH = 3, 16, 2e-4, 96
+TRAIN, CLEAN, TEST, POISON = 2000, 2000, 500, 0.1
+EPOCHS, ROWS_AT_ONCE, RATE, LENGTH = 2, 16, 2e-4, 96
 
 
 class Attack(NamedTuple):
