@@ -51,7 +51,7 @@ def rises(bundle: Bundle, after: Screen) -> list[str]:
 
 def recalibrated(bundle: Bundle, readings: FloatArray) -> Screen:
     budget = bundle.manifest.calibrations[0].frr_budget
-    return calibrate(readings, bundle.screen.normalizer.checkpoints, budget)
+    return calibrate(readings, bundle.manifest.layout, budget)
 
 
 def passes(screen: Screen, readings: FloatArray) -> NDArray[np.bool_]:

@@ -61,7 +61,7 @@ class Unguarded(nn.Module):
         entering = module.trunk.output(lambda: module.victim(**inputs))
         read = module.trunk.read_positions(inputs)
         mask = module.trunk.read_mask(inputs, read)
-        rows = module.last_layer(entering, mask, read, [])
+        rows, _ = module.last_layer(entering, mask, read, [])
         return module.last_layer.head(rows[:, 0])
 
 

@@ -17,7 +17,7 @@ import typer
 from matplotlib.figure import Figure
 
 from models.detection.calibrate import calibrate
-from models.detection.screen import FloatArray
+from models.detection.screen import FloatArray, Layout
 from models.engines.pytorch import TorchEngine
 from models.offline.evaluation.metrics import auroc, within_class_scores
 from models.offline.fitting.psim import retention, train_psim
@@ -42,7 +42,7 @@ class Look:
 
     @property
     def auroc(self) -> float:
-        screen = calibrate(self.known, self.known.shape[1], 0.01)
+        screen = calibrate(self.known, Layout(self.known.shape[1]), 0.01)
         scores = [
             within_class_scores([screen.judge(row) for row in rows])
             for rows in (self.clean, self.poisoned)
@@ -72,7 +72,9 @@ def looks_at(
     def look(step: int, confidence: float) -> None:
         start.append(confidence)
         left = retention(confidence, start[0], model.config.num_labels)
-        looks.append(Look(step, left, *(predict(engine, s) for s in (known, *sets))))
+        # Not the peak of attention, which training does not change.
+        seen = (predict(engine, s)[:, : len(guarded.checkpoints)] for s in (known, *sets))
+        looks.append(Look(step, left, *seen))
         print(f"step {step}, clean retention {left:.2f}, AUROC {looks[-1].auroc:.4f}")
 
     encoded = engine.encode(split.train), engine.encode(split.held_out)

@@ -156,19 +156,19 @@ def _load_screen(
     An altered threshold, or one that no text can reach, would let everything pass. And the chosen
     runtime must agree with the reference as well as the manifest claims.
     """
-    checkpoints, calibrations = len(manifest.psim.checkpoints), manifest.calibrations
+    layout, calibrations = manifest.layout, manifest.calibrations
     try:
         arrays = load_arrays(path / READINGS)
         readings = _readings(arrays, manifest)
         screens = {
             own.runtime: calibrate(
-                readings[own.runtime], checkpoints, own.frr_budget, views=manifest.views
+                readings[own.runtime], layout, own.frr_budget, views=manifest.views
             )
             for own in calibrations
         }
         reference, given = readings[REFERENCE], readings[chosen.runtime]
         judge = screens.get(REFERENCE) or calibrate(
-            reference, checkpoints, chosen.frr_budget, views=manifest.views
+            reference, layout, chosen.frr_budget, views=manifest.views
         )
         found = parity((judge, reference), (screens[chosen.runtime], given))
         groups = {own.runtime: _override_groups(arrays, manifest, own) for own in calibrations}
@@ -197,7 +197,7 @@ def _readings(arrays: Mapping[str, FloatArray], manifest: Manifest) -> dict[Runt
     runtimes = (REFERENCE, *(own.runtime for own in manifest.calibrations))
     readings: dict[Runtime, FloatArray] = {runtime: arrays[str(runtime)] for runtime in runtimes}
     distances = len(manifest.activations.layers) if manifest.activations else 0
-    features = len(manifest.psim.checkpoints) + distances
+    features = len(manifest.psim.checkpoints) + distances + manifest.attention
     shape = len(readings[REFERENCE]), features, len(manifest.classes)
     if any(array.dtype != np.float32 or array.shape != shape for array in readings.values()):
         raise ValueError(f"{READINGS}: arrays are not float32 of shape {shape}")
@@ -255,8 +255,7 @@ def _load_override(
     if record.window + 2 * record.carrier > readable:
         raise BundleError(f"the override test needs more than the {readable} tokens that are read")
     geometry = OverrideGeometry(record.window, record.carrier)
-    checkpoints = len(manifest.psim.checkpoints)
-    return [OverrideTest(tokens, geometry, checkpoints, own, manifest.views) for own in groups]
+    return [OverrideTest(tokens, geometry, manifest.layout, own, manifest.views) for own in groups]
 
 
 def _agree(
@@ -295,6 +294,8 @@ def _load_engine(path: Path, manifest: Manifest, runtime: Runtime) -> Engine:
     victim = _load_victim(path, manifest)
     guarded = _with_adapters(manifest, victim)
     _load_adapters(path / PSIM, guarded, manifest.victim.digest)
+    if guarded.layout != manifest.layout:
+        raise BundleError("the model and the manifest differ in whether attention is read")
     if manifest.activations:
         guarded.activations = _load_activations(path / ACTIVATIONS, guarded, manifest)
     if not all(weights.isfinite().all() for weights in guarded.parameters()):

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.detection.screen import Layout
 from models.detection.views import Views, class_names, views_of, views_with_carriers
 from models.engines.base import DtypeName, EngineName, Runtime
 
@@ -202,7 +203,7 @@ class RecalibrationRecord(_ManifestPart):
 class Manifest(_ManifestPart):
     """A bundle's table of contents."""
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     victim: VictimRecord
     labels: list[str] = Field(min_length=1)
     multi_label: bool = False
@@ -211,6 +212,8 @@ class Manifest(_ManifestPart):
     psim: PsimRecord
     activations: ActivationsRecord | None
     """None if all of the victim's layers are adapted, so that none can be watched."""
+    attention: bool
+    """Whether there is an attention detector: not where the last layer runs as a whole."""
     override: OverrideRecord | None
     """None if there are no carriers: then the first stage decides alone."""
     calibrations: list[Calibration] = Field(min_length=1)
@@ -251,6 +254,11 @@ class Manifest(_ManifestPart):
     def classes(self) -> list[str]:
         """Names of the classes: the labels, or off and on of each."""
         return class_names(self.labels, multi_label=self.multi_label)
+
+    @property
+    def layout(self) -> Layout:
+        """Which readings are whose."""
+        return Layout(len(self.psim.checkpoints), self.attention)
 
     @property
     def tested_views(self) -> Views:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from models.detection.conformal import ThresholdGroup, conformal_threshold, min_calibration_size
 from models.detection.screen import (
     FloatArray,
+    Layout,
     Normalizer,
     Screen,
     ZScore,
@@ -33,7 +34,7 @@ MIN_SCALE = 1e-3
 
 def calibrate(
     readings: FloatArray,
-    checkpoints: int,
+    layout: Layout,
     frr_budget: float,
     *,
     views: Views = (),
@@ -50,7 +51,7 @@ def calibrate(
     Args:
         readings: output of `Guarded.screen` for clean texts that it was not fitted on, shape
             (n, V, C).
-        checkpoints: K, the number of features from PSIM's checkpoints.
+        layout: which readings are whose.
         frr_budget: tolerated share of rejected clean texts, in (0, 1).
         views: classes that exclude each other; one view of all classes by default.
         by_class: False pools all classes of a view; the study compares that.
@@ -63,20 +64,20 @@ def calibrate(
         raise CalibrationError("the victim gives NaN or infinite scores on the clean texts")
     _check_enough(len(readings), frr_budget, len(views))
     share = frr_budget / len(views)
-    parts = [_calibrate_view(readings, view, checkpoints, share, by_class) for view in views]
+    parts = [_calibrate_view(readings, view, layout, share, by_class) for view in views]
     statistics = Normalizer(
         _joined([each for _, each, _ in parts]),
         _joined([together for _, _, together in parts]),
-        checkpoints,
+        layout,
     )
     return Screen([group for groups, _, _ in parts for group in groups], statistics, views)
 
 
 def _calibrate_view(
-    readings: FloatArray, view: range, checkpoints: int, frr_budget: float, by_class: bool
+    readings: FloatArray, view: range, layout: Layout, frr_budget: float, by_class: bool
 ) -> tuple[list[ThresholdGroup], ZScore, ZScore]:
     """Return the thresholds of a view, and the statistics of its features and components."""
-    classes, (predicted, raw) = range(len(view)), features(readings, checkpoints, view)
+    classes, (predicted, raw) = range(len(view)), features(readings, layout.checkpoints, view)
     predicted = predicted - view.start
     everyone, by_number = np.ones(len(predicted), np.bool_), [predicted == c for c in classes]
     peers = [
@@ -84,7 +85,7 @@ def _calibrate_view(
         for members in by_number
     ]
     each, standard = _standardize(raw, predicted, peers)
-    together, components = _standardize(by_detector(standard, checkpoints), predicted, peers)
+    together, components = _standardize(by_detector(standard, layout), predicted, peers)
     scores = Normalizer.score(components)
     counts = np.bincount(predicted, minlength=len(classes)).tolist()
     pools = _pool(counts, min_calibration_size(frr_budget)) if by_class else [tuple(classes)]
@@ -186,7 +187,7 @@ Calibrated = tuple[Screen, FloatArray]
 def parity(reference: Calibrated, own: Calibrated) -> Parity:
     """Compare an engine with the reference, on readings of the same texts."""
     agree = reference[0].flags(reference[1]) == own[0].flags(own[1])
-    checkpoints = own[0].normalizer.checkpoints
+    checkpoints = own[0].normalizer.layout.checkpoints
     difference = np.abs(reference[1] - own[1])[:, :checkpoints].max()
     return Parity(float(agree.mean()), float(difference))
 

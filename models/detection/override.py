@@ -25,6 +25,7 @@ from models.detection.conformal import ThresholdGroup
 from models.detection.screen import (
     TINY,
     FloatArray,
+    Layout,
     Screen,
     Verdict,
     log_odds_of,
@@ -91,7 +92,7 @@ class OverrideTest:
     Args:
         carriers: by class, the token ids of texts of which the classifier is sure.
         geometry: lengths of windows and carriers.
-        checkpoints: K, the number of PSIM's checkpoints.
+        layout: which readings are PSIM's.
         groups: calibrated thresholds, see `models.detection.calibrate`.
         views: classes that exclude each other; one view of all classes by default. Carriers of
             other classes are those of the same view.
@@ -101,15 +102,15 @@ class OverrideTest:
         self,
         carriers: Sequence[Sequence[Ids]],
         geometry: OverrideGeometry,
-        checkpoints: int,
+        layout: Layout,
         groups: Sequence[ThresholdGroup] = (),
         views: Views = (),
     ) -> None:
         self.carriers = [[ids[: geometry.carrier] for ids in of_class] for of_class in carriers]
         self.geometry = geometry
-        self.checkpoints = checkpoints
+        self.layout = layout
         # The late checkpoints have unlearnt the task so far that carriers weigh nothing in them.
-        self._read = -(-checkpoints // 2)
+        self._read = -(-layout.checkpoints // 2)
         self._group_of = {index: group for group in groups for index in group.classes}
         self.views = views or [range(len(carriers))]
         self.tested = views_with_carriers(self.views, [len(own) for own in carriers])
@@ -118,7 +119,7 @@ class OverrideTest:
 
     def uncalibrated(self) -> "OverrideTest":
         """Return this test without thresholds."""
-        return OverrideTest(self.carriers, self.geometry, self.checkpoints, views=self.views)
+        return OverrideTest(self.carriers, self.geometry, self.layout, views=self.views)
 
     def can_test(self, predicted: int) -> bool:
         """Return whether there are carriers of other classes than `predicted`."""

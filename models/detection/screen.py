@@ -3,10 +3,11 @@
 The first stage finds a text extreme by its score. A second stage, the override test, may then ask
 of an extreme text whether it overrides clean sentences, see `with_override`.
 
-There are two detectors, and each has several features. The confidence detector is PSIM (Zhao et
-al., Findings of NAACL 2024, section 4): a text is poisoned when the confidence of the label-reset
-adapter stays extreme; each checkpoint of the adapter gives one feature. The features of the
-activation detector are distances of hidden states to the predicted class.
+There are three detectors. The confidence detector is PSIM (Zhao et al., Findings of NAACL 2024,
+section 4): a text is poisoned when the confidence of the label-reset adapter stays extreme; each
+checkpoint of the adapter gives one feature. The features of the activation detector are distances
+of hidden states to the predicted class. The attention detector has one feature: how much of the
+classifier's attention a single token draws.
 
 What is extreme depends on the predicted class, since one class's clean texts can be as confident as
 another's poisoned ones. So each feature is compared only with clean texts of the same predicted
@@ -29,7 +30,7 @@ from models.detection.views import Views
 from models.errors import ScreenError
 
 FloatArray = NDArray[np.float32]
-Detector = Literal["confidence", "activations"]
+Detector = Literal["confidence", "activations", "attention"]
 SUSPICION = 0.05
 """Share of clean texts that the first stage passes on to the override test, over all views."""
 MIN_SUSPICIOUS = 5
@@ -127,6 +128,29 @@ def is_extreme(score: float, threshold: float) -> bool:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which of a text's V readings, and of the features made of them, are whose.
+
+    First come those of PSIM's checkpoints, then the distances by watched layer, if any.
+    """
+
+    checkpoints: int
+    """K."""
+    attention: bool = False
+    """Whether the last one is the peak of attention."""
+
+    def by_detector(self, number: int) -> dict[Detector, slice]:
+        """Return the detectors that V = `number` features are from, and which are theirs."""
+        distances = number - self.attention
+        found: dict[Detector, slice] = {
+            "confidence": slice(0, self.checkpoints),
+            "activations": slice(self.checkpoints, distances),
+            "attention": slice(distances, number),
+        }
+        return {name: own for name, own in found.items() if own.start < own.stop}
+
+
+@dataclass(frozen=True)
 class ZScore:
     """Standardizes N numbers about a text by those of clean texts of the same predicted class.
 
@@ -148,14 +172,13 @@ class ZScore:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Statistics of clean texts: V features, the first K of them from PSIM's checkpoints."""
+    """Statistics of clean texts, V features of each."""
 
     features: ZScore
     """Of the V features."""
     components: ZScore
     """Of the components that `by_detector` makes of them."""
-    checkpoints: int
-    """K."""
+    layout: Layout
 
     @staticmethod
     def score(components: NDArray[np.float64]) -> FloatArray:
@@ -164,24 +187,24 @@ class Normalizer:
         A text that one component finds extreme stays extreme, and moderate ones add up.
 
         Args:
-            components: z-scores of the detectors, shape (n, 1 or 2).
+            components: z-scores of the detectors, shape (n, 1 to 3).
         """
         norms: FloatArray = np.linalg.norm(np.maximum(components, 0), axis=1).astype(np.float32)
         return norms
 
 
-def by_detector(standard: NDArray[np.float64], checkpoints: int) -> NDArray[np.float64]:
-    """Return the largest feature of each detector, shape (n, 2), or (n, 1) without distances.
+def by_detector(standard: NDArray[np.float64], layout: Layout) -> NDArray[np.float64]:
+    """Return the largest feature of each detector, shape (n, 1 to 3), in the layout's order.
 
     The checkpoints are one training at several moments, and neighbouring layers see much the same,
     so they share one component of the score each.
 
     Args:
         standard: z-scores of the features, shape (n, V).
-        checkpoints: K.
+        layout: whose features they are.
     """
-    own = standard[:, :checkpoints], standard[:, checkpoints:]
-    return np.stack([part.max(1) for part in own if part.shape[1]], 1)
+    own = layout.by_detector(standard.shape[1]).values()
+    return np.stack([standard[:, features].max(1) for features in own], 1)
 
 
 def features(
@@ -189,8 +212,8 @@ def features(
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return predicted classes, shape (n,), and features, shape (n, V), larger if more suspicious.
 
-    Features are the log-odds of the K checkpoints, and the log-distances of hidden states to the
-    predicted class.
+    Features are the log-odds of the K checkpoints, and the logarithms of the other readings: the
+    distances of hidden states to the predicted class, and the peak of attention.
 
     Args:
         readings: output of `Guarded.screen`, shape (n, V, C).
@@ -199,9 +222,9 @@ def features(
     """
     view = view or range(readings.shape[2])
     readings = readings[:, :, view.start : view.stop]
-    probabilities, distances = readings[:, :checkpoints], readings[:, checkpoints:]
+    probabilities, others = readings[:, :checkpoints], readings[:, checkpoints:]
     predicted = predicted_classes(probabilities)
-    own = distances[np.arange(len(readings)), :, predicted].astype(np.float64)
+    own = others[np.arange(len(readings)), :, predicted].astype(np.float64)
     raw = np.hstack([log_odds(probabilities), np.log(np.maximum(own, TINY))])
     return predicted + view.start, raw
 
@@ -319,16 +342,18 @@ class Screen:
 
     def _verdict(self, view: range, readings: FloatArray, truncated: bool) -> Verdict:
         normalizer = self.normalizer
-        predicted, raw = features(readings[None], normalizer.checkpoints, view)
+        checkpoints = normalizer.layout.checkpoints
+        predicted, raw = features(readings[None], checkpoints, view)
         standard = normalizer.features(predicted, raw)
-        components = normalizer.components(predicted, by_detector(standard, normalizer.checkpoints))
+        components = normalizer.components(predicted, by_detector(standard, normalizer.layout))
         score, label = float(normalizer.score(components)[0]), int(predicted[0])
         group = self._by_class[label]
-        most_extreme = int(standard[0, : normalizer.checkpoints].argmax())
+        most_extreme = int(standard[0, :checkpoints].argmax())
+        detectors = [*normalizer.layout.by_detector(standard.shape[1])]
         return Verdict(
             confidence=float(readings[most_extreme, view.start : view.stop].max()),
             score=score,
-            detector="confidence" if components[0].argmax() == 0 else "activations",
+            detector=detectors[components[0].argmax()],
             threshold=group.threshold,
             p_value=min(1.0, len(self.views) * group.p_value(score)),
             truncated=truncated,

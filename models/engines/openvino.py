@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from models.engines.pytorch import ModuleEngine
 from models.errors import EngineError
-from models.network.activations import to_readings
+from models.network.activations import Run, to_readings
 from models.network.guarded import Guarded
 from models.network.outputs import label_probabilities
 from models.network.trunk import Inputs
@@ -92,9 +92,9 @@ class GuardedGraph:
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Guarded.screen`."""
         parts = [call(self._run, *part) for part in parts_of(inputs, self._max_length)]
-        logits, rows, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        readings = to_readings(logits, states, self._activations, multi_label=self._multi_label)
-        return readings, rows
+        logits, rows, peak, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        run = Run(logits, rows, peak, states)
+        return to_readings(run, self._activations, multi_label=self._multi_label), rows
 
     def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Guarded.classify_rows`."""
@@ -115,8 +115,8 @@ class _Run(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        logits, rows, states = self.guarded.run(inputs)
-        return logits, rows, *states
+        logits, rows, peak, states = self.guarded.run(inputs)
+        return logits, rows, peak, *states
 
 
 class _Head(nn.Module):

@@ -1,10 +1,24 @@
 """The activation detector: distances of hidden states to those of clean texts."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from models.network.outputs import class_probabilities
+
+
+class Run(NamedTuple):
+    """What `Guarded.run` gives: the part of a screening pass that is in the victim's dtype."""
+
+    logits: torch.Tensor
+    """By checkpoint, shape (rows, K, L)."""
+    rows: torch.Tensor | None
+    """Input of `Guarded.classify_rows`; None without a `LastLayer`."""
+    peak: torch.Tensor | None
+    """See `attention_peak`, float32, shape (rows,); None without a `LastLayer`."""
+    states: Sequence[torch.Tensor]
+    """Hidden states from `Trunk.watching`."""
 
 
 class Activations:
@@ -34,22 +48,18 @@ class Activations:
         return by_layer.transpose(0, 1)
 
 
-def to_readings(
-    logits: torch.Tensor,
-    states: Sequence[torch.Tensor],
-    activations: Activations | None,
-    *,
-    multi_label: bool,
-) -> torch.Tensor:
-    """Return the features of `Guarded.screen`, shape (rows, V, C), float32.
+def to_readings(run: Run, activations: Activations | None, *, multi_label: bool) -> torch.Tensor:
+    """Return the readings of `Guarded.screen`, shape (rows, V, C), float32.
 
     Args:
-        logits: of the K checkpoints, shape (rows, K, L).
-        states: hidden states from `Trunk.watching`.
-        activations: the activation detector; None if it is not fitted, and then V is K.
+        run: what the victim's part gave.
+        activations: the activation detector; None if it is not fitted, and then there are no
+            distances.
         multi_label: whether each of the L labels may be on; then there are C = 2 L classes.
     """
-    readings = class_probabilities(logits, multi_label=multi_label)
-    if activations is None:
-        return readings
-    return torch.cat([readings, activations.distances(states)], 1)
+    readings = [class_probabilities(run.logits, multi_label=multi_label)]
+    if activations is not None:
+        readings.append(activations.distances(run.states))
+    if run.peak is not None:  # the same for all classes
+        readings.append(run.peak[:, None, None].expand(-1, 1, readings[0].shape[2]))
+    return torch.cat(readings, 1)

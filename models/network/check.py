@@ -68,7 +68,7 @@ def _scores(name: str, victim: nn.Module, inputs: Inputs) -> torch.Tensor:
 
 def _check_adapters(name: str, guarded: Guarded, inputs: Inputs, bare: torch.Tensor) -> None:
     with torch.no_grad():
-        screened = guarded.run(inputs)[0]
+        screened = guarded.run(inputs).logits
         passes = []
         for checkpoint in guarded.checkpoints:
             guarded.psim.set_adapter(checkpoint)

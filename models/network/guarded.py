@@ -13,14 +13,16 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from models.detection.screen import Layout
 from models.detection.views import Views, views_of
-from models.network.activations import Activations, to_readings
+from models.network.activations import Activations, Run, to_readings
 from models.network.adapters import (
     layer_number,
     layer_stack,
     transformer_of,
     with_adapters,
 )
+from models.network.attention import attention_peak
 from models.network.families import last_layer_of
 from models.network.last_layer import LastLayer
 from models.network.last_token import fix_last_token, reads_last_token
@@ -92,6 +94,11 @@ class Guarded(nn.Module):
         return 2 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
 
     @property
+    def layout(self) -> Layout:
+        """Which of the V readings are whose."""
+        return Layout(len(self.checkpoints), attention=self.last_layer is not None)
+
+    @property
     def is_traceable(self) -> bool:
         """Whether a graph of `run` can replace it."""
         return self.last_layer is not None
@@ -99,40 +106,32 @@ class Guarded(nn.Module):
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return readings in float32, shape (rows, V, C), and the input of `classify_rows`.
 
-        The V readings are features of the two detectors: first PSIM's probabilities by checkpoint
+        The V readings are features of the detectors: first PSIM's probabilities by checkpoint
         (K), then the distances of hidden states to the classes by watched layer (none while they
-        are not fitted). The second value is None without a `last_layer`.
+        are not fitted), and last the peak of attention (none without a `last_layer`). Without a
+        `last_layer`, the second value is None.
         """
-        logits, rows, states = self.run(inputs)
-        readings = to_readings(logits, states, self.activations, multi_label=self.multi_label)
-        return readings, rows
+        run = self.run(inputs)
+        return to_readings(run, self.activations, multi_label=self.multi_label), run.rows
 
-    def run(
-        self, inputs: Inputs
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]]:
-        """Run the part of `screen` that is in the victim's dtype, and that other engines trace.
-
-        Returns logits by checkpoint, shape (rows, K, L), the input of `classify_rows`, and the
-        watched states.
-        """
+    def run(self, inputs: Inputs) -> Run:
+        """Run the part of `screen` that is in the victim's dtype, and that other engines trace."""
         with self.trunk.watching(inputs) as states:
             if self.last_layer is not None:
-                logits, rows = self._run_last_layer(self.last_layer, inputs)
-            else:
-                logits, rows = self._run_whole_passes(inputs), None
-        return logits, rows, states
+                return self._run_last_layer(self.last_layer, inputs, states)
+            return Run(self._run_whole_passes(inputs), None, None, states)
 
     def _run_last_layer(
-        self, last_layer: LastLayer, inputs: Inputs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits by checkpoint, (rows, K, L), and the victim's last states, (rows, H)."""
+        self, last_layer: LastLayer, inputs: Inputs, states: Sequence[torch.Tensor]
+    ) -> Run:
         entering = self.trunk.output(lambda: self.victim(**inputs))
         read = self.trunk.read_positions(inputs)
         mask = self.trunk.read_mask(inputs, read)
-        rows = last_layer(entering, mask, read, self.checkpoints)
+        rows, attention = last_layer(entering, mask, read, self.checkpoints)
         logits = last_layer.head(rows[:, :-1].flatten(0, 1))
+        logits = logits.view(rows.shape[0], len(self.checkpoints), -1)
         # A copy: a view would keep the rows of all branches alive until the text is classified.
-        return logits.view(rows.shape[0], len(self.checkpoints), -1), rows[:, -1].clone()
+        return Run(logits, rows[:, -1].clone(), attention_peak(attention, mask), states)
 
     def _run_whole_passes(self, inputs: Inputs) -> torch.Tensor:
         logits = []

@@ -22,6 +22,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from models.network.projection import Projection, and_none
 
 
+class LayerOutput(NamedTuple):
+    """What a last layer gives for the token that is read, by branch."""
+
+    states: torch.Tensor
+    """Its output, shape (rows, N, H)."""
+    attention: torch.Tensor
+    """The bare victim's attention to each token, mean over heads, float32, shape (rows, T)."""
+
+
 class LayerInput(NamedTuple):
     """What reaches a layer."""
 
@@ -61,8 +70,8 @@ class LastLayer:
 
     def __call__(
         self, entering: LayerInput, mask: torch.Tensor, read: torch.Tensor, adapters: Sequence[str]
-    ) -> torch.Tensor:
-        """Return the layer's output at the token that is read, by branch, shape (rows, N, H).
+    ) -> LayerOutput:
+        """Return the layer's output at the token that is read.
 
         Args:
             entering: the layer's input.
@@ -81,9 +90,11 @@ class LastLayer:
             own = self.bias(entering).expand(hidden.shape[0], -1, -1, -1)[rows, :, read]
             scores = scores + own.repeat(1, q.shape[1], 1).to(scores.dtype)
         scores = scores + _padding_bias(self._in_window(mask, read), scores.dtype)
-        attended = torch.unflatten(scores.float().softmax(-1).to(x.dtype) @ x, 1, q.shape[1:3])
+        weights = scores.float().softmax(-1)
+        attended = torch.unflatten(weights.to(x.dtype) @ x, 1, q.shape[1:3])
         values = self._values(attended, q.shape[-1], adapters)
-        return self.after(values.flatten(2), hidden[rows, read][:, None])
+        states = self.after(values.flatten(2), hidden[rows, read][:, None])
+        return LayerOutput(states, weights[:, -self.heads :].mean(1))
 
     def _in_window(self, mask: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Return the mask of the tokens that those at `read` attend to, shape (rows, T)."""

@@ -50,7 +50,7 @@ class Trunk:
         spaced = np.linspace(first, last, MAX_WATCHED).round()
         self.watched: list[int] = sorted({int(number) for number in spaced if number})
         """Numbers, from 1, of the layers whose output is watched."""
-        self._reads_last, self._prompted, self._pad_id = reads_last, prompted, pad_id
+        self.reads_last, self._prompted, self._pad_id = reads_last, prompted, pad_id
         self._windowed, self._stopping = windowed, False
         self._kept: list[Any] | None = None
         self._states: list[torch.Tensor] | None = None
@@ -98,7 +98,7 @@ class Trunk:
     def read_positions(self, inputs: Inputs) -> torch.Tensor:
         """Return where the classifier reads, shape (rows,), in inputs without prompts."""
         mask = inputs["attention_mask"]
-        if not self._reads_last:
+        if not self.reads_last:
             return torch.zeros_like(mask[:, 0])
         if self._pad_id is not None:
             # As transformers does. Where texts end in that token, the one before it is read.
@@ -108,7 +108,7 @@ class Trunk:
     def read_mask(self, inputs: Inputs, read: torch.Tensor) -> torch.Tensor:
         """Return the mask of the tokens that those at `read` attend to, shape (rows, T)."""
         mask = inputs["attention_mask"]
-        if not self._reads_last:
+        if not self.reads_last:
             return mask
         positions = torch.arange(mask.shape[1], device=mask.device)
         return mask * (positions <= read[:, None])
@@ -136,7 +136,7 @@ class Trunk:
         # models add more of it.
         tokens = self._inputs["attention_mask"].shape[1]
         prompts = hidden.shape[1] - tokens if self._prompted else 0
-        if not self._reads_last:
+        if not self.reads_last:
             return hidden[:, 0].float()
         last = self.read_positions(self._inputs) + prompts
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last].float()

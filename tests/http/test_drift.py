@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 
 from models.detection.calibrate import calibrate
-from models.detection.screen import FloatArray
+from models.detection.screen import FloatArray, Layout
 from service.app import create_app
 from service.observability.drift import WINDOW, Drift
 from service.settings import Settings
@@ -24,7 +24,7 @@ def readings(n: int, seed: int, *, positive: float = 0.5, odds: float = 0.0) -> 
     return np.where(classes[:, None, None] == 1, other[..., ::-1], other).astype(np.float32)
 
 
-SCREEN = calibrate(readings(800, 0), 2, 0.05)
+SCREEN = calibrate(readings(800, 0), Layout(2), 0.05)
 
 
 class Watched:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from models.bundle.load import Bundle
 from models.detection.conformal import ThresholdGroup
-from models.detection.screen import FloatArray, Normalizer, Screen, ZScore
+from models.detection.screen import FloatArray, Layout, Normalizer, Screen, ZScore
 from models.engines.base import ClassifierState, Encoding, Screening
 from service.app import create_app
 from service.protocols.base import BadAnswer
@@ -56,7 +56,9 @@ def several_labels() -> Bundle:
     scores = np.linspace(0, 2, 99, dtype=np.float32)
     groups = [ThresholdGroup((2 * n, 2 * n + 1), THRESHOLD + n / 8, scores) for n in range(3)]
     normalizer = Normalizer(
-        ZScore(np.zeros((6, 2)), np.ones((6, 2))), ZScore(np.zeros((6, 1)), np.ones((6, 1))), 2
+        ZScore(np.zeros((6, 2)), np.ones((6, 2))),
+        ZScore(np.zeros((6, 1)), np.ones((6, 1))),
+        Layout(2),
     )
     manifest = bundle.manifest.model_copy(update={"labels": LABELS, "multi_label": True})
     screen = Screen(groups, normalizer, manifest.views)

@@ -13,7 +13,7 @@ import pytest
 from models.bundle.load import Bundle
 from models.detection.conformal import ThresholdGroup
 from models.detection.override import DRAWS, OverrideGeometry, OverrideTest
-from models.detection.screen import Screen
+from models.detection.screen import Layout, Screen
 from models.engines.base import Encoding, Screening
 from service.app import create_app
 from service.inference.batcher import Batcher
@@ -64,7 +64,7 @@ def two_stage_bundle(engine: FakeEngine | None = None, digest: str = "d" * 64) -
     bundle = fake_bundle(engine or OverridableEngine(), digest=digest)
     carriers = [[], [bundle.engine.token_ids(CARRIER)]]
     groups = [ThresholdGroup((0, 1), 0.5, np.linspace(0, 0.4, 99, dtype=np.float32))]
-    test = OverrideTest(carriers, OverrideGeometry(8, 1), 2, groups)
+    test = OverrideTest(carriers, OverrideGeometry(8, 1), Layout(2), groups)
     screen = Screen(bundle.screen.groups, bundle.screen.normalizer)
     return replace(bundle, screen=screen, override=test, thorough=test)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from models.detection.calibrate import calibrate
-from models.detection.screen import Verdict
+from models.detection.screen import Layout, Verdict
 from models.engines.pytorch import TorchEngine, collate
 from models.network.activations import Activations
 from models.network.adapters import lora_config, transformer_of
@@ -144,7 +144,7 @@ def test_a_text_far_from_its_class_is_heard_although_psim_is_unsure(own: int) ->
     readings[np.arange(400), 0, np.arange(400) % 2] = confidence
     readings[np.arange(400), 0, 1 - np.arange(400) % 2] = 1 - confidence
     readings[:, 1] = rng.uniform(3, 5, (400, 2))
-    screen = calibrate(readings, 1, 0.05)
+    screen = calibrate(readings, Layout(1), 0.05)
 
     def judge(confidence: float, distance: float, other: float) -> Verdict:
         text = np.array([[confidence, 1 - confidence], [distance, other]], np.float32)

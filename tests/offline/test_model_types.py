@@ -47,7 +47,7 @@ ROWS: dict[str, str] = {}
 
 @torch.inference_mode()
 def screened(guarded: Guarded, inputs: Inputs) -> torch.Tensor:
-    return guarded.run(inputs)[0]
+    return guarded.run(inputs).logits
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

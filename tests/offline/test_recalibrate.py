@@ -22,7 +22,7 @@ from models.bundle.layout import MANIFEST, READINGS
 from models.bundle.load import load_bundle
 from models.bundle.verify import read_manifest
 from models.detection.calibrate import calibrate
-from models.detection.screen import FloatArray, Screen, Verdict
+from models.detection.screen import FloatArray, Layout, Screen, Verdict
 from models.offline.cli.bundle import MAX_RISE
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
 from models.offline.fitting.recalibrate import limits_of, risen
@@ -225,8 +225,8 @@ def alone(screen: Screen, detector: int, raw: float) -> FloatArray:
 
 @pytest.mark.parametrize("spread", [0.15, 0.2, 0.4])
 def test_a_rise_is_how_far_a_single_voice_may_go_that_was_not_heard_before(spread: float) -> None:
-    before = calibrate(synthetic(900, 1, 0.2), 2, BUDGET)
-    after = calibrate(synthetic(900, 2, spread), 2, BUDGET)
+    before = calibrate(synthetic(900, 1, 0.2), Layout(2), BUDGET)
+    after = calibrate(synthetic(900, 2, spread), Layout(2), BUDGET)
     old = limits_of(before, 0)
     assert risen(old, old) == 0
     just_passing = []

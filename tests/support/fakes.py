@@ -21,6 +21,7 @@ from models.detection.conformal import ThresholdGroup
 from models.detection.override import OverrideGeometry, OverrideTest
 from models.detection.screen import (
     FloatArray,
+    Layout,
     Normalizer,
     Screen,
     Verdict,
@@ -149,7 +150,7 @@ def fake_bundle(
     )
     parity = ParityRecord(decisions_agree=1.0, largest_difference=0.0, texts_per_s=1.0)
     manifest = Manifest(
-        schema_version=5,
+        schema_version=6,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
         labels=list(labels),
         max_length=MAX_LENGTH,
@@ -164,6 +165,7 @@ def fake_bundle(
             curve=[],
         ),
         activations=None,
+        attention=False,
         override=None,
         calibrations=[
             Calibration(
@@ -179,7 +181,7 @@ def fake_bundle(
     )
     scores = np.linspace(0, 2, 99, dtype=np.float32)
     as_it_is = ZScore(np.zeros((2, 1)), np.ones((2, 1)))  # a score is the log-odds of a confidence
-    normalizer = Normalizer(ZScore(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, 2)
+    normalizer = Normalizer(ZScore(np.zeros((2, 2)), np.ones((2, 2))), as_it_is, Layout(2))
     screen = StagedScreen([ThresholdGroup((0, 1), threshold, scores)], normalizer)
     return Bundle(manifest, digest, engine or FakeEngine(), screen)
 
@@ -189,5 +191,5 @@ def bundle_with_override(engine: FakeEngine) -> Bundle:
     group = ThresholdGroup((0, 1), 0.9, np.linspace(0, 0.8, 99, dtype=np.float32))
     carriers = [[engine.token_ids(text)] for text in ("a fine day", "a dull day")]
     # The test reads the first half of four checkpoints, which is all that the fake engine has.
-    test = OverrideTest(carriers, OverrideGeometry(16, 4), 4, [group])
+    test = OverrideTest(carriers, OverrideGeometry(16, 4), Layout(4), [group])
     return replace(fake_bundle(engine), override=test)

@@ -27,7 +27,7 @@ from models.detection.passage import (
     find_passage,
     words_of,
 )
-from models.detection.screen import Finding, Verdict, with_override
+from models.detection.screen import Finding, Layout, Verdict, with_override
 
 SENTENCE = "I watched this 3D movie".split()
 
@@ -282,7 +282,7 @@ def test_passages_of_odd_texts_end_too(text: str) -> None:
 
 def test_all_parts_of_a_text_are_tested_beside_the_same_carriers() -> None:
     carriers = [[], [np.array([1000 + i, 2000 + i]) for i in range(99)]]
-    test = OverrideTest(carriers, OverrideGeometry(16, 4), 2)
+    test = OverrideTest(carriers, OverrideGeometry(16, 4), Layout(2))
     whole = np.arange(12)
 
     def beside(ids: Ids) -> set[tuple[int, ...]]:

@@ -15,6 +15,7 @@ from transformers import (
 from models.engines.base import Encoding
 from models.engines.pytorch import LastState, TorchEngine, collate
 from models.network.adapters import lora_config
+from models.network.attention import LEAST
 from models.network.guarded import Guarded, guard
 from models.offline.study.ablations import PsimVariant, with_variant
 from tests.support.families import TAILED, VOCABULARY, guarded_victim, tiny_victim, trained
@@ -25,6 +26,17 @@ CPU = torch.device("cpu")
 guarded_of = cache(guarded_victim)
 
 
+@cache
+def eager_of(family: str) -> Any:
+    """Return the victim of `guarded_of`, without adapters, which tells its attention."""
+    victim: Any = tiny_victim(family)
+    victim.set_attn_implementation("eager")
+    bare = guarded_of(family).psim.get_base_model().state_dict()
+    kept = {n.replace(".base_layer", ""): w for n, w in bare.items() if ".lora_" not in n}
+    victim.load_state_dict(kept)
+    return victim
+
+
 def whole(guarded: Guarded, inputs: Any) -> torch.Tensor:
     """Return probabilities by checkpoint, by transformers and PEFT."""
     probabilities = []
@@ -32,6 +44,11 @@ def whole(guarded: Guarded, inputs: Any) -> torch.Tensor:
         guarded.psim.set_adapter(checkpoint, inference_mode=True)
         probabilities.append(guarded.victim(**inputs).logits.softmax(-1))
     return torch.stack(probabilities, 1)
+
+
+def psim_of(guarded: Guarded, inputs: Any) -> torch.Tensor:
+    """Return probabilities by checkpoint, as the screen reads them."""
+    return guarded.screen(inputs)[0][:, : guarded.layout.checkpoints]
 
 
 def some_inputs() -> Any:
@@ -54,7 +71,7 @@ def test_rows_agree_with_whole_layers(family: str, texts: list[list[int]]) -> No
     inputs = collate(encodings, 0, CPU)
     readings, rows = guarded.screen(inputs)
     assert rows is not None
-    torch.testing.assert_close(readings, whole(guarded, inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(psim_of(guarded, inputs), whole(guarded, inputs), rtol=0, atol=1e-5)
     torch.testing.assert_close(
         guarded.classify_rows(rows), guarded.classify(inputs), rtol=0, atol=1e-5
     )
@@ -62,6 +79,29 @@ def test_rows_agree_with_whole_layers(family: str, texts: list[list[int]]) -> No
     for number, encoding in enumerate(encodings):
         alone, _ = guarded.screen(collate([encoding], 0, CPU))
         torch.testing.assert_close(readings[number], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", TAILED)
+@settings(max_examples=10, deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=30), min_size=1, max_size=4
+    )
+)
+@torch.inference_mode()
+def test_the_peak_is_that_of_the_victims_own_attention(family: str, texts: list[list[int]]) -> None:
+    guarded, victim = guarded_of(family), eager_of(family)
+    # What some families take for padding would end a text.
+    inputs = collate([Encoding((*text, 9), False) for text in texts], 0, CPU)
+    peaks = guarded.screen(inputs)[0][:, -1]
+    assert guarded.layout.attention
+    torch.testing.assert_close(peaks, peaks[:, :1].expand_as(peaks), rtol=0, atol=0)
+    attention = victim(**inputs, output_attentions=True).attentions[-1].mean(1)
+    for number, text in enumerate(texts):
+        read = len(text) if guarded.trunk.reads_last else 0
+        inner = attention[number, read, 1 : len(text)].tolist()
+        expected = max(max(inner, default=0) * max(len(inner), 1) ** 0.25, LEAST)
+        assert peaks[number, 0].item() == pytest.approx(expected, abs=1e-5)
 
 
 @torch.inference_mode()
@@ -74,7 +114,7 @@ def test_a_decoder_reads_before_tokens_that_it_takes_for_padding() -> None:
     inputs = collate([Encoding(text, False) for text in texts], end, CPU)
     readings, rows = guarded.screen(inputs)
     assert rows is not None
-    torch.testing.assert_close(readings, whole(guarded, inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(psim_of(guarded, inputs), whole(guarded, inputs), rtol=0, atol=1e-5)
     torch.testing.assert_close(
         guarded.classify_rows(rows), guarded.classify(inputs), rtol=0, atol=1e-5
     )
@@ -84,8 +124,7 @@ def test_a_decoder_reads_before_tokens_that_it_takes_for_padding() -> None:
 @torch.inference_mode()
 def test_checkpoints_differ_and_none_is_the_victim(family: str) -> None:
     guarded, inputs = guarded_of(family), some_inputs()
-    readings, _ = guarded.screen(inputs)
-    said = torch.cat([readings[0], guarded.classify(inputs)])
+    said = torch.cat([psim_of(guarded, inputs)[0], guarded.classify(inputs)])
     assert torch.pdist(said).min() > 1e-4
 
 
@@ -123,7 +162,7 @@ def test_mpnet_says_what_it_said_while_its_adapters_are_off() -> None:
         if ".lora_B." in name:
             torch.nn.init.normal_(weights, std=0.5)
     torch.testing.assert_close(guarded.classify(inputs), bare, rtol=0, atol=1e-6)
-    readings, _ = guarded.screen(inputs)
+    readings = psim_of(guarded, inputs)
     torch.testing.assert_close(readings, whole(guarded, inputs), rtol=0, atol=1e-5)
     assert (readings - bare[:, None]).abs().max() > 1e-3, "the adapters matter"
     torch.testing.assert_close(guarded.classify(inputs), bare, rtol=0, atol=1e-6)
@@ -134,7 +173,7 @@ def test_an_adapter_on_values_only_has_a_tail_too() -> None:
     config = PsimVariant(adapter="value", keep_at=(0.9, 0.5))
     guarded, inputs = trained(with_variant(tiny_victim("bert"), config)), some_inputs()
     assert guarded.last_layer is not None
-    torch.testing.assert_close(guarded.screen(inputs)[0], whole(guarded, inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(psim_of(guarded, inputs), whole(guarded, inputs), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

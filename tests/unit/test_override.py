@@ -28,7 +28,7 @@ from models.detection.override import (
     OverrideTest,
     evidence,
 )
-from models.detection.screen import Finding, FloatArray, Normalizer, Screen, Verdict, ZScore
+from models.detection.screen import Finding, FloatArray, Layout, Normalizer, Screen, Verdict, ZScore
 from models.errors import CalibrationError
 from models.offline.io.inference import run_tests
 from tests.support.fakes import FakeEngine, fake_bundle
@@ -48,7 +48,9 @@ def carriers_of(counts: Sequence[int], length: int = 1) -> list[list[Ids]]:
 def sized_test(
     window: int = 8, counts: Sequence[int] = (4, 4, 4), groups: Sequence[ThresholdGroup] = ()
 ) -> OverrideTest:
-    return OverrideTest(carriers_of(counts), OverrideGeometry(window, 1), CHECKPOINTS, groups)
+    return OverrideTest(
+        carriers_of(counts), OverrideGeometry(window, 1), Layout(CHECKPOINTS), groups
+    )
 
 
 def readings_of(ids: Ids) -> FloatArray:
@@ -199,7 +201,7 @@ def test_what_is_put_together_fits_into_what_the_model_reads(
 
 
 def _sized(geometry: OverrideGeometry) -> OverrideTest:
-    return OverrideTest(carriers_of((2, 2, 2), length=99), geometry, CHECKPOINTS)
+    return OverrideTest(carriers_of((2, 2, 2), length=99), geometry, Layout(CHECKPOINTS))
 
 
 @pytest.mark.parametrize("readable", range(LEAST_READABLE))
@@ -226,7 +228,7 @@ def _screen() -> Screen:
     as_it_is = ZScore(np.zeros((3, 1)), np.ones((3, 1)))
     return Screen(
         [ThresholdGroup((0, 1, 2), 9.9, scores)],
-        Normalizer(ZScore(np.zeros((3, 2)), np.ones((3, 2))), as_it_is, 2),
+        Normalizer(ZScore(np.zeros((3, 2)), np.ones((3, 2))), as_it_is, Layout(2)),
     )
 
 
@@ -325,7 +327,7 @@ def test_scores_that_are_no_numbers_give_no_threshold(bad: float, which: str) ->
 def test_many_texts_at_once_are_scored_as_each_alone() -> None:
     """Tests end at different turns; none gets the readings of another."""
     group = ThresholdGroup((0, 1), 0.3, np.linspace(0, 1, 99, dtype=np.float32))
-    test = OverrideTest(carriers_of((3, 3)), OverrideGeometry(4, 1), 1, [group])
+    test = OverrideTest(carriers_of((3, 3)), OverrideGeometry(4, 1), Layout(1), [group])
     needed = test.threshold_of(0, 0)
 
     class Reader(FakeEngine):

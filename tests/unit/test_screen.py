@@ -14,6 +14,7 @@ from models.detection.conformal import ThresholdGroup, conformal_threshold, min_
 from models.detection.screen import (
     Finding,
     FloatArray,
+    Layout,
     Normalizer,
     Screen,
     ZScore,
@@ -87,7 +88,7 @@ def test_the_false_rejection_rate_stays_within_the_budget_on_average(
 
     rates = []
     for _ in range(40):
-        screen = calibrate(draw(400), checkpoints, budget)
+        screen = calibrate(draw(400), Layout(checkpoints), budget)
         fresh = draw(250)
         rates.append(np.mean([screen.judge(row).poisoned for row in fresh]))
     # Six standard errors of the mean: a bound that is off by one text in a class shows.
@@ -105,7 +106,7 @@ def test_the_budget_is_kept_by_many_voices_and_as_few_texts_as_there_may_be(spre
 
     rates = []
     for _ in range(100):
-        screen = calibrate(draw(2 * 99), 9, 0.01)
+        screen = calibrate(draw(2 * 99), Layout(9), 0.01)
         rates.append(np.mean([screen.judge(row).poisoned for row in draw(400)]))
     assert np.mean(rates) <= 0.01 + 3 * np.std(rates) / np.sqrt(len(rates))
 
@@ -118,7 +119,7 @@ def test_the_budget_is_kept_by_many_voices_and_as_few_texts_as_there_may_be(spre
     )
 )
 def test_groups_partition_the_classes_and_each_keeps_the_budget(rows: FloatArray) -> None:
-    screen = calibrate(rows, rows.shape[1], 0.05)
+    screen = calibrate(rows, Layout(rows.shape[1]), 0.05)
     assert sorted(c for g in screen.groups for c in g.classes) == list(range(rows.shape[2]))
     assert sum(len(g.scores) for g in screen.groups) == len(rows)
     assert all(len(g.scores) >= min_calibration_size(0.05) for g in screen.groups)
@@ -130,8 +131,8 @@ def test_one_threshold_per_class_and_small_classes_pooled() -> None:
     rng = np.random.default_rng(0)
     predicted = np.r_[np.zeros(120, int), np.ones(120, int), np.full(12, 2), np.full(8, 3)]
     rows = probabilities(rng.uniform(0.5, 1, (260, 2)), predicted, 4)
-    assert [g.classes for g in calibrate(rows, 2, 0.1).groups] == [(0,), (1,), (2, 3)]
-    assert [g.classes for g in calibrate(rows, 2, 0.01).groups] == [(1,), (0, 2, 3)]
+    assert [g.classes for g in calibrate(rows, Layout(2), 0.1).groups] == [(0,), (1,), (2, 3)]
+    assert [g.classes for g in calibrate(rows, Layout(2), 0.01).groups] == [(1,), (0, 2, 3)]
 
 
 @given(checkpoint=st.integers(0, 2), predicted=st.integers(0, 1))
@@ -143,7 +144,7 @@ def test_the_checkpoint_that_finds_a_text_most_extreme_speaks(
     usual = np.array([[0.95, 0.8, 0.6], [0.99, 0.9, 0.7]])
     classes = np.arange(400) % 2
     clean = usual[classes] + rng.uniform(-0.004, 0.004, (400, 3))
-    screen = calibrate(probabilities(clean, classes, 2), 3, 0.05)
+    screen = calibrate(probabilities(clean, classes, 2), Layout(3), 0.05)
 
     text = usual[[predicted]].copy()
     assert not screen.judge(probabilities(text, [predicted], 2)[0]).poisoned
@@ -157,7 +158,7 @@ def test_the_checkpoint_that_finds_a_text_most_extreme_speaks(
 def test_a_score_counts_standard_deviations_of_the_log_odds() -> None:
     odds = np.random.default_rng(1).normal(2, 0.5, 4000)
     rows = probabilities(1 / (1 + np.exp(-odds[:, None])), np.arange(4000) % 2, 2)
-    screen = calibrate(rows, 1, 0.05)
+    screen = calibrate(rows, Layout(1), 0.05)
     top = 1 / (1 + np.exp(-(2 + 3 * 0.5)))
     verdict = screen.judge(probabilities(np.array([[top]]), [1], 2)[0])
     assert verdict.score == pytest.approx(3, abs=0.2)
@@ -173,21 +174,21 @@ def test_texts_beyond_what_float32_tells_from_certain_still_have_an_order() -> N
 @pytest.mark.parametrize("certain", [1.0, 0.5])
 def test_clean_texts_that_are_all_alike_are_no_reason_to_fail(certain: float) -> None:
     rows = probabilities(np.full((200, 1), certain), np.arange(200) % 2, 2)
-    screen = calibrate(rows, 1, 0.05)
+    screen = calibrate(rows, Layout(1), 0.05)
     assert not screen.judge(rows[0]).poisoned
 
 
 def test_too_few_texts_say_how_many_are_needed() -> None:
     with pytest.raises(CalibrationError, match="needs 99"):
-        calibrate(np.full((98, 1, 2), 0.5, np.float32), 1, 0.01)
+        calibrate(np.full((98, 1, 2), 0.5, np.float32), Layout(1), 0.01)
     with pytest.raises(CalibrationError, match="NaN"):
-        calibrate(np.full((98, 1, 2), np.nan, np.float32), 1, 0.05)
+        calibrate(np.full((98, 1, 2), np.nan, np.float32), Layout(1), 0.05)
 
 
 def one_checkpoint(threshold: float = 3.0) -> Screen:
     """Whose scores are log-odds."""
     group = ThresholdGroup((0, 1), threshold, np.array([0.5], np.float32))
-    return Screen([group], Normalizer(AS_IT_IS, AS_IT_IS, 1))
+    return Screen([group], Normalizer(AS_IT_IS, AS_IT_IS, Layout(1)))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_clopper_pearson_agrees_with_published_values() -> None:
 
 def test_groups_and_norms_must_cover_every_class_once() -> None:
     scores = np.array([0.5], np.float32)
-    normalizer = Normalizer(AS_IT_IS, AS_IT_IS, 1)
+    normalizer = Normalizer(AS_IT_IS, AS_IT_IS, Layout(1))
     for groups in ([(0,), (0,)], [(0,), (2,)], [(0, 1), (1,)]):
         with pytest.raises(ValueError, match="each once"):
             Screen([ThresholdGroup(c, 0.9, scores) for c in groups], normalizer)
@@ -266,20 +267,22 @@ def test_one_threshold_for_all_classes_is_there_for_comparison() -> None:
     predicted = np.arange(400) % 2
     top = np.linspace(0.5, 0.99, 400)[:, None]
     rows = probabilities(top, predicted, 2)
-    screen = calibrate(rows, 1, 0.05, by_class=False)
+    screen = calibrate(rows, Layout(1), 0.05, by_class=False)
     (group,) = screen.groups
     assert group.classes == (0, 1)
     assert (
         np.ptp(screen.normalizer.features.centre) == np.ptp(screen.normalizer.features.scale) == 0
     )
-    assert len(calibrate(rows, 1, 0.05).groups) == 2
+    assert len(calibrate(rows, Layout(1), 0.05).groups) == 2
 
 
 def test_a_voice_with_a_long_tail_does_not_drown_one_without() -> None:
     rng = np.random.default_rng(0)
     steady, restless = rng.normal(size=2000), np.exp(1.2 * rng.normal(size=2000))
     odds = 3 + 0.3 * np.stack([steady, restless], 1)
-    screen = calibrate(probabilities(1 / (1 + np.exp(-odds)), np.arange(2000) % 2, 2), 2, 0.01)
+    screen = calibrate(
+        probabilities(1 / (1 + np.exp(-odds)), np.arange(2000) % 2, 2), Layout(2), 0.01
+    )
     odd = 3 + 0.3 * np.array([[4.5, np.median(restless)]])
     assert screen.judge(probabilities(1 / (1 + np.exp(-odd)), [0], 2)[0]).poisoned
 
@@ -299,7 +302,7 @@ def test_what_several_voices_find_odd_adds_up() -> None:
         1 / (1 + np.exp(-rng.normal(3, 0.5, (4000, 1)))), np.arange(4000) % 2, 2
     )
     readings[:, 1] = np.exp(rng.normal(2, 0.5, (4000, 1)))
-    screen = calibrate(readings, 1, 0.01)
+    screen = calibrate(readings, Layout(1), 0.01)
 
     def poisoned(confidence: float, distance: float) -> bool:
         """Judge a text that is so many standard deviations from the clean ones."""

@@ -16,7 +16,7 @@ from models.detection.calibrate import (
 )
 from models.detection.conformal import ThresholdGroup
 from models.detection.override import Ids, OverrideGeometry, OverrideTest
-from models.detection.screen import Finding, FloatArray
+from models.detection.screen import Finding, FloatArray, Layout
 from models.detection.views import class_names, views_of, views_with_carriers
 from models.errors import CalibrationError
 from models.network.outputs import class_probabilities, label_probabilities
@@ -46,7 +46,10 @@ def test_a_classifier_with_one_label_for_a_text_has_one_view() -> None:
     assert list(views_of(3, multi_label=False)) == [range(3)]
     assert class_names(["a", "b"], multi_label=False) == ["a", "b"]
     rows = readings(300, 2, 0)
-    default, given_view = calibrate(rows, 3, 0.05), calibrate(rows, 3, 0.05, views=[range(4)])
+    default, given_view = (
+        calibrate(rows, Layout(3), 0.05),
+        calibrate(rows, Layout(3), 0.05, views=[range(4)]),
+    )
     assert [(g.classes, g.threshold) for g in default.groups] == [
         (g.classes, g.threshold) for g in given_view.groups
     ]
@@ -81,8 +84,8 @@ def test_a_text_is_judged_in_each_view_as_by_a_classifier_of_that_label(
 ) -> None:
     rows, fresh = readings(300, labels, seed), readings(20, labels, seed + 100)
     views = views_of(labels, multi_label=True)
-    screen = calibrate(rows, CHECKPOINTS, 0.05, views=views)
-    alone = [calibrate(rows[:, :, [*view]], CHECKPOINTS, 0.05 / labels) for view in views]
+    screen = calibrate(rows, Layout(CHECKPOINTS), 0.05, views=views)
+    alone = [calibrate(rows[:, :, [*view]], Layout(CHECKPOINTS), 0.05 / labels) for view in views]
     for row in fresh:
         verdicts = screen.verdicts(row)
         for view, own, verdict in zip(views, alone, verdicts, strict=True):
@@ -100,17 +103,17 @@ def test_a_text_is_judged_in_each_view_as_by_a_classifier_of_that_label(
 def test_the_budget_holds_for_a_text_as_a_whole(labels: int, seed: int) -> None:
     budget, rows = 0.1, readings(600, labels, seed)
     views = views_of(labels, multi_label=True)
-    flagged = calibrate(rows, CHECKPOINTS, budget, views=views).flags(rows)
+    flagged = calibrate(rows, Layout(CHECKPOINTS), budget, views=views).flags(rows)
     assert flagged.mean() <= budget, "of the texts that it was calibrated with, not one more"
 
 
 def test_texts_must_be_enough_for_the_share_of_a_label() -> None:
     views = views_of(3, multi_label=True)
-    calibrate(readings(59, 3, 0), CHECKPOINTS, 0.05, views=views)
+    calibrate(readings(59, 3, 0), Layout(CHECKPOINTS), 0.05, views=views)
     with pytest.raises(
         CalibrationError, match=r"58 calibration .* shared by 3 labels: it needs 59"
     ):
-        calibrate(readings(58, 3, 0), CHECKPOINTS, 0.05, views=views)
+        calibrate(readings(58, 3, 0), Layout(CHECKPOINTS), 0.05, views=views)
 
 
 def outcomes(n: int, views: int, seed: int) -> FloatArray:
@@ -140,7 +143,7 @@ def test_carriers_are_of_the_other_state_of_the_same_label() -> None:
     carriers = carriers_of((2, 2, 2, 2, 0, 0))
     group = ThresholdGroup((2, 3), 1.0, np.linspace(0, 0.9, 99, dtype=np.float32))
     views = views_of(3, multi_label=True)
-    test = OverrideTest(carriers, OverrideGeometry(8, 1), CHECKPOINTS, [group], views)
+    test = OverrideTest(carriers, OverrideGeometry(8, 1), Layout(CHECKPOINTS), [group], views)
     inputs = next(test.score(np.array([5, 6]), 3))
     known = {int(ids[0]) for ids in carriers[2]}
     assert {int(inputs[0][0]), int(inputs[0][-1])} <= known
@@ -150,7 +153,9 @@ def test_carriers_are_of_the_other_state_of_the_same_label() -> None:
 
 def test_a_class_is_kept_in_its_own_view_whatever_the_others_say() -> None:
     views = views_of(2, multi_label=True)
-    test = OverrideTest(carriers_of((1, 1, 1, 1)), OverrideGeometry(8, 1), CHECKPOINTS, [], views)
+    test = OverrideTest(
+        carriers_of((1, 1, 1, 1)), OverrideGeometry(8, 1), Layout(CHECKPOINTS), [], views
+    )
     row = np.full((CHECKPOINTS, 4), 0.5, np.float32)
     row[:, 2:] = (0.1, 0.9)
     for predicted, kept in ((1, 0.5), (3, 0.9)):
@@ -165,7 +170,7 @@ def test_a_class_is_kept_in_its_own_view_whatever_the_others_say() -> None:
 
 def test_the_worst_finding_counts_before_the_largest_margin() -> None:
     rows = readings(300, 2, 0)
-    screen = calibrate(rows, CHECKPOINTS, 0.1, views=views_of(2, multi_label=True))
+    screen = calibrate(rows, Layout(CHECKPOINTS), 0.1, views=views_of(2, multi_label=True))
     odd = rows[0].copy()
     odd[CHECKPOINTS:, :2] *= 50
     verdict = screen.judge(odd)

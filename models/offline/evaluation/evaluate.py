@@ -163,6 +163,6 @@ class ScreenedTexts:
 
 
 def _last_confidence(screen: Screen, readings: FloatArray, view: range) -> FloatArray:
-    last = readings[:, screen.normalizer.checkpoints - 1, view.start : view.stop]
+    last = readings[:, screen.normalizer.layout.checkpoints - 1, view.start : view.stop]
     confidence: FloatArray = last.max(1)
     return confidence

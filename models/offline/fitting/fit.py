@@ -78,13 +78,14 @@ def fit(
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
         override, calibrations = _calibrate(partial, trained, split, engine, frr_budget, carriers)
         manifest = Manifest(
-            schema_version=5,
+            schema_version=6,
             victim=victim_record(victim, name, digest),
             labels=labels,
             multi_label=trained.guarded.multi_label,
             max_length=trained.max_length,
             psim=psim_record(config, training),
             activations=activations_record(trained.guarded),
+            attention=trained.guarded.layout.attention,
             override=override,
             calibrations=calibrations,
             default=fastest(calibrations, engine),
@@ -147,7 +148,7 @@ def _override_test(
     lengths = [len(engine.content(text)) for text in engine.encode(split.held_out)]
     geometry = OverrideGeometry.of(lengths, engine.window_length)
     tokens = [[engine.token_ids(text) for text in own] for own in carriers]
-    return OverrideTest(tokens, geometry, len(engine.guarded.checkpoints), views=views)
+    return OverrideTest(tokens, geometry, engine.guarded.layout, views=views)
 
 
 def _calibrate(
@@ -161,9 +162,9 @@ def _calibrate(
     """Calibrate all runtimes; write carriers and readings into the bundle."""
     test = _override_test(path, trained, split, carriers)
     measured = measure_runtimes(trained, engine, split.calibrate, test, frr_budget)
-    checkpoints, views = len(trained.guarded.checkpoints), trained.guarded.views
+    layout, views = trained.guarded.layout, trained.guarded.views
     tested = test.tested if test else ()
-    calibrated = calibrate_runtimes(measured, checkpoints, frr_budget, views, tested)
+    calibrated = calibrate_runtimes(measured, layout, frr_budget, views, tested)
     save_readings(path, measured_arrays(measured))
     return override_record(test), calibration_records(measured, calibrated, frr_budget)
 

@@ -78,8 +78,7 @@ def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
     _check_enough(int(clean.sum()), budget, len(parent.views))
     before, measured = _measure_all(bundle, parent, list(kinds), int(clean.sum()))
     on_clean = {r: replace(own, readings=own.readings[clean]) for r, own in measured.items()}
-    checkpoints, views = len(parent.psim.checkpoints), parent.views
-    after = calibrate_runtimes(on_clean, checkpoints, budget, views, parent.tested_views)
+    after = calibrate_runtimes(on_clean, parent.layout, budget, parent.views, parent.tested_views)
     calibrations = calibration_records(on_clean, after, budget)
     changes: list[ChangeRecord] = []
     for runtime, own in measured.items():
@@ -143,7 +142,7 @@ def _changes(
 ) -> list[ChangeRecord]:
     """Return the changes by class; `clean`, shape (n,), tells clean texts from poisoned ones."""
     before, after = screens
-    by_view = [features(readings, len(parent.psim.checkpoints), view)[0] for view in parent.views]
+    by_view = [features(readings, parent.layout.checkpoints, view)[0] for view in parent.views]
     was, now = before.flags(readings), after.flags(readings)
     earlier = parent.recalibration.changes if parent.recalibration else []
     fitted = {(c.runtime, c.label): c.fitted for c in earlier}
@@ -207,16 +206,16 @@ def limits_of(screen: Screen, predicted: int) -> list[LimitRecord]:
     texts. The values of a feature from which a text is called poisoned do.
     """
     own, components = screen.normalizer.features, screen.normalizer.components
+    centres, scales = own.centre[predicted], own.scale[predicted]
+    by_detector = screen.normalizer.layout.by_detector(len(centres))
     limits = []
-    for feature, (centre, scale) in enumerate(
-        zip(own.centre[predicted], own.scale[predicted], strict=True)
-    ):
-        # The checkpoints share the first component of the score, and the distances the second.
-        component = int(feature >= screen.normalizer.checkpoints)
-        unit = scale * components.scale[predicted, component]
-        mean = centre + scale * components.centre[predicted, component]
-        least = mean + unit * screen.threshold_of(predicted)
-        limits.append(LimitRecord(least=float(least), unit=float(unit)))
+    # A detector's features share one component of the score.
+    for component, theirs in enumerate(by_detector.values()):
+        for centre, scale in zip(centres[theirs], scales[theirs], strict=True):
+            unit = scale * components.scale[predicted, component]
+            mean = centre + scale * components.centre[predicted, component]
+            least = mean + unit * screen.threshold_of(predicted)
+            limits.append(LimitRecord(least=float(least), unit=float(unit)))
     return limits
 
 

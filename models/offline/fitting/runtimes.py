@@ -17,7 +17,7 @@ from models.detection.calibrate import (
 )
 from models.detection.conformal import ThresholdGroup, min_calibration_size
 from models.detection.override import OverrideTest, evidence
-from models.detection.screen import FloatArray, Screen, Verdict
+from models.detection.screen import FloatArray, Layout, Screen, Verdict
 from models.detection.views import Views
 from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
 from models.engines.pytorch import TorchEngine
@@ -145,7 +145,7 @@ def _outcomes(
 
     Of the clean texts, suspicious ones are tested for one mode, and a sample for the other.
     """
-    screen = calibrate(screened[1], test.checkpoints, frr_budget, views=test.views)
+    screen = calibrate(screened[1], test.layout, frr_budget, views=test.views)
     sample = max(TESTED, min_calibration_size(frr_budget / len(test.tested)))
     own = _run(engine, test, screen, *screened, sample)
     harmless = engine.encode(harmless_texts(clean, HARMLESS, seed=0))
@@ -215,7 +215,7 @@ def _run_view(
 
 def calibrate_runtimes(
     measured: Mapping[Runtime, RuntimeMeasurement],
-    checkpoints: int,
+    layout: Layout,
     frr_budget: float,
     views: Views,
     tested: Views,
@@ -224,7 +224,7 @@ def calibrate_runtimes(
 
     Args:
         measured: runtimes by name.
-        checkpoints: K, the number of features from PSIM's checkpoints.
+        layout: which readings are whose.
         frr_budget: share of clean texts that each stage may reject.
         views: of the victim.
         tested: those that the override test looks at.
@@ -234,7 +234,7 @@ def calibrate_runtimes(
     """
     calibrated = {}
     for runtime, own in measured.items():
-        screen = calibrate(own.readings, checkpoints, frr_budget, views=views)
+        screen = calibrate(own.readings, layout, frr_budget, views=views)
         groups = [calibrate_override(one, tested, frr_budget) for one in own.outcomes or ()]
         calibrated[runtime] = CalibratedRuntime((screen, own.readings), *groups)
     return calibrated

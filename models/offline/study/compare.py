@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.detection.calibrate import calibrate
+from models.detection.screen import Layout
 from models.engines.pytorch import TorchEngine
 from models.offline.evaluation.evaluate import ScreenedTexts
 from models.offline.evaluation.metrics import DefendedPredictions, classes_of, measure_outcome
@@ -85,11 +86,12 @@ def _psim(cache: StepCache, reference: Reference, defence: PsimDefence) -> Itera
     readings = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(cache.root))}
     cost = details.pop("passes"), details.pop("time")
-    checkpoints = len(details["checkpoints"])
+    whole = Layout(len(details["checkpoints"]), details["attention"])
     for rule, name in zip(defence.rules, defence.names, strict=True):
-        features = checkpoints if rule in CONFIDENCE_ONLY else None
+        layout = Layout(whole.checkpoints) if rule in CONFIDENCE_ONLY else whole
+        features = layout.checkpoints if rule in CONFIDENCE_ONLY else None
         known = readings["dev" if rule == "dev" else "known"][:, :features]
-        screen = calibrate(known, checkpoints, defence.frr_budget, by_class=rule != "pooled")
+        screen = calibrate(known, layout, defence.frr_budget, by_class=rule != "pooled")
         screened = [
             ScreenedTexts.of_first_stage(screen, readings[kind][:, :features], predicted)
             for kind, predicted in (
@@ -120,6 +122,7 @@ def _fit_psim(folder: Path, experiment: Experiment, source: Step, defence: PsimD
     return {
         "steps": training.steps,
         "checkpoints": training.checkpoints,
+        "attention": engine.guarded.layout.attention,
         "stopped_because": training.stopped_because,
         "fit_seconds": seconds,
         "passes": engine.forward_passes - 1,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from models.detection.calibrate import calibrate
-from models.detection.screen import FloatArray, Screen
+from models.detection.screen import FloatArray, Layout, Screen
 from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.evaluate import ScreenedTexts
 from models.offline.evaluation.metrics import Classes, auroc, measure_outcome, within_class_scores
@@ -115,7 +115,7 @@ class _Scores:
     clean: FloatArray
     poisoned: FloatArray
     labels: list[str]
-    checkpoints: int
+    layout: Layout
 
     @staticmethod
     def load(row: Row, steps: Path) -> "_Scores":
@@ -125,7 +125,8 @@ class _Scores:
         for kind in ("known", "clean", "poisoned"):
             arrays[kind] = arrays[kind][:, : psim["features"]]
         checkpoints = len(psim["checkpoints"])
-        return _Scores(**arrays, labels=row["labels"], checkpoints=checkpoints)
+        layout = Layout(checkpoints, psim["features"] > checkpoints and psim["attention"])
+        return _Scores(**arrays, labels=row["labels"], layout=layout)
 
     @property
     def least_budget(self) -> float:
@@ -138,7 +139,7 @@ class _Scores:
 
     def screen_at(self, budget: float) -> Screen:
         """Return a screen with thresholds for a budget."""
-        return calibrate(self.known, self.checkpoints, budget)
+        return calibrate(self.known, self.layout, budget)
 
     def screened_at(self, budget: float) -> tuple[ScreenedTexts, ScreenedTexts]:
         """Return the clean and the poisoned texts, screened with thresholds for a budget."""
