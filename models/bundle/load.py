@@ -39,7 +39,7 @@ from models.detection.calibrate import (
     parity,
 )
 from models.detection.conformal import ThresholdGroup
-from models.detection.override import OverrideGeometry, OverrideTest
+from models.detection.override import OverrideGeometry, OverrideGroup, OverrideTest
 from models.detection.screen import FloatArray, Screen
 from models.engines.base import REFERENCE, Engine, Runtime
 from models.engines.pytorch import max_input_length
@@ -50,7 +50,7 @@ from models.network.adapters import adapter_weights, load_adapter_weights, lora_
 from models.network.guarded import Guarded, guard
 from models.network.outputs import is_multi_label
 
-OverrideGroups = tuple[list[ThresholdGroup], list[ThresholdGroup]]
+OverrideGroups = tuple[list[OverrideGroup], list[OverrideGroup]]
 """Of the override test on suspicious texts, and on all; empty if there is no test."""
 
 
@@ -219,17 +219,21 @@ def _override_groups(
         if not all(arrays.keys().isdisjoint(names) for names in modes):
             raise BundleError(f"{READINGS} has outcomes of override tests, the manifest has none")
         return [], []
-    tested, groups = manifest.tested_views, []
+    tested = manifest.tested_views
     classes = [number for view in tested for number in view]
-    for names in modes:
-        outcomes = OverrideOutcomes(*(_outcomes(arrays[name], classes) for name in names))
-        groups.append(calibrate_override(outcomes, tested, own.frr_budget))
-    return groups[0], groups[1]
+    suspicious, thorough = (
+        OverrideOutcomes(*(_outcomes(arrays[name], classes) for name in names)) for names in modes
+    )
+
+    def calibrated(outcomes: OverrideOutcomes) -> list[OverrideGroup]:
+        return calibrate_override(outcomes, thorough.harmless, tested, own.frr_budget)
+
+    return calibrated(suspicious), calibrated(thorough)
 
 
 def _outcomes(outcomes: FloatArray, classes: Sequence[int]) -> FloatArray:
-    if outcomes.dtype != np.float32 or outcomes.ndim != 2 or outcomes.shape[1] != 2:
-        raise ValueError(f"{READINGS}: outcomes are not float32 of shape (n, 2)")
+    if outcomes.dtype != np.float32 or outcomes.ndim != 2 or outcomes.shape[1] != 3:
+        raise ValueError(f"{READINGS}: outcomes are not float32 of shape (n, 3)")
     if not np.isin(outcomes[:, 0], classes).all():
         raise ValueError(f"{READINGS}: outcomes are of classes that the bundle does not test")
     return outcomes

@@ -92,6 +92,8 @@ class OverrideGroupRecord(_ManifestPart):
     texts: int = Field(ge=1)
     threshold: float
     """Evidence from which a text is triggered, see `models.detection.override.evidence`."""
+    keeps: Probability
+    """Kept probability from which a text keeps its class."""
     natural: Probability
     """Share of clean texts that are tested and keep their class beside carriers. The test can say
     little of a class where that is common."""

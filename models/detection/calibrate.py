@@ -5,12 +5,13 @@ a whole, whatever the views have to do with each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.conformal import ThresholdGroup, conformal_threshold, min_calibration_size
+from models.detection.override import KEEPS, LOST, OverrideGroup, evidence
 from models.detection.screen import (
     FloatArray,
     Layout,
@@ -25,6 +26,10 @@ from models.errors import CalibrationError
 
 MIN_CLASS_SIZE = 60
 """Texts that a class needs for a mean and a deviation of its own."""
+KEPT_BUDGET = 0.01
+"""Tolerated share of harmless texts of other kinds that keep their class. A trigger that outlived
+clean tuning just so keeps less of it than one half, and where such texts keep next to nothing, less
+is telling."""
 HARMLESS_BUDGET = 0.0025
 """Tolerated share of harmless texts of other kinds that the override test calls triggered. They are
 of four kinds; if all of the share falls on one of them, that is 1 % of it."""
@@ -126,19 +131,19 @@ def _group(classes: tuple[int, ...], scores: FloatArray, frr_budget: float) -> T
 class OverrideOutcomes:
     """Outcomes of override tests on texts without a trigger.
 
-    The evidence of a text is that of `models.detection.override.evidence`, and 0 if it is not to be
-    tested.
+    A row is a class, the score of the first stage, and the kept probability: 0 if the text is not
+    to be tested.
     """
 
     clean: FloatArray
-    """Class and evidence of clean texts like those to come, shape (n, 2)."""
+    """Of clean texts like those to come, shape (n, 3)."""
     harmless: FloatArray
-    """The same of texts of other kinds, shape (m, 2)."""
+    """Of texts of other kinds, shape (m, 3)."""
 
 
 def calibrate_override(
-    outcomes: OverrideOutcomes, views: Views, frr_budget: float
-) -> list[ThresholdGroup]:
+    outcomes: OverrideOutcomes, tested: FloatArray, views: Views, frr_budget: float
+) -> list[OverrideGroup]:
     """Return the thresholds of the override test by predicted class, small classes pooled.
 
     A threshold keeps the budget on clean texts, and `HARMLESS_BUDGET` on texts of other kinds.
@@ -146,6 +151,7 @@ def calibrate_override(
 
     Args:
         outcomes: of texts in all of these views.
+        tested: of harmless texts that were all tested, shape (m, 3).
         views: those that the test looks at.
         frr_budget: tolerated share of clean texts that are triggered, in (0, 1).
 
@@ -162,12 +168,31 @@ def calibrate_override(
         _check_enough(sum(counts), frr_budget, len(views))
         for local in _pool(counts, min_calibration_size(share)):
             pool = _numbered(local, view)
-            group = _group(pool, clean[np.isin(clean[:, 0], pool), 1], share)
-            others = harmless[np.isin(harmless[:, 0], pool), 1]
-            budget = max(HARMLESS_BUDGET / len(views), 1 / (len(others) + 1))
-            least = conformal_threshold(others, budget) if len(others) else group.threshold
-            groups.append(replace(group, threshold=max(group.threshold, least)))
+            keeps = _keeps(tested[np.isin(tested[:, 0], pool), 2])
+            own, others = (
+                evidence(rows[:, 1], rows[:, 2], keeps).astype(np.float32)
+                for rows in (
+                    clean[np.isin(clean[:, 0], pool)],
+                    harmless[np.isin(harmless[:, 0], pool)],
+                )
+            )
+            group = _group(pool, own, share)
+            least = _least_above(others, HARMLESS_BUDGET / len(views), group.threshold)
+            threshold = max(group.threshold, least)
+            groups.append(OverrideGroup(pool, threshold, group.scores, keeps))
     return groups
+
+
+def _keeps(kept: FloatArray) -> float:
+    """Return the probability from which a text keeps its class, by those of harmless texts."""
+    return min(max(_least_above(kept, KEPT_BUDGET, KEEPS), LOST), KEEPS)
+
+
+def _least_above(scores: FloatArray, budget: float, default: float) -> float:
+    """Return the threshold that keeps a budget, or lies above all of too few scores."""
+    if not len(scores):
+        return default
+    return conformal_threshold(scores, max(budget, 1 / (len(scores) + 1)))
 
 
 @dataclass(frozen=True)

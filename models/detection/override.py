@@ -19,7 +19,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from models.detection.conformal import ThresholdGroup
 from models.detection.screen import (
@@ -35,14 +35,14 @@ from models.detection.views import Views, views_with_carriers
 from models.detection.windows import windows
 
 KEEPS = 0.5
-"""Probability from which a text keeps its class."""
+"""Kept probability from which a text keeps its class, at most; see `OverrideGroup.keeps`."""
 Ids = NDArray[np.int64]
 """Token ids of a text, or of a part of it, without special tokens."""
 Test = Generator[list[Ids], Sequence[FloatArray], float]
 """Yields inputs, is sent the readings of each, (V, C), and returns the score."""
 DRAWS = 3
 """Pairs of carriers; a triggered text keeps its class beside most."""
-LOST = 0.25
+LOST = 0.1
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""
@@ -51,6 +51,14 @@ LEAST_READABLE = 3
 SHORTEST_WINDOW, LONGEST_WINDOW = 24, 64
 """Tokens of a text that are tested at once, see `OverrideTest`. A window of a long text must not be
 so long that it overrules the carriers by its length."""
+
+
+@dataclass(frozen=True)
+class OverrideGroup(ThresholdGroup):
+    """The threshold on the evidence for one class, or for several pooled ones."""
+
+    keeps: float = KEEPS
+    """Kept probability from which a text keeps its class."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class OverrideTest:
         carriers: Sequence[Sequence[Ids]],
         geometry: OverrideGeometry,
         layout: Layout,
-        groups: Sequence[ThresholdGroup] = (),
+        groups: Sequence[OverrideGroup] = (),
         views: Views = (),
     ) -> None:
         self.carriers = [[ids[: geometry.carrier] for ids in of_class] for of_class in carriers]
@@ -161,12 +169,16 @@ class OverrideTest:
         need not keep as much of its class.
         """
         group = self._group_of.get(predicted)
-        return KEEPS if group is None else max(KEEPS, _sigmoid(group.threshold - first_stage))
+        if group is None:
+            return KEEPS
+        odds = math.log(group.keeps / (1 - group.keeps))
+        return max(group.keeps, _sigmoid(group.threshold - first_stage + odds))
 
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""
         group = self._group_of[verdict.predicted]
-        p_value = min(1.0, len(self.tested) * group.p_value(evidence(verdict.score, score)))
+        found = float(evidence(verdict.score, score, group.keeps))
+        p_value = min(1.0, len(self.tested) * group.p_value(found))
         needed = self.threshold_of(verdict.predicted, verdict.score)
         return with_override(verdict, score, needed, p_value)
 
@@ -201,16 +213,21 @@ class OverrideTest:
         return float(log_odds_of(own, predicted - view.start).mean())
 
 
-def evidence(first_stage: float, kept: float) -> float:
-    """Return the evidence of both stages that a text holds a trigger; not negative.
+def evidence(first_stage: ArrayLike, kept: ArrayLike, keeps: float) -> NDArray[np.float64]:
+    """Return the evidence of both stages that texts hold a trigger, shape (n,); not negative.
 
-    It is the score of the first stage plus the log-odds of the kept probability, and 0 if the text
-    does not keep its class.
+    It is the score of the first stage plus the log-odds of the kept probability, above those of
+    `keeps`, and 0 if a text does not keep its class.
+
+    Args:
+        first_stage: scores of the first stage, shape (n,), or one.
+        kept: probabilities, likewise.
+        keeps: see `OverrideGroup.keeps`.
     """
-    if kept < KEEPS:
-        return 0.0
-    kept = min(kept, 1 - TINY)
-    return first_stage + math.log(kept / (1 - kept))
+    first, own = np.asarray(first_stage, np.float64), np.asarray(kept, np.float64)
+    bounded = np.clip(own, TINY, 1 - TINY)
+    odds = np.log(bounded / (1 - bounded)) - math.log(keeps / (1 - keeps))
+    return np.where(own < keeps, 0.0, first + odds)
 
 
 def _sigmoid(odds: float) -> float:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from models.bundle.load import Bundle
-from models.detection.conformal import ThresholdGroup
-from models.detection.override import DRAWS, OverrideGeometry, OverrideTest
+from models.detection.override import DRAWS, OverrideGeometry, OverrideGroup, OverrideTest
 from models.detection.screen import Layout, Screen
 from models.engines.base import Encoding, Screening
 from service.app import create_app
@@ -63,7 +62,7 @@ def two_stage_bundle(engine: FakeEngine | None = None, digest: str = "d" * 64) -
     """Return a bundle with both stages, a real screen and a real override test."""
     bundle = fake_bundle(engine or OverridableEngine(), digest=digest)
     carriers = [[], [bundle.engine.token_ids(CARRIER)]]
-    groups = [ThresholdGroup((0, 1), 0.5, np.linspace(0, 0.4, 99, dtype=np.float32))]
+    groups = [OverrideGroup((0, 1), 0.5, np.linspace(0, 0.4, 99, dtype=np.float32))]
     test = OverrideTest(carriers, OverrideGeometry(8, 1), Layout(2), groups)
     screen = Screen(bundle.screen.groups, bundle.screen.normalizer)
     return replace(bundle, screen=screen, override=test, thorough=test)

@@ -18,7 +18,7 @@ from models.bundle.manifest import (
     VictimRecord,
 )
 from models.detection.conformal import ThresholdGroup
-from models.detection.override import OverrideGeometry, OverrideTest
+from models.detection.override import OverrideGeometry, OverrideGroup, OverrideTest
 from models.detection.screen import (
     FloatArray,
     Layout,
@@ -188,7 +188,7 @@ def fake_bundle(
 
 def bundle_with_override(engine: FakeEngine) -> Bundle:
     """Return the fake bundle with a real override test, which `TRIGGER` passes by itself."""
-    group = ThresholdGroup((0, 1), 0.9, np.linspace(0, 0.8, 99, dtype=np.float32))
+    group = OverrideGroup((0, 1), 0.9, np.linspace(0, 0.8, 99, dtype=np.float32))
     carriers = [[engine.token_ids(text)] for text in ("a fine day", "a dull day")]
     # The test reads the first half of four checkpoints, which is all that the fake engine has.
     test = OverrideTest(carriers, OverrideGeometry(16, 4), Layout(4), [group])

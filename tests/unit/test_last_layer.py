@@ -112,7 +112,7 @@ def test_a_decoder_reads_before_tokens_that_it_takes_for_padding() -> None:
     guarded = trained(guard(victim, lora_config(victim, 1), 2))
     texts = (5, 6, 7, end), (8, 9, 10, 11, 12, end), (end,)
     inputs = collate([Encoding(text, False) for text in texts], end, CPU)
-    readings, rows = guarded.screen(inputs)
+    _, rows = guarded.screen(inputs)
     assert rows is not None
     torch.testing.assert_close(psim_of(guarded, inputs), whole(guarded, inputs), rtol=0, atol=1e-5)
     torch.testing.assert_close(

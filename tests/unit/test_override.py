@@ -25,6 +25,7 @@ from models.detection.override import (
     SHORTEST_WINDOW,
     Ids,
     OverrideGeometry,
+    OverrideGroup,
     OverrideTest,
     evidence,
 )
@@ -46,7 +47,7 @@ def carriers_of(counts: Sequence[int], length: int = 1) -> list[list[Ids]]:
 
 
 def sized_test(
-    window: int = 8, counts: Sequence[int] = (4, 4, 4), groups: Sequence[ThresholdGroup] = ()
+    window: int = 8, counts: Sequence[int] = (4, 4, 4), groups: Sequence[OverrideGroup] = ()
 ) -> OverrideTest:
     return OverrideTest(
         carriers_of(counts), OverrideGeometry(window, 1), Layout(CHECKPOINTS), groups
@@ -132,14 +133,19 @@ def test_a_test_ends_early_only_once_the_class_is_lost(ids: Ids, predicted: int)
     assert len(turns) == DRAWS or score < KEEPS, "more pairs would have confirmed nothing"
 
 
-@given(kept=st.floats(1e-6, 1 - 1e-6), threshold=st.floats(0, 20), first_stage=st.floats(0, 20))
+@given(
+    kept=st.floats(1e-6, 1 - 1e-6),
+    threshold=st.floats(0, 20),
+    first_stage=st.floats(0, 20),
+    keeps=st.floats(LOST, KEEPS),
+)
 def test_a_text_is_triggered_if_the_evidence_of_both_stages_is_enough(
-    kept: float, threshold: float, first_stage: float
+    kept: float, threshold: float, first_stage: float, keeps: float
 ) -> None:
-    group = ThresholdGroup((0, 1, 2), threshold, np.linspace(0, 20, 99, dtype=np.float32))
-    found = evidence(first_stage, kept)
+    group = OverrideGroup((0, 1, 2), threshold, np.linspace(0, 20, 99, dtype=np.float32), keeps)
+    found = float(evidence(first_stage, kept, keeps))
     needed = sized_test(groups=[group]).threshold_of(0, first_stage)
-    if kept < 0.5:
+    if kept < keeps:
         assert found == 0
         assert kept < needed
     elif abs(found - threshold) > 1e-6:
@@ -167,7 +173,7 @@ def test_the_best_window_counts_beside_each_pair_and_no_single_pair_decides() ->
     last = [*always[:-1], [0.3] * 5]
     assert score_of(last) == pytest.approx(0.7654, abs=1e-4), "the mean of log-odds"
     assert score_of([[0.3] * 5, *always[1:]]) == pytest.approx(score_of(last))
-    assert score_of([[0.2] * 5, *always[1:]]) == pytest.approx(0.2, abs=1e-4), "it was lost"
+    assert score_of([[0.05] * 5, *always[1:]]) == pytest.approx(0.05, abs=1e-4), "it was lost"
 
 
 def test_late_checkpoints_have_no_say() -> None:
@@ -254,19 +260,29 @@ def test_the_most_suspicious_texts_are_due_or_all() -> None:
     ],
 )
 def test_the_verdict_after_a_test(score: float, extreme: bool, finding: Finding | None) -> None:
-    group = ThresholdGroup((0, 1, 2), 0.0, np.linspace(0, 9, 99, dtype=np.float32))
+    group = OverrideGroup((0, 1, 2), 0.0, np.linspace(0, 9, 99, dtype=np.float32))
     verdict = fake_bundle().screen.judge(_reading(0.99 if extreme else 0.55))
     assert verdict.extreme == extreme
     judged = sized_test(groups=[group]).judge(verdict, score)
     assert (judged.finding, judged.override, judged.override_threshold) == (finding, score, 0.5)
-    assert judged.override_p_value == group.p_value(evidence(verdict.score, score))
+    found = float(evidence(verdict.score, score, KEEPS))
+    assert judged.override_p_value == group.p_value(found)
 
 
 def outcomes(rng: np.random.Generator, n: int, shapes: Sequence[float]) -> FloatArray:
-    """Draw class and score, (n, 2); classes differ in how often they are kept."""
+    """Draw class, score and kept probability, (n, 3); classes differ in how much is kept."""
     labels = rng.integers(len(shapes), size=n)
-    scores = rng.beta(1, np.array(shapes)[labels])
-    return np.column_stack([labels, scores]).astype(np.float32)
+    kept = rng.beta(1, np.array(shapes)[labels])
+    return np.column_stack([labels, rng.exponential(2, n), kept]).astype(np.float32)
+
+
+def evidence_of(outcomes: FloatArray, groups: Sequence[OverrideGroup]) -> FloatArray:
+    """Return how far the evidence of each text is above its threshold, shape (n,)."""
+    above = np.full(len(outcomes), np.nan)
+    for group in groups:
+        own = np.isin(outcomes[:, 0], group.classes)
+        above[own] = evidence(outcomes[own, 1], outcomes[own, 2], group.keeps) - group.threshold
+    return above.astype(np.float32)
 
 
 @settings(max_examples=15, deadline=None)
@@ -280,13 +296,10 @@ def test_thresholds_keep_both_budgets_on_average(seed: int, budget: float, stran
     rates = []
     for _ in range(60):
         known = OverrideOutcomes(outcomes(rng, 400, clean), outcomes(rng, 1800, harmless))
-        groups = calibrate_override(known, [range(3)], budget)
+        groups = calibrate_override(known, known.harmless, [range(3)], budget)
         assert sorted(c for group in groups for c in group.classes) == [0, 1, 2]
-        limit = np.zeros(3)
-        for group in groups:
-            limit[[*group.classes]] = group.threshold
         fresh = outcomes(rng, 400, clean), outcomes(rng, 400, harmless)
-        rates.append([(own[:, 1] >= limit[own[:, 0].astype(int)]).mean() for own in fresh])
+        rates.append([(evidence_of(own, groups) >= 0).mean() for own in fresh])
     on_clean, on_harmless = np.mean(rates, 0)
     error = 6 * np.std(rates, 0) / np.sqrt(len(rates)) + 1e-3
     assert on_clean <= budget + error[0]
@@ -304,11 +317,16 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
     known = OverrideOutcomes(outcomes(rng, n, (3, 1)), outcomes(rng, m, (1, 1)))
     if n < min_calibration_size(budget):
         with pytest.raises(CalibrationError, match="too few"):
-            calibrate_override(known, [range(2)], budget)
+            calibrate_override(known, known.harmless, [range(2)], budget)
         return
-    for group in calibrate_override(known, [range(2)], budget):
-        own = known.clean[np.isin(known.clean[:, 0], group.classes), 1]
-        others = known.harmless[np.isin(known.harmless[:, 0], group.classes), 1]
+    for group in calibrate_override(known, known.harmless, [range(2)], budget):
+        own, others = (
+            evidence(*rows[np.isin(rows[:, 0], group.classes), 1:].T, group.keeps).astype(
+                np.float32
+            )
+            for rows in (known.clean, known.harmless)
+        )
+        assert LOST <= group.keeps <= KEEPS
         assert np.array_equal(group.scores, np.sort(own))
         assert (own >= group.threshold).sum() <= allowed_rejections(len(own), budget)
         most = max(0, allowed_rejections(len(others), HARMLESS_BUDGET))
@@ -321,12 +339,22 @@ def test_scores_that_are_no_numbers_give_no_threshold(bad: float, which: str) ->
     known = OverrideOutcomes(*(outcomes(np.random.default_rng(0), 99, (1, 1)) for _ in "ab"))
     getattr(known, which)[3, 1] = bad
     with pytest.raises(CalibrationError, match="NaN or infinite"):
-        calibrate_override(known, [range(2)], 0.05)
+        calibrate_override(known, known.harmless, [range(2)], 0.05)
+
+
+@pytest.mark.parametrize(("kept", "keeps"), [(0.02, LOST), (0.3, 0.3), (0.9, KEEPS)])
+def test_what_keeps_a_class_is_what_harmless_texts_of_it_do_not(kept: float, keeps: float) -> None:
+    rng = np.random.default_rng(0)
+    clean, harmless = outcomes(rng, 400, (9, 9)), outcomes(rng, 2000, (9, 9))
+    harmless[:, 2] = kept * rng.random(2000)
+    known = OverrideOutcomes(clean, harmless)
+    for group in calibrate_override(known, harmless, [range(2)], 0.05):
+        assert group.keeps == pytest.approx(keeps, rel=0.05)
 
 
 def test_many_texts_at_once_are_scored_as_each_alone() -> None:
     """Tests end at different turns; none gets the readings of another."""
-    group = ThresholdGroup((0, 1), 0.3, np.linspace(0, 1, 99, dtype=np.float32))
+    group = OverrideGroup((0, 1), 0.3, np.linspace(0, 1, 99, dtype=np.float32))
     test = OverrideTest(carriers_of((3, 3)), OverrideGeometry(4, 1), Layout(1), [group])
     needed = test.threshold_of(0, 0)
 

@@ -14,8 +14,7 @@ from models.detection.calibrate import (
     calibrate,
     calibrate_override,
 )
-from models.detection.conformal import ThresholdGroup
-from models.detection.override import Ids, OverrideGeometry, OverrideTest
+from models.detection.override import Ids, OverrideGeometry, OverrideGroup, OverrideTest, evidence
 from models.detection.screen import Finding, FloatArray, Layout
 from models.detection.views import class_names, views_of, views_with_carriers
 from models.errors import CalibrationError
@@ -118,30 +117,29 @@ def test_texts_must_be_enough_for_the_share_of_a_label() -> None:
 
 def outcomes(n: int, views: int, seed: int) -> FloatArray:
     rng = np.random.default_rng(seed)
-    evidence = np.where(rng.random(n * views) < 0.3, rng.exponential(3, n * views), 0)
+    scores, kept = rng.exponential(3, n * views), rng.random(n * views)
     states = np.repeat(2 * np.arange(views), n) + rng.integers(2, size=n * views)
-    return np.stack([states, evidence], 1).astype(np.float32)
+    return np.stack([states, scores, kept], 1).astype(np.float32)
 
 
 def test_the_override_test_shares_its_budgets_too() -> None:
     clean, harmless = outcomes(900, 3, 1), outcomes(900, 3, 2)
-    groups = calibrate_override(
-        OverrideOutcomes(clean, harmless), views_of(3, multi_label=True), 0.06
-    )
+    views = views_of(3, multi_label=True)
+    groups = calibrate_override(OverrideOutcomes(clean, harmless), harmless, views, 0.06)
     assert [group.classes for group in groups] == [(c,) for c in range(6)]
     for group in groups:
-        own = [rows[rows[:, 0] == group.classes[0], 1] for rows in (clean, harmless)]
+        rows = [found[found[:, 0] == group.classes[0]] for found in (clean, harmless)]
+        own = [evidence(found[:, 1], found[:, 2], group.keeps) for found in rows]
         assert (own[0] >= group.threshold).mean() <= 0.02
         assert (own[1] >= group.threshold).mean() <= HARMLESS_BUDGET / 3
     with pytest.raises(CalibrationError, match="0 calibration texts"):
-        calibrate_override(
-            OverrideOutcomes(clean[clean[:, 0] < 4], harmless), views_of(3, multi_label=True), 0.06
-        )
+        known = OverrideOutcomes(clean[clean[:, 0] < 4], harmless)
+        calibrate_override(known, harmless, views, 0.06)
 
 
 def test_carriers_are_of_the_other_state_of_the_same_label() -> None:
     carriers = carriers_of((2, 2, 2, 2, 0, 0))
-    group = ThresholdGroup((2, 3), 1.0, np.linspace(0, 0.9, 99, dtype=np.float32))
+    group = OverrideGroup((2, 3), 1.0, np.linspace(0, 0.9, 99, dtype=np.float32))
     views = views_of(3, multi_label=True)
     test = OverrideTest(carriers, OverrideGeometry(8, 1), Layout(CHECKPOINTS), [group], views)
     inputs = next(test.score(np.array([5, 6]), 3))

@@ -167,7 +167,8 @@ def _runtime_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 names = " + ".join(manifest.classes[c] for c in tested.classes)
                 yield (
                     f"override {which}{calibration.runtime}",
-                    f"{names}: {tested.threshold:.6f}, {tested.natural:.1%} of clean texts are "
+                    f"{names}: {tested.threshold:.6f}, kept from {tested.keeps:.0%}, "
+                    f"{tested.natural:.1%} of clean texts are "
                     f"tested and keep their class beside carriers ({tested.texts} texts)",
                 )
         parity = calibration.parity

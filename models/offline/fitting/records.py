@@ -27,7 +27,7 @@ from models.bundle.manifest import (
 from models.bundle.save import save_manifest
 from models.detection.calibrate import parity
 from models.detection.conformal import ThresholdGroup, allowed_rejections
-from models.detection.override import OverrideTest
+from models.detection.override import OverrideGroup, OverrideTest
 from models.engines.base import REFERENCE, RUNTIMES, Runtime
 from models.engines.registry import is_installed
 from models.network.guarded import Guarded
@@ -133,11 +133,12 @@ def _group_record(group: ThresholdGroup, frr_budget: float) -> GroupRecord:
     )
 
 
-def _override_group_record(group: ThresholdGroup) -> OverrideGroupRecord:
+def _override_group_record(group: OverrideGroup) -> OverrideGroupRecord:
     return OverrideGroupRecord(
         classes=list(group.classes),
         texts=len(group.scores),
         threshold=group.threshold,
+        keeps=group.keeps,
         natural=float((group.scores > 0).mean()),
     )
 

@@ -15,8 +15,8 @@ from models.detection.calibrate import (
     calibrate,
     calibrate_override,
 )
-from models.detection.conformal import ThresholdGroup, min_calibration_size
-from models.detection.override import OverrideTest, evidence
+from models.detection.conformal import min_calibration_size
+from models.detection.override import OverrideGroup, OverrideTest
 from models.detection.screen import FloatArray, Layout, Screen, Verdict
 from models.detection.views import Views
 from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
@@ -56,9 +56,9 @@ class CalibratedRuntime:
     """Both stages of one runtime, calibrated on its own readings."""
 
     screen: Calibrated
-    override: Sequence[ThresholdGroup] = ()
+    override: Sequence[OverrideGroup] = ()
     """Of suspicious texts; empty without an override test."""
-    thorough: Sequence[ThresholdGroup] = ()
+    thorough: Sequence[OverrideGroup] = ()
     """Of all texts."""
 
 
@@ -159,17 +159,16 @@ def _outcomes(
 @dataclass(frozen=True)
 class _Tested:
     outcomes: FloatArray
-    """Class and evidence of texts, in one view after the other, shape (n, 2); the evidence is 0 if
-    a text was not tested."""
+    """See `OverrideOutcomes`; in one view after the other, shape (n, 3)."""
     suspicious: NDArray[np.bool_]
     sampled: NDArray[np.bool_]
     """Which of them were tested even if they are not suspicious."""
 
     @property
     def if_suspicious(self) -> FloatArray:
-        """The same, with the evidence 0 of texts that are not suspicious."""
+        """The outcomes if only suspicious texts are tested."""
         known = self.outcomes.copy()
-        known[~self.suspicious, 1] = 0
+        known[~self.suspicious, 2] = 0
         return known
 
 
@@ -203,13 +202,13 @@ def _run_view(
     sample: int | None,
 ) -> _Tested:
     able = [n for n, verdict in enumerate(verdicts) if test.can_test(verdict.predicted)]
-    outcomes = np.array([(verdicts[n].predicted, 0) for n in able], np.float32).reshape(-1, 2)
+    known = [(verdicts[n].predicted, verdicts[n].score, 0) for n in able]
+    outcomes = np.array(known, np.float32).reshape(-1, 3)
     due = np.array([test.is_due(screen, verdicts[n], thorough=False) for n in able], np.bool_)
     sampled = np.arange(len(able)) < (len(able) if sample is None else sample)
     tested = np.flatnonzero(sampled | due)
     asked = [(engine.content(encodings[able[row]]), verdicts[able[row]]) for row in tested]
-    kept = run_tests(engine, test, asked)
-    outcomes[tested, 1] = [evidence(v.score, k) for (_, v), k in zip(asked, kept, strict=True)]
+    outcomes[tested, 2] = run_tests(engine, test, asked)
     return _Tested(outcomes, due, sampled)
 
 
@@ -235,9 +234,18 @@ def calibrate_runtimes(
     calibrated = {}
     for runtime, own in measured.items():
         screen = calibrate(own.readings, layout, frr_budget, views=views)
-        groups = [calibrate_override(one, tested, frr_budget) for one in own.outcomes or ()]
+        groups = [] if own.outcomes is None else _override_groups(own.outcomes, tested, frr_budget)
         calibrated[runtime] = CalibratedRuntime((screen, own.readings), *groups)
     return calibrated
+
+
+def _override_groups(
+    outcomes: Outcomes, tested: Views, frr_budget: float
+) -> list[list[OverrideGroup]]:
+    """Calibrate the override test for each mode, as `Outcomes` has them."""
+    return [
+        calibrate_override(one, outcomes.thorough.harmless, tested, frr_budget) for one in outcomes
+    ]
 
 
 def fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
