@@ -320,11 +320,9 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
             calibrate_override(known, known.harmless, [range(2)], budget)
         return
     for group in calibrate_override(known, known.harmless, [range(2)], budget):
+        rows = [r[np.isin(r[:, 0], group.classes)] for r in (known.clean, known.harmless)]
         own, others = (
-            evidence(*rows[np.isin(rows[:, 0], group.classes), 1:].T, group.keeps).astype(
-                np.float32
-            )
-            for rows in (known.clean, known.harmless)
+            evidence(found[:, 1], found[:, 2], group.keeps).astype(np.float32) for found in rows
         )
         assert LOST <= group.keeps <= KEEPS
         assert np.array_equal(group.scores, np.sort(own))
