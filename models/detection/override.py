@@ -42,7 +42,7 @@ Test = Generator[list[Ids], Sequence[FloatArray], float]
 """Yields inputs, is sent the readings of each, (V, C), and returns the score."""
 DRAWS = 3
 """Pairs of carriers; a triggered text keeps its class beside most."""
-LOST = 0.1
+LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""

@@ -77,7 +77,8 @@ def test_screening_adds_the_distances_of_the_victim_s_states(
     with torch.inference_mode():
         states, _ = guarded.states(collate(texts[:5], 0, engine.device))
         distances = fitted.distances(list(states.unbind(1)))
-    np.testing.assert_allclose(readings[:, 2:], distances, rtol=1e-5)
+    own = guarded.layout.by_detector(readings.shape[1])["activations"]
+    np.testing.assert_allclose(readings[:, own], distances, rtol=1e-5)
 
 
 def test_a_victim_that_is_adapted_from_the_bottom_has_nothing_to_watch(

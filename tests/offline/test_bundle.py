@@ -268,6 +268,7 @@ def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
     for changes, message in (
         ({"schema_version": 1}, "another version; run `psim fit` again"),
         ({"labels": ["x"]}, "at least two"),
+        ({"attention": False}, "does not hold the calibration"),
         ({"calibrations": [no_budget]}, "frr_budget"),
         ({"labels": ["x", "y", "z"]}, "labels of manifest"),
         ({"surprise": 1}, "surprise"),

@@ -41,10 +41,11 @@ def trained(tokenizer: PreTrainedTokenizerBase, config: PsimConfig) -> tuple[Gua
     guarded = guard(victim, lora_config(victim, config.layers), len(config.keep_at))
     engine = TorchEngine(guarded, tokenizer, 64)
     encodings = engine.encode(some_texts(120))
+    trains = guarded.layout.checkpoints - 1
 
     def look(step: int, confidence: float) -> None:
         # Looking changes nothing, and what is kept of the held-out texts stays true.
-        own = engine.screen(encodings[90:]).readings[:, -1].max(1).mean()
+        own = engine.screen(encodings[90:]).readings[:, trains].max(1).mean()
         assert confidence == pytest.approx(own, abs=0.02)
 
     return guarded, train_psim(guarded, encodings[:90], encodings[90:], config, 0, look)
@@ -140,6 +141,7 @@ def test_what_the_study_compares_trains_what_it_says(
     batch = engine.encode(some_texts(4))
     victim = sure_victim()
     bare = TorchEngine(guard(victim, lora_config(victim, 1)), tokenizer, 64)
-    assert engine.screen(batch).readings != pytest.approx(bare.classify(batch), abs=1e-6)
+    said = engine.screen(batch).readings[:, guarded.layout.checkpoints - 1]
+    assert said != pytest.approx(bare.classify(batch), abs=1e-6)
     if config.adapter != "prompt-encoder":  # PEFT 0.21 cannot switch prompts off for a classifier
         assert engine.classify(batch) == pytest.approx(bare.classify(batch), abs=1e-6)

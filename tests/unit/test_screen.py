@@ -17,6 +17,7 @@ from models.detection.screen import (
     Layout,
     Normalizer,
     Screen,
+    Verdict,
     ZScore,
     is_extreme,
     log_odds,
@@ -293,6 +294,27 @@ def test_no_part_hides_another(parts: NDArray[np.float64]) -> None:
     assert (scores >= parts.max(1).astype(np.float32) * (1 - 1e-6)).all()
     assert (Normalizer.score(parts + 1) >= scores).all()
     np.testing.assert_array_equal(Normalizer.score(np.c_[parts, -abs(parts[:, :1])]), scores)
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_token_that_draws_all_attention_is_heard_by_itself(own: int) -> None:
+    rng = np.random.default_rng(0)
+    readings = np.zeros((800, 3, 2), np.float32)
+    confidences = 1 / (1 + np.exp(-rng.normal(3, 0.5, (800, 1))))
+    readings[:, :1] = probabilities(confidences, np.arange(800) % 2, 2)
+    readings[:, 1] = np.exp(rng.normal(2, 0.1, (800, 1)))
+    readings[:, 2] = rng.uniform(0.2, 0.4, (800, 1))
+    screen = calibrate(readings, Layout(1, attention=True), 0.01)
+
+    def judge(distance: float, peak: float) -> Verdict:
+        text = np.stack([[0.95, 0.05], [distance] * 2, [peak] * 2]).astype(np.float32)
+        return screen.judge(text if own == 0 else text[:, ::-1])
+
+    assert not judge(7.4, 0.3).extreme
+    found = judge(7.4, 0.9)
+    assert (found.extreme, found.detector) == (True, "attention")
+    assert not judge(7.4, 0.01).extreme, "attention that is spread is no trigger"
+    assert judge(20.0, 0.3).detector == "activations"
 
 
 def test_what_several_voices_find_odd_adds_up() -> None:

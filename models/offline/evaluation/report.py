@@ -131,6 +131,8 @@ def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.activations:
         layers = ", ".join(map(str, manifest.activations.layers))
         yield "hidden states", f"watched after layers {layers}"
+    read = "of the last layer is watched" if manifest.attention else "is not watched"
+    yield "attention", read
     yield (
         "clean texts",
         f"{fit.texts_train} for training, {fit.texts_stop} for stopping, "

@@ -12,7 +12,8 @@ from models.offline.fitting.generic import generic_texts
 
 
 def harmless_texts(texts: Sequence[str], each: int, seed: int) -> list[str]:
-    """Return distinct harmless texts of four kinds, at most `each` of one kind.
+    """Return distinct harmless texts of four kinds, at most `each` of one kind, and twice as many
+    joined ones: with as many windows as they have, they are the ones that override most often.
 
     Args:
         texts: clean texts of the victim's own task; pieces are made of them.
@@ -25,7 +26,7 @@ def harmless_texts(texts: Sequence[str], each: int, seed: int) -> list[str]:
     kinds = (
         [cut(text, rng) for text in chosen],
         [fragment(text, rng) for text in chosen],
-        joins(chosen, rng),
+        joins(chosen, rng) + joins(chosen, rng),
         rng.sample(generic, min(each, len(generic))),
     )
     return list(dict.fromkeys(text for kind in kinds for text in kind))
