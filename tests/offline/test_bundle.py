@@ -65,7 +65,8 @@ def test_every_family_comes_back_bit_for_bit(
     # With it on, it is closer to the uniform distribution: it was trained.
     screened = bundle.engine.screen(batch).readings
     np.testing.assert_allclose(screened[:, 0], unguarded, atol=1e-6)  # the victim itself
-    assert -np.log(screened[:, -1]).mean() < -np.log(unguarded).mean()
+    last = bundle.manifest.layout.checkpoints - 1
+    assert -np.log(screened[:, last]).mean() < -np.log(unguarded).mean()
     assert np.isfinite(load_bundle(path, "bfloat16").engine.screen(batch).readings).all()
 
 

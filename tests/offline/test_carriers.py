@@ -237,7 +237,7 @@ def test_too_few_outcomes_or_other_ones_are_refused(bundle: Path) -> None:
         (arrays[CLEAN][:5], "does not hold the calibration"),
         (arrays[CLEAN][:0], "does not hold the calibration"),
         (
-            np.maximum(arrays[CLEAN], np.array([0, 99], np.float32)),
+            np.maximum(arrays[CLEAN], np.array([0, 99, 0.99], np.float32)),
             "not what its calibration texts give",
         ),
     ):
@@ -288,7 +288,7 @@ def test_an_old_bundle_is_refused_with_the_command_that_makes_a_new_one(bundle: 
     del manifest["override"]
     for calibration in manifest["calibrations"]:
         del calibration["override"], calibration["thorough"]
-    for version in (4, 6):
+    for version in (4, 5, 7):
         (bundle / MANIFEST).write_text(json.dumps(manifest | {"schema_version": version}))
         with pytest.raises(BundleError, match="of another version; run `psim fit` again") as why:
             load_bundle(bundle)

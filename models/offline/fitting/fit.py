@@ -39,8 +39,8 @@ from models.offline.fitting.records import (
 from models.offline.fitting.runtimes import (
     AUTO,
     calibrate_runtimes,
-    check_installed,
     fastest,
+    installed,
     measure_runtimes,
     measured_arrays,
 )
@@ -70,8 +70,7 @@ def fit(
 
     Without `max_length`, it chooses one. Raises `PsimError`, which says why; nothing is written.
     """
-    started, config = time.perf_counter(), config or PsimConfig()
-    check_installed(engine)
+    started, config, engine = time.perf_counter(), config or PsimConfig(), installed(engine)
     labels, split = labels_of(victim), split_texts(texts, config.seed)
     trained, training = train(victim, tokenizer, split, config, max_length)
     with replaced(out) as partial:

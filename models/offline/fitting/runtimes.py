@@ -62,12 +62,13 @@ class CalibratedRuntime:
     """Of all texts."""
 
 
-def check_installed(engine: str) -> None:
-    """Raise `EngineError` if an engine is not installed."""
+def installed(engine: str) -> str:
+    """Return an engine's name, or `AUTO`; raise `EngineError` if the engine is not installed."""
     if engine != AUTO and not is_installed(engine):
         raise EngineError(
             f"the engine {engine} is not installed: pip install 'psim-gateway[{engine}]'"
         )
+    return engine
 
 
 def measure_runtimes(
