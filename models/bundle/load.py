@@ -219,16 +219,12 @@ def _override_groups(
         if not all(arrays.keys().isdisjoint(names) for names in modes):
             raise BundleError(f"{READINGS} has outcomes of override tests, the manifest has none")
         return [], []
-    tested = manifest.tested_views
+    tested, groups = manifest.tested_views, []
     classes = [number for view in tested for number in view]
-    suspicious, thorough = (
-        OverrideOutcomes(*(_outcomes(arrays[name], classes) for name in names)) for names in modes
-    )
-
-    def calibrated(outcomes: OverrideOutcomes) -> list[OverrideGroup]:
-        return calibrate_override(outcomes, thorough.harmless, tested, own.frr_budget)
-
-    return calibrated(suspicious), calibrated(thorough)
+    for names in modes:
+        outcomes = OverrideOutcomes(*(_outcomes(arrays[name], classes) for name in names))
+        groups.append(calibrate_override(outcomes, tested, own.frr_budget))
+    return groups[0], groups[1]
 
 
 def _outcomes(outcomes: FloatArray, classes: Sequence[int]) -> FloatArray:

@@ -26,10 +26,10 @@ from models.errors import CalibrationError
 
 MIN_CLASS_SIZE = 60
 """Texts that a class needs for a mean and a deviation of its own."""
-KEPT_BUDGET = 0.01
-"""Tolerated share of harmless texts of other kinds that keep their class. A trigger that outlived
-clean tuning just so keeps less of it than one half, and where such texts keep next to nothing, less
-is telling."""
+KEPT_BUDGET = 0.02
+"""Tolerated share of harmless texts of other kinds that are to be tested and keep their class. A
+trigger that outlived clean tuning just so keeps less of it than one half, and where such texts keep
+next to nothing, less is telling."""
 HARMLESS_BUDGET = 0.0025
 """Tolerated share of harmless texts of other kinds that the override test calls triggered. They are
 of four kinds; if all of the share falls on one of them, that is 1 % of it."""
@@ -142,7 +142,7 @@ class OverrideOutcomes:
 
 
 def calibrate_override(
-    outcomes: OverrideOutcomes, tested: FloatArray, views: Views, frr_budget: float
+    outcomes: OverrideOutcomes, views: Views, frr_budget: float
 ) -> list[OverrideGroup]:
     """Return the thresholds of the override test by predicted class, small classes pooled.
 
@@ -151,7 +151,6 @@ def calibrate_override(
 
     Args:
         outcomes: of texts in all of these views.
-        tested: of harmless texts that were all tested, shape (m, 3).
         views: those that the test looks at.
         frr_budget: tolerated share of clean texts that are triggered, in (0, 1).
 
@@ -168,7 +167,7 @@ def calibrate_override(
         _check_enough(sum(counts), frr_budget, len(views))
         for local in _pool(counts, min_calibration_size(share)):
             pool = _numbered(local, view)
-            keeps = _keeps(tested[np.isin(tested[:, 0], pool), 2])
+            keeps = _keeps(harmless[np.isin(harmless[:, 0], pool), 2])
             own, others = (
                 evidence(rows[:, 1], rows[:, 2], keeps).astype(np.float32)
                 for rows in (

@@ -296,7 +296,7 @@ def test_thresholds_keep_both_budgets_on_average(seed: int, budget: float, stran
     rates = []
     for _ in range(60):
         known = OverrideOutcomes(outcomes(rng, 400, clean), outcomes(rng, 1800, harmless))
-        groups = calibrate_override(known, known.harmless, [range(3)], budget)
+        groups = calibrate_override(known, [range(3)], budget)
         assert sorted(c for group in groups for c in group.classes) == [0, 1, 2]
         fresh = outcomes(rng, 400, clean), outcomes(rng, 400, harmless)
         rates.append([(evidence_of(own, groups) >= 0).mean() for own in fresh])
@@ -317,9 +317,9 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
     known = OverrideOutcomes(outcomes(rng, n, (3, 1)), outcomes(rng, m, (1, 1)))
     if n < min_calibration_size(budget):
         with pytest.raises(CalibrationError, match="too few"):
-            calibrate_override(known, known.harmless, [range(2)], budget)
+            calibrate_override(known, [range(2)], budget)
         return
-    for group in calibrate_override(known, known.harmless, [range(2)], budget):
+    for group in calibrate_override(known, [range(2)], budget):
         rows = [r[np.isin(r[:, 0], group.classes)] for r in (known.clean, known.harmless)]
         own, others = (
             evidence(found[:, 1], found[:, 2], group.keeps).astype(np.float32) for found in rows
@@ -337,7 +337,7 @@ def test_scores_that_are_no_numbers_give_no_threshold(bad: float, which: str) ->
     known = OverrideOutcomes(*(outcomes(np.random.default_rng(0), 99, (1, 1)) for _ in "ab"))
     getattr(known, which)[3, 1] = bad
     with pytest.raises(CalibrationError, match="NaN or infinite"):
-        calibrate_override(known, known.harmless, [range(2)], 0.05)
+        calibrate_override(known, [range(2)], 0.05)
 
 
 @pytest.mark.parametrize(("kept", "keeps"), [(0.02, LOST), (0.3, 0.3), (0.9, KEEPS)])
@@ -346,7 +346,7 @@ def test_what_keeps_a_class_is_what_harmless_texts_of_it_do_not(kept: float, kee
     clean, harmless = outcomes(rng, 400, (9, 9)), outcomes(rng, 2000, (9, 9))
     harmless[:, 2] = kept * rng.random(2000)
     known = OverrideOutcomes(clean, harmless)
-    for group in calibrate_override(known, harmless, [range(2)], 0.05):
+    for group in calibrate_override(known, [range(2)], 0.05):
         assert group.keeps == pytest.approx(keeps, rel=0.05)
 
 

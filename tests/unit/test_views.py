@@ -125,7 +125,7 @@ def outcomes(n: int, views: int, seed: int) -> FloatArray:
 def test_the_override_test_shares_its_budgets_too() -> None:
     clean, harmless = outcomes(900, 3, 1), outcomes(900, 3, 2)
     views = views_of(3, multi_label=True)
-    groups = calibrate_override(OverrideOutcomes(clean, harmless), harmless, views, 0.06)
+    groups = calibrate_override(OverrideOutcomes(clean, harmless), views, 0.06)
     assert [group.classes for group in groups] == [(c,) for c in range(6)]
     for group in groups:
         rows = [found[found[:, 0] == group.classes[0]] for found in (clean, harmless)]
@@ -134,7 +134,7 @@ def test_the_override_test_shares_its_budgets_too() -> None:
         assert (own[1] >= group.threshold).mean() <= HARMLESS_BUDGET / 3
     with pytest.raises(CalibrationError, match="0 calibration texts"):
         known = OverrideOutcomes(clean[clean[:, 0] < 4], harmless)
-        calibrate_override(known, harmless, views, 0.06)
+        calibrate_override(known, views, 0.06)
 
 
 def test_carriers_are_of_the_other_state_of_the_same_label() -> None:

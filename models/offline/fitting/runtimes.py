@@ -235,18 +235,9 @@ def calibrate_runtimes(
     calibrated = {}
     for runtime, own in measured.items():
         screen = calibrate(own.readings, layout, frr_budget, views=views)
-        groups = [] if own.outcomes is None else _override_groups(own.outcomes, tested, frr_budget)
+        groups = [calibrate_override(one, tested, frr_budget) for one in own.outcomes or ()]
         calibrated[runtime] = CalibratedRuntime((screen, own.readings), *groups)
     return calibrated
-
-
-def _override_groups(
-    outcomes: Outcomes, tested: Views, frr_budget: float
-) -> list[list[OverrideGroup]]:
-    """Calibrate the override test for each mode, as `Outcomes` has them."""
-    return [
-        calibrate_override(one, outcomes.thorough.harmless, tested, frr_budget) for one in outcomes
-    ]
 
 
 def fastest(calibrations: Sequence[Calibration], engine: str) -> RuntimeRecord:
