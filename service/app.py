@@ -272,7 +272,7 @@ def _application(
     )
     if access:
         app.add_middleware(TakeKey, access=access)
-    app.add_middleware(RequestId, on_bug=internal_error())
+    app.add_middleware(RequestId, on_bug=internal_error)
     install_error_handlers(app)
     return app
 

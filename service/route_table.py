@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from service.protocols.base import WireProtocol
+from service.protocols.hf import HuggingFace
 from service.protocols.native import Native
 from service.protocols.oip import OpenInference
 from service.protocols.registry import PREFIX, by_route
+from service.protocols.vllm import Vllm
 
 GET, POST = ("GET",), ("POST",)
+HEALTH = ("GET", "HEAD")
 PROXIED = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 AUTHZ = "/envoy/{path:path}"
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
@@ -54,21 +57,32 @@ _DECLARED = (
     RouteSpec("/metrics", GET, "metrics", documented=True),
     RouteSpec("/replicas", GET, "metrics", documented=True),  # only on Ray Serve
     RouteSpec("/admin/reload", POST, "admin", documented=True),  # only with PSIM_ADMIN
-    RouteSpec("/live", GET, None, documented=True),
-    RouteSpec("/ready", GET, None, documented=True),
-    RouteSpec("/health", GET, None),
-    RouteSpec("/v2/health/live", GET, None),
-    RouteSpec("/v2/health/ready", GET, None),
-    RouteSpec("/v2/models/{model}/ready", GET, None, _OIP),
-    RouteSpec("/openapi.json", ("GET", "HEAD"), None),
-    RouteSpec("/docs", ("GET", "HEAD"), None),
-    RouteSpec("/docs/oauth2-redirect", ("GET", "HEAD"), None),
-    RouteSpec("/redoc", ("GET", "HEAD"), None),
+    RouteSpec("/live", HEALTH, None, documented=True),
+    RouteSpec("/ready", HEALTH, None, documented=True),
+    RouteSpec("/health", HEALTH, None),
+    RouteSpec("/v2/health/live", HEALTH, None),
+    RouteSpec("/v2/health/ready", HEALTH, None),
+    RouteSpec("/v2/models/{model}/ready", HEALTH, None, _OIP),
+    RouteSpec("/openapi.json", HEALTH, None),
+    RouteSpec("/docs", HEALTH, None),
+    RouteSpec("/docs/oauth2-redirect", HEALTH, None),
+    RouteSpec("/redoc", HEALTH, None),
 )
 ROUTES: Mapping[str, RouteSpec] = {route.path: route for route in _DECLARED}
 """Declarations by path, without the prefix that names a model."""
 COUNTED_ROUTES = (*(route.path for route in _DECLARED if route.counted), EXT_PROC)
 """Values of the label `route`."""
+_UNKNOWN: Sequence[tuple[str, WireProtocol]] = (
+    ("/v1/", Vllm()),
+    ("/v2/", OpenInference()),
+    ("/models/", HuggingFace()),
+)
+
+
+def protocol_of_unknown(path: str) -> WireProtocol:
+    """Return the protocol in which to say that there is no such path."""
+    found = (protocol for prefix, protocol in _UNKNOWN if path.startswith(prefix))
+    return next(found, Native())
 
 
 def route_of(scope: Mapping[str, Any]) -> RouteSpec | None:

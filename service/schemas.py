@@ -17,6 +17,17 @@ Text = Annotated[
     Field(json_schema_extra={"pattern": NOT_BLANK}),
 ]
 
+Element = Annotated[str, StringConstraints(strict=True)]
+"""A text in a list; one that is blank is refused by itself, where answers may have gaps."""
+Batch = Annotated[
+    list[Element],
+    Field(
+        min_length=1,
+        fail_fast=True,
+        json_schema_extra={"contains": {"type": "string", "pattern": NOT_BLANK}},
+    ),
+]
+
 
 def _whole(number: object) -> object:
     """Return 2.0 as 2, since JSON has one kind of number."""
@@ -114,12 +125,14 @@ class Result(_Wire):
 
     decision: Decision
     screen: ScreenResult | None
-    """Null only if screening failed and the operator chose to fail open."""
+    """Null if the text could not be read, or if the operator chose to fail open."""
     label: str | None
     """The one with the highest score."""
     labels: Annotated[list[str] | None, Field(exclude_if=lambda labels: labels is None)] = None
     """Labels that fire, best first, of a multi-label classifier; left out for others."""
     scores: list[Score] | None
+    error: Annotated[str | None, Field(exclude_if=lambda error: error is None)] = None
+    """Why the text could not be read; left out for others."""
     removed: list[Removed] | None = None
     """Spans cut from a sanitized text before it was classified; else null."""
 

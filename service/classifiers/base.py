@@ -20,6 +20,14 @@ class Call:
     request_id: str = ""
     version: str | None = None
     """Version of the model, if the path names one."""
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+    """Why texts cannot be read, by their numbers in the request; the others are answered."""
+
+    @property
+    def readable(self) -> dict[int, str]:
+        """The other texts, by their numbers in the request."""
+        texts = enumerate(self.request.texts)
+        return {number: text for number, text in texts if number not in self.unreadable}
 
 
 @dataclass(frozen=True, slots=True)

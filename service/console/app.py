@@ -38,7 +38,7 @@ def console_app(
     app = FastAPI(title="PSIM console", openapi_url=None, redirect_slashes=False)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     app.add_middleware(SameOrigin)
-    app.add_middleware(RequestId, on_bug=internal_error())
+    app.add_middleware(RequestId, on_bug=internal_error)
     app.mount("/console/static", StaticFiles(directory=Path(__file__).parent / "static"))
     app.add_api_route("/", lambda: RedirectResponse("/console"), response_model=None)
     app.include_router(routes(audit, statuses, check))

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from service.errors import Invalid, Malformed, TooLarge, UnsupportedMedia
+from service.errors import ClientError, Invalid, Malformed, TooLarge, UnsupportedMedia
 from service.protocols.base import InferenceRequest, WireProtocol
 from service.schemas import TextsRequest
 from service.settings import RequestLimits
@@ -30,9 +30,10 @@ async def read(request: Request, model: type[Model], settings: RequestLimits) ->
 
 async def read_inference(
     request: Request, protocols: Sequence[WireProtocol], settings: RequestLimits
-) -> tuple[WireProtocol, InferenceRequest, bytes]:
+) -> tuple[WireProtocol, InferenceRequest, bytes, Mapping[int, ClientError]]:
     """Return a body's protocol, of those that share a route, the parsed body, and its bytes.
 
+    Last come texts that cannot be read, by their numbers: the caller must not let them pass.
     Errors from here on are answered in that protocol.
 
     Raises:
@@ -42,7 +43,8 @@ async def read_inference(
     optional = protocols[0].media_optional
     body, data = await read_json(request, settings, media_optional=optional)
     protocol = request.state.protocol = choose(protocols, data)
-    return protocol, parse(data, protocol.request_type, settings), body
+    parsed = _valid(data, protocol.request_type)
+    return protocol, parsed, body, _unreadable(parsed.texts, settings)
 
 
 def choose(protocols: Sequence[WireProtocol], data: object) -> WireProtocol:
@@ -69,12 +71,15 @@ def parse(data: object, model: type[Model], settings: RequestLimits) -> Model:
     Raises:
         TooLarge, Invalid: the message does not quote the JSON.
     """
-    try:
-        parsed = model.model_validate(data)
-    except ValidationError as error:
-        raise Invalid(_describe(error, model)) from None
-    _check_texts(parsed.texts, settings)
+    parsed = _valid(data, model)
+    require_readable(_unreadable(parsed.texts, settings))
     return parsed
+
+
+def require_readable(unreadable: Mapping[int, ClientError]) -> None:
+    """Raise the error of the first text that cannot be read, if there is one."""
+    for error in unreadable.values():
+        raise error
 
 
 def _check_media(request: Request, optional: bool) -> None:
@@ -128,23 +133,56 @@ def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
+def _valid(data: object, model: type[Model]) -> Model:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise Invalid(_describe(error, model)) from None
+
+
 def _describe(error: ValidationError, model: type[TextsRequest]) -> str:
-    """Return the place and kind of the first error, without keys that the caller chose."""
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    where = [str(p) for p in first["loc"] if isinstance(p, int) or p in model.model_fields]
-    fields = ", ".join(field.alias or name for name, field in model.model_fields.items())
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+    """Return the place and kind of the error that is deepest in the body.
+
+    Of a text or a list of texts, each reading has its own errors: those of the right one are
+    deeper. Keys that the caller chose are left out.
+    """
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    worst = max(found, key=lambda one: sum(isinstance(place, int) for place in one["loc"]))
+    unknown = worst["type"] == "extra_forbidden"
+    if unknown and len(worst["loc"]) == 1:
+        fields = ", ".join(field.alias or name for name, field in model.model_fields.items())
         return f"unknown field; there are: {fields}"
-    return f"{'.'.join(where) or 'the body'}: {first['msg']}"
+    known, path = {*_field_names(model)}, worst["loc"][: -1 if unknown else None]
+    where = [str(place) for place in path if isinstance(place, int) or place in known]
+    return f"{'.'.join(where) or 'the body'}: {worst['msg']}"
 
 
-def _check_texts(texts: list[str], settings: RequestLimits) -> None:
+def _field_names(kind: Any) -> Iterator[str]:
+    """Yield the names of all fields of a type, at any depth."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            yield field.alias or name
+            yield from _field_names(field.annotation)
+    else:
+        for inner in get_args(kind):
+            yield from _field_names(inner)
+
+
+def _unreadable(texts: Sequence[str], settings: RequestLimits) -> dict[int, ClientError]:
+    """Return what is wrong with each text that cannot be read, by its number.
+
+    Raises:
+        TooLarge: there are too many texts.
+    """
     if len(texts) > settings.max_inputs:
         raise TooLarge(f"{len(texts)} inputs are over the limit of {settings.max_inputs}")
-    for index, text in enumerate(texts):
+    found: dict[int, ClientError] = {}
+    for number, text in enumerate(texts):
+        place = f"input {number} of {len(texts)} (from 0)"
         if not text.strip():
-            raise Invalid(f"inputs.{index}: the text is empty")
-        if len(text) > settings.max_chars:
-            raise TooLarge(
-                f"inputs.{index}: {len(text)} characters are over the limit of {settings.max_chars}"
+            found[number] = Invalid(f"{place}: the text is empty")
+        elif len(text) > settings.max_chars:
+            found[number] = TooLarge(
+                f"{place}: {len(text)} characters are over the limit of {settings.max_chars}"
             )
+    return found

@@ -8,13 +8,14 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from models.detection.screen import worst_finding
 from service.errors import ServiceError, UpstreamRefused
 from service.pipeline.request_record import RequestRecord
 from service.protocols.base import WireProtocol
 from service.protocols.native import Native
-from service.route_table import route_of
+from service.route_table import protocol_of_unknown, route_of
 from service.schemas import worst
 
 PROBLEM_JSON = Native.error_media
@@ -43,9 +44,11 @@ def json_response(
     return Response(body, status, headers, media)
 
 
-def internal_error() -> Response:
-    """Return the answer to a request on which the service has a bug."""
-    return problem(500, "internal", "an internal error; the log has it under the request id")
+async def internal_error(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request on which the service has a bug."""
+    detail = "an internal error; the log has it under the request id"
+    response = _error(500, "internal", detail, None, _protocol_of(Request(scope)))
+    await response(scope, receive, send)
 
 
 def server_timing(stages: Mapping[str, float]) -> str:
@@ -66,8 +69,18 @@ def error_response(error: ServiceError, protocol: WireProtocol) -> Response:
     """Return an expected error in the format of a protocol."""
     if isinstance(error, UpstreamRefused):
         return relayed(*error.answer)
-    content = protocol.error(error.status, error.code, str(error))
-    return json_response(error.status, content, error.headers, protocol.error_media)
+    return _error(error.status, error.code, str(error), error.headers, protocol)
+
+
+def _error(
+    status: int,
+    code: str,
+    detail: str,
+    headers: Mapping[str, str] | None,
+    protocol: WireProtocol,
+) -> Response:
+    content = protocol.error(status, code, detail)
+    return json_response(status, content, headers, protocol.error_media)
 
 
 def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Response:
@@ -82,7 +95,7 @@ def _protocol_of(request: Request) -> WireProtocol:
     """Return the protocol that the body was found to be in, or the first one of the route."""
     found: WireProtocol | None = getattr(request.state, "protocol", None)
     route = route_of(request.scope)
-    return found or (route.protocols[0] if route else Native())
+    return found or (route.protocols[0] if route else protocol_of_unknown(request.url.path))
 
 
 def install_error_handlers(app: Starlette) -> None:
@@ -96,7 +109,7 @@ def install_error_handlers(app: Starlette) -> None:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         headers = dict(error.headers) if error.headers else None
-        return problem(error.status_code, code, str(error.detail), headers)
+        return _error(error.status_code, code, str(error.detail), headers, _protocol_of(request))
 
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -17,13 +17,12 @@ def add_route(
         KeyError: the table lacks the path.
     """
     route = ROUTES[path]
-    router.add_api_route(
-        path,
-        endpoint,
-        methods=[*route.methods],
-        include_in_schema=route.documented,
-        **documentation,
-    )
+    hidden = [method for method in route.methods if method == "HEAD" or not route.documented]
+    shown = [method for method in route.methods if method not in hidden]
+    for methods in filter(None, (shown, hidden)):
+        router.add_api_route(
+            path, endpoint, methods=methods, include_in_schema=methods is shown, **documentation
+        )
 
 
 def prefixed_model(request: Request) -> str | None:

@@ -131,7 +131,7 @@ class Gateway:
         Raises:
             ServiceError: nothing of the request is answered.
         """
-        texts = call.request.texts
+        record.numbers, texts = [*call.readable], [*call.readable.values()]
         screened = await self._screen(record, caller, texts, self._screener)
         decided = _decide(record, self._policy)
         inputs = [
@@ -144,12 +144,13 @@ class Gateway:
         if refuses_request(decisions, call.protocol.supports_partial):
             # The others get no answer either, so they do not count as allowed.
             record.decisions = only_rejections(decisions)
-            return GatewayResult([one.result(caller) for one in inputs], refused=True)
+            results = [one.result(caller) for one in inputs]
+            return GatewayResult(_with_gaps(results, call), refused=True)
         reply = await self._classify(record, call, inputs)
         record.decisions = decisions
         results = [one.result(caller) for one in inputs]
         record.labels = [_recorded(result) for result in results]
-        return GatewayResult(results, refused=False, reply=reply)
+        return GatewayResult(_with_gaps(results, call), refused=False, reply=reply)
 
     async def screen(
         self, record: RequestRecord, caller: Caller, request: TextsRequest
@@ -327,6 +328,16 @@ class Gateway:
         if unscreened:
             self._metrics.fail_open.inc(unscreened)
             log.warning("fail open: inputs passed unscreened", extra={"inputs": unscreened})
+
+
+def _with_gaps(results: Sequence[Result], call: Call) -> list[Result]:
+    """Return a result for each text of the request, given those of the texts that were read."""
+    by_number = dict(zip(call.readable, results, strict=True))
+    for number, error in call.unreadable.items():
+        by_number[number] = Result(
+            decision=Decision.REJECT, screen=None, label=None, scores=None, error=error
+        )
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _recorded(result: Result) -> str | None:

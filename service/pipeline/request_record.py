@@ -54,6 +54,8 @@ class RequestRecord:
     context: ModelContext | None = None
     """None until the model is known."""
     texts: Sequence[str] = ()
+    numbers: Sequence[int] = ()
+    """Places of the texts in the request; empty if they are all that it has."""
     verdicts: Sequence[Verdict | None] = ()
     """One per text; None if screening failed."""
     decisions: Sequence[Decision | None] = ()
@@ -157,6 +159,7 @@ class Recorder:
 def _rows(context: ModelContext, record: RequestRecord) -> list[Row]:
     now, nothing = datetime.now(UTC), [None] * len(record.texts)
     inputs = zip(
+        record.numbers or range(len(record.texts)),
         record.texts,
         record.verdicts,
         record.decisions or nothing,
@@ -178,7 +181,7 @@ def _rows(context: ModelContext, record: RequestRecord) -> list[Row]:
             caller=record.caller,
             **_readings(verdict),
         )
-        for number, (text, verdict, decision, label) in enumerate(inputs)
+        for number, text, verdict, decision, label in inputs
     ]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import isclose
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from service.protocols.base import (
     BadAnswer,
@@ -17,7 +17,7 @@ from service.protocols.base import (
     harmless_cut,
     parsed,
 )
-from service.schemas import Count, Result, Score, Text, best_first
+from service.schemas import Batch, Count, Result, Score, Text, best_first
 
 SUM_TOLERANCE = 1e-4
 """Tolerance for a sum of float32 probabilities."""
@@ -43,7 +43,7 @@ class HfOptions(Wire):
 class HfRequest(InferenceRequest):
     """One text, or a batch of them."""
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    inputs: Text | Batch
     parameters: HfParameters | None = None
     options: HfOptions | None = None
 

@@ -14,13 +14,13 @@ from service.protocols.base import (
     checked_count,
     parsed,
 )
-from service.schemas import ClassifyResponse, Count, Problem, Result, Score, Text
+from service.schemas import Batch, ClassifyResponse, Count, Problem, Result, Score, Text
 
 
 class ClassifyRequest(InferenceRequest):
     """Texts to screen and classify."""
 
-    inputs: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    inputs: Text | Batch
     top_k: Count | None = None
     """Scores to return per text; null returns all."""
 

@@ -9,7 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from service.protocols.base import (
     BadAnswer,
@@ -77,10 +84,18 @@ class RequestedOutput(Wire):
 
 
 class RequestParameters(Wire):
-    """Parameters of the whole request."""
+    """Parameters of the whole request, those of Triton's scheduler among them.
+
+    A sequence of requests is refused: a model that reads it could put a trigger together.
+    """
 
     content_type: Literal["str"] | None = None
     binary_data_output: bool | None = None
+    priority: Annotated[int, Field(strict=True, ge=0)] | None = None
+    timeout: Annotated[int, Field(strict=True, ge=0)] | None = None
+    sequence_id: Literal[0, ""] | None = None
+    sequence_start: Literal[False] | None = None
+    sequence_end: Literal[False] | None = None
 
 
 class OipRequest(InferenceRequest):
@@ -118,10 +133,9 @@ class OipRequest(InferenceRequest):
             RequestedOutput(name=out.name, parameters=out.parameters and _json(out.parameters))
             for out in self.outputs
         ]
-        parameters = self.parameters and RequestParameters(
-            content_type=self.parameters.content_type,
-            binary_data_output=None if self.parameters.binary_data_output is None else False,
-        )
+        parameters = self.parameters
+        if parameters and parameters.binary_data_output:
+            parameters = parameters.model_copy(update={"binary_data_output": False})
         inputs = [self.inputs[0].with_texts(texts)]
         changes = {"inputs": inputs, "outputs": outputs, "parameters": parameters}
         return self.model_copy(update=changes)

@@ -14,7 +14,7 @@ from service.protocols.base import (
     parsed,
 )
 from service.protocols.hf import HfParameters, predictions
-from service.schemas import Result, Score, Text
+from service.schemas import Element, Result, Score, Text
 
 ERROR_TYPES = {400: "Empty", 429: "Overloaded", 502: "Backend", 503: "Unhealthy", 504: "Backend"}
 """Error types by status; all other statuses are `Validation`."""
@@ -24,9 +24,11 @@ PAIR = "a pair of texts cannot be screened; send single texts: [[text], ...]"
 class TeiRequest(InferenceRequest):
     """One text, or a batch as a list of lists; a flat list of two is a pair, which is refused."""
 
-    inputs: Text | list[list[Text]]
+    inputs: Text | list[list[Element]]
     truncate: bool | None = None
-    truncation_direction: Annotated[Literal["Right"] | None, harmless_cut("Right")] = None
+    truncation_direction: Annotated[
+        Literal["Right", "right"] | None, harmless_cut("Right", "right")
+    ] = None
     raw_scores: bool = False
     parameters: HfParameters | None = None
     """Sent by clients of Hugging Face Inference; TEI ignores it."""

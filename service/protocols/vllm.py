@@ -18,14 +18,14 @@ from service.protocols.base import (
     harmless_cut,
     parsed,
 )
-from service.schemas import Result, Score, Text, best_first
+from service.schemas import Batch, Result, Score, Text, best_first
 
 
 class VllmRequest(InferenceRequest):
     """One text or several; token ids and chats are refused, since the screen cannot read them."""
 
     model: str | None = None
-    input: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    input: Text | Batch
     user: str | None = None
     request_id: str | None = None
     rid: str | None = None
@@ -36,6 +36,12 @@ class VllmRequest(InferenceRequest):
     add_special_tokens: Literal[True] | None = None
     """Without special tokens, the classifier would read a different text from the screen."""
     use_activation: bool | None = None
+    softmax: Literal[True] | None = None
+    activation: Literal[True] | None = None
+    """Older names of `use_activation`."""
+    mm_processor_kwargs: None = None
+    cache_salt: None = None
+    """Null, as clients send them that write out every default."""
 
     @model_validator(mode="after")
     def _cut_on_the_right(self) -> Self:

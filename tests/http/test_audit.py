@@ -85,6 +85,14 @@ def metric(client: httpx.Client, name: str) -> float:
     return value
 
 
+def test_texts_keep_their_numbers_if_one_of_them_cannot_be_read(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/audit.db"
+    with serving(service(url)) as address:
+        body = {"inputs": ["", CLEAN, " ", POISONED]}
+        assert httpx.post(f"http://{address}/classify", json=body).status_code == 200
+    assert [(row.number, row.decision) for row in rows(url)] == [(1, "allow"), (3, "reject")]
+
+
 def test_an_input_without_an_answer_because_of_another_one_has_no_decision(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/audit.db"
     tensor = {"name": "text", "shape": [2], "datatype": "BYTES", "data": [CLEAN, POISONED]}

@@ -96,6 +96,93 @@ def test_errors_are_in_the_protocols_own_form(name: str) -> None:
         assert says in ERRORS[name](response.json())
 
 
+async def test_unknown_paths_and_methods_are_errors_in_the_form_that_the_path_stands_for() -> None:
+    async with client_of() as client:
+        for path, name, status in (
+            ("/v2/models/fake/generate", "oip", 404),
+            ("/v1/embeddings", "vllm", 404),
+            ("/nowhere", "native", 404),
+            (INFER, "oip", 405),
+            ("/predict", "tei", 405),
+            ("/models/fake", "hf", 405),
+            ("/v1/classify", "vllm", 405),
+        ):
+            answer = await client.get(path)
+            assert answer.status_code == status, path
+            assert ERRORS[name](answer.json()) in ("Not Found", "Method Not Allowed"), path
+
+
+@each_dialect
+def test_a_bug_is_an_error_in_the_protocols_own_form(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("service.http.routes.classify.server_timing")
+    path, body, _ = ASKED[name]
+    response = ask(path, body([CLEAN]))
+    assert response.status_code == 500
+    assert "the log has it" in ERRORS[name](response.json())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        ("/classify", {"inputs": [CLEAN, 5, CLEAN]}, "inputs.1: "),
+        ("/predict", {"inputs": [[CLEAN], [CLEAN], [None]]}, "inputs.2.0: "),
+        ("/", {"inputs": [CLEAN, {"text": CLEAN}]}, "inputs.1: "),
+        ("/v1/classify", {"input": [CLEAN, CLEAN, [1, 2]]}, "input.2: "),
+        (INFER, {"inputs": [tensor(CLEAN, data=[CLEAN, 7])]}, "inputs.0.data.1: "),
+        (INFER, {"inputs": [tensor(CLEAN, parameters={"hunter2": 1})]}, "inputs.0.parameters: "),
+        ("/screen", {"inputs": [CLEAN, CLEAN, ""]}, "inputs.2: "),
+    ],
+)
+def test_the_error_says_which_element_of_a_list_is_wrong(
+    path: str, body: dict[str, Any], place: str
+) -> None:
+    answer = ask(path, body)
+    assert answer.status_code == 422
+    assert place in answer.text
+    assert "hunter2" not in answer.text
+
+
+@pytest.mark.parametrize("name", [n for n in ASKED if n != "oip"])
+def test_a_text_that_cannot_be_read_is_a_gap_and_the_others_are_answered(name: str) -> None:
+    path, body, labels = ASKED[name]
+    response = ask(path, body([CLEAN, "", CLEAN, "a" * 100_001, POISONED]))
+    assert response.status_code == 200, response.text
+    assert labels(response.json()) == ["positive", None, "positive", None, None]
+    assert response.headers["x-psim-rejected"] == "1,3,4"
+    assert response.headers["x-psim-decision"] == "reject"
+    if name == "native":
+        errors = [result.get("error") for result in response.json()["results"]]
+        assert errors[1] == "input 1 of 5 (from 0): the text is empty"
+        assert "100001 characters" in errors[3]
+        assert errors[::2] == [None] * 3
+
+
+@each_dialect
+def test_without_a_text_that_may_pass_the_error_says_what_is_wrong_with_each(name: str) -> None:
+    path, body, _ = ASKED[name]
+    for texts, status, says in (
+        ([" ", ""], 422, "input 0 of 2" if name != "oip" else "inputs.0.data.1"),
+        (
+            [" ", POISONED],
+            422 if name == "oip" else 403,
+            "input 0 of 2 (from 0): the text is empty",
+        ),
+    ):
+        response = ask(path, body(texts), engine=(engine := FakeEngine()))
+        assert response.status_code == status
+        assert says in ERRORS[name](response.json())
+        assert len(engine.classified) == 1
+
+
+async def test_health_has_a_head_as_load_balancers_ask() -> None:
+    async with client_of() as client:
+        for path in ("/live", "/ready", "/health", "/v2/health/live", "/v2/models/fake/ready"):
+            assert (await client.head(path)).status_code == 200, path
+        assert (await client.head("/v2/models/other/ready")).status_code == 404
+
+
 @each_dialect
 async def test_what_could_be_read_otherwise_is_refused(name: str) -> None:
     path, body, _ = ASKED[name]

@@ -35,6 +35,14 @@ def ask_behind(peer: Peer, path: str, body: Any, **changes: Any) -> httpx.Respon
     return asyncio.run(run())
 
 
+def test_a_text_that_cannot_be_read_is_not_forwarded_and_the_rest_is_answered() -> None:
+    peer = Peer()
+    response = ask_behind(peer, "/predict", {"inputs": [[" "], [CLEAN], [""]]})
+    assert response.status_code == 200, response.text
+    assert [len(row) for row in response.json()] == [0, 2, 0]
+    assert json.loads(peer.asked[-1][2]) == {"inputs": [[CLEAN]], "raw_scores": False}
+
+
 @pytest.mark.parametrize("upstream_protocol", [*protocols()])
 async def test_every_protocol_in_front_of_every_other(upstream_protocol: str) -> None:
     """The upstream is a gateway too, in shadow mode: a bare classifier that speaks everything."""

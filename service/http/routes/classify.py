@@ -12,7 +12,7 @@ from service.classifiers.base import Call
 from service.errors import UnknownModel
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.openapi import ERROR_STATUSES, documented
-from service.http.parsing import read_inference
+from service.http.parsing import read_inference, require_readable
 from service.http.responses import json_response, relayed, server_timing, verdict_headers
 from service.http.routing import add_route
 from service.pipeline.gateway import Gateway, GatewayResult
@@ -21,7 +21,7 @@ from service.protocols.base import WireProtocol
 from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
 from service.route_table import ROUTES
-from service.schemas import ClassifyResponse
+from service.schemas import ClassifyResponse, Decision
 from service.settings import RequestLimits
 
 VERSION = re.compile(r"\w[\w.-]*", re.ASCII)
@@ -59,12 +59,15 @@ class ClassifyRoutes:
 async def _read(
     protocols: Sequence[WireProtocol], request: Request, settings: RequestLimits
 ) -> Parsed[Call]:
-    protocol, inference, body = await read_inference(request, protocols, settings)
+    protocol, inference, body, unreadable = await read_inference(request, protocols, settings)
+    if not protocol.supports_partial or len(unreadable) == len(inference.texts):
+        require_readable(unreadable)
     version = request.path_params.get("version")
     if version is not None and not VERSION.fullmatch(version):
         raise UnknownModel("there is no such version")
     request_id = request.state.request_id
-    call = Call(inference, protocol, body, request.headers.raw, request_id, version)
+    gaps = {number: str(error) for number, error in unreadable.items()}
+    call = Call(inference, protocol, body, request.headers.raw, request_id, version, gaps)
     return Parsed(call, (request.path_params.get("model"), inference.model_name))
 
 
@@ -74,6 +77,8 @@ def _respond(done: Completed[Call, GatewayResult]) -> Response:
         **verdict_headers(done.record),
         "server-timing": server_timing(done.record.stages),
     }
+    if done.body.unreadable:
+        headers["x-psim-decision"] = Decision.REJECT
     if outcome.rejected:
         headers["x-psim-rejected"] = ",".join(map(str, outcome.rejected))
     if outcome.refused:
@@ -89,8 +94,10 @@ def _respond(done: Completed[Call, GatewayResult]) -> Response:
 
 
 def _reason(done: Completed[Call, GatewayResult]) -> str:
-    outcome = done.answer
-    found = reason_for(done.record.verdicts[number] for number in outcome.rejected)
+    outcome, record = done.answer, done.record
+    judged = zip(record.verdicts, record.decisions, strict=True)
+    found = reason_for(verdict for verdict, decision in judged if decision is Decision.REJECT)
+    found = ". ".join([found, *done.body.unreadable.values()])
     if len(outcome.rejected) == len(outcome.results):
         return f"every input was rejected: {found}"
     numbers = ", ".join(map(str, outcome.rejected))

@@ -16,7 +16,7 @@ from starlette.routing import Route, compile_path
 from service.errors import Invalid, NotInspected
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.middleware import RequestId
-from service.http.parsing import parse, read_inference, read_json
+from service.http.parsing import parse, read_inference, read_json, require_readable
 from service.http.responses import (
     install_error_handlers,
     internal_error,
@@ -125,10 +125,13 @@ class ExternalAuthz:
     async def _read_proxied(
         self, request: Request, settings: RequestLimits
     ) -> Parsed[InferenceRequest] | Response:
-        _check_head(request)
         protocols, parameters = self._proxied.find(request.method, request.path_params["path"])
         if protocols:
-            _, body, _ = await read_inference(request, protocols, settings)
+            request.state.protocol = protocols[0]
+        _check_head(request)
+        if protocols:
+            _, body, _, unreadable = await read_inference(request, protocols, settings)
+            require_readable(unreadable)
             return Parsed(body, (parameters.get("model"), body.model_name))
         if model := parameters.get("model"):
             self._models.get(prefixed_model(request), model)
@@ -181,6 +184,6 @@ def _reason(done: Completed[Any, list[Decision]]) -> str:
 def ext_proc_app(authz: ExternalAuthz) -> Starlette:
     """Return an application that authorizes each request at the path it was sent to."""
     app = Starlette(routes=[Route("/{path:path}", authz.process, methods=[*PROXIED])])
-    app.add_middleware(RequestId, on_bug=internal_error())
+    app.add_middleware(RequestId, on_bug=internal_error)
     install_error_handlers(app)
     return app
