@@ -38,6 +38,7 @@ from service.http.routes.classify import ClassifyRoutes
 from service.http.routes.guardrails import ExternalAuthz, ext_proc_app
 from service.http.routes.health import HealthRoutes
 from service.http.routes.native import ModelRoutes, ProcessRoutes
+from service.http.routes.openai import OpenAiRoutes
 from service.http.server import serving
 from service.inference.batcher import Batcher, Screener
 from service.lifecycle.models_file import settings_by_model
@@ -284,6 +285,7 @@ def _model_routes(
     yield ModelRoutes(models, exchange, settings).router()
     yield authz.router()
     yield HealthRoutes(models).router()
+    yield OpenAiRoutes(models, exchange).router()
     yield ClassifyRoutes(exchange).router()
 
 

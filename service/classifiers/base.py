@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from service.inference.batcher import Screened
-from service.protocols.base import InferenceRequest, WireProtocol
+from service.protocols.base import ClientProtocol, InferenceRequest
 from service.schemas import Score
 
 
@@ -14,7 +14,7 @@ class Call:
     """A request to classify texts, parsed and as received."""
 
     request: InferenceRequest
-    protocol: WireProtocol
+    protocol: ClientProtocol
     body: bytes = b""
     headers: Sequence[tuple[bytes, bytes]] = ()
     request_id: str = ""

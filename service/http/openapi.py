@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import BaseModel
+
 from service.errors import ServiceError
 from service.http.responses import PROBLEM_JSON
 from service.schemas import Problem
@@ -21,7 +23,12 @@ def documented(request: type[Any], response: type[Any], statuses: Sequence[int])
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return OpenAPI's description of errors (RFC 9457)."""
-    content = {PROBLEM_JSON: {"schema": Problem.model_json_schema()}}
+    return errors(Problem, PROBLEM_JSON, *statuses)
+
+
+def errors(kind: type[BaseModel], media: str, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's description of errors of a type."""
+    content = {media: {"schema": kind.model_json_schema()}}
     return {s: {"content": content, "description": HTTPStatus(s).phrase} for s in statuses}
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from service.errors import ClientError, Invalid, Malformed, TooLarge, UnsupportedMedia
-from service.protocols.base import InferenceRequest, WireProtocol
+from service.protocols.base import ClientProtocol, InferenceRequest
 from service.schemas import TextsRequest
 from service.settings import RequestLimits
 
@@ -29,8 +29,8 @@ async def read(request: Request, model: type[Model], settings: RequestLimits) ->
 
 
 async def read_inference(
-    request: Request, protocols: Sequence[WireProtocol], settings: RequestLimits
-) -> tuple[WireProtocol, InferenceRequest, bytes, Mapping[int, ClientError]]:
+    request: Request, protocols: Sequence[ClientProtocol], settings: RequestLimits
+) -> tuple[ClientProtocol, InferenceRequest, bytes, Mapping[int, ClientError]]:
     """Return a body's protocol, of those that share a route, the parsed body, and its bytes.
 
     Last come texts that cannot be read, by their numbers: the caller must not let them pass.
@@ -47,7 +47,7 @@ async def read_inference(
     return protocol, parsed, body, _unreadable(parsed.texts, settings)
 
 
-def choose(protocols: Sequence[WireProtocol], data: object) -> WireProtocol:
+def choose(protocols: Sequence[ClientProtocol], data: object) -> ClientProtocol:
     """Return the protocol that a body is written in; the first one is the default."""
     return next((p for p in reversed(protocols) if p.claims(data)), protocols[0])
 

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from models.detection.screen import worst_finding
 from service.errors import ServiceError, UpstreamRefused
 from service.pipeline.request_record import RequestRecord
-from service.protocols.base import WireProtocol
+from service.protocols.base import ClientProtocol
 from service.protocols.native import Native
 from service.route_table import protocol_of_unknown, route_of
 from service.schemas import worst
@@ -65,7 +65,7 @@ def verdict_headers(record: RequestRecord) -> dict[str, str]:
     return {"x-psim-decision": worst(record.decisions), "x-psim-finding": finding or "none"}
 
 
-def error_response(error: ServiceError, protocol: WireProtocol) -> Response:
+def error_response(error: ServiceError, protocol: ClientProtocol) -> Response:
     """Return an expected error in the format of a protocol."""
     if isinstance(error, UpstreamRefused):
         return relayed(*error.answer)
@@ -77,7 +77,7 @@ def _error(
     code: str,
     detail: str,
     headers: Mapping[str, str] | None,
-    protocol: WireProtocol,
+    protocol: ClientProtocol,
 ) -> Response:
     content = protocol.error(status, code, detail)
     return json_response(status, content, headers, protocol.error_media)
@@ -91,9 +91,9 @@ def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Res
     return response
 
 
-def _protocol_of(request: Request) -> WireProtocol:
+def _protocol_of(request: Request) -> ClientProtocol:
     """Return the protocol that the body was found to be in, or the first one of the route."""
-    found: WireProtocol | None = getattr(request.state, "protocol", None)
+    found: ClientProtocol | None = getattr(request.state, "protocol", None)
     route = route_of(request.scope)
     return found or (route.protocols[0] if route else protocol_of_unknown(request.url.path))
 

@@ -27,6 +27,7 @@ from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
 from service.pipeline.windows import WindowedScreener
 from service.protocols.base import InferenceRequest, ModelInfo
+from service.protocols.openai import Moderation, moderation
 from service.schemas import (
     Decision,
     ExplainRequest,
@@ -184,6 +185,17 @@ class Gateway:
         self._count_unscreened(screened)
         return decisions
 
+    async def moderate(
+        self, record: RequestRecord, caller: Caller, request: TextsRequest
+    ) -> list[Moderation]:
+        """Judge the texts for a hook, which decides by itself what to do with those flagged.
+
+        Raises:
+            ServiceError: as `judge` does.
+        """
+        await self.judge(record, caller, request)
+        return [moderation(v, self._flags(v), caller.sees_scores) for v in record.verdicts]
+
     async def explain(
         self, record: RequestRecord, caller: Caller, request: ExplainRequest
     ) -> ExplainResponse:
@@ -279,6 +291,11 @@ class Gateway:
             self._challenger.compare(record, to_the_end=isinstance(screener, WindowedScreener))
         self._require_verdicts(record.verdicts)
         return screened
+
+    def _flags(self, verdict: Verdict | None) -> bool:
+        """Return whether `enforce` would reject a text; mode `shadow` leaves hooks alone too."""
+        rejects = self._policy_elsewhere.enforced(verdict) is Decision.REJECT
+        return rejects and self.mode is not Mode.SHADOW
 
     def _require_verdicts(self, verdicts: Sequence[Verdict | None]) -> None:
         if None in verdicts and not self._settings.fail_open:

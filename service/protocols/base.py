@@ -94,8 +94,8 @@ class InferenceRequest(TextsRequest):
         """Return the JSON of an answer, without scores for rejected inputs."""
 
 
-class WireProtocol(ABC):
-    """One wire format."""
+class ClientProtocol(ABC):
+    """A wire format in which clients ask."""
 
     name: ClassVar[str]
     routes: ClassVar[Sequence[str]]
@@ -110,10 +110,6 @@ class WireProtocol(ABC):
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
     error_media: ClassVar[str] = "application/json"
-    why_no_multi_label: ClassVar[str | None] = None
-    """Why its servers give no labels of multi-label classifiers; None if they do."""
-    limit_path: ClassVar[str | None] = None
-    """Path at which an upstream tells after how many tokens it cuts a text."""
 
     def claims(self, data: object) -> bool:
         """Return whether a body is in this protocol, where several share a route."""
@@ -132,6 +128,15 @@ class WireProtocol(ABC):
     ) -> Any:
         """Return the JSON of the error for rejected inputs."""
         return self.error(HTTPStatus.FORBIDDEN, "rejected", detail)
+
+
+class WireProtocol(ClientProtocol):
+    """A wire format that upstreams speak too."""
+
+    why_no_multi_label: ClassVar[str | None] = None
+    """Why its servers give no labels of multi-label classifiers; None if they do."""
+    limit_path: ClassVar[str | None] = None
+    """Path at which an upstream tells after how many tokens it cuts a text."""
 
     @abstractmethod
     def path(self, model: str, version: str | None = None) -> str:

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from service.app import create_app
-from service.route_table import AUTHZ, ROUTES
+from service.route_table import AUTHZ, MODERATIONS, ROUTES
 from service.settings import Settings
 from tests.support.fakes import fake_bundle
 from tests.support.protocols import GUARDRAIL, infer
@@ -167,14 +167,16 @@ SENT: dict[str, dict[str, Any]] = {
     "/": {"inputs": CLEAN},
     "/models/{model:path}": {"inputs": CLEAN},
     "/v1/classify": {"input": CLEAN},
+    "/v1/models/{model}:predict": {"instances": [CLEAN]},
     "/v2/models/{model}/infer": infer(CLEAN),
     "/v2/models/{model}/versions/{version}/infer": infer(CLEAN),
     "/screen": {"inputs": CLEAN},
     "/explain": {"inputs": CLEAN},
+    MODERATIONS: {"input": CLEAN},
     GUARDRAIL: {"texts": [CLEAN]},
 }
 """A clean request for each route that takes texts."""
-PROXIED_TOO = SENT.keys() - {"/screen", "/explain", GUARDRAIL}
+PROXIED_TOO = SENT.keys() - {"/screen", "/explain", MODERATIONS, GUARDRAIL}
 
 
 def twisted(clean: dict[str, Any]) -> Iterator[tuple[bytes, Sequence[tuple[str, str]]]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from service.route_table import MODERATIONS
 from tests.support.fakes import TRIGGER
 from tests.support.protocols import GUARDRAIL, INFER, infer
 from tests.support.requests import CLEAN, POISONED
@@ -153,6 +154,35 @@ SCHEMAS = {
             READ: {"input": [CLEAN, POISONED]},
             REFUSED: {"input (token ids)": [1, 2], "rid (a list)": [TRIGGER]},
             HARMLESS: {"model": "fake", "user": TRIGGER, "rid": TRIGGER, "priority": 1},
+        },
+    ),
+    "KServe v1 `:predict`": Schema(
+        "/v1/models/fake:predict",
+        {"instances": [CLEAN]},
+        {
+            READ: {"instances": [CLEAN, POISONED]},
+            REFUSED: {
+                "instances (objects)": [{"text": CLEAN}],
+                "instances (lists)": [[CLEAN]],
+                "instances (token ids)": [1, 2],
+                "instances (one text)": CLEAN,
+                "inputs": [CLEAN],
+                "signature_name": TRIGGER,
+                "parameters": {"a": TRIGGER},
+            },
+        },
+    ),
+    "OpenAI `/v1/moderations`": Schema(
+        MODERATIONS,
+        {"input": CLEAN},
+        {
+            READ: {"input": [CLEAN, POISONED]},
+            REFUSED: {
+                "input (parts)": [{"type": "text", "text": CLEAN}],
+                "input (token ids)": [1, 2],
+                "user": TRIGGER,
+            },
+            HARMLESS: {"model": "omni-moderation-latest"},
         },
     ),
     "Open Inference `infer`": Schema(

@@ -37,6 +37,11 @@ ASKED: dict[str, tuple[str, Callable[[list[str]], Any], Callable[[Any], list[str
         lambda texts: {"model": "fake", "input": texts},
         lambda body: [datum["label"] for datum in body["data"]],
     ),
+    "kserve": (
+        "/v1/models/fake:predict",
+        lambda texts: {"instances": texts},
+        lambda body: [found and found["label"] for found in body["predictions"]],
+    ),
     "oip": (INFER, lambda texts: infer(*texts), lambda body: list(body["outputs"][0]["data"])),
 }
 """By protocol: its path, a request for some texts, and the labels that an answer gives them."""
@@ -45,6 +50,7 @@ ERRORS: dict[str, Callable[[Any], str]] = {
     "tei": lambda body: str(body["error"]),
     "hf": lambda body: str(body["error"]),
     "vllm": lambda body: str(body["error"]["message"]),
+    "kserve": lambda body: str(body["error"]),
     "oip": lambda body: str(body["error"]),
 }
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"

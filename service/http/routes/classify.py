@@ -17,7 +17,7 @@ from service.http.responses import json_response, relayed, server_timing, verdic
 from service.http.routing import add_route
 from service.pipeline.gateway import Gateway, GatewayResult
 from service.pipeline.policy import reason_for
-from service.protocols.base import WireProtocol
+from service.protocols.base import ClientProtocol
 from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
 from service.route_table import ROUTES
@@ -45,7 +45,7 @@ class ClassifyRoutes:
         return router
 
     def _endpoint(
-        self, path: str, protocols: Sequence[WireProtocol]
+        self, path: str, protocols: Sequence[ClientProtocol]
     ) -> Callable[[Request], Awaitable[Response]]:
         read = partial(_read, protocols)
 
@@ -57,7 +57,7 @@ class ClassifyRoutes:
 
 
 async def _read(
-    protocols: Sequence[WireProtocol], request: Request, settings: RequestLimits
+    protocols: Sequence[ClientProtocol], request: Request, settings: RequestLimits
 ) -> Parsed[Call]:
     protocol, inference, body, unreadable = await read_inference(request, protocols, settings)
     if not protocol.supports_partial or len(unreadable) == len(inference.texts):

@@ -27,7 +27,7 @@ from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
 from service.pipeline.gateway import Gateway
 from service.pipeline.policy import reason_for
-from service.protocols.base import InferenceRequest, WireProtocol
+from service.protocols.base import ClientProtocol, InferenceRequest
 from service.protocols.headers import is_ambiguous
 from service.protocols.litellm import GuardrailRequest
 from service.protocols.registry import by_route
@@ -37,14 +37,14 @@ from service.settings import RequestLimits
 
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 STATES = (
-    "/health /live /ready /ping /info /version /v1/models /v2 /v2/health/live /v2/health/ready "
-    "/v2/models/{model} /v2/models/{model}/ready "
+    "/health /live /ready /ping /info /version /v1/models /v1/models/{model} "
+    "/v2 /v2/health/live /v2/health/ready /v2/models/{model} /v2/models/{model}/ready "
     "/v2/models/{model}/versions/{version} /v2/models/{model}/versions/{version}/ready"
 ).split()
 """Paths at which servers of our protocols tell their health and metadata, and read no text."""
 
 
-_Known = Sequence[tuple[re.Pattern[str], Sequence[WireProtocol]]]
+_Known = Sequence[tuple[re.Pattern[str], Sequence[ClientProtocol]]]
 
 
 class ProxiedRoutes:
@@ -55,7 +55,7 @@ class ProxiedRoutes:
         states: _Known = [(compile_path(path)[0], ()) for path in STATES]
         self._known: dict[str, _Known] = {"POST": classify, "GET": states, "HEAD": states}
 
-    def find(self, method: str, path: str) -> tuple[Sequence[WireProtocol], dict[str, str]]:
+    def find(self, method: str, path: str) -> tuple[Sequence[ClientProtocol], dict[str, str]]:
         """Return the protocols that share a path, and the path's parameters.
 
         A path of health or metadata, at which there is nothing to classify, has no protocols.
@@ -171,7 +171,7 @@ def _permit_or_deny(
     headers = verdict_headers(done.record)
     if Decision.REJECT not in done.answer:
         return Response(headers=headers)
-    protocol: WireProtocol = request.state.protocol
+    protocol: ClientProtocol = request.state.protocol
     content = protocol.error(403, "rejected", f"an input was rejected: {_reason(done)}")
     return json_response(403, content, headers, protocol.error_media)
 

@@ -10,6 +10,7 @@ from service.http.responses import json_response
 from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
 from service.protocols.oip import metadata
+from service.protocols.openai import ModelCard
 
 
 class HealthRoutes:
@@ -46,6 +47,12 @@ class HealthRoutes:
             raise NotReady(reason)
         return json_response(200, {"name": model, "ready": True})
 
+    async def v1_model(self, request: Request, model: str) -> Response:
+        """Return 200 if a model answers, else 503: as KServe v1 does, and as OpenAI's API."""
+        await self.model_ready(request, model)
+        card = ModelCard(id=model).model_dump()
+        return json_response(200, card | {"name": model, "ready": True})
+
     def router(self) -> APIRouter:
         """Return the routes."""
         router = APIRouter()
@@ -55,6 +62,7 @@ class HealthRoutes:
         add_route(router, "/v2", self.server)
         add_route(router, "/v2/models/{model}", self.describe)
         add_route(router, "/v2/models/{model}/ready", self.model_ready)
+        add_route(router, "/v1/models/{model}", self.v1_model)
         return router
 
 
