@@ -74,6 +74,8 @@ class RequestLimits(TimeLimits):
     """Texts per request."""
     max_chars: int = Field(100_000, ge=1)
     """Characters per text."""
+    max_conversation_chars: int = Field(400_000, ge=1)
+    """Characters of all texts of a conversation, which `max_inputs` does not limit."""
 
 
 class ServerSettings(Section):
@@ -262,6 +264,8 @@ class GatewaySettings(ModelSettings, TriggerSearchSettings):
 
     fail_open: bool = False
     """Classify inputs that could not be screened. Off, and meant to stay off."""
+    seen_texts: int = Field(10_000, ge=0)
+    """Texts of conversations that are not screened again; 0 remembers none."""
 
 
 class BundleSettings(Section):

@@ -87,14 +87,15 @@ def finding_chart(finding: Finding) -> Chart:
 CHARTS: dict[str, list[Chart]] = {
     "Screen": [
         Chart(
-            "Inputs by decision",
+            "Inputs by decision; texts of conversations that were seen before",
             "What was answered: allow, flag, sanitize or reject. The mode decides it, by the "
-            "finding.",
+            "finding. Texts of a conversation that were seen before are not screened again.",
             units.CountsPerSecond,
             {
                 "{{model}} {{decision}}": (
                     f"sum by (model, decision) (rate(psim_inputs_total{MODELS}{RATE}))"
-                )
+                ),
+                "{{model}} seen": f"sum by (model) (rate(psim_seen_texts_total{MODELS}{RATE}))",
             },
         ),
         finding_chart(Finding.TRIGGERED),

@@ -43,7 +43,7 @@ async def read_inference(
     optional = protocols[0].media_optional
     body, data = await read_json(request, settings, media_optional=optional)
     protocol = request.state.protocol = choose(protocols, data)
-    parsed = _valid(data, protocol.request_type)
+    parsed = valid(data, protocol.request_type)
     return protocol, parsed, body, _unreadable(parsed.texts, settings)
 
 
@@ -71,7 +71,7 @@ def parse(data: object, model: type[Model], settings: RequestLimits) -> Model:
     Raises:
         TooLarge, Invalid: the message does not quote the JSON.
     """
-    parsed = _valid(data, model)
+    parsed = valid(data, model)
     require_readable(_unreadable(parsed.texts, settings))
     return parsed
 
@@ -133,7 +133,12 @@ def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-def _valid(data: object, model: type[Model]) -> Model:
+def valid(data: object, model: type[Model]) -> Model:
+    """Return JSON as `model`, whatever the sizes of its texts.
+
+    Raises:
+        Invalid: the message does not quote the JSON.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:

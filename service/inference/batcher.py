@@ -57,6 +57,8 @@ class Screened:
     by_view: Sequence[Verdict] = ()
     """Verdicts of the first stage in all views of the classifier, the worst of which is the
     verdict."""
+    settled: bool = True
+    """False if the override test was due and could not be run, so that the verdict may change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,6 +224,9 @@ class ModelFamilies:
         self.fail_open = counter(
             "psim_fail_open", "Inputs classified although screening failed", MODEL
         )
+        self.seen_texts = counter(
+            "psim_seen_texts", "Texts of conversations that were not screened again", MODEL
+        )
         self.upstream_errors = counter(
             "psim_upstream_errors", "Failures of the classifier elsewhere", ["model", "kind"]
         )
@@ -328,6 +331,7 @@ class ModelMetrics:
         self.queue_seconds = families.queue_seconds.labels(model)
         self.worker_restarts = families.worker_restarts.labels(model)
         self.fail_open = families.fail_open.labels(model)
+        self.seen_texts = families.seen_texts.labels(model)
         self.ready = families.ready.labels(model)
         self.challenger_dropped = families.challenger_dropped.labels(model)
         self.challenger_score = families.challenger_score.labels(model)

@@ -7,12 +7,13 @@ dropped and counted.
 import asyncio
 import logging
 import math
+from collections.abc import Sequence
 
 from models.bundle.load import Bundle
+from models.detection.screen import Verdict
 from service.errors import ScreenFailed, ServiceError
 from service.inference.batcher import Batcher, Screener, free
 from service.observability.metrics import Metrics, ModelMetrics
-from service.pipeline.request_record import RequestRecord
 from service.pipeline.two_stage import TwoStageScreener
 from service.pipeline.windows import WindowedScreener
 from service.settings import ModelSettings, ScreeningSettings
@@ -58,28 +59,40 @@ class Challenger:
             task.cancel()
         await self._batcher.close()
 
-    def compare(self, record: RequestRecord, to_the_end: bool) -> None:
-        """Screen the texts of a request later, to their end if the served bundle did so."""
+    def compare(
+        self,
+        request_id: str,
+        texts: Sequence[str],
+        verdicts: Sequence[Verdict | None],
+        to_the_end: bool,
+    ) -> None:
+        """Screen texts later, to their end if the served bundle, whose verdicts these are, did."""
         screener: Screener = self._windowed_screener if to_the_end else self._screener
-        task = asyncio.create_task(self._compare(screener, record))
+        task = asyncio.create_task(self._compare(screener, request_id, texts, verdicts))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _compare(self, screener: Screener, record: RequestRecord) -> None:
+    async def _compare(
+        self,
+        screener: Screener,
+        request_id: str,
+        texts: Sequence[str],
+        verdicts: Sequence[Verdict | None],
+    ) -> None:
         try:
-            answers = await screener.screen(record.texts, free)
+            answers = await screener.screen(texts, free)
         except ServiceError:
-            self._metrics.challenger_dropped.inc(len(record.texts))
+            self._metrics.challenger_dropped.inc(len(texts))
             return
-        verdicts = [answer.value.verdict for answer in answers]
-        for number, (served, own) in enumerate(zip(record.verdicts, verdicts, strict=True)):
+        found = [answer.value.verdict for answer in answers]
+        for number, (served, own) in enumerate(zip(verdicts, found, strict=True)):
             if served is None or own is None:
                 self._metrics.challenger_dropped.inc()
                 continue
             self._metrics.challenger_inputs[served.finding, own.finding].inc()
             self._metrics.challenger_score.observe(own.score)
             if served.finding is not own.finding:
-                where = {"request_id": record.request_id, "number": number}
+                where = {"request_id": request_id, "number": number}
                 scores = {"served": served.score, "challenger": own.score}
                 findings = {"served_finding": served.finding, "challenger_finding": own.finding}
                 log.info("the challenger disagrees", extra=where | scores | findings)

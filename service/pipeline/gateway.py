@@ -24,6 +24,7 @@ from service.observability.metrics import ModelMetrics
 from service.pipeline.challenger import Challenger
 from service.pipeline.policy import Policy, only_rejections, policy_of, refuses_request
 from service.pipeline.request_record import ModelContext, RequestRecord
+from service.pipeline.seen import SeenTexts
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
 from service.pipeline.windows import WindowedScreener
 from service.protocols.base import InferenceRequest, ModelInfo
@@ -43,6 +44,10 @@ from service.security.access import Caller
 from service.settings import GatewaySettings, Mode
 
 log = logging.getLogger(__name__)
+
+CONVERSATION_PART = 64
+"""Texts of a conversation that are screened at once; a part that is done counts when all else
+fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,7 @@ class Gateway:
         self._screener, self._windowed_screener = screener, windowed_screener
         self._classifier, self._trigger_search = classifier, trigger_search
         self._metrics, self._settings, self._challenger = metrics, settings, challenger
+        self._seen = SeenTexts(settings.seen_texts)
         self._warm = False
 
     async def handle(self, record: RequestRecord, caller: Caller, call: Call) -> GatewayResult:
@@ -183,6 +189,35 @@ class Gateway:
         screened = await self._screen(record, caller, request.texts, self._windowed_screener)
         record.decisions = decisions = _decide(record, self._policy_elsewhere)
         self._count_unscreened(screened)
+        return decisions
+
+    async def judge_conversation(
+        self, record: RequestRecord, caller: Caller, conversation: TextsRequest
+    ) -> list[Decision]:
+        """Decide on the texts of a conversation, most of which were there a turn ago.
+
+        They are screened part by part. A text that was screened before is not screened or recorded
+        again, unless it is rejected. A rejection ends the work, since it denies the request.
+
+        Raises:
+            ServiceError: as `judge` does; what was screened until then is remembered.
+        """
+        # Callers share nothing: how soon an answer comes would tell one what the others send. The
+        # limit after which the classifier cuts a text changes how it is screened.
+        context = f"{self._classifier.max_length} {caller.name or ''}"
+        known = {text: self._seen.find(text, context) for text in conversation.texts}
+        rejected = {text: v for text, v in known.items() if v and self._rejects(v)}
+        new = [text for text, verdict in known.items() if verdict is None]
+        self._metrics.seen_texts.inc(len(known) - len(new) - len(rejected))
+        record.texts, record.verdicts = [*rejected], [*rejected.values()]
+        while new and not any(map(self._rejects, record.verdicts)):
+            part, new = new[:CONVERSATION_PART], new[CONVERSATION_PART:]
+            screened = await self._screen(record, caller, part, self._windowed_screener)
+            for text, one in zip(part, screened, strict=True):
+                if one.verdict and one.settled:
+                    self._seen.add(text, context, one.verdict)
+            self._count_unscreened(screened)
+        record.decisions = decisions = _decide(record, self._policy_elsewhere)
         return decisions
 
     async def moderate(
@@ -286,11 +321,18 @@ class Gateway:
             answers = await screener.screen(texts, caller.take)
         record.add_seconds([answer.stages for answer in answers])
         screened = [answer.value for answer in answers]
-        record.texts, record.verdicts = texts, [one.verdict for one in screened]
+        verdicts = [one.verdict for one in screened]
+        record.texts = [*record.texts, *texts]
+        record.verdicts = [*record.verdicts, *verdicts]
         if self._challenger and self._warm:
-            self._challenger.compare(record, to_the_end=isinstance(screener, WindowedScreener))
-        self._require_verdicts(record.verdicts)
+            to_the_end = isinstance(screener, WindowedScreener)
+            self._challenger.compare(record.request_id, texts, verdicts, to_the_end)
+        self._require_verdicts(verdicts)
         return screened
+
+    def _rejects(self, verdict: Verdict | None) -> bool:
+        """Return whether a text that a proxy forwards is rejected."""
+        return self._policy_elsewhere.decide(verdict) is Decision.REJECT
 
     def _flags(self, verdict: Verdict | None) -> bool:
         """Return whether `enforce` would reject a text; mode `shadow` leaves hooks alone too."""

@@ -139,15 +139,19 @@ class TwoStageScreener:
         if not due:
             return answer
         started = time.perf_counter()
+        settled = True
         for view in due:
-            by_view[view] = await self._judge(test, answer.value.ids, by_view[view])
+            judged = await self._judge(test, answer.value.ids, by_view[view])
+            settled = settled and judged is not by_view[view]
+            by_view[view] = judged
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["override"].observe(seconds)
         stages = answer.stages | {"override": seconds}
-        return Timed(replace(answer.value, verdict=worst_verdict(by_view)), stages)
+        screened = replace(answer.value, verdict=worst_verdict(by_view), settled=settled)
+        return Timed(screened, stages)
 
     async def _judge(self, test: OverrideTest, ids: IntArray, verdict: Verdict) -> Verdict:
-        """Return the verdict of both stages; that of the first one if the test cannot be run."""
+        """Return the verdict of both stages; the given one itself if the test cannot be run."""
         running = test.score(ids, verdict.predicted)
         score = await self._run(running, self._budget.take)
         if score is None:

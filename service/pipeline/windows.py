@@ -84,6 +84,7 @@ class WindowedScreener:
     ) -> Timed[Screened]:
         """Screen the windows of a text, given the answer for its beginning."""
         verdict, stages = beginning.value.verdict, dict(beginning.stages)
+        settled = beginning.value.settled
         tokenized = await self._screener.token_ids(text)
         stages["tokenize"] = stages.get("tokenize", 0.0) + tokenized.stages["tokenize"]
         ids = tokenized.value
@@ -98,9 +99,10 @@ class WindowedScreener:
                 stages[stage] = stages.get(stage, 0.0) + slowest
             for answer in answers:
                 verdict = worse(verdict, answer.value.verdict)
+                settled = settled and answer.value.settled
         if verdict is not None:
             verdict = replace(verdict, truncated=self._own_classifier or bool(waiting))
-        return Timed(replace(beginning.value, verdict=verdict), stages)
+        return Timed(replace(beginning.value, verdict=verdict, settled=settled), stages)
 
     def _is_open(self, beginning: Screened) -> bool:
         """Return whether the windows of a text can change the verdict on its beginning."""

@@ -16,6 +16,8 @@ from service.schemas import TextsRequest
 
 JOINTS = ("", " ", "\n")
 """What chat templates, and LiteLLM itself, put between texts that a model reads as one."""
+PART_CHARS, OVERLAP_CHARS, WORD_CHARS = 2000, 500, 100
+"""Lengths of the parts of a joined text, of what two of them share, and of a long word."""
 
 
 class _Given(Wire):
@@ -154,14 +156,63 @@ class GuardrailRequest(_Given, TextsRequest):
 
     @cached_property
     def texts(self) -> list[str]:
-        """Each part by itself, and all of them as one text, joined in each way; none is blank.
+        """Each passage by itself, and all of them as one text, joined in each way; none is blank.
 
-        Contents are joined without the rest too, since many templates leave out names and calls.
+        A long text that is joined comes in parts. Contents are joined without the rest too, since
+        many templates leave out names and calls.
         """
         contents = [part for message in self.structured_messages for part in message.parts]
         read_as_one = (self.passages, contents, self.given)
-        whole = [joint.join(parts) for parts in read_as_one for joint in JOINTS]
-        return [text for text in dict.fromkeys([*self.passages, *whole]) if text.strip()]
+        wholes = dict.fromkeys(joint.join(parts) for parts in read_as_one for joint in JOINTS)
+        long = [passage for passage in self.passages if len(passage) > PART_CHARS]
+        parts = [
+            part
+            for whole in wholes
+            for part in overlapping_parts(whole)
+            if not any(part in passage for passage in long)
+        ]
+        return [text for text in dict.fromkeys([*self.passages, *parts]) if text.strip()]
+
+    def latest_turn(self) -> "GuardrailRequest":
+        """Return the same request without messages up to the last answer, and without their texts.
+
+        Texts of no message stay, since their turn is not known. So do tools.
+        """
+        messages, begin = self.structured_messages, 0
+        for number in range(1, len(messages)):
+            if messages[number - 1].role == "assistant" != messages[number].role:
+                begin = number
+        earlier, latest = messages[:begin], messages[begin:]
+        said = {part for message in earlier for part in message.parts}
+        said -= {part for message in latest for part in message.parts}
+        fields: dict[str, Any] = {
+            "texts": [text for text in self.given if text not in said],
+            "structured_messages": latest,
+            "tools": self.tools,
+            "tool_calls": self.tool_calls,
+            "model": self.model,
+        }
+        return GuardrailRequest.model_construct(**fields)
+
+
+def overlapping_parts(text: str) -> list[str]:
+    """Return parts of a text, which begin and end between words if words are not very long.
+
+    What is not longer than the overlap lies whole in one of them. A text that grows at its end
+    keeps its parts, but for the last one.
+    """
+    found, start = [], 0
+    while len(text) - start > PART_CHARS:
+        end = _between_words(text, start + PART_CHARS)
+        found.append(text[start:end])
+        start = _between_words(text, end - OVERLAP_CHARS)
+    return [*found, text[start:]]
+
+
+def _between_words(text: str, place: int) -> int:
+    """Return the last place behind a blank, not far before a place; else that place."""
+    near = range(place, place - WORD_CHARS, -1)
+    return next((one for one in near if text[one - 1].isspace()), place)
 
 
 def strings(value: Any) -> list[str]:

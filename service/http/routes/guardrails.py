@@ -16,7 +16,7 @@ from starlette.routing import Route, compile_path
 from service.errors import Invalid, NotInspected
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.middleware import RequestId
-from service.http.parsing import parse, read_inference, read_json, require_readable
+from service.http.parsing import read_inference, read_json, require_readable, valid
 from service.http.responses import (
     install_error_handlers,
     internal_error,
@@ -35,6 +35,7 @@ from service.route_table import AUTHZ, EXT_PROC, GUARDRAIL, PROXIED
 from service.schemas import Decision
 from service.settings import RequestLimits
 
+TURNS = "x-psim-turns"
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 STATES = (
     "/health /live /ready /ping /info /version /v1/models /v1/models/{model} "
@@ -82,7 +83,7 @@ class ExternalAuthz:
         """Tell LiteLLM whether to block a request; one that cannot be screened is blocked too."""
         try:
             return await self._exchange.run(
-                request, GUARDRAIL, self._read_guardrail, Gateway.judge, _block_or_pass
+                request, GUARDRAIL, self._read_guardrail, Gateway.judge_conversation, _block_or_pass
             )
         except NotInspected as error:
             return _block(str(error))
@@ -113,9 +114,12 @@ class ExternalAuthz:
         if isinstance(data, dict) and data.get("input_type") == "response":
             return _pass()  # the classifier's own text
         try:
-            body = parse(data, GuardrailRequest, settings)
+            body = valid(data, GuardrailRequest)
         except Invalid as error:
             raise NotInspected(f"not all of the request can be screened: {error}") from None
+        if _latest_turn_alone(request):
+            body = body.latest_turn()
+        _check_size(body, settings)
         if not body.texts:
             return _pass()  # nothing but blanks
         # LiteLLM has its own names for models; a single model is meant by all of them.
@@ -138,6 +142,28 @@ class ExternalAuthz:
         if await request.body():
             raise NotInspected("a body is not screened at a path of health or metadata; send none")
         return Response()
+
+
+def _latest_turn_alone(request: Request) -> bool:
+    """Return whether earlier turns are not to be screened, which a header says.
+
+    It is the proxy's own: parameters in the body can be those of its users.
+    """
+    turns = request.headers.getlist(TURNS)
+    if turns not in ([], ["all"], ["latest"]):
+        raise Invalid(f"the header {TURNS} must be all or latest")
+    return turns == ["latest"]
+
+
+def _check_size(conversation: GuardrailRequest, settings: RequestLimits) -> None:
+    """Raise `NotInspected` if a text or all texts together are too long."""
+    lengths = [*map(len, conversation.passages)]
+    for found, limit, name in (
+        (max(lengths, default=0), settings.max_chars, "a text has"),
+        (sum(lengths), settings.max_conversation_chars, "the conversation has"),
+    ):
+        if found > limit:
+            raise NotInspected(f"{name} {found} characters, over the limit of {limit}")
 
 
 def _check_head(request: Request) -> None:
