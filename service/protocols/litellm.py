@@ -184,7 +184,6 @@ class GuardrailRequest(_Given, TextsRequest):
                 begin = number
         earlier, latest = messages[:begin], messages[begin:]
         said = {part for message in earlier for part in message.parts}
-        said -= {part for message in latest for part in message.parts}
         fields: dict[str, Any] = {
             "texts": [text for text in self.given if text not in said],
             "structured_messages": latest,
