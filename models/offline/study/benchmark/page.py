@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from models.offline.fitting.records import PACKAGES
 from models.offline.io.bases import BASES, missing_packages
+from models.offline.study.cache import VERSIONS
 from models.offline.study.grid import Cell
 from models.offline.study.html import (
     Block,
@@ -55,6 +56,10 @@ LEGEND = (
     "higher final score than a clean one. All values but AUROC are percentages. A hyphen means "
     "that there is no value."
 )
+OLDER = (
+    "{} of the cells were measured with an earlier version of the score. They are marked in the "
+    "last table, and part of the averages."
+)
 HONEST = (
     "Honest texts have no trigger and are unlike those that the bundle was fitted on. Each value "
     "is the share of texts with the finding triggered, then with the finding unfamiliar, in "
@@ -95,16 +100,22 @@ def _blocks(
     )
     if rows:
         yield Paragraph(LEGEND)
+        if older := sum(row["versions"] != VERSIONS for row in rows):
+            yield Paragraph(OLDER.format(older))
         frame = measures(rows, defence)
         yield from _summary(frame)
         yield from _honest_section(rows, defence, out, pictures)
         yield Heading(2, "Every cell")
-        victims = frame.index.to_frame().astype(str).to_numpy()
         numbers = [_numbers(line) for _, line in frame.iterrows()]
-        lines = [[*victim, *line] for victim, line in zip(victims, numbers, strict=True)]
-        yield Table([*VICTIM, *MEASURES], lines, names=len(VICTIM))
+        lines = [[*_victim(row), *line] for row, line in zip(rows, numbers, strict=True)]
+        yield Table([*VICTIM, "score", *MEASURES], lines, names=len(VICTIM) + 1)
     yield from _open_cells(done)
     yield Paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES))
+
+
+def _victim(row: Row) -> list[str]:
+    """Return what names a cell in the last table, and which version of the score it is of."""
+    return [*(str(row[key]) for key in VICTIM), "now" if row["versions"] == VERSIONS else "earlier"]
 
 
 def measures(rows: Sequence[Row], defence: str) -> pd.DataFrame:
