@@ -167,16 +167,13 @@ def calibrate_override(
         _check_enough(sum(counts), frr_budget, len(views))
         for local in _pool(counts, min_calibration_size(share)):
             pool = _numbered(local, view)
-            keeps = _keeps(harmless[np.isin(harmless[:, 0], pool), 2])
-            own, others = (
-                evidence(rows[:, 1], rows[:, 2], keeps).astype(np.float32)
-                for rows in (
-                    clean[np.isin(clean[:, 0], pool)],
-                    harmless[np.isin(harmless[:, 0], pool)],
-                )
+            own, others = (rows[np.isin(rows[:, 0], pool)] for rows in (clean, harmless))
+            keeps = _keeps(others[:, 2])
+            found, strange = (
+                evidence(rows[:, 1], rows[:, 2], keeps).astype(np.float32) for rows in (own, others)
             )
-            group = _group(pool, own, share)
-            least = _least_above(others, HARMLESS_BUDGET / len(views), group.threshold)
+            group = _group(pool, found, share)
+            least = _least_above(strange, HARMLESS_BUDGET / len(views), group.threshold)
             threshold = max(group.threshold, least)
             groups.append(OverrideGroup(pool, threshold, group.scores, keeps))
     return groups

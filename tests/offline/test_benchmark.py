@@ -301,7 +301,9 @@ def test_the_page_has_means_and_the_worst(recipe: Recipe, tmp_path: Path) -> Non
     assert honest[2:] == ["1-4 words", "4.0 / 50.0", "6.0 / 50.0", "start, full"]
     assert nothing[2:5] == ["fragments", "- / -", "- / -"]
     every = lines(page.split("## Every cell")[1], "minilm | corpus | word")
-    assert every == ["minilm|corpus|word|full|0|now|90.0|2.0|99.0|4.0|1.0|1.0|4.0|0.9900".split("|")]
+    assert every == [
+        "minilm|corpus|word|full|0|now|90.0|2.0|99.0|4.0|1.0|1.0|4.0|0.9900".split("|")
+    ]
     assert (tmp_path / "plots" / "benchmark-honest.png").is_file()
 
 
