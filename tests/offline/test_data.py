@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import DataError
-from models.offline.io.samples import MAX_CHARS, Sample, load_samples, require_labels, write_samples
+from models.offline.io.samples import Sample, load_samples, require_labels, write_samples
+from models.texts import MAX_CHARS
 
 TRICKY = [
     Sample("null", "NA"),

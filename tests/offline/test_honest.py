@@ -16,7 +16,7 @@ from models.offline.evaluation.honest import (
 )
 from models.offline.fitting.generic import generic_texts
 from models.offline.fitting.unfamiliar import cut, fragment, joins
-from models.offline.io.samples import check_text
+from models.texts import check_text
 
 TEXTS = [sample.text for sample in generate(120, seed=5)]
 KINDS = [

@@ -14,8 +14,9 @@ from models.detection.screen import Finding
 from models.errors import DataError
 from models.formulas import without_guard
 from models.offline.io.files import CSV, format_of
-from models.offline.io.samples import check_text, read_rows
+from models.offline.io.samples import read_rows
 from models.offline.io.tables import Row
+from models.texts import check_text
 
 
 class Kind(IntEnum):

@@ -18,10 +18,8 @@ from models.offline.io.files import (
     opened_parquet,
     shown,
 )
-from models.offline.io.tables import Record, Row, TextTable, is_unicode, open_table
-
-MAX_CHARS = 100_000
-"""Limit for a text; a longer one is a mistake or an attack."""
+from models.offline.io.tables import Record, Row, TextTable, open_table
+from models.texts import check_text, is_unicode
 
 CHUNK = 512
 """Rows that are read, sorted by length and screened together, if there are too many to hold."""
@@ -148,21 +146,6 @@ def _with_integers(samples: list[Sample]) -> list[Sample]:
     if len(whole) < len(matches) or all(label == number for label, number in whole.items()):
         return samples
     return [s if s.label is None else Sample(s.text, whole[s.label]) for s in samples]
-
-
-def check_text(text: object) -> str:
-    """Return `text` if it can be screened; else raise `DataError`, which never quotes it."""
-    if text is None:
-        raise DataError("the text is missing")
-    if not isinstance(text, str):
-        raise DataError(f"the text is {type(text).__name__}, not a string")
-    if not text.strip():
-        raise DataError("the text is empty")
-    if len(text) > MAX_CHARS:
-        raise DataError(f"the text has {len(text)} characters; the limit is {MAX_CHARS}")
-    if not is_unicode(text):
-        raise DataError("the text is not valid Unicode: not UTF-8, or it has a lone surrogate")
-    return text
 
 
 def text_of(row: Row | DataError, column: str) -> str | DataError:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from models.errors import DataError
 from models.offline.io.files import CSV, JSON, JSONL, TSV, Source, check_column, format_of, opened
+from models.texts import is_unicode
 
 Row = dict[str, Any]
 
@@ -144,15 +145,6 @@ def open_table(file: Path, offset: int = 0) -> Iterator[TextTable]:
         if kind == JSON and not source.starts_with(b"["):
             kind = JSONL
         yield TextTable(source, kind, offset)
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded: it has no lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _named(fields: list[str] | DataError, names: Sequence[str], kind: str) -> Row | DataError:

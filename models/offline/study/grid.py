@@ -25,11 +25,11 @@ from models.offline.evaluation.metrics import classes_of, poisoned_non_target
 from models.offline.io.samples import (
     HUB_PREFIX,
     Sample,
-    check_text,
     load_samples,
     require_labels,
 )
 from models.offline.study.recipe import AttackRecipe, DataSet, PoisonFile, Recipe
+from models.texts import check_text
 
 ParaphraserLoader = Callable[[str], Callable[[str], str]]
 """Function from the name of a paraphraser to the paraphraser."""
