@@ -32,6 +32,10 @@ class RejectedError(PsimError):
             f"{reason}"
         )
 
+    def __reduce__(self) -> tuple[type["RejectedError"], tuple[list[GuardResult]]]:
+        """Say how to make it again where a worker process raised it."""
+        return RejectedError, (self.results,)
+
 
 class GuardPipeline:
     """A guard that is called like transformers' `TextClassificationPipeline`; see `pipeline`."""

@@ -1,5 +1,6 @@
 """The guard in the caller's process: order, policy, threads and errors, on a fake engine."""
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -173,6 +174,8 @@ def test_a_rejected_text_is_raised_with_all_results() -> None:
     assert TRIGGERED not in str(error.value)
     assert error.value.rejected == [1]
     assert [one.label for one in error.value.results] == ["positive", None, "positive", "negative"]
+    again = pickle.loads(pickle.dumps(error.value))  # as a worker process sends it
+    assert (str(again), again.results) == (str(error.value), error.value.results)
     assert classify([CLEAN, UNFAMILIAR])[1].keys() == {"label", "score"}
     with pytest.raises(RejectedError, match=r"rejected \(number 0, .*, 9, …\)"):
         classify([TRIGGERED] * 11)
