@@ -2,7 +2,6 @@
 
 import doctest
 import re
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def test_the_drop_in_answers_as_transformers_does(
             expected, got = theirs(inputs, **called_with), ours(inputs, **called_with)
             assert shape(got) == shape(expected)
             assert numbers(got) == pytest.approx(numbers(expected), abs=1e-5)
-    padded = {"truncation": True, "padding": True, "batch_size": 8}
+    padded: dict[str, Any] = {"truncation": True, "padding": True, "batch_size": 8}
     assert numbers(ours(texts, **padded)) == pytest.approx(numbers(theirs(texts, **padded)))
 
 
@@ -102,7 +101,7 @@ async def test_it_finds_and_says_what_the_service_and_the_command_do(
     ]
     guard = load(flags, engine="torch", dtype="float32", thorough=thorough)
     results = guard(texts)
-    assert Counter(one.decision for one in results)["reject"] > 10
+    assert sum(one.rejected for one in results) > 10
     verdicts = [*screen_texts(guard._bundle, texts, thorough=thorough)]
     assert [one.verdict for one in results] == verdicts
     screen = "thorough" if thorough else "suspicious"

@@ -45,10 +45,10 @@ def test_each_text_has_its_result_and_triggered_ones_are_not_classified() -> Non
     assert [one.finding for one in results] == [None, "triggered", "unfamiliar", None]
     assert [one.decision for one in results] == ["allow", "reject", "flag", "allow"]
     assert [one.label for one in results] == ["positive", None, "positive", "negative"]
-    assert results[3].scores == (
-        ("negative", pytest.approx(0.7)),
-        ("positive", pytest.approx(0.3)),
-    )
+    scores = results[3].scores
+    assert scores is not None
+    assert [one.label for one in scores] == ["negative", "positive"]
+    assert dict(scores) == pytest.approx({"negative": 0.7, "positive": 0.3})
     assert results[1].scores is None
     assert [one.rejected for one in results] == [False, True, False, False]
     assert {one.labels for one in results} == {None}
