@@ -53,6 +53,7 @@ from service.pipeline.gateway import Gateway
 from service.pipeline.request_record import Recorder
 from service.pipeline.trigger_search import TriggerSearch
 from service.pipeline.two_stage import TwoStageScreener
+from service.pipeline.upstream_parity import ParityCheck
 from service.pipeline.windows import WindowedScreener
 from service.protocols.base import ModelInfo
 from service.protocols.registry import PREFIX, protocols
@@ -137,6 +138,7 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
 
     Raises:
         BundleError: the bundle cannot be served.
+        PsimError: nor can it with these settings.
     """
     if bundle is None:
         assert settings.bundle is not None  # noqa: S101 - settings of one model have it
@@ -167,6 +169,7 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
         model_metrics,
         settings,
         challenger,
+        _parity(settings, bundle, batcher, classifier),
     )
     return Model(gateway, batcher, challenger)
 
@@ -191,6 +194,17 @@ def _classifier(
     name = settings.upstream_protocol
     candidates = list(known.values()) if name == "auto" else [known[name]]
     return UpstreamClassifier(settings, candidates, model_info, metrics)
+
+
+def _parity(
+    settings: UpstreamSettings,
+    bundle: Bundle,
+    batcher: Batcher,
+    classifier: LocalClassifier | UpstreamClassifier,
+) -> ParityCheck | None:
+    if isinstance(classifier, LocalClassifier):
+        return None
+    return ParityCheck(bundle, batcher, classifier, settings)
 
 
 def _challenger(settings: Settings, metrics: ModelMetrics) -> Challenger | None:

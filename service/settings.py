@@ -234,6 +234,10 @@ class UpstreamSettings(Section):
     upstream_connections: int = Field(64, ge=1)
     upstream_retry_s: float = Field(5, gt=0)
     """Pause before an upstream that is down is tried again."""
+    upstream_parity_s: float = Field(3600, ge=0)
+    """Pause between comparisons of the upstream with the bundle's victim; 0 makes none."""
+    upstream_parity_min: float = Field(0, ge=0, le=1)
+    """Share of the carriers that both must give the same label; below it, nothing is forwarded."""
 
 
 class ModelSettings(UpstreamSettings, OverrideSettings):

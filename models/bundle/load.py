@@ -67,6 +67,8 @@ class Bundle:
     """The second stage, for suspicious texts; None if the bundle has no carriers."""
     thorough: OverrideTest | None = None
     """The same with thresholds for all texts."""
+    carriers: Sequence[str] = ()
+    """Clean texts of which the victim is sure; they are the owner's own."""
 
     def override_test(self, *, thorough: bool) -> OverrideTest | None:
         """Return the second stage, for suspicious texts or for all; None if there is none."""
@@ -97,8 +99,10 @@ def load_bundle(
             screen, groups = _load_screen(copy, manifest, calibration)
             _check_memory(copy, manifest, totals)
             model = _load_engine(copy, manifest, calibration.runtime)
-            tests = _load_override(copy, manifest, model, groups)
-        bundle = Bundle(manifest, digest, model, screen, *tests)
+            carriers = _load_carriers(copy, manifest)
+            override, thorough = _override_tests(carriers, manifest, model, groups)
+        texts = [text for of_class in carriers for text in of_class]
+        bundle = Bundle(manifest, digest, model, screen, override, thorough, texts)
         _self_test(bundle)
     except PsimError as error:
         raise BundleError(f"{path}: {error}") from error
@@ -235,10 +239,8 @@ def _outcomes(outcomes: FloatArray, classes: Sequence[int]) -> FloatArray:
     return outcomes
 
 
-def _load_override(
-    path: Path, manifest: Manifest, engine: Engine, groups: OverrideGroups
-) -> list[OverrideTest]:
-    """Return tests for suspicious texts and for all, or none; check the carriers."""
+def _load_carriers(path: Path, manifest: Manifest) -> list[list[str]]:
+    """Return the carriers of each class, as many as the manifest names; none without a test."""
     record = manifest.override
     if record is None:
         return []
@@ -246,16 +248,28 @@ def _load_override(
         carriers = CarrierTexts.model_validate_json((path / CARRIERS).read_bytes()).carriers
     except (OSError, ValidationError):  # whose message would quote the texts
         raise BundleError(f"{CARRIERS} does not hold the carriers of the override test") from None
-    readable, counts = engine.window_length, [len(own) for own in carriers]
-    if counts != record.carriers:
+    if [len(own) for own in carriers] != record.carriers:
         raise BundleError(f"{CARRIERS} does not have as many carriers as the manifest names")
+    return carriers
+
+
+def _override_tests(
+    carriers: Sequence[Sequence[str]], manifest: Manifest, engine: Engine, groups: OverrideGroups
+) -> tuple[OverrideTest, OverrideTest] | tuple[None, None]:
+    """Return tests for suspicious texts and for all, or none; check the carriers."""
+    record, readable = manifest.override, engine.window_length
+    if record is None:
+        return None, None
     tokens = [[engine.token_ids(text) for text in own] for own in carriers]
     if not all(len(ids) for own in tokens for ids in own):
         raise BundleError(f"{CARRIERS} holds a text without a token")
     if record.window + 2 * record.carrier > readable:
         raise BundleError(f"the override test needs more than the {readable} tokens that are read")
     geometry = OverrideGeometry(record.window, record.carrier)
-    return [OverrideTest(tokens, geometry, manifest.layout, own, manifest.views) for own in groups]
+    suspicious, thorough = (
+        OverrideTest(tokens, geometry, manifest.layout, own, manifest.views) for own in groups
+    )
+    return suspicious, thorough
 
 
 def _agree(

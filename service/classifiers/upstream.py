@@ -60,7 +60,13 @@ KEEP_IDLE_S = 4.0
 """Less than the five seconds after which common servers close idle connections: of a request that
 meets a closing connection, nobody knows whether it was read."""
 MAX_BYTES = 32 * 2**20
+PROBE_ID = "warm-up"
+"""Request id of the service's own probes."""
 METADATA = TypeAdapter(dict[str, Any])
+
+
+class Incomparable(Exception):
+    """The upstream's answer is sound, but gives no scores of the bundle's classes."""
 
 
 class UpstreamClassifier:
@@ -93,6 +99,8 @@ class UpstreamClassifier:
         """Protocol of the upstream; None until its first answer."""
         self.max_length: int | None = None
         """Tokens after which the upstream says that it cuts a text."""
+        self.back = asyncio.Event()
+        """Set when the upstream answers for the first time, or after an outage."""
 
     async def start(self) -> None:
         """Open the pools; probe the upstream now, and whenever it may be down."""
@@ -145,7 +153,8 @@ class UpstreamClassifier:
         path = self.protocol.path(self._model_info.model, call.version)
         started = time.perf_counter()
         try:
-            reply = await self._send(self._session, path, self._headers(call), body)
+            headers = self._headers(call.headers, call.request_id)
+            reply = await self._send(self._session, path, headers, body)
         except ServiceError:
             self._breaker.record(failed=True)
             raise
@@ -158,6 +167,36 @@ class UpstreamClassifier:
         passthrough = same_protocol and complete and call.protocol.passthrough
         scores = self._scores(self.protocol, call, reply, len(texts), passthrough)
         return Classified(scores, [{"upstream": seconds}], reply=reply if passthrough else None)
+
+    async def scores(self, texts: Sequence[str]) -> list[list[Score]]:
+        """Return scores of texts of the service's own.
+
+        They take a connection of the callers' pool: a probe must not wait for them.
+
+        Raises:
+            Incomparable: they are not of the bundle's classes.
+            ServiceError: as from `classify`. The circuit breaker is not told: a probe says more.
+        """
+        protocol = self.protocol
+        if protocol is None:
+            raise NotReady("the upstream has not answered yet")
+        self._require_closed()
+        reply = await self._ask(self._session, protocol, texts, "parity")
+        if reply.status != HTTPStatus.OK:
+            raise self._refusal(reply, same_protocol=False)
+        known = self._model_info
+        try:
+            protocol.check(reply.body, len(texts))
+        except BadAnswer as error:
+            raise self._unusable(error) from None
+        try:
+            scores = protocol.scores(
+                reply.body, len(texts), known.labels, multi_label=known.multi_label
+            )
+            _check_labels(scores, known.labels, complete=False)
+        except BadAnswer as error:
+            raise Incomparable(str(error)) from None
+        return scores
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
         """Return the metadata at a path of an upstream that speaks Open Inference.
@@ -191,14 +230,16 @@ class UpstreamClassifier:
             request = call.request.with_texts(texts)
         return request.model_dump_json(exclude_none=True).encode()
 
-    def _headers(self, call: Call) -> CIMultiDict[str]:
+    def _headers(
+        self, received: Sequence[tuple[bytes, bytes]], request_id: str
+    ) -> CIMultiDict[str]:
         """Return the caller's end-to-end headers, and those that the gateway sets."""
-        pairs = [(k.decode("latin-1").lower(), v.decode(errors="replace")) for k, v in call.headers]
+        pairs = [(k.decode("latin-1").lower(), v.decode(errors="replace")) for k, v in received]
         kept = [(name, value) for name, value in pairs if not is_ambiguous(name)]
         headers = CIMultiDict(_end_to_end(kept, NOT_FORWARDED))
         headers["content-type"] = "application/json"
         headers["accept-encoding"] = "identity"
-        headers["x-request-id"] = call.request_id
+        headers["x-request-id"] = request_id
         if secret := self._settings.upstream_authorization:
             headers["authorization"] = secret.get_secret_value()
         return headers
@@ -223,6 +264,19 @@ class UpstreamClassifier:
         self._count("answer")
         log.error("the upstream's answer cannot be used: %s", error)
         return UpstreamFailed("the upstream's answer cannot be used; see the log")
+
+    async def _ask(
+        self,
+        session: aiohttp.ClientSession,
+        protocol: WireProtocol,
+        texts: Sequence[str],
+        request_id: str,
+    ) -> Reply:
+        """Have the upstream classify texts of the service's own, as `_send` does."""
+        request = protocol.build_request(texts, self._model_info)
+        body = request.model_dump_json(exclude_none=True).encode()
+        path = protocol.path(self._model_info.model)
+        return await self._send(session, path, self._headers((), request_id), body)
 
     async def _send(
         self,
@@ -298,6 +352,7 @@ class UpstreamClassifier:
 
     async def _probe(self) -> None:
         """Tell the circuit breaker whether the upstream answers."""
+        first = self.protocol is None
         try:
             answers = await self._answers()
         except Exception as error:
@@ -305,27 +360,22 @@ class UpstreamClassifier:
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("bug", extra={"error": type(error).__name__, "where": where})
             answers = False
+        if answers and (first or self._breaker.open):
+            self.back.set()
         self._breaker.probed(answers)
 
     async def _answers(self) -> bool:
         """Have the upstream classify a text; the first time, find out its protocol."""
         failures = []
         for protocol in self._candidates if self.protocol is None else [self.protocol]:
-            call = Call(
-                protocol.build_request(["warm up"], self._model_info),
-                protocol,
-                request_id="warm-up",
-            )
-            body = call.request.model_dump_json(exclude_none=True).encode()
             try:
-                path = protocol.path(self._model_info.model)
-                reply = await self._send(self._probe_session, path, self._headers(call), body)
+                reply = await self._ask(self._probe_session, protocol, ["warm up"], PROBE_ID)
                 if reply.status == HTTPStatus.OK:
                     protocol.check(reply.body, 1)
                     if self._model_info.multi_label and protocol.why_no_multi_label:
                         failures.append(protocol.why_no_multi_label)
                         break  # it may answer in other protocols too, and no better
-                    self.max_length = await self._ask_max_length(protocol, self._headers(call))
+                    self.max_length = await self._ask_max_length(protocol)
                     self.protocol = protocol
                     known = {"protocol": protocol.name, "max_length": self.max_length}
                     log.info("upstream answers", extra=known)
@@ -341,9 +391,7 @@ class UpstreamClassifier:
         log.warning("the upstream has no answer yet: %s", "; ".join(failures))
         return False
 
-    async def _ask_max_length(
-        self, protocol: WireProtocol, headers: CIMultiDict[str]
-    ) -> int | None:
+    async def _ask_max_length(self, protocol: WireProtocol) -> int | None:
         """Return after how many tokens the upstream cuts a text, if it tells.
 
         Raises:
@@ -352,6 +400,7 @@ class UpstreamClassifier:
         """
         if protocol.limit_path is None:
             return None
+        headers = self._headers((), PROBE_ID)
         try:
             reply = await self._exchange(
                 self._probe_session, "GET", protocol.limit_path, headers, b""

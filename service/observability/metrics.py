@@ -230,6 +230,24 @@ class ModelFamilies:
         self.upstream_errors = counter(
             "psim_upstream_errors", "Failures of the classifier elsewhere", ["model", "kind"]
         )
+        self.upstream_parity = gauge(
+            "psim_upstream_parity",
+            "Share of the carriers that the upstream gives the label of the bundle's victim",
+            MODEL,
+        )
+        self.upstream_parity_texts = gauge(
+            "psim_upstream_parity_texts", "Carriers in psim_upstream_parity", MODEL
+        )
+        self.upstream_parity_difference = gauge(
+            "psim_upstream_parity_difference",
+            "Largest difference of a score between the upstream and the bundle's victim",
+            MODEL,
+        )
+        self.upstream_incomparable = gauge(
+            "psim_upstream_incomparable",
+            "1 if the upstream's answers give no scores of the bundle's classes",
+            MODEL,
+        )
         self.drift_statistic = gauge(
             "psim_drift_statistic",
             "Kolmogorov-Smirnov statistic of passing inputs' scores against clean texts'",
@@ -333,6 +351,10 @@ class ModelMetrics:
         self.fail_open = families.fail_open.labels(model)
         self.seen_texts = families.seen_texts.labels(model)
         self.ready = families.ready.labels(model)
+        self.upstream_parity = families.upstream_parity.labels(model)
+        self.upstream_parity_texts = families.upstream_parity_texts.labels(model)
+        self.upstream_parity_difference = families.upstream_parity_difference.labels(model)
+        self.upstream_incomparable = families.upstream_incomparable.labels(model)
         self.challenger_dropped = families.challenger_dropped.labels(model)
         self.challenger_score = families.challenger_score.labels(model)
         self.challenger_inputs = {

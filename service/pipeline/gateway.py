@@ -16,7 +16,7 @@ from models.detection.passage import Span
 from models.detection.screen import Verdict
 from models.detection.views import FIRES
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
-from service.errors import NotInspected, Overloaded, RateLimited, ScreenFailed, TooLarge
+from service.errors import NotInspected, NotReady, Overloaded, RateLimited, ScreenFailed, TooLarge
 from service.inference.batcher import Screened, Screener, free
 from service.inference.worker import Health
 from service.observability.drift import Drift
@@ -26,6 +26,7 @@ from service.pipeline.policy import Policy, only_rejections, policy_of, refuses_
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.seen import SeenTexts
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
+from service.pipeline.upstream_parity import UpstreamParity, ParityCheck, publish
 from service.pipeline.windows import WindowedScreener
 from service.protocols.base import InferenceRequest, ModelInfo
 from service.protocols.openai import Moderation, moderation
@@ -119,6 +120,7 @@ class Gateway:
         metrics: ModelMetrics,
         settings: GatewaySettings,
         challenger: Challenger | None = None,
+        parity: ParityCheck | None = None,
     ) -> None:
         self.bundle, self.model_info, self.mode = bundle, model_info, settings.mode
         self.drift = Drift(bundle)
@@ -129,6 +131,7 @@ class Gateway:
         self._screener, self._windowed_screener = screener, windowed_screener
         self._classifier, self._trigger_search = classifier, trigger_search
         self._metrics, self._settings, self._challenger = metrics, settings, challenger
+        self._parity = parity
         self._seen = SeenTexts(settings.seen_texts)
         self._warm = False
 
@@ -266,11 +269,15 @@ class Gateway:
         if answer.value.verdict is None:  # even if the gateway is to fail open
             raise ScreenFailed("the screen gives no verdict on the text that it is tried with")
         await self._classifier.start()
+        if self._parity:
+            await self._parity.start()
         self._warm = True
-        self.update_ready_metric()
+        self.update_gauges()
 
     async def close(self) -> None:
         """Release the classifier, even if it was not started, or not wholly."""
+        if self._parity:
+            await self._parity.close()
         await self._classifier.close()
 
     @property
@@ -287,6 +294,11 @@ class Gateway:
     def upstream_protocol(self) -> str | None:
         """The protocol of the upstream; None if there is none, or while it is not known."""
         return self._classifier.upstream_protocol
+
+    @property
+    def upstream_parity(self) -> UpstreamParity | None:
+        """Whether the upstream classifies as the bundle's model does; None without an upstream."""
+        return self._parity.latest if self._parity else None
 
     async def metadata(self, path: str) -> dict[str, Any] | None:
         """Return the upstream's metadata at a path of Open Inference; None if it has none.
@@ -308,11 +320,14 @@ class Gateway:
             return f"the inference worker {self.health}"
         if not self._warm:
             return "the gateway is starting"
-        return None if self._classifier.ready else "the upstream is down"
+        if not self._classifier.ready:
+            return "the upstream is down"
+        return self._parity.unready_reason if self._parity else None
 
-    def update_ready_metric(self) -> None:
-        """Set the gauge `psim_ready`."""
+    def update_gauges(self) -> None:
+        """Set the gauges that tell a state: `psim_ready`, and those of the upstream's parity."""
         self._metrics.ready.set(self.unready_reason is None)
+        publish(self.upstream_parity, self._metrics)
 
     async def _screen(
         self, record: RequestRecord, caller: Caller, texts: Sequence[str], screener: Screener
@@ -371,6 +386,8 @@ class Gateway:
         """Give every text that may pass its scores, unless the upstream's reply has them."""
         passed = [one for one in inputs if one.decision is not Decision.REJECT]
         accepted = [one.for_classifier for one in passed]
+        if self._parity and (reason := self._parity.unready_reason):
+            raise NotReady(reason)
         with record.span("classify"):
             answer = await self._classifier.classify(call, accepted)
         record.add_seconds(answer.stages)

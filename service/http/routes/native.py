@@ -64,7 +64,7 @@ class ModelRoutes:
     async def info(self, request: Request) -> dict[str, Any]:
         """Return the served model and the limits of requests."""
         gateway = self._models.get(prefixed_model(request)).gateway
-        bundle, engine = gateway.bundle, gateway.bundle.engine
+        bundle, engine, parity = gateway.bundle, gateway.bundle.engine, gateway.upstream_parity
         shown: dict[str, Any] = {
             "bundle": bundle.digest,
             "challenger": gateway.challenger,
@@ -73,6 +73,7 @@ class ModelRoutes:
             "models": [model.name for model in self._models],
             "override_test": gateway.override_test,
             "upstream": gateway.upstream_protocol,
+            "upstream_parity": parity and asdict(parity),
             "engine": {
                 "name": engine.name,
                 "dtype": engine.dtype,
@@ -114,7 +115,7 @@ class ProcessRoutes:
     async def scrape(self, request: Request) -> Response:
         """Return the metrics in the format that the scraper accepts."""
         for model in self._models:
-            model.gateway.update_ready_metric()
+            model.gateway.update_gauges()
         self._metrics.compare(await asyncio.to_thread(self._models.drift))
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self._metrics.registry), headers={"content-type": content_type})
