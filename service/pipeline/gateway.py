@@ -26,7 +26,7 @@ from service.pipeline.policy import Policy, only_rejections, policy_of, refuses_
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.seen import SeenTexts
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
-from service.pipeline.upstream_parity import UpstreamParity, ParityCheck, publish
+from service.pipeline.upstream_parity import ParityCheck, UpstreamParity, publish
 from service.pipeline.windows import WindowedScreener
 from service.protocols.base import InferenceRequest, ModelInfo
 from service.protocols.openai import Moderation, moderation

@@ -162,6 +162,23 @@ async def test_an_upstream_that_takes_the_softmax_is_refused(
     assert "text-embeddings-inference takes the softmax" in caplog.text
 
 
+async def test_an_upstream_is_the_same_model_only_if_every_label_agrees() -> None:
+    class MoreSport(SeveralLabels):
+        def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
+            return super().classify(batch) + np.array([0, 0.375, 0], np.float32)
+
+    own = replace(several_labels(), carriers=[BOTH, NONE])
+    for engine, same in ((SeveralLabels(), 1), (MoreSport(), 0)):
+        theirs = replace(several_labels(), engine=engine)
+        upstream = create_app(Settings(bundle=Path("unused"), mode="shadow"), theirs)
+        async with listening(upstream) as url:
+            values: dict[str, Any] = {"upstream": url, "upstream_protocol": "native"}
+            values["upstream_parity_min"] = 0.1  # the first comparison ends before the start
+            app = create_app(Settings(bundle=Path("unused"), **values), own)
+            async with client_for(app) as asked:
+                assert (await asked.get("/info")).json()["upstream_parity"]["same"] == same
+
+
 def test_answers_of_upstreams_are_read_as_sigmoids() -> None:
     def tensor(values: list[float]) -> bytes:
         return (

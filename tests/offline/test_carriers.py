@@ -19,9 +19,12 @@ from models.errors import BundleError
 from models.offline.fitting.carriers import MIN_WORDS
 from models.offline.io.classifiers import save_classifier
 from models.offline.io.samples import Sample, write_samples
+from service.app import create_app
+from service.settings import Settings
 from tests.support.bundles import fit_tiny, forge, rehash, some_texts, sure_victim
 from tests.support.commands import assert_refused, psim
 from tests.support.families import tiny_victim
+from tests.support.requests import client_for, listening
 
 CLEAN, HARMLESS = outcome_names(REFERENCE, "suspicious")
 
@@ -56,6 +59,7 @@ def test_carriers_are_beginnings_of_clean_texts_and_come_back(folder: Path) -> N
     bundle = load_bundle(folder / "bundle", "float32", "torch")
     carriers = carriers_of(folder / "bundle")
     assert bundle.override is not None
+    assert [*bundle.carriers] == [text for own in carriers for text in own]
     assert [len(own) for own in carriers] == [len(own) for own in bundle.override.carriers]
     assert sum(map(bool, carriers)) >= 2
     for label, own in enumerate(carriers):
@@ -74,11 +78,34 @@ def test_carriers_are_beginnings_of_clean_texts_and_come_back(folder: Path) -> N
     assert groups == {0, 1, 2}
 
 
+async def test_an_upstream_with_the_same_weights_agrees_on_all_carriers_and_another_does_not(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    other = fit_tiny(tiny_victim("bert", 1), tokenizer, tmp_path / "other")
+    found = []
+    for upstream in (folder / "bundle", other):
+        bare = create_app(Settings(bundle=upstream, mode="shadow"))
+        async with listening(bare) as url:
+            settings: dict[str, Any] = {"upstream": url, "upstream_parity_min": 0.9}
+            async with client_for(
+                create_app(Settings(bundle=folder / "bundle", **settings))
+            ) as own:
+                found.append((await own.get("/info")).json()["upstream_parity"])
+                ready = (await own.get("/ready")).status_code == 200
+                assert ready == (upstream != other)
+    same, different = found
+    assert same["texts"] == len([text for own in carriers_of(folder / "bundle") for text in own])
+    assert same["same"] == 1
+    assert same["largest_difference"] < 1e-3
+    assert different["same"] < 0.9
+
+
 def test_a_victim_that_is_never_sure_has_no_test(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     bundle = fit_tiny(tiny_victim("bert"), tokenizer, tmp_path / "bundle")
-    assert load_bundle(bundle).override is None
+    loaded = load_bundle(bundle)
+    assert (loaded.override, [*loaded.carriers]) == (None, [])
     assert not (bundle / CARRIERS).exists()
     inspected = psim("inspect", bundle)
     assert "there is no override test" in " ".join(inspected.stdout.split())
