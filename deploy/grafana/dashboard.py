@@ -372,6 +372,26 @@ CHARTS: dict[str, list[Chart]] = {
             {"{{kind}}": f"sum by (kind) (rate(psim_upstream_errors_total{MODELS}{RATE}))"},
         ),
         Chart(
+            "Upstream compared with the bundle's model",
+            "Same: share of carriers with the same label, as of the latest comparison. Difference: "
+            "the largest of a score. The alert fires below 95 %. With PSIM_UPSTREAM only.",
+            units.PercentUnit,
+            {
+                "same {{instance}} {{model}}": f"psim_upstream_parity{MODELS}",
+                "difference {{instance}} {{model}}": f"psim_upstream_parity_difference{MODELS}",
+            },
+        ),
+        Chart(
+            "Carriers compared; upstream that gives other classes",
+            "Compared: in the latest comparison. Other: 1 if the upstream's answers do not give "
+            "the bundle's classes.",
+            units.Short,
+            {
+                "compared {{instance}} {{model}}": f"psim_upstream_parity_texts{MODELS}",
+                "other {{instance}} {{model}}": f"psim_upstream_incomparable{MODELS}",
+            },
+        ),
+        Chart(
             "Replicas by bundle",
             "Two bundles of one model at once belong to a rollout, and to nothing else.",
             units.Short,
