@@ -139,7 +139,7 @@ async def test_another_model_is_reported_and_still_answers_unless_a_bound_is_set
 
 async def test_below_the_bound_nothing_is_forwarded_until_the_models_agree_again() -> None:
     peer = Tei(inverted=True)
-    settings = {"upstream_parity_min": 0.9, "upstream_parity_s": 0.05}
+    settings: dict[str, Any] = {"upstream_parity_min": 0.9, "upstream_parity_s": 0.05}
     async with listening(peer.app) as url, before(url, **settings) as client:
         refused = await client.get("/ready")
         assert refused.status_code == 503
@@ -185,7 +185,7 @@ async def test_an_upstream_that_is_replaced_in_an_outage_is_compared_after_it() 
 @pytest.mark.parametrize("status", [400, 429, 500])
 async def test_failures_are_no_disparity(status: int, caplog: pytest.LogCaptureFixture) -> None:
     peer = Tei()
-    settings = {"upstream_parity_s": 0.05, "upstream_parity_min": 1}
+    settings: dict[str, Any] = {"upstream_parity_s": 0.05, "upstream_parity_min": 1}
     async with listening(peer.app) as url, before(url, **settings) as client:
         await until_parity(client, same=1)
         peer.status = status
@@ -197,7 +197,7 @@ async def test_failures_are_no_disparity(status: int, caplog: pytest.LogCaptureF
 
 async def test_labels_of_another_name_are_named_where_answers_have_names() -> None:
     peer = Tei(labels=("LABEL_0", "LABEL_1"))
-    settings = {"upstream_parity_s": 0.05, "upstream_parity_min": 0.5}
+    settings: dict[str, Any] = {"upstream_parity_s": 0.05, "upstream_parity_min": 0.5}
     async with listening(peer.app) as url, before(url, **settings) as client:
         found = await parity_of(client)
         assert (found["state"], found["same"]) == ("incomparable", None)
@@ -252,8 +252,8 @@ async def test_carriers_go_to_the_upstream_and_nowhere_else(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     for peer in (Tei(), Tei(inverted=True), Tei(labels=("a", "b")), Tei(most=0)):
-        url_settings = {"upstream_protocol": "tei", "upstream_parity_s": 0.05}
-        async with listening(peer.app) as url, before(url, **url_settings) as client:
+        settings: dict[str, Any] = {"upstream_protocol": "tei", "upstream_parity_s": 0.05}
+        async with listening(peer.app) as url, before(url, **settings) as client:
             if peer.most:
                 await until(lambda: "upstream compared" in caplog.text)
             shown = (await client.get("/info")).text + (await client.get("/metrics")).text
