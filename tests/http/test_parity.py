@@ -17,12 +17,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from models.bundle.load import Bundle
+from models.detection.screen import FloatArray
 from models.engines.base import ClassifierState
 from models.errors import PsimError
 from service.app import create_app
 from service.protocols.registry import protocols
 from service.settings import Settings
-from tests.support.fakes import FakeEngine, FloatArray, fake_bundle
+from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.requests import CLEAN, client_for, listening, metric, until_ready
 from tests.support.servers import free_port
 from tests.support.waiting import until
