@@ -13,7 +13,8 @@ from typing import TextIO
 from models.detection.screen import Finding
 from models.formulas import guarded
 from service.audit.rows import NAMES, Mark, Row, as_json
-from service.audit.store import AuditError, AuditStore
+from service.audit.schema import AuditError
+from service.audit.store import AuditStore
 from service.schemas import Decision
 
 

@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, StatementError
 
-from models.errors import PsimError
 from service.audit.rows import NAMES, Row, as_dict
-
-
-class AuditError(PsimError):
-    """The audit cannot be opened or read."""
+from service.audit.schema import AuditError, is_newer, upgrade
 
 
 class BadRow(Exception):
@@ -108,15 +102,15 @@ class AuditStore:
             _prepare_sqlite(self._engine, read_only)
 
     def migrate(self) -> None:
-        """Upgrade the tables to the schema of this version."""
+        """Upgrade the tables to the schema of this version, or take a newer one that has all of it.
+
+        Raises:
+            NewerSchemaError: a newer version removed what this one needs.
+        """
         if self._file:
             self._file.touch(mode=0o600)  # it may hold texts
-        config = Config()
-        config.set_main_option("script_location", "service.audit:migrations")
-        config.set_main_option("path_separator", "os")
         with self._engine.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            upgrade(connection, metadata)
 
     @contextmanager
     def connect(self, seconds: float) -> Iterator[sa.Connection]:
@@ -189,6 +183,7 @@ class AuditStore:
             query = query.where(inputs.c.finding.in_(findings))
         try:
             with self._engine.connect() as connection:
+                is_newer(connection, metadata)  # says better than the database what is missing
                 for row in connection.execution_options(yield_per=1000).execute(query):
                     yield Row(**row._mapping)
         except DBAPIError as error:

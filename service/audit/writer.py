@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 
 from service.audit.rows import Row
+from service.audit.schema import NewerSchemaError
 from service.audit.store import AuditStore, BadRow
 from service.observability.metrics import AuditMetrics
 
@@ -66,7 +67,9 @@ class Writer:
         self._chars = 0
         self._wake = threading.Condition()
         self._closing = self._given_up = False
-        self._failing = self._dropping = self._migrated = False
+        self._failing: str | None = None
+        """What was logged of the failure that lasts."""
+        self._dropping = self._migrated = False
         self._purge_at = 0.0
         self._clock_ahead: float | None = None
         """Seconds by which the clock was ahead of the monotonic one at the last purge."""
@@ -168,7 +171,7 @@ class Writer:
                     self._chars -= _chars(row)
         if self._failing:
             log.info("the audit store answers again")
-        self._failing = self._dropping = False
+        self._failing, self._dropping = None, False
         self._purge()
 
     def _write(self, rows: Sequence[Row]) -> None:
@@ -208,10 +211,11 @@ class Writer:
         self._metrics.audit_failures.inc()
         self._migrated = False  # the table may be gone with the rest
         self._store.close()
-        if not self._failing:
-            # Only the type: messages may quote a row.
-            log.error("the audit store fails", extra={"error": type(error).__name__})
-        self._failing = True
+        # Only the type of others: their messages may quote a row.
+        reason = str(error) if isinstance(error, NewerSchemaError) else type(error).__name__
+        if reason != self._failing:
+            log.error("the audit store fails", extra={"error": reason})
+        self._failing = reason
 
 
 def _chars(row: Row) -> int:

@@ -10,7 +10,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from service.audit.store import AuditError
+from service.audit.schema import AuditError
 from service.console.access import Check, SameOrigin, anybody
 from service.console.audit_reader import Audit
 from service.console.pages import GetStatuses, message, routes

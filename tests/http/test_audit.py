@@ -33,7 +33,8 @@ from service.app import create_app
 from service.audit import writer as audit_writer
 from service.audit.__main__ import main
 from service.audit.rows import Row, as_dict
-from service.audit.store import AuditError, AuditStore, BadRow, metadata
+from service.audit.schema import AuditError
+from service.audit.store import AuditStore, BadRow, metadata
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.audit import NOW, ROW, rows, writer_of

@@ -1,7 +1,9 @@
-"""An audit that an older version wrote keeps its rows and their marks."""
+"""An audit keeps its rows and their marks when another version wrote it, older or newer."""
 
+import logging
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,9 +15,15 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from service.audit.rows import Row, as_dict
+from service.audit import review
+from service.audit.review import MarkEvent
+from service.audit.rows import Mark, Row, as_dict
+from service.audit.schema import NewerSchemaError, migrations, obstacles
 from service.audit.store import AuditStore, BadRow, flagged, inputs, marks
+from tests.support.audit import rows, writer_of
 from tests.support.databases import new_database, postgres
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_for
 
 BEFORE_DETECTOR, BEFORE_FINDINGS = "0004", "0005"
 NEW = ("finding", "override", "override_threshold", "override_p_value")
@@ -41,12 +49,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def migrate(store: AuditStore, how: Callable[[Config, str], None], revision: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", "service.audit:migrations")
-    config.set_main_option("path_separator", "os")
     with store._engine.begin() as connection:
-        config.attributes["connection"] = connection
-        how(config, revision)
+        how(migrations(connection), revision)
 
 
 def without_findings(row: Row) -> dict[str, object]:
@@ -97,3 +101,142 @@ def test_the_column_that_was_called_voice_keeps_its_values_and_marks(url: str) -
         assert "ix_psim_audit_flagged" in indices
         with pytest.raises(BadRow):
             store.insert([replace(ROW, id=uuid4(), mark="nonsense")])
+
+
+NEXT = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "next"
+down_revision = "{head}"
+
+
+def upgrade() -> None:
+    {change}
+"""
+EXPAND = 'op.add_column("psim_audit", sa.Column("tenant", sa.Text))'
+CONTRACT = [
+    ('op.drop_column("psim_audit", "p_value")', "the column psim_audit.p_value is gone"),
+    ('op.drop_table("psim_audit_marks")', "the table psim_audit_marks is gone"),
+    (
+        'op.add_column("psim_audit", sa.Column("tenant", sa.Text, nullable=False))',
+        "the new column psim_audit.tenant may not be empty",
+    ),
+]
+
+
+class NextStore(AuditStore):
+    """The store of a version whose migrations go one step further."""
+
+    folder: Path
+
+    def __init__(self, url: str, folder: Path, change: str) -> None:
+        super().__init__(url)
+        self.folder = folder / "migrations"
+        if not self.folder.exists():
+            shutil.copytree(ROOT / "service/audit/migrations", self.folder)
+            head = max(file.name for file in self.folder.glob("versions/0*.py"))[:4]
+            script = NEXT.format(head=head, change=change)
+            (self.folder / "versions/next.py").write_text(script)
+
+    def migrate(self) -> None:
+        with self._engine.begin() as connection:
+            config = migrations(connection)
+            config.set_main_option("script_location", str(self.folder))
+            command.upgrade(config, "head")
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        super().insert(rows)
+        with self.connect(5) as connection:
+            for row in rows:
+                tenant = sa.text("UPDATE psim_audit SET tenant = 'acme' WHERE number = :number")
+                connection.execute(tenant, {"number": row.number})
+
+    def tenants(self) -> list[str | None]:
+        with self.connect(5) as connection:
+            query = sa.text("SELECT tenant FROM psim_audit ORDER BY number")
+            return list(connection.execute(query).scalars())
+
+
+def write(store: AuditStore, *new: Row) -> None:
+    """Write rows as a process of this version does, from its start to its end."""
+    writer, metrics = writer_of(store)
+    writer.start()
+    writer.add(new)
+    writer.close()
+    for name in ("psim_audit_dropped_total", "psim_audit_failures_total"):
+        assert metrics.registry.get_sample_value(name) == 0, name
+
+
+def test_going_back_and_forth_between_versions_loses_nothing(url: str, tmp_path: Path) -> None:
+    """Rolled out, rolled back, rolled out again; for a while, both versions write."""
+    all_rows = [replace(ROW, id=uuid4(), number=n, mark=None) for n in range(6)]
+    write(AuditStore(url), all_rows[0])
+    write(NextStore(url, tmp_path, EXPAND), all_rows[1])
+    write(AuditStore(url), all_rows[2])
+    with closing(AuditStore(url)) as this, closing(NextStore(url, tmp_path, EXPAND)) as next_one:
+        this.insert(all_rows[3:4])
+        next_one.insert(all_rows[4:5])
+        with this.connect(5) as connection:
+            review.mark(connection, all_rows[1].id, MarkEvent(Mark.POISONED, "ops", NOW))
+    write(NextStore(url, tmp_path, EXPAND), all_rows[5])
+    all_rows[1] = replace(all_rows[1], mark="poisoned")
+    assert rows(url) == all_rows
+    with closing(NextStore(url, tmp_path, EXPAND)) as next_one:
+        assert next_one.tenants() == [None, "acme", None, None, "acme", "acme"]
+
+
+@pytest.mark.parametrize(("change", "lacks"), CONTRACT)
+def test_a_newer_schema_that_lacks_something_is_refused_with_both_versions(
+    url: str, tmp_path: Path, change: str, lacks: str
+) -> None:
+    with closing(NextStore(url, tmp_path, change)) as next_one:
+        next_one.migrate()
+    message = (
+        rf"schema next of a newer version, which psim-gateway [\d.]+ with schema \d{{4}} cannot "
+        rf"use: {lacks}\. Run the newer version, or name another database in PSIM_AUDIT_URL"
+    )
+    with closing(AuditStore(url)) as store:
+        with pytest.raises(NewerSchemaError, match=message):
+            store.migrate()
+        with pytest.raises(NewerSchemaError, match=message):
+            list(store.read())
+
+
+def after(url: str, revision: str) -> list[str]:
+    """Return what keeps a version of a revision from using the schema of today."""
+    with closing(AuditStore(url)) as store:
+        migrate(store, command.upgrade, revision)
+        then = sa.MetaData()
+        with store.connect(5) as connection:
+            then.reflect(connection, only=["psim_audit", "psim_audit_marks"])
+        store.migrate()
+        with store.connect(5) as connection:
+            return list(obstacles(connection, then))
+
+
+def test_a_column_that_was_renamed_is_found_and_one_that_was_added_is_none(url: str) -> None:
+    assert after(url, BEFORE_DETECTOR) == ["the column psim_audit.voice is gone"]
+    with closing(AuditStore(url)) as store:
+        migrate(store, command.downgrade, "base")
+    assert after(url, BEFORE_FINDINGS) == []
+
+
+def test_a_process_says_once_why_it_cannot_write_and_writes_once_it_can(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(AuditStore(url), ROW)
+    writer, metrics = writer_of(AuditStore(url))
+    writer.start()
+    with closing(NextStore(url, tmp_path, CONTRACT[0][0])) as next_one:
+        next_one.migrate()
+        writer.add([replace(ROW, id=uuid4(), number=1)])
+        failures = "psim_audit_failures_total"
+        wait_for(lambda: (metrics.registry.get_sample_value(failures) or 0) > 3)
+        with next_one.connect(5) as connection:  # back from the contraction, by hand
+            connection.execute(sa.text("ALTER TABLE psim_audit ADD COLUMN p_value FLOAT"))
+    wait_for(lambda: metrics.registry.get_sample_value("psim_audit_queue_rows") == 0)
+    writer.close()
+    said = [r for r in caplog.records if "p_value is gone" in str(r.__dict__)]
+    assert [r.levelno for r in said] == [logging.ERROR]
+    assert [row.number for row in rows(url)] == [0, 1]
