@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -67,6 +68,7 @@ from service.settings import (
     RequestLimits,
     Settings,
     UpstreamSettings,
+    ignored_variables,
     usable_cpus,
 )
 
@@ -88,6 +90,8 @@ def create_process_app(settings: Settings) -> FastAPI:
     # blocks all else for 4 ms instead of 270.
     gc.freeze()
     logs.configure(settings.log_level)
+    for warning in ignored_variables(os.environ):
+        log.warning(warning)
     return create_app(settings)
 
 

@@ -1,4 +1,7 @@
-"""Settings, from `PSIM_*` environment variables only; an unknown variable refuses to start.
+"""Settings, from `PSIM_*` environment variables only.
+
+An unknown variable refuses to start, unless it is known to be of another version: while a
+deployment is updated or rolled back, two versions have one environment.
 
 They come in sections by concern. `Settings` inherits all sections, so that one object configures
 everything; a part names in its annotation the section it needs, and cannot read any other.
@@ -8,7 +11,7 @@ import difflib
 import ipaddress
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
@@ -28,12 +31,13 @@ from models.engines.base import DtypeName, EngineName
 from models.errors import PsimError
 
 PREFIX = "PSIM_"
-RENAMED = {
+OTHER_VERSIONS: dict[str, str | None] = {
     "PSIM_CANDIDATE": "PSIM_CHALLENGER",
     "PSIM_UNREAD": "PSIM_OVERLONG",
     "PSIM_UPSTREAM_DIALECT": "PSIM_UPSTREAM_PROTOCOL",
 }
-"""New names of variables that had another one."""
+"""Variables of past versions, with what replaces each, and those that the next version will read,
+with None. They have no effect, so none belongs here whose loss would weaken the screen."""
 
 
 ProtocolName = Literal["auto", "tei", "oip", "vllm", "sglang", "native", "hf"]
@@ -320,14 +324,26 @@ def is_loopback(host: str) -> bool:
 def unknown_variables(environment: Iterable[str]) -> list[str]:
     """Return a complaint for each `PSIM_*` variable that is no setting: pydantic ignores them."""
     known = [PREFIX + name.upper() for name in Settings.model_fields]
-    complaints = []
-    for name in sorted(environment):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            renamed = RENAMED.get(name.upper())
-            similar = [renamed] if renamed else difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"; did you mean {similar[0]}?" if similar else ""
-            complaints.append(f"{name} is not a setting{hint}")
-    return complaints
+    return [
+        f"{name} is not a setting{_hint(name.upper(), known)}"
+        for name in sorted(environment)
+        if name.upper().startswith(PREFIX) and name.upper() not in known
+    ]
+
+
+def ignored_variables(environment: Iterable[str]) -> list[str]:
+    """Return a warning, without its value, for each variable that another version reads."""
+    return unknown_variables(name for name in environment if name.upper() in OTHER_VERSIONS)
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    if name in OTHER_VERSIONS:
+        new = OTHER_VERSIONS[name]
+        return (
+            f" of this version, which ignores it: {f'set {new}' if new else 'a newer one has it'}"
+        )
+    similar = difflib.get_close_matches(name, [*known, *OTHER_VERSIONS], n=1)
+    return f"; did you mean {OTHER_VERSIONS.get(similar[0]) or similar[0]}?" if similar else ""
 
 
 def load_settings() -> Settings:
@@ -336,7 +352,7 @@ def load_settings() -> Settings:
     Raises:
         PsimError: a setting is wrong; the message has a line for each.
     """
-    complaints = unknown_variables(os.environ)
+    complaints = unknown_variables(n for n in os.environ if n.upper() not in OTHER_VERSIONS)
     try:
         settings = Settings()
     except ValidationError as error:

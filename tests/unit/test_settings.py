@@ -9,7 +9,14 @@ import pytest
 
 from models.errors import PsimError
 from service.lifecycle.models_file import settings_by_model
-from service.settings import RENAMED, Settings, load_settings, unknown_variables, usable_cpus
+from service.settings import (
+    OTHER_VERSIONS,
+    Settings,
+    ignored_variables,
+    load_settings,
+    unknown_variables,
+    usable_cpus,
+)
 
 
 def test_a_mistyped_variable_is_named_with_what_was_meant() -> None:
@@ -17,10 +24,26 @@ def test_a_mistyped_variable_is_named_with_what_was_meant() -> None:
     assert complaints == ["PSIM_MOED is not a setting; did you mean PSIM_MODE?"]
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_old_name_leads_to_the_new_one(old: str, new: str) -> None:
-    assert unknown_variables([old]) == [f"{old} is not a setting; did you mean {new}?"]
+@pytest.mark.parametrize(("old", "new"), OTHER_VERSIONS.items())
+def test_a_name_of_a_past_version_leads_to_the_one_that_replaces_it(old: str, new: str) -> None:
+    assert ignored_variables([old]) == [
+        f"{old} is not a setting of this version, which ignores it: set {new}"
+    ]
     assert unknown_variables([new]) == []
+
+
+def test_names_of_other_versions_are_ignored_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OTHER_VERSIONS, "PSIM_TENANTS", None)
+    for name, value in {"PSIM_BUNDLE": "/b", "PSIM_TENANTS": "x", "psim_candidate": "/c"}.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().challenger is None
+    assert ignored_variables(os.environ) == [
+        "PSIM_TENANTS is not a setting of this version, which ignores it: a newer one has it",
+        "psim_candidate is not a setting of this version, which ignores it: set PSIM_CHALLENGER",
+    ]
+    monkeypatch.setenv("PSIM_CANDIDATES", "/c")
+    with pytest.raises(PsimError, match=r"^PSIM_CANDIDATES is not a setting; did you mean PSIM_CH"):
+        load_settings()
 
 
 def test_every_setting_is_known() -> None:
@@ -78,3 +101,16 @@ def test_bad_settings_are_one_clear_line_and_exit_code_2(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_warns_once_of_a_name_of_another_version_and_goes_on() -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PSIM_")}
+    settings = {"PSIM_BUNDLE": "/nowhere", "PSIM_CANDIDATE": "/secret"}
+    done = subprocess.run(
+        [sys.executable, "-m", "service"], env=clean | settings, capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    assert output.count("PSIM_CANDIDATE is not a setting of this version") == 1
+    assert "secret" not in output
+    assert "error: /nowhere is not a bundle" in output
