@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import psutil
 from pydantic import ValidationError
@@ -110,11 +110,18 @@ def read_manifest(path: Path, key: Path | None = None) -> tuple[Manifest, str]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         if where == "schema_version":
-            raise BundleError(
-                f"{path} is of another version; run `psim fit` again: "
-                "psim fit --victim VICTIM --texts CLEAN --out BUNDLE"
-            ) from None
+            raise BundleError(_other_version(path, error.errors()[0]["input"])) from None
         raise BundleError(f"{path}/{MANIFEST} is not valid: {where!r}: {first['msg']}") from error
+
+
+def _other_version(path: Path, found: object) -> str:
+    (known,) = get_args(Manifest.model_fields["schema_version"].annotation)
+    schema = f"schema {found}" if isinstance(found, int) and 0 <= found < 1000 else "no schema"
+    return (
+        f"{path} has {schema} instead of {known}, so it is of another version; run `psim fit` "
+        "again: psim fit --victim VICTIM --texts CLEAN --out BUNDLE. Or serve it with the version "
+        "that wrote it (docs/upgrading.md)"
+    )
 
 
 def check_files(path: Path, manifest: Manifest) -> None:

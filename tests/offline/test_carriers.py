@@ -317,7 +317,8 @@ def test_an_old_bundle_is_refused_with_the_command_that_makes_a_new_one(bundle: 
         del calibration["override"], calibration["thorough"]
     for version in (4, 5, 7):
         (bundle / MANIFEST).write_text(json.dumps(manifest | {"schema_version": version}))
-        with pytest.raises(BundleError, match="of another version; run `psim fit` again") as why:
+        message = f"has schema {version} instead of 6, so it is of another version; run `psim fit`"
+        with pytest.raises(BundleError, match=message) as why:
             load_bundle(bundle)
         assert "\n" not in str(why.value)
         for command in (("inspect", bundle), ("screen", bundle / MANIFEST, "--bundle", bundle)):

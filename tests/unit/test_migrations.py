@@ -23,6 +23,7 @@ from service.audit.store import AuditStore, BadRow, flagged, inputs, marks
 from tests.support.audit import rows, writer_of
 from tests.support.databases import new_database, postgres
 from tests.support.paths import ROOT
+from tests.support.versions import ROWS
 from tests.support.waiting import wait_for
 
 BEFORE_DETECTOR, BEFORE_FINDINGS = "0004", "0005"
@@ -220,6 +221,14 @@ def test_a_column_that_was_renamed_is_found_and_one_that_was_added_is_none(url: 
     with closing(AuditStore(url)) as store:
         migrate(store, command.downgrade, "base")
     assert after(url, BEFORE_FINDINGS) == []
+
+
+def test_what_was_released_last_can_use_the_schema_of_today(url: str) -> None:
+    """If this fails, a migration contracts too early: see docs/upgrading.md."""
+    released = ROWS[1].audit
+    if released == "-":
+        pytest.skip(f"{ROWS[1].version} has no audit")
+    assert after(url, released) == []
 
 
 def test_a_process_says_once_why_it_cannot_write_and_writes_once_it_can(
