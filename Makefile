@@ -20,7 +20,7 @@ INSTALL_SELF := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolat
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate -c constraints.txt
 
-.PHONY: help dev demo bench test test-fast lint lock audit sbom clean
+.PHONY: help dev demo bench test test-fast lint lock audit sbom release clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -92,6 +92,9 @@ sbom: $(READY) ## write build/sbom.json (CycloneDX): all that .venv holds
 	mkdir -p $(dir $(SBOM))
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
 		--output-file $(SBOM) $(BIN)/python
+
+release: $(READY) ## VERSION=x.y.z: set it, date the changelog, build and tag; pushes nothing
+	@$(BIN)/python deploy/release.py '$(VERSION)'
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build/bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
