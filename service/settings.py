@@ -339,9 +339,8 @@ def ignored_variables(environment: Iterable[str]) -> list[str]:
 def _hint(name: str, known: Sequence[str]) -> str:
     if name in OTHER_VERSIONS:
         new = OTHER_VERSIONS[name]
-        return (
-            f" of this version, which ignores it: {f'set {new}' if new else 'a newer one has it'}"
-        )
+        advice = f"set {new}" if new else "a newer one has it"
+        return f" of this version, which ignores it: {advice}"
     similar = difflib.get_close_matches(name, [*known, *OTHER_VERSIONS], n=1)
     return f"; did you mean {OTHER_VERSIONS.get(similar[0]) or similar[0]}?" if similar else ""
 

@@ -234,17 +234,18 @@ def test_what_was_released_last_can_use_the_schema_of_today(url: str) -> None:
 def test_a_process_says_once_why_it_cannot_write_and_writes_once_it_can(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(AuditStore(url), ROW)
     writer, metrics = writer_of(AuditStore(url))
+    value = metrics.registry.get_sample_value
     writer.start()
+    writer.add([ROW])
+    wait_for(lambda: value("psim_audit_queue_rows") == 0)
     with closing(NextStore(url, tmp_path, CONTRACT[0][0])) as next_one:
         next_one.migrate()
         writer.add([replace(ROW, id=uuid4(), number=1)])
-        failures = "psim_audit_failures_total"
-        wait_for(lambda: (metrics.registry.get_sample_value(failures) or 0) > 3)
+        wait_for(lambda: (value("psim_audit_failures_total") or 0) > 3)
         with next_one.connect(5) as connection:  # back from the contraction, by hand
             connection.execute(sa.text("ALTER TABLE psim_audit ADD COLUMN p_value FLOAT"))
-    wait_for(lambda: metrics.registry.get_sample_value("psim_audit_queue_rows") == 0)
+    wait_for(lambda: value("psim_audit_queue_rows") == 0)
     writer.close()
     said = [r for r in caplog.records if "p_value is gone" in str(r.__dict__)]
     assert [r.levelno for r in said] == [logging.ERROR]
