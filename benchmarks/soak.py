@@ -160,11 +160,11 @@ class Callers:
         texts, due = [text for text, _ in chosen], [answer for _, answer in chosen]
         match kind:
             case "too long":
-                texts[-1] = "a" * 100_001
+                texts = ["a" * 100_001]  # beside others, only this one would be refused
             case "too many":
                 texts = texts[:1] * 129
             case "empty":
-                texts[-1] = " "
+                texts = [" "]
         body = json.dumps({"inputs": texts}).encode()
         if kind == "half sent":
             await self._leave(name, body, len(body) // 2)

@@ -95,7 +95,13 @@ def _protocol_of(request: Request) -> ClientProtocol:
     """Return the protocol that the body was found to be in, or the first one of the route."""
     found: ClientProtocol | None = getattr(request.state, "protocol", None)
     route = route_of(request.scope)
-    return found or (route.protocols[0] if route else protocol_of_unknown(request.url.path))
+    if found is not None:
+        return found
+    if route is not None:
+        return route.protocols[0]
+    # Ray Serve's prefix comes before the path.
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    return protocol_of_unknown(path)
 
 
 def install_error_handlers(app: Starlette) -> None:

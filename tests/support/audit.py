@@ -24,9 +24,12 @@ def rows(url: str, **chosen: Any) -> list[Row]:
         return list(store.read(**chosen))
 
 
-def writer_of(store: AuditStore, limit: int = 100) -> tuple[Writer, Metrics]:
+CENTURY = 36_500.0
+"""Days after which rows of `NOW` are not too old, whenever the tests run."""
+
+
+def writer_of(store: AuditStore, limit: int = 100, days: float = CENTURY) -> tuple[Writer, Metrics]:
     """Return a writer to a store, and its metrics."""
     metrics = Metrics()
-    century = 36_500.0  # rows of `NOW` are not too old, whenever the tests run
-    writer = Writer(store, metrics, limit=limit, days=century, key=None, keep_text=True)
+    writer = Writer(store, metrics, limit=limit, days=days, key=None, keep_text=True)
     return writer, metrics

@@ -276,7 +276,7 @@ async def test_an_envoy_that_does_not_send_all_is_noticed(
     async with envoy("ext_proc", tmp_path, processing=processing) as around:
         answer = await around.client.post("/predict", json={"inputs": [[CLEAN]]})
         assert answer.status_code == 403
-        assert "screened" in answer.json()["detail"]
+        assert "screened" in answer.text
         if "response_header_mode" not in processing:
             assert not around.peer.asked
 

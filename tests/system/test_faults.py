@@ -117,7 +117,7 @@ async def test_a_single_text_and_a_batch_are_refused_alike_and_each_is_counted_o
         engine.gate.set()
         assert (await held).status_code == 200
         assert (await client.post(path, json=body([CLEAN]))).status_code == 200
-        route = path.replace("/models/fake/", "/models/{model}/")
+        route = path.replace("/models/fake", "/models/{model}")
         for line, value in {
             counted("overloaded", route): 2,
             counted("ok", route): 1 + (path == "/classify"),
@@ -468,7 +468,7 @@ def test_what_only_seems_old_because_the_clock_is_wrong_is_kept(
         store.migrate()
         now = datetime.now(UTC)
         store.insert([replace(ROW, id=uuid4(), time=now - timedelta(days=d)) for d in (0, 40)])
-        writer, _ = writer_of(store)
+        writer, _ = writer_of(store, days=30)
 
         def kept_an_hour_later() -> int:
             writer._purge_at = 0.0
