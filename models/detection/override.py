@@ -29,6 +29,7 @@ from models.detection.screen import (
     Screen,
     Verdict,
     log_odds_of,
+    logit,
     with_override,
 )
 from models.detection.views import Views, views_with_carriers
@@ -171,8 +172,8 @@ class OverrideTest:
         group = self._group_of.get(predicted)
         if group is None:
             return KEEPS
-        odds = math.log(group.keeps / (1 - group.keeps))
-        return max(group.keeps, _sigmoid(group.threshold - first_stage + odds))
+        needed = group.threshold - first_stage + logit(group.keeps)
+        return max(group.keeps, _sigmoid(needed))
 
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""
@@ -226,7 +227,7 @@ def evidence(first_stage: ArrayLike, kept: ArrayLike, keeps: float) -> NDArray[n
     """
     first, own = np.asarray(first_stage, np.float64), np.asarray(kept, np.float64)
     bounded = np.clip(own, TINY, 1 - TINY)
-    odds = np.log(bounded / (1 - bounded)) - math.log(keeps / (1 - keeps))
+    odds = np.log(bounded / (1 - bounded)) - logit(keeps)
     return np.where(own < keeps, 0.0, first + odds)
 
 

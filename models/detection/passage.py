@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
-from models.detection.screen import Verdict
+from models.detection.screen import Verdict, logit
 
 MAX_PARTS, ROUND_SIZE = 256, 64
 """Limits for the parts that are tested in one search, and in one round of it."""
@@ -47,7 +47,7 @@ def find_passage(text: str, verdict: Verdict) -> Search:
     """
     if verdict.override is None or verdict.override_threshold is None or not verdict.poisoned:
         return None
-    parts = _Parts(text, _log_odds(verdict.override_threshold))
+    parts = _Parts(text, logit(verdict.override_threshold))
     core: range | None = None
     for windows in _windows(len(parts.words)):
         yield from parts.test(windows)
@@ -57,7 +57,7 @@ def find_passage(text: str, verdict: Verdict) -> Search:
     if core is None:
         return None
     core = yield from _trimmed(parts, core)
-    return (yield from _grown(parts, core, _log_odds(verdict.override)))
+    return (yield from _grown(parts, core, logit(verdict.override)))
 
 
 class _Parts:
@@ -76,7 +76,7 @@ class _Parts:
             scores = yield [
                 self._text[self.words[window[0]][0] : self.words[window[-1]][1]] for window in new
             ]
-            self._odds |= zip(new, map(_log_odds, scores), strict=True)
+            self._odds |= zip(new, map(logit, scores), strict=True)
 
     def best(self, windows: Sequence[range], price: float = 0.0) -> range | None:
         """Return the strongest window, with a price for each word; None if none is triggered."""
@@ -136,7 +136,3 @@ def _windows(words: int) -> Iterator[list[range]]:
         starts = range(0, words - length + 1, -(-length // 2))
         yield [range(start, start + length) for start in sorted({*starts, words - length})]
         length *= 2
-
-
-def _log_odds(probability: float) -> float:
-    return math.log(max(probability, 1e-12) / max(1 - probability, 1e-12))

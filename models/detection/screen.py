@@ -17,6 +17,7 @@ A multi-label classifier predicts a class in several views (see `models.detectio
 text gets a verdict in each, and the worst one is that of the text.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -237,6 +238,11 @@ def predicted_classes(probabilities: FloatArray) -> NDArray[np.intp]:
     """
     classes: NDArray[np.intp] = np.log(np.maximum(probabilities, TINY)).mean(1).argmax(1)
     return classes
+
+
+def logit(probability: float) -> float:
+    """Return log(p / (1 - p)), finite for 0 and 1 too."""
+    return math.log(max(probability, TINY) / max(1 - probability, TINY))
 
 
 def log_odds(probabilities: FloatArray) -> NDArray[np.float64]:
