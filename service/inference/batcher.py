@@ -10,6 +10,7 @@ own, so that no batch waits for them.
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -32,6 +33,11 @@ log = logging.getLogger(__name__)
 
 WINDOW = 64
 """Texts that a batch is chosen from, and states that one step classifies at most."""
+
+PASS_TOKENS = 512
+"""What a pass on a long text is counted by: it counts as one for each so many tokens begun."""
+CHARACTERS_PER_TOKEN = 4
+"""As in English; passes are charged before a text is tokenized."""
 
 Charge = Callable[[int], Awaitable[None]]
 """Charges somebody for passes before they are run; raises if they are not to be run."""
@@ -163,7 +169,7 @@ class Batcher:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     async def screen(self, texts: Sequence[str], charge: Charge = free) -> list[Timed[Screened]]:
-        """Screen texts, each in one pass.
+        """Screen texts, each in one pass, which counts as several if it is long.
 
         Raises:
             ServiceError: `charge` refuses the passes.
@@ -202,11 +208,16 @@ class Batcher:
     async def _screen_all(
         self, inputs: Sequence[str | Encoding], charge: Charge
     ) -> list[Timed[Screened]]:
-        await charge(len(inputs))
+        await charge(sum(map(self._passes, inputs)))
         jobs = [_ScreenJob(input, self._loop.create_future()) for input in inputs]
         with self._admission.admit(tuple(job.future for job in jobs), sum(map(len, inputs))):
             self._enqueue(self._to_screen, [deque(jobs)])
             return await _all(jobs)
+
+    def _passes(self, input: str | Encoding) -> int:
+        """Return as how many passes an input is charged."""
+        tokens = len(input) / CHARACTERS_PER_TOKEN if isinstance(input, str) else len(input)
+        return max(1, math.ceil(min(tokens, self.window_length) / PASS_TOKENS))
 
     def _tokenize_whole(self, text: str) -> IntArray | None:
         """Return None if it fails; runs in the tokenizing thread."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -344,3 +345,21 @@ def test_batches_keep_the_budget_and_lose_nothing(
     for batch in batches:
         assert len(batch) <= rows
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
+
+
+@pytest.mark.parametrize("reads, passes", [(128, [1, 1, 1]), (8190, [1, 2, 16])])
+async def test_a_text_is_charged_by_what_the_model_reads_of_it(
+    reads: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "window_length", reads)
+    charged = []
+
+    async def charge(passes: int) -> None:
+        charged.append(passes)
+
+    async with running(FakeEngine()) as batcher:
+        for characters in (1, 4 * 512 + 1, 10**6):
+            await batcher.screen(["x" * characters], charge)
+        await batcher.screen(["x", "x" * 10**6], charge)
+        await batcher.screen_tokens([np.arange(1, reads + 1)], charge)
+    assert charged == [*passes, 1 + passes[-1], passes[-1]]
