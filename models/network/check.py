@@ -82,7 +82,7 @@ def _check_adapters(name: str, guarded: Guarded, inputs: Inputs, bare: torch.Ten
         raise VictimError(f"{name} cannot be guarded: adapters on its last layers change no score")
     trained = [weights for weights in guarded.parameters() if weights.requires_grad]
     try:
-        total = guarded.psim_logits(inputs).sum()
+        total = guarded.training_logits(inputs).sum()
         gradients = torch.autograd.grad(total, trained, allow_unused=True)
     except RuntimeError as error:
         raise VictimError(f"{name} cannot be guarded: its adapters cannot be trained") from error

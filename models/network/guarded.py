@@ -24,7 +24,7 @@ from models.network.adapters import (
 )
 from models.network.attention import attention_peak
 from models.network.families import last_layer_of
-from models.network.last_layer import LastLayer
+from models.network.last_layer import LastLayer, LayerOutput
 from models.network.last_token import fix_last_token, reads_last_token
 from models.network.outputs import is_multi_label, label_probabilities
 from models.network.trunk import Inputs, Trunk
@@ -124,14 +124,20 @@ class Guarded(nn.Module):
     def _run_last_layer(
         self, last_layer: LastLayer, inputs: Inputs, states: Sequence[torch.Tensor]
     ) -> Run:
-        entering = self.trunk.output(lambda: self.victim(**inputs))
-        read = self.trunk.read_positions(inputs)
-        mask = self.trunk.read_mask(inputs, read)
-        rows, attention = last_layer(entering, mask, read, self.checkpoints)
+        mask, (rows, attention) = self._read_token(last_layer, inputs, self.checkpoints)
         logits = last_layer.head(rows[:, :-1].flatten(0, 1))
         logits = logits.view(rows.shape[0], len(self.checkpoints), -1)
         # A copy: a view would keep the rows of all branches alive until the text is classified.
         return Run(logits, rows[:, -1].clone(), attention_peak(attention, mask), states)
+
+    def _read_token(
+        self, last_layer: LastLayer, inputs: Inputs, checkpoints: Sequence[str]
+    ) -> tuple[torch.Tensor, LayerOutput]:
+        """Return which tokens the read one attends to, shape (rows, T), and what it becomes."""
+        entering = self.trunk.output(lambda: self.victim(**inputs))
+        read = self.trunk.read_positions(inputs)
+        mask = self.trunk.read_mask(inputs, read)
+        return mask, last_layer(entering, mask, read, checkpoints)
 
     def _run_whole_passes(self, inputs: Inputs) -> torch.Tensor:
         logits = []
@@ -142,9 +148,16 @@ class Guarded(nn.Module):
         return torch.stack(logits, 1)
 
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
-        """Return logits with the active adapter on, shape (rows, L)."""
+        """Return logits with the active adapter on, shape (rows, L), from whole layers."""
         logits: torch.Tensor = self.victim(**inputs).logits
         return logits
+
+    def training_logits(self, inputs: Inputs) -> torch.Tensor:
+        """Return what `psim_logits` does but for rounding; by the `last_layer`, if there is one."""
+        if self.last_layer is None:
+            return self.psim_logits(inputs)
+        _, (rows, _) = self._read_token(self.last_layer, inputs, [self.psim.active_adapter])
+        return self.last_layer.head(rows[:, 0])
 
     def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the victim's probabilities in float32, shape (n, L), from the rows of `screen`."""

@@ -57,6 +57,20 @@ def some_inputs() -> Any:
 
 
 @pytest.mark.parametrize("family", TAILED)
+def test_an_adapter_is_trained_as_by_whole_layers(family: str) -> None:
+    guarded, inputs = guarded_of(family), some_inputs()
+    name = guarded.checkpoints[-1]
+    guarded.psim.set_adapter(name)
+    trained = [p for n, p in guarded.psim.named_parameters() if f".{name}." in n]
+    logits = guarded.training_logits(inputs), guarded.psim_logits(inputs)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    fast, slow = (torch.autograd.grad(own.log_softmax(-1).sum(), trained) for own in logits)
+    assert any(gradient.any() for gradient in slow)
+    for ours, theirs in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", TAILED)
 @settings(max_examples=20, deadline=None)
 @given(
     texts=st.lists(

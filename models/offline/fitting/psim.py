@@ -273,7 +273,7 @@ class _Batches:
         """Return logits of the adapter in training for one batch, shape (rows, L)."""
         inputs, cached = self._batches[number]
         with autocast(self._guarded), self._guarded.trunk.shared(cached):
-            return self._guarded.psim_logits(inputs).float()
+            return self._guarded.training_logits(inputs).float()
 
     def probabilities(self) -> FloatArray:
         """Return probabilities of the adapter in training, shape (n, C), batch by batch."""

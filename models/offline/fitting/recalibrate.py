@@ -46,6 +46,8 @@ from models.offline.fitting.runtimes import (
     fastest,
     measure,
     measured_arrays,
+    quickest,
+    with_shared_outcomes,
 )
 from models.offline.fitting.split import MAX_CALIBRATE
 from models.offline.fitting.traffic import AuditedTraffic, Kind
@@ -122,15 +124,19 @@ def _measure_all(
     """
     screens: dict[Runtime, Screen] = {}
     measured: dict[Runtime, RuntimeMeasurement] = {}
-    for own in parent.calibrations:
-        if own.engine == REFERENCE.engine or runs_here(own.runtime):
-            loaded = load_bundle(bundle, own.dtype, own.engine)
-            screens[own.runtime] = loaded.screen
-            test = loaded.override.uncalibrated() if loaded.override else None
-            measured[own.runtime] = measure(
-                loaded.engine, texts, test, own.frr_budget, texts[:clean]
-            )
-    return screens, measured
+    able = [
+        own
+        for own in parent.calibrations
+        if own.engine == REFERENCE.engine or runs_here(own.runtime)
+    ]
+    tester = quickest([own.runtime for own in able])
+    for own in able:
+        loaded = load_bundle(bundle, own.dtype, own.engine)
+        screens[own.runtime] = loaded.screen
+        tests = loaded.override if own.runtime == tester else None
+        test = tests.uncalibrated() if tests else None
+        measured[own.runtime] = measure(loaded.engine, texts, test, own.frr_budget, texts[:clean])
+    return screens, with_shared_outcomes(measured)
 
 
 def _changes(

@@ -148,4 +148,4 @@ def _train_on(guarded: Guarded, tokenizer: PreTrainedTokenizerBase, ids: Sequenc
     inputs = collate([Encoding(tuple(ids), False)], pad_id, best_device())
     guarded.psim.set_adapter(guarded.checkpoints[-1])
     trained = [weights for weights in guarded.parameters() if weights.requires_grad]
-    torch.autograd.grad(guarded.psim_logits(inputs).sum(), trained, allow_unused=True)
+    torch.autograd.grad(guarded.training_logits(inputs).sum(), trained, allow_unused=True)
