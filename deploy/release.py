@@ -61,9 +61,13 @@ def check(version: str, before: str) -> None:
 
 
 def set_version(before: str, version: str) -> None:
-    """Set the version of the project, of its images and of the demo's folder."""
+    """Set the version of the project, its images and chart, and of the demo's folder."""
     write(PROJECT, read(PROJECT).replace(f'version = "{before}"', f'version = "{version}"', 1))
-    named = re.compile(rf"(psim-(?:gateway|fit):|newTag: |demo-){re.escape(before)}\b")
+    named = re.compile(
+        r"(psim-(?:gateway|fit):|psim-gateway-|newTag: |demo-|--version |^version: |^appVersion: )"
+        rf"{re.escape(before)}\b",
+        re.M,
+    )
     for name in git("ls-files", "deploy", "docs/*.md", "docker-compose.yml").splitlines():
         text = read(name)
         if named.search(text):

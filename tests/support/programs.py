@@ -22,10 +22,15 @@ PACKAGES = {
     "redis-server": "redis-server",
 }
 """Which package of Debian brings a program."""
-OTHERWISE = {"envoy": "make dev", "kubectl": "https://kubernetes.io/docs/tasks/tools"}
+OTHERWISE = {
+    "envoy": "make dev",
+    "helm": "make dev",
+    "kubectl": "https://kubernetes.io/docs/tasks/tools",
+}
 """What brings a program that Debian has not."""
 PLACES = {
     "envoy": f"{sys.prefix}/envoy/envoy/_bin/envoy",
+    "helm": f"{sys.prefix}/helm/helm",
     "initdb": "/usr/lib/postgresql/*/bin/initdb",
     "nginx": "/usr/sbin/nginx",
     "postgres": "/usr/lib/postgresql/*/bin/postgres",

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,6 @@ import httpx
 import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.prometheus_operator import v1 as operator
-from cloudcoil.models.prometheus_operator import v1alpha1
 from pydantic import SecretStr
 
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
@@ -41,6 +39,8 @@ from tests.support.kubernetes import (
     VERSIONS,
     Manifest,
     assert_has_no_rights,
+    assert_the_api_takes,
+    composed,
     kustomized,
 )
 from tests.support.network_policy import NAMESPACE, OUTSIDE, Peer, allowed
@@ -61,10 +61,13 @@ OTHERS = {
     "queue": ("bundle-claim", "monitoring", "autoscaling-queue"),
     "keda": ("bundle-claim", "monitoring", "autoscaling-keda"),
     "egress": ("bundle-claim", *EGRESS),
+    "signed": ("bundle-claim", "bundle-key", "models", "audit", "console", "external-secrets"),
+    "proxied": ("bundle-claim", "keys", "ext-proc", "httproute", "upstream-credential"),
 }
 """What no overlay takes: the base with these components."""
 ON_RAY = {
     "ray-keys": ("monitoring", "limits", "audit", "keys"),
+    "ray-signed": ("bundle-key", "upstream-credential"),
     "ray-egress": EGRESS,
 }
 """The overlay `ray` with these components."""
@@ -78,15 +81,6 @@ def rendered(name: str) -> list[Manifest]:
     if name in ON_RAY:
         return composed(f"overlays/{RAY}", ON_RAY[name])
     return kustomized(K8S / "overlays" / name)
-
-
-def composed(base: str, components: Iterable[str]) -> list[Manifest]:
-    with tempfile.TemporaryDirectory() as folder:
-        there = os.path.relpath(K8S, Path(folder).resolve())
-        wanted = [f"{there}/components/{component}" for component in components]
-        content = {"resources": [f"{there}/{base}"], "components": wanted}
-        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(content))
-        return kustomized(Path(folder))
 
 
 def of(name: str, kind: str) -> list[Manifest]:
@@ -133,19 +127,12 @@ def test_the_api_takes_every_manifest(name: str, version: str) -> None:
     if (name, version) == ("image", OLDEST):
         pytest.skip("image volumes are newer, as the component says")
     for manifest in rendered(name):
-        if manifest["apiVersion"].startswith("monitoring.coreos.com/"):
-            models = v1alpha1 if manifest["apiVersion"].endswith("v1alpha1") else operator
-            model: Any = getattr(models, manifest["kind"])
-            parsed = model.model_validate(manifest)
-            # What the operator does not know would be gone.
-            assert parsed.model_dump(by_alias=True, exclude_unset=True, mode="json") == manifest
-        elif manifest["kind"] == "RayService":
-            for template in templates(name):  # no registry has a schema of the rest
+        assert_the_api_takes(manifest, version)
+        if manifest["kind"] == "RayService":
+            for template in templates(name):
                 made = template | {"apiVersion": "v1", "kind": "Pod"}
                 made["metadata"] = template["metadata"] | {"name": "made"}
-                assert kubernetes_validate.validate(made, version, strict=True) == version
-        elif manifest["kind"] != "ScaledObject":  # nor of KEDA's
-            assert kubernetes_validate.validate(manifest, version, strict=True) == version
+                assert_the_api_takes(made, version)
 
 
 def templates(name: str = RAY) -> list[Any]:
@@ -220,11 +207,11 @@ def test_what_is_named_is_there(name: str) -> None:
     assert account["metadata"]["name"] == pod(name)["serviceAccountName"]
     (settings,) = of(name, "ConfigMap")
     assert gateway(name)["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
-    (port,) = gateway(name)["ports"]
-    assert f"PSIM_PORT={port['containerPort']}" in DOCKERFILE
-    assert the(name, "Service")["ports"][0]["targetPort"] == port["name"]
-    (ingress,) = [i for p in of(name, "NetworkPolicy") for i in p["spec"].get("ingress", [])]
-    assert ingress["ports"] == [{"port": port["name"]}]
+    ports = {port["name"]: port["containerPort"] for port in gateway(name)["ports"]}
+    assert f"PSIM_PORT={ports['http']}" in DOCKERFILE
+    assert [port["targetPort"] for port in the(name, "Service")["ports"]] == [*ports]
+    ingress = [i for p in of(name, "NetworkPolicy") for i in p["spec"].get("ingress", [])]
+    assert {port["port"] for rule in ingress for port in rule["ports"]} == ports.keys()
 
 
 def test_paths_are_those_that_the_service_has() -> None:
@@ -428,11 +415,17 @@ def test_components_do_on_ray_what_they_do_elsewhere() -> None:
     "component",
     [
         "autoscaling", "autoscaling-keda", "autoscaling-queue",
-        "bundle-claim", "bundle-image", "bundle-store",
+        "bundle-claim", "bundle-image", "bundle-store", "httproute", "models",
     ],
 )  # fmt: skip
 def test_components_that_need_the_deployment_are_refused_on_ray(component: str) -> None:
     with pytest.raises(AssertionError, match=r"no resource matches .*Deployment"):
+        composed(f"overlays/{RAY}", [component])
+
+
+@pytest.mark.parametrize("component", ["console", "ext-proc"])
+def test_components_that_need_the_configmap_are_refused_on_ray(component: str) -> None:
+    with pytest.raises(AssertionError, match=r"ConfigMap.* does not exist; cannot merge"):
         composed(f"overlays/{RAY}", [component])
 
 
@@ -536,6 +529,7 @@ PORTS = (80, 443, 4318, 5432, 6379, 6380, 8080)
 EVERYWHERE = {(peer, port) for peer in PEERS for port in (443, 4318, 5432, 6379, 6380)}
 WAYS_OUT = {
     "gateway-only": {("upstream", port) for port in PORTS},
+    "signed": {("postgresql", 5432)},
     "store": {("postgresql", 5432), *((peer, 443) for peer in PEERS)},
     "keys": {("postgresql", 5432), ("redis", 6379)},
     "ray-keys": {("postgresql", 5432), ("redis", 6379)},
@@ -569,6 +563,87 @@ def test_components_can_be_combined() -> None:
     assert [variable["name"] for variable in gateway("keys")["env"]] == [
         "PSIM_KEYS", "PSIM_AUDIT_URL", "PSIM_AUDIT_KEY", "PSIM_LIMITS_URL",
     ]  # fmt: skip
+
+
+def test_files_of_other_components_are_read_where_they_are_mounted() -> None:
+    mounts = {mount["name"]: mount["mountPath"] for mount in gateway("signed")["volumeMounts"]}
+    variables = {v["name"]: v.get("value") for v in gateway("signed")["env"]}
+    assert variables["PSIM_BUNDLE_KEY"] == f"{mounts['bundle-key']}/public.pem"
+    assert variables["PSIM_MODELS"] == f"{mounts['models']}/models.toml"
+    (models,) = [v["secret"] for v in pod("signed")["volumes"] if v["name"] == "models"]
+    assert models["items"] == [{"key": "models.toml", "path": "models.toml"}]
+    on_ray = templates("ray-signed")[1]["spec"]["containers"][0]
+    assert {v["name"]: v.get("value") for v in on_ray["env"]}["PSIM_BUNDLE_KEY"] == variables[
+        "PSIM_BUNDLE_KEY"
+    ]
+
+
+def test_a_file_of_the_reader_s_own_overlay_gets_there(tmp_path: Path) -> None:
+    """And a change of it replaces the pods, since its name has a hash of it."""
+    there = os.path.relpath(K8S, tmp_path.resolve())
+    content = {
+        "resources": [f"{there}/overlays/cpu"],
+        "components": [f"{there}/components/{name}" for name in ("models", "bundle-key")],
+        "secretGenerator": [{"name": "psim-models", "files": ["models.toml"]}],
+        "configMapGenerator": [{"name": "psim-bundle-key", "files": ["public.pem"]}],
+    }
+    (tmp_path / "models.toml").write_text((ROOT / "deploy/models.toml").read_text())
+    (tmp_path / "public.pem").write_text("key")
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    made = kustomized(tmp_path)
+    names = {m["kind"]: m["metadata"]["name"] for m in made if "psim-" in m["metadata"]["name"]}
+    (deployment,) = [m for m in made if m["kind"] == "Deployment"]
+    volumes = {v["name"]: v for v in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["models"]["secret"]["secretName"] == names["Secret"] != "psim-models"
+    keys = [m["metadata"]["name"] for m in made if "public.pem" in m.get("data", {})]
+    assert [volumes["bundle-key"]["configMap"]["name"]] == keys != ["psim-bundle-key"]
+
+
+ENVOY = Peer("envoy-gateway-system", {"app.kubernetes.io/name": "envoy"})
+
+
+def test_envoy_gets_in_where_it_is_sent_and_where_it_asks_for_verdicts() -> None:
+    (service,) = of("proxied", "Service")
+    served = {port["port"]: port["targetPort"] for port in service["spec"]["ports"]}
+    route = the("proxied", "HTTPRoute")["rules"][0]
+    (backend,) = route["backendRefs"]
+    assert backend["name"] == service["metadata"]["name"]
+    assert may("proxied", "Ingress", ENVOY, served[backend["port"]])
+    assert not may("proxied", "Ingress", ENVOY, "ext-proc")
+    assert not may("cpu", "Ingress", ENVOY, "http")
+    (settings,) = of("proxied", "ConfigMap")
+    (port,) = [p for p in gateway("proxied")["ports"] if p["name"] == "ext-proc"]
+    assert settings["data"]["PSIM_EXT_PROC_PORT"] == str(port["containerPort"])
+    assert served[port["containerPort"]] == port["name"]
+    assert may("proxied", "Ingress", Peer(labels=CLIENT), "ext-proc")
+    assert not may("proxied", "Ingress", Peer(), "ext-proc")
+
+
+def test_what_is_open_to_the_world_needs_no_scope_but_classify() -> None:
+    (rule,) = the("proxied", "HTTPRoute")["rules"]
+    paths = [match["path"]["value"] for match in rule["matches"]]
+    opened = {path for path in SCOPES for prefix in paths if path.startswith(prefix)}
+    assert opened
+    assert {SCOPES[path] for path in opened} == {"classify"}
+
+
+def test_the_console_of_a_pod_is_reached_by_forwarding_only() -> None:
+    (settings,) = of("signed", "ConfigMap")
+    assert settings["data"]["PSIM_CONSOLE_PORT"] == "8001"
+    assert "PSIM_CONSOLE_HOST" not in settings["data"]
+    assert not may("signed", "Ingress", Peer(labels=CLIENT), 8001)
+
+
+def test_secrets_from_a_store_have_the_keys_that_components_ask_for() -> None:
+    made = {
+        m["spec"]["target"]["name"]: {data["secretKey"] for data in m["spec"]["data"]}
+        for m in of("signed", "ExternalSecret")
+    }
+    audit = [v["valueFrom"]["secretKeyRef"] for v in gateway("signed")["env"] if "valueFrom" in v]
+    assert made["psim-audit"] == {reference["key"] for reference in audit}
+    (endpoint,) = the("keys", "ServiceMonitor")["endpoints"]
+    metrics = endpoint["authorization"]["credentials"]
+    assert made[metrics["name"]] == {metrics["key"], "keys.toml"}
 
 
 def environment(name: str, secrets: dict[str, dict[str, str]]) -> dict[str, str]:

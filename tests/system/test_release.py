@@ -93,9 +93,11 @@ def test_one_command_makes_a_release_and_pushes_nothing(project: Path) -> None:
     with tarfile.open(project / f"dist/psim_gateway-{VERSION}.tar.gz") as archive:
         changes = archive.extractfile(f"psim_gateway-{VERSION}/CHANGELOG.md")
         assert changes and f"## {VERSION} - " in changes.read().decode()
-    images = "psim-[a-z]*:|newTag: "
-    left = run(project, "git", "grep", "-E", f"({images}){re.escape(before[1])}").stdout
+    named = "psim-[a-z]*[:-]|newTag: |--version |^version: |^appVersion: "
+    left = run(project, "git", "grep", "-E", f"({named}){re.escape(before[1])}").stdout
     assert left == ""
+    chart = (project / "deploy/helm/psim-gateway/Chart.yaml").read_text()
+    assert f"\nversion: {VERSION}\nappVersion: {VERSION}\n" in chart
     assert f"psim-gateway:{VERSION}" in (project / "docker-compose.yml").read_text()
 
 
