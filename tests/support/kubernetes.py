@@ -51,7 +51,11 @@ def composed(base: str, components: Iterable[str]) -> list[Manifest]:
 def helm(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     """Run Helm, whatever it says, without a cluster and without the user's own configuration."""
     with TemporaryDirectory() as home:
-        environment = os.environ | {"HELM_CONFIG_HOME": home, "KUBECONFIG": f"{home}/none"}
+        environment = os.environ | {
+            "HELM_CONFIG_HOME": home,
+            "HELM_CACHE_HOME": home,
+            "KUBECONFIG": f"{home}/none",
+        }
         command = [program("helm"), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -13,6 +13,7 @@ REQUIRE = "TESTS_REQUIRE_SERVERS"
 """Set to 1, and a test fails whose program is missing; otherwise it is skipped."""
 PACKAGES = {
     "chromium": "chromium",
+    "docker-registry": "docker-registry",
     "initdb": "postgresql",
     "nginx": "nginx-light",
     "openssl": "openssl",

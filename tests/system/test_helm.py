@@ -28,6 +28,8 @@ from tests.support.kubernetes import (
 )
 from tests.support.network_policy import NAMESPACE, OUTSIDE, Peer, allowed
 from tests.support.paths import ROOT
+from tests.support.programs import program
+from tests.support.servers import answering, free_port
 
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
@@ -243,7 +245,7 @@ def test_a_change_of_settings_replaces_the_pods() -> None:
     assert checksum({}) != checksum({"settings": {"PSIM_MODE": "flag"}})
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Manifest, str]] = {
     "typo": ({"replcas": 3}, "additional properties 'replcas' not allowed"),
     "setting": ({"settings": {"PSIM_MOOD": 1}}, "additional properties 'PSIM_MOOD' not allowed"),
     "mode": ({"settings": {"PSIM_MODE": "loud"}}, "one of 'enforce', 'sanitize', 'flag', 'shadow'"),
@@ -417,6 +419,32 @@ def test_the_commands_of_the_page_do_as_far_as_they_go_without_a_cluster(tmp_pat
         (shown, *_) = [a for _, *a in COMMANDS if a[0] == subcommand]
         flags = helm(subcommand, "--help").stdout
         assert all(a in flags for a in shown if a.startswith("--")), shown
+
+
+def test_the_chart_is_pushed_to_a_registry_and_installed_from_there_as_the_page_says(
+    tmp_path: Path,
+) -> None:
+    port, folder = free_port(), tmp_path / "registry"
+    configuration = {
+        "version": 0.1,
+        "storage": {"filesystem": {"rootdirectory": str(folder)}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+    }
+    file, values = tmp_path / "registry.yml", tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(configuration))
+    values.write_text(OWN)
+    there = {"registry.example/charts": f"127.0.0.1:{port}/charts", "dist": str(tmp_path)}
+    there |= {"my-cluster/values.yaml": str(values), "deploy/helm": str(CHART.parent)}
+    command = [program("docker-registry"), "serve", str(file)]
+    with answering(command, f"http://127.0.0.1:{port}/v2/", tmp_path / "log"):
+        for _, *arguments in COMMANDS[-3:]:
+            own = [re.sub("|".join(there), lambda m: there[m[0]], a) for a in arguments]
+            remote = ["--plain-http"] if "oci://" in " ".join(own) else []
+            dry = ["--dry-run=client"] if own[0] == "install" else []
+            done = helm(*own, *remote, *dry)
+            assert done.returncode == 0, done.stderr
+    assert own[0] == "install"
+    assert f"psim-gateway {VERSION} in the mode shadow" in done.stdout
 
 
 def test_the_values_of_the_page_serve_the_demo_s_bundle() -> None:
