@@ -26,7 +26,7 @@ OLDEST = "1.30"
 VERSIONS = (OLDEST, "1.35", "1.36", "1.37")
 """Of Kubernetes, the oldest that works, and those that are maintained."""
 UNKNOWN = {"ExternalSecret", "HTTPRoute", "RayService", "ScaledObject"}
-"""Kinds of which no registry has a schema."""
+"""Kinds without a schema here."""
 
 
 def kustomized(folder: Path) -> list[Manifest]:

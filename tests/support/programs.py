@@ -25,7 +25,7 @@ PACKAGES = {
 """Which package of Debian brings a program."""
 OTHERWISE = {
     "envoy": "make dev",
-    "helm": "make dev",
+    "helm": "make dev on Linux on x86-64, otherwise https://helm.sh",
     "kubectl": "https://kubernetes.io/docs/tasks/tools",
 }
 """What brings a program that Debian has not."""

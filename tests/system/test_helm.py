@@ -245,22 +245,31 @@ def test_a_change_of_settings_replaces_the_pods() -> None:
     assert checksum({}) != checksum({"settings": {"PSIM_MODE": "flag"}})
 
 
+HIDDEN = "tiger"
 REFUSED: dict[str, tuple[Manifest, str]] = {
     "typo": ({"replcas": 3}, "additional properties 'replcas' not allowed"),
     "setting": ({"settings": {"PSIM_MOOD": 1}}, "additional properties 'PSIM_MOOD' not allowed"),
     "mode": ({"settings": {"PSIM_MODE": "loud"}}, "one of 'enforce', 'sanitize', 'flag', 'shadow'"),
     "source": ({"bundle": {"source": "disk"}}, "one of 'claim', 'image', 'store'"),
     "image": ({"bundle": {"source": "image"}}, "set bundle.image.reference"),
-    "pem": ({"bundleKey": {"pem": "x"}}, "at '/bundleKey/pem'"),
-    "private": ({"bundleKey": {"pem": "-----BEGIN PRIVATE KEY-----"}}, "at '/bundleKey/pem'"),
-    "password": ({"upstream": {"url": "http://user:password@host"}}, "at '/upstream/url'"),
+    "pem": ({"bundleKey": {"pem": "x"}}, "bundleKey.pem is no public key"),
+    "private": ({"bundleKey": {"pem": f"-----BEGIN {HIDDEN}"}}, "bundleKey.pem is no public key"),
+    "scheme": ({"upstream": {"url": "host"}}, "must be http://HOST or https://HOST"),
+    "password": (
+        {"upstream": {"url": f"http://a:{HIDDEN}@host"}},
+        "without a password: name a Secret",
+    ),
+    "model's password": (
+        {"models": {"list": [{"name": "a", "bundle": "/b", "upstream": f"http://a:{HIDDEN}@b"}]}},
+        "without a password: name a Secret",
+    ),
     "model": ({"models": {"list": [{"name": "a"}]}}, "missing property 'bundle'"),
     "models": (
         {"models": {"list": [{"name": "a", "bundle": "/bundle"}], "secret": "a"}},
         "models.list and models.secret are both set",
     ),
     "model's credential": (
-        {"models": {"list": [{"name": "a", "bundle": "/b", "upstream_authorization": "secret"}]}},
+        {"models": {"list": [{"name": "a", "bundle": "/b", "upstream_authorization": HIDDEN}]}},
         "'upstream_authorization' not allowed",
     ),
     "nowhere": ({"upstream": {"secret": "a"}}, "no upstream.url to send it to"),
@@ -278,8 +287,10 @@ REFUSED: dict[str, tuple[Manifest, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_wrong_is_refused_by_its_name(name: str) -> None:
     values, message = REFUSED[name]
-    with pytest.raises(AssertionError, match=re.escape(message)):
+    with pytest.raises(AssertionError, match=re.escape(message)) as refused:
         charted(values)
+    said = str(refused.value).split("\n")[0]
+    assert HIDDEN not in said
 
 
 def test_the_schema_has_the_settings_of_the_service_and_secrets_go_into_secrets() -> None:
