@@ -24,7 +24,7 @@ with atheris.instrument_imports(
 ):
     from service.http.parsing import choose, parse, read_json
     from service.protocols.base import BadAnswer, ModelInfo, WireProtocol
-    from service.protocols.litellm import GuardrailRequest
+    from service.protocols.guardrails.litellm import GuardrailRequest
     from service.protocols.registry import SERVED, protocols
     from service.schemas import ExplainRequest, Result, ScreenRequest, TextsRequest
 

@@ -36,6 +36,7 @@ from service.http.middleware import RequestId
 from service.http.responses import install_error_handlers, internal_error
 from service.http.routes.admin import AdminRoutes
 from service.http.routes.classify import ClassifyRoutes
+from service.http.routes.conversations import ConversationRoutes
 from service.http.routes.guardrails import ExternalAuthz, ext_proc_app
 from service.http.routes.health import HealthRoutes
 from service.http.routes.native import ModelRoutes, ProcessRoutes
@@ -173,7 +174,7 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
         model_metrics,
         settings,
         challenger,
-        _parity(settings, bundle, batcher, classifier),
+        _parity(settings, bundle, batcher, classifier, model_metrics),
     )
     return Model(gateway, batcher, challenger)
 
@@ -205,10 +206,11 @@ def _parity(
     bundle: Bundle,
     batcher: Batcher,
     classifier: LocalClassifier | UpstreamClassifier,
+    metrics: ModelMetrics,
 ) -> ParityCheck | None:
     if isinstance(classifier, LocalClassifier):
         return None
-    return ParityCheck(bundle, batcher, classifier, settings)
+    return ParityCheck(bundle, batcher, classifier, settings, metrics)
 
 
 def _challenger(settings: Settings, metrics: ModelMetrics) -> Challenger | None:
@@ -302,6 +304,7 @@ def _model_routes(
     """Yield the routes that are about a model."""
     yield ModelRoutes(models, exchange, settings).router()
     yield authz.router()
+    yield ConversationRoutes(models, exchange).router()
     yield HealthRoutes(models).router()
     yield OpenAiRoutes(models, exchange).router()
     yield ClassifyRoutes(exchange).router()

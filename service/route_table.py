@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from service.protocols.base import ClientProtocol
+from service.protocols.guardrails.dialects import GUARDRAILS
 from service.protocols.hf import HuggingFace
 from service.protocols.kserve import KserveV1
 from service.protocols.native import Native
@@ -21,7 +22,7 @@ HEALTH = ("GET", "HEAD")
 PROXIED = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 AUTHZ = "/envoy/{path:path}"
 MODERATIONS = "/v1/moderations"
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
+GUARDRAIL_ROUTES = tuple(guardrail.route for guardrail in GUARDRAILS)
 EXT_PROC = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 """gRPC method, counted like a route."""
 
@@ -53,7 +54,7 @@ _DECLARED = (
     RouteSpec("/explain", POST, "classify", counted=True, documented=True),
     RouteSpec(MODERATIONS, POST, "classify", _OPENAI, counted=True, documented=True),
     RouteSpec(AUTHZ, PROXIED, "classify", counted=True),
-    RouteSpec(GUARDRAIL, POST, "classify", counted=True),
+    *(RouteSpec(path, POST, "classify", counted=True) for path in GUARDRAIL_ROUTES),
     RouteSpec("/info", GET, "classify", documented=True),
     RouteSpec("/v1/models", GET, "classify", _OPENAI, documented=True),
     RouteSpec("/v2", GET, "classify", _OIP),

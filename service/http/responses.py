@@ -12,11 +12,12 @@ from starlette.types import Receive, Scope, Send
 
 from models.detection.screen import worst_finding
 from service.errors import ServiceError, UpstreamRefused
+from service.pipeline.policy import reason_for
 from service.pipeline.request_record import RequestRecord
 from service.protocols.base import ClientProtocol
 from service.protocols.native import Native
 from service.route_table import protocol_of_unknown, route_of
-from service.schemas import worst
+from service.schemas import Decision, worst
 
 PROBLEM_JSON = Native.error_media
 VERDICT_HEADERS = ("x-psim-decision", "x-psim-finding")
@@ -63,6 +64,12 @@ def verdict_headers(record: RequestRecord) -> dict[str, str]:
     """
     finding = worst_finding(verdict.finding for verdict in record.known_verdicts)
     return {"x-psim-decision": worst(record.decisions), "x-psim-finding": finding or "none"}
+
+
+def rejected_reason(record: RequestRecord) -> str:
+    """Return why texts of a request were rejected."""
+    judged = zip(record.verdicts, record.decisions, strict=True)
+    return reason_for(verdict for verdict, decision in judged if decision is Decision.REJECT)
 
 
 def error_response(error: ServiceError, protocol: ClientProtocol) -> Response:

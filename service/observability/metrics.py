@@ -22,12 +22,12 @@ from prometheus_client import (
 from models.bundle.load import Bundle
 from models.detection.screen import Finding
 from service.observability.drift import Comparison
-from service.route_table import AUTHZ, COUNTED_ROUTES, EXT_PROC, GUARDRAIL
+from service.route_table import AUTHZ, COUNTED_ROUTES, EXT_PROC, GUARDRAIL_ROUTES
 from service.schemas import Decision
 from service.settings import ModelSettings
 
 ROUTES = COUNTED_ROUTES
-ASKED_BY_PROXIES = (AUTHZ, EXT_PROC, GUARDRAIL)
+ASKED_BY_PROXIES = (AUTHZ, EXT_PROC, *GUARDRAIL_ROUTES)
 OUTCOMES = ("ok", "rejected", "client_error", "overloaded", "error", "cancelled")
 TESTS = ("confirmed", "cleared", "skipped")
 STAGES = ("queue", "tokenize", "screen", "override", "sanitize", "classify", "upstream")
@@ -248,6 +248,11 @@ class ModelFamilies:
             "1 if the upstream's answers give no scores of the bundle's classes",
             MODEL,
         )
+        self.upstream_parity_failures = counter(
+            "psim_upstream_parity_failures",
+            "Comparisons of the upstream with the bundle's victim that failed",
+            MODEL,
+        )
         self.drift_statistic = gauge(
             "psim_drift_statistic",
             "Kolmogorov-Smirnov statistic of passing inputs' scores against clean texts'",
@@ -351,10 +356,7 @@ class ModelMetrics:
         self.fail_open = families.fail_open.labels(model)
         self.seen_texts = families.seen_texts.labels(model)
         self.ready = families.ready.labels(model)
-        self.upstream_parity = families.upstream_parity.labels(model)
-        self.upstream_parity_texts = families.upstream_parity_texts.labels(model)
-        self.upstream_parity_difference = families.upstream_parity_difference.labels(model)
-        self.upstream_incomparable = families.upstream_incomparable.labels(model)
+        self._bind_parity(families, model)
         self.challenger_dropped = families.challenger_dropped.labels(model)
         self.challenger_score = families.challenger_score.labels(model)
         self.challenger_inputs = {
@@ -371,3 +373,10 @@ class ModelMetrics:
         self.upstream_errors = {
             k: families.upstream_errors.labels(model, k) for k in UPSTREAM_ERRORS
         }
+
+    def _bind_parity(self, families: ModelFamilies, model: str) -> None:
+        self.upstream_parity = families.upstream_parity.labels(model)
+        self.upstream_parity_texts = families.upstream_parity_texts.labels(model)
+        self.upstream_parity_difference = families.upstream_parity_difference.labels(model)
+        self.upstream_incomparable = families.upstream_incomparable.labels(model)
+        self.upstream_parity_failures = families.upstream_parity_failures.labels(model)

@@ -6,8 +6,8 @@ Fail-closed by shape: an exception while screening leaves `handle` before the cl
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from service.pipeline.trigger_search import Cleaned, TriggerSearch
 from service.pipeline.upstream_parity import ParityCheck, UpstreamParity, publish
 from service.pipeline.windows import WindowedScreener
 from service.protocols.base import InferenceRequest, ModelInfo
+from service.protocols.guardrails.litellm import GuardrailRequest
 from service.protocols.openai import Moderation, moderation
 from service.schemas import (
     Decision,
@@ -51,6 +52,10 @@ CONVERSATION_PART = 64
 fails."""
 
 
+NOT_CLEANED = (TimeoutError, Overloaded, ScreenFailed, RateLimited, TooLarge)
+"""What leaves a text with its trigger, so that it stays rejected."""
+
+
 @dataclass(frozen=True, slots=True)
 class GatewayResult:
     """The outcome of a request for classes."""
@@ -66,6 +71,15 @@ class GatewayResult:
     def rejected(self) -> list[int]:
         """Numbers of the rejected inputs, from 0."""
         return [i for i, one in enumerate(self.results) if one.decision is Decision.REJECT]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationResult:
+    """The outcome of a question about a conversation."""
+
+    rejected: bool
+    cleaned: Mapping[str, str]
+    """What takes the place of each sanitized text; empty if the conversation is rejected."""
 
 
 @dataclass(slots=True)
@@ -195,8 +209,8 @@ class Gateway:
         return decisions
 
     async def judge_conversation(
-        self, record: RequestRecord, caller: Caller, conversation: TextsRequest
-    ) -> list[Decision]:
+        self, record: RequestRecord, caller: Caller, conversation: GuardrailRequest
+    ) -> ConversationResult:
         """Decide on the texts of a conversation, most of which were there a turn ago.
 
         They are screened part by part. A text that was screened before is not screened or recorded
@@ -205,23 +219,41 @@ class Gateway:
         Raises:
             ServiceError: as `judge` does; what was screened until then is remembered.
         """
-        # Callers share nothing: how soon an answer comes would tell one what the others send. The
-        # limit after which the classifier cuts a text changes how it is screened.
-        context = f"{self._classifier.max_length} {caller.name or ''}"
-        known = {text: self._seen.find(text, context) for text in conversation.texts}
-        rejected = {text: v for text, v in known.items() if v and self._rejects(v)}
-        new = [text for text, verdict in known.items() if verdict is None]
-        self._metrics.seen_texts.inc(len(known) - len(new) - len(rejected))
-        record.texts, record.verdicts = [*rejected], [*rejected.values()]
-        while new and not any(map(self._rejects, record.verdicts)):
-            part, new = new[:CONVERSATION_PART], new[CONVERSATION_PART:]
-            screened = await self._screen(record, caller, part, self._windowed_screener)
-            for text, one in zip(part, screened, strict=True):
-                if one.verdict and one.settled:
-                    self._seen.add(text, context, one.verdict)
-            self._count_unscreened(screened)
-        record.decisions = decisions = _decide(record, self._policy_elsewhere)
-        return decisions
+        rejected = await self._screen_conversation(record, caller, conversation)
+        record.decisions = _decide(record, self._policy_elsewhere)
+        return ConversationResult(rejected, {})
+
+    async def sanitize_conversation(
+        self, record: RequestRecord, caller: Caller, conversation: GuardrailRequest
+    ) -> ConversationResult:
+        """Decide as `judge_conversation` does; in mode `sanitize`, replace triggered texts.
+
+        The conversation is screened again with what replaces them, so a trigger that is anywhere
+        else, or in several texts together, still rejects it.
+
+        Raises:
+            ServiceError: as `judge` does.
+        """
+        if self.mode is not Mode.SANITIZE:
+            return await self.judge_conversation(record, caller, conversation)
+        cleaned: dict[str, str] = {}
+        rejected = await self._screen_conversation(record, caller, conversation)
+        with self._sanitizing(record), suppress(*NOT_CLEANED):
+            async with asyncio.timeout(self._settings.sanitize_s):
+                while rejected:
+                    texts = conversation.replaceable - cleaned.keys()
+                    found = await self._clean_texts(record, caller, texts)
+                    if not found:
+                        break
+                    cleaned |= found
+                    changed = conversation.replacing(cleaned)
+                    rejected = await self._screen_conversation(record, caller, changed)
+        decisions = _decide(record, self._policy_elsewhere)
+        if not rejected:
+            # They passed without their triggers, and so did what they are a part of.
+            decisions = [Decision.SANITIZE if d is Decision.REJECT else d for d in decisions]
+        record.decisions = decisions
+        return ConversationResult(rejected, {} if rejected else cleaned)
 
     async def moderate(
         self, record: RequestRecord, caller: Caller, request: TextsRequest
@@ -345,6 +377,42 @@ class Gateway:
         self._require_verdicts(verdicts)
         return screened
 
+    async def _screen_conversation(
+        self, record: RequestRecord, caller: Caller, conversation: GuardrailRequest
+    ) -> bool:
+        """Screen those texts that are not known; return whether one of all is rejected."""
+        # Callers share nothing: how soon an answer comes would tell one what the others send. The
+        # limit after which the classifier cuts a text changes how it is screened.
+        context = f"{self._classifier.max_length} {caller.name or ''}"
+        known = {text: self._seen.find(text, context) for text in conversation.texts}
+        rejected = {text: v for text, v in known.items() if v and self._rejects(v)}
+        new = [text for text, verdict in known.items() if verdict is None]
+        self._metrics.seen_texts.inc(len(known) - len(new) - len(rejected))
+        record.texts = [*record.texts, *rejected]
+        record.verdicts = [*record.verdicts, *rejected.values()]
+        denied = bool(rejected)
+        while new and not denied:
+            part, new = new[:CONVERSATION_PART], new[CONVERSATION_PART:]
+            screened = await self._screen(record, caller, part, self._windowed_screener)
+            for text, one in zip(part, screened, strict=True):
+                if one.verdict and one.settled:
+                    self._seen.add(text, context, one.verdict)
+            self._count_unscreened(screened)
+            denied = any(self._rejects(one.verdict) for one in screened)
+        return denied
+
+    async def _clean_texts(
+        self, record: RequestRecord, caller: Caller, texts: Set[str]
+    ) -> dict[str, str]:
+        """Return what replaces each text that has a trigger which is found."""
+        found: dict[str, str] = {}
+        for text, verdict in zip(record.texts, record.verdicts, strict=True):
+            if text in texts and text not in found and verdict and verdict.poisoned:
+                cleaned = await self._trigger_search.clean(text, verdict, caller.take)
+                if cleaned:
+                    found[text] = cleaned.text
+        return found
+
     def _rejects(self, verdict: Verdict | None) -> bool:
         """Return whether a text that a proxy forwards is rejected."""
         return self._policy_elsewhere.decide(verdict) is Decision.REJECT
@@ -362,20 +430,26 @@ class Gateway:
         self, record: RequestRecord, caller: Caller, inputs: Sequence[JudgedText]
     ) -> None:
         """Clean as many triggered texts as time and rate allow; the others stay rejected."""
-        started = time.perf_counter()
-        with record.span("sanitize"), suppress(TimeoutError):
+        with self._sanitizing(record), suppress(TimeoutError):
             async with asyncio.timeout(self._settings.sanitize_s):
                 for one in inputs:
                     verdict = one.screened.verdict
                     if verdict is None or not verdict.poisoned:
                         continue
-                    with suppress(Overloaded, ScreenFailed, RateLimited, TooLarge):
+                    with suppress(*NOT_CLEANED):
                         cleaned = await self._trigger_search.clean(one.text, verdict, caller.take)
                         if (
                             cleaned
                             and self._policy.decide(cleaned.screened.verdict) is Decision.ALLOW
                         ):
                             one.cleaned, one.decision = cleaned, Decision.SANITIZE
+
+    @contextmanager
+    def _sanitizing(self, record: RequestRecord) -> Iterator[None]:
+        """Trace and time the search for triggers."""
+        started = time.perf_counter()
+        with record.span("sanitize"):
+            yield
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["sanitize"].observe(seconds)
         record.add_seconds([{"sanitize": seconds}])

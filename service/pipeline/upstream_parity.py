@@ -76,7 +76,9 @@ class ParityCheck:
         batcher: Batcher,
         upstream: UpstreamClassifier,
         settings: UpstreamSettings,
+        metrics: ModelMetrics,
     ) -> None:
+        self._metrics = metrics
         self._texts, self._labels = bundle.carriers, bundle.manifest.labels
         self._multi_label = bundle.manifest.multi_label
         self._batcher, self._upstream = batcher, upstream
@@ -152,11 +154,13 @@ class ParityCheck:
             self.latest = UpstreamParity(ParityState.INCOMPARABLE, detail=str(error))
         except ServiceError as error:
             log.warning("the upstream could not be compared: %s", error)
+            self._metrics.upstream_parity_failures.inc()
             return soon
         except Exception as error:
             # Only place and type: the message may quote anything. A bug must not end the watch.
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("bug", extra={"error": type(error).__name__, "where": where})
+            self._metrics.upstream_parity_failures.inc()
             return soon
         log.info("upstream compared", extra=asdict(self.latest))
         return soon if self.unready_reason else self._period

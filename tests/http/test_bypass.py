@@ -18,7 +18,7 @@ from service.app import create_app
 from service.route_table import AUTHZ, MODERATIONS, ROUTES
 from service.settings import Settings
 from tests.support.fakes import fake_bundle
-from tests.support.protocols import GUARDRAIL, infer
+from tests.support.protocols import AGENTGATEWAY, GUARDRAIL, KONG, blocks, infer
 from tests.support.requests import CLEAN, POISONED, listening
 from tests.support.upstreams import Peer, behind
 
@@ -174,9 +174,13 @@ SENT: dict[str, dict[str, Any]] = {
     "/explain": {"inputs": CLEAN},
     MODERATIONS: {"input": CLEAN},
     GUARDRAIL: {"texts": [CLEAN]},
+    AGENTGATEWAY: {"body": {"messages": [{"role": "user", "content": CLEAN}]}},
+    KONG: {"content": CLEAN},
 }
 """A clean request for each route that takes texts."""
-PROXIED_TOO = SENT.keys() - {"/screen", "/explain", MODERATIONS, GUARDRAIL}
+PROXIED_TOO = SENT.keys() - {"/screen", "/explain", MODERATIONS, GUARDRAIL, AGENTGATEWAY, KONG}
+UNSCREENED = "/response"
+"""agentgateway's route for a model's answers, which pass."""
 
 
 def twisted(clean: dict[str, Any]) -> Iterator[tuple[bytes, Sequence[tuple[str, str]]]]:
@@ -213,7 +217,7 @@ def twisted(clean: dict[str, Any]) -> Iterator[tuple[bytes, Sequence[tuple[str, 
 
 def test_every_route_that_takes_texts_is_tried() -> None:
     counted = {path for path, route in ROUTES.items() if route.counted}
-    assert SENT.keys() | {AUTHZ} == counted
+    assert SENT.keys() | {AUTHZ, UNSCREENED} == counted
 
 
 @pytest.mark.parametrize("route", SENT)
@@ -229,7 +233,7 @@ async def test_no_route_takes_what_could_be_read_in_two_ways(route: str) -> None
             peer.asked.clear()
             for content, headers in twisted(SENT[route]):
                 answer = await client.post(place + path, content=content, headers=headers)
-                blocked = answer.is_success and answer.json().get("action") == "BLOCKED"
+                blocked = answer.is_success and blocks(answer.json())
                 assert 400 <= answer.status_code < 500 or blocked, (place, content[:99], headers)
                 assert POISONED not in answer.text
         assert not peer.asked

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.detection.screen import Verdict
 from service.app import create_app
 from service.pipeline.seen import SeenTexts
-from service.protocols.litellm import (
+from service.protocols.guardrails.litellm import (
     OVERLAP_CHARS,
     PART_CHARS,
     WORD_CHARS,

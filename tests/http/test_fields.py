@@ -8,19 +8,20 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
+from service.protocols.guardrails.dialects import KongRequest, PromptRequest
+from service.protocols.guardrails.litellm import GuardrailRequest
 from service.protocols.hf import HfRequest
 from service.protocols.kserve import KserveRequest
-from service.protocols.litellm import GuardrailRequest
 from service.protocols.native import ClassifyRequest
 from service.protocols.oip import OipRequest
 from service.protocols.openai import ModerationRequest
 from service.protocols.tei import TeiRequest
 from service.protocols.vllm import VllmRequest
-from service.route_table import MODERATIONS
+from service.route_table import GUARDRAIL_ROUTES, MODERATIONS
 from tests.support.fakes import FakeEngine
 from tests.support.fields import CUT, HARMLESS, READ, REFUSED, SCHEMAS
 from tests.support.paths import ROOT
-from tests.support.protocols import GUARDRAIL
+from tests.support.protocols import blocks
 from tests.support.requests import client_of
 
 TYPES = [
@@ -32,6 +33,8 @@ TYPES = [
     (ModerationRequest, ["OpenAI `/v1/moderations`"]),
     (OipRequest, ["Open Inference `infer`"]),
     (GuardrailRequest, ["LiteLLM's guardrail"]),
+    (PromptRequest, ["agentgateway's webhook"]),
+    (KongRequest, ["Kong's plugin"]),
 ]
 
 
@@ -39,12 +42,12 @@ def passes(answer: httpx.Response) -> bool:
     """Return whether a request was answered, or would be forwarded."""
     assert answer.status_code < 500, answer.text
     body = answer.json() if answer.content else {}
-    return answer.is_success and not (isinstance(body, dict) and body.get("action") == "BLOCKED")
+    return answer.is_success and not blocks(body)
 
 
 def forwarded(path: str) -> bool:
     """Return whether a proxy may ask about requests to a path."""
-    return path not in (GUARDRAIL, MODERATIONS)
+    return path not in (*GUARDRAIL_ROUTES, MODERATIONS)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.app import create_app
-from service.protocols.litellm import GuardrailRequest
+from service.protocols.guardrails.litellm import GuardrailRequest
 from service.protocols.registry import by_route
 from service.route_table import PROXIED as METHODS
 from service.route_table import ROUTES

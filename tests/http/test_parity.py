@@ -194,6 +194,7 @@ async def test_failures_are_no_disparity(status: int, caplog: pytest.LogCaptureF
         assert (await parity_of(client))["same"] == 1
         assert await metric(client, PARITY) == 1
         assert (await client.get("/ready")).status_code == 200
+        assert await metric(client, 'psim_upstream_parity_failures_total{model="fake"}') >= 2
 
 
 async def test_labels_of_another_name_are_named_where_answers_have_names() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from service.route_table import MODERATIONS
 from tests.support.fakes import TRIGGER
-from tests.support.protocols import GUARDRAIL, INFER, infer
+from tests.support.protocols import AGENTGATEWAY, GUARDRAIL, INFER, KONG, infer
 from tests.support.requests import CLEAN, POISONED
 
 READ, REFUSED, HARMLESS, CUT = "read", "refused", "harmless", "cut"
@@ -285,6 +285,29 @@ SCHEMAS = {
                 "tool_calls (their index)": [{"index": 1, "function": FUNCTION}],
                 "tools (their cache_control)": [TOOL | {"cache_control": {"type": TRIGGER}}],
             },
+        },
+    ),
+    "agentgateway's webhook": Schema(
+        AGENTGATEWAY,
+        {"body": {"messages": [{"role": "user", "content": CLEAN}]}},
+        {
+            READ: {"body.messages[].content": POISONED},
+            REFUSED: {
+                "body.messages[].role": TRIGGER,
+                "body.messages[].content (parts)": [{"type": "text", "text": TRIGGER}],
+                "body.messages[].name": TRIGGER,
+                "body.choices": [{"message": {"role": "user", "content": TRIGGER}}],
+                "model": TRIGGER,
+            },
+        },
+    ),
+    "Kong's plugin": Schema(
+        KONG,
+        {"content": CLEAN},
+        {
+            READ: {"content": POISONED},
+            REFUSED: {"content (a list)": [TRIGGER], "source": TRIGGER, "messages": [TRIGGER]},
+            HARMLESS: {"source (INPUT)": "INPUT"},
         },
     ),
 }

@@ -54,3 +54,13 @@ ERRORS: dict[str, Callable[[Any], str]] = {
     "oip": lambda body: str(body["error"]),
 }
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
+AGENTGATEWAY, KONG = "/request", "/guardrails/kong"
+
+
+def blocks(answer: Any) -> bool:
+    """Return whether a proxy that asked about a conversation is told to block it."""
+    if not isinstance(answer, dict):
+        return False
+    action = answer.get("action")
+    rejected = isinstance(action, dict) and "status_code" in action
+    return action == "BLOCKED" or rejected or answer.get("block") is True

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from models.bundle.load import load_bundle
 from service.app import create_app
-from service.protocols.litellm import GuardrailRequest
+from service.protocols.guardrails.dialects import GUARDRAILS
+from service.protocols.openai import ModerationRequest
 from service.protocols.registry import SERVED
-from service.route_table import AUTHZ, ROUTES
+from service.route_table import AUTHZ, MODERATIONS, ROUTES
 from service.schemas import NOT_BLANK
 from service.settings import Settings
 from tests.support.bundles import fit_tiny
@@ -59,7 +60,8 @@ def every_route(document: dict[str, Any]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     values = {"path": ENVOY_PATHS, "model": ["fake", "other"], "version": ["1"]}
     types: dict[str, list[type[BaseModel]]] = {
-        GUARDRAIL: [GuardrailRequest],
+        **{guardrail.route: [guardrail.request_type] for guardrail in GUARDRAILS},
+        MODERATIONS: [ModerationRequest],
         AUTHZ: [protocol.request_type for protocol in SERVED],
     }
     for route in ROUTES.values():

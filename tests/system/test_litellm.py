@@ -76,6 +76,14 @@ def test_litellm_blocks_what_the_gateway_rejects(demo_bundle: Path, tmp_path: Pa
 
     app = Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])])
     with serving(app) as backend, ExitStack() as proxies:
+        with served(demo_bundle, MODE="sanitize") as client:
+            masking = proxies.enter_context(proxy("masking", str(client.base_url).rstrip("/")))
+            assert ask(masking, CLEAN_TEXT, TRIGGERED_TEXT).status_code == 200
+            first, second = (message["content"] for message in ASKED[-1]["messages"])
+            assert first == CLEAN_TEXT
+            assert second not in (TRIGGERED_TEXT, "") and set(second.split()) < set(
+                TRIGGERED_TEXT.split()
+            )
         with served(demo_bundle) as client:
             gateway = str(client.base_url).rstrip("/")
             bare = proxies.enter_context(proxy("bare"))

@@ -13,10 +13,15 @@ from service.errors import UnknownModel
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.openapi import ERROR_STATUSES, documented
 from service.http.parsing import read_inference, require_readable
-from service.http.responses import json_response, relayed, server_timing, verdict_headers
+from service.http.responses import (
+    json_response,
+    rejected_reason,
+    relayed,
+    server_timing,
+    verdict_headers,
+)
 from service.http.routing import add_route
 from service.pipeline.gateway import Gateway, GatewayResult
-from service.pipeline.policy import reason_for
 from service.protocols.base import ClientProtocol
 from service.protocols.native import ClassifyRequest
 from service.protocols.registry import by_route
@@ -95,9 +100,7 @@ def _respond(done: Completed[Call, GatewayResult]) -> Response:
 
 def _reason(done: Completed[Call, GatewayResult]) -> str:
     outcome, record = done.answer, done.record
-    judged = zip(record.verdicts, record.decisions, strict=True)
-    found = reason_for(verdict for verdict, decision in judged if decision is Decision.REJECT)
-    found = ". ".join([found, *done.body.unreadable.values()])
+    found = ". ".join([rejected_reason(record), *done.body.unreadable.values()])
     if len(outcome.rejected) == len(outcome.results):
         return f"every input was rejected: {found}"
     numbers = ", ".join(map(str, outcome.rejected))

@@ -1,4 +1,4 @@
-"""Verdicts for proxies that forward requests themselves: Envoy's ext_authz, LiteLLM's guardrails.
+"""Verdicts for proxies that forward requests themselves: Envoy's ext_authz and ext_proc.
 
 The classifier behind a proxy is unknown here. Texts are therefore screened to their end, and one
 rejected text denies the whole request, since nothing can be taken out of it.
@@ -7,35 +7,32 @@ rejected text denies the whole request, since nothing can be taken out of it.
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.applications import Starlette
 from starlette.routing import Route, compile_path
 
-from service.errors import Invalid, NotInspected
+from service.errors import NotInspected
 from service.http.exchange import Completed, Exchange, Parsed
 from service.http.middleware import RequestId
-from service.http.parsing import read_inference, read_json, require_readable, valid
+from service.http.parsing import read_inference, require_readable
 from service.http.responses import (
     install_error_handlers,
     internal_error,
     json_response,
+    rejected_reason,
     verdict_headers,
 )
 from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
 from service.pipeline.gateway import Gateway
-from service.pipeline.policy import reason_for
 from service.protocols.base import ClientProtocol, InferenceRequest
 from service.protocols.headers import is_ambiguous
-from service.protocols.litellm import GuardrailRequest
 from service.protocols.registry import by_route
-from service.route_table import AUTHZ, EXT_PROC, GUARDRAIL, PROXIED
+from service.route_table import AUTHZ, EXT_PROC, PROXIED
 from service.schemas import Decision
 from service.settings import RequestLimits
 
-TURNS = "x-psim-turns"
 PARTIAL_BODY = "x-envoy-auth-partial-body"
 STATES = (
     "/health /live /ready /ping /info /version /v1/models /v1/models/{model} "
@@ -79,15 +76,6 @@ class ExternalAuthz:
         self._models, self._exchange = models, exchange
         self._proxied = ProxiedRoutes()
 
-    async def guardrail(self, request: Request) -> Response:
-        """Tell LiteLLM whether to block a request; one that cannot be screened is blocked too."""
-        try:
-            return await self._exchange.run(
-                request, GUARDRAIL, self._read_guardrail, Gateway.judge_conversation, _block_or_pass
-            )
-        except NotInspected as error:
-            return _block(str(error))
-
     async def authorize(self, request: Request) -> Response:
         """Tell Envoy's ext_authz whether a request may pass: 200, or its caller's answer."""
         return await self._authorize(AUTHZ, request)
@@ -99,32 +87,12 @@ class ExternalAuthz:
     def router(self) -> APIRouter:
         """Return the routes that proxies call over HTTP."""
         router = APIRouter()
-        add_route(router, GUARDRAIL, self.guardrail)
         add_route(router, AUTHZ, self.authorize)
         return router
 
     async def _authorize(self, route: str, request: Request) -> Response:
         respond = partial(_permit_or_deny, request)
         return await self._exchange.run(request, route, self._read_proxied, Gateway.judge, respond)
-
-    async def _read_guardrail(
-        self, request: Request, settings: RequestLimits
-    ) -> Parsed[GuardrailRequest] | Response:
-        _, data = await read_json(request, settings)
-        if isinstance(data, dict) and data.get("input_type") == "response":
-            return _pass()  # the classifier's own text
-        try:
-            body = valid(data, GuardrailRequest)
-        except Invalid as error:
-            raise NotInspected(f"not all of the request can be screened: {error}") from None
-        if _latest_turn_alone(request):
-            body = body.latest_turn()
-        _check_size(body, settings)
-        if not body.texts:
-            return _pass()  # nothing but blanks
-        # LiteLLM has its own names for models; a single model is meant by all of them.
-        by_name = len(self._models) > 1 and prefixed_model(request) is None
-        return Parsed(body, (body.model,) if by_name else ())
 
     async def _read_proxied(
         self, request: Request, settings: RequestLimits
@@ -144,28 +112,6 @@ class ExternalAuthz:
         return Response()
 
 
-def _latest_turn_alone(request: Request) -> bool:
-    """Return whether earlier turns are not to be screened, which a header says.
-
-    It is the proxy's own: parameters in the body can be those of its users.
-    """
-    turns = request.headers.getlist(TURNS)
-    if turns not in ([], ["all"], ["latest"]):
-        raise Invalid(f"the header {TURNS} must be all or latest")
-    return turns == ["latest"]
-
-
-def _check_size(conversation: GuardrailRequest, settings: RequestLimits) -> None:
-    """Raise `NotInspected` if a text or all texts together are too long."""
-    lengths = [*map(len, conversation.passages)]
-    for found, limit, name in (
-        (max(lengths, default=0), settings.max_chars, "a text has"),
-        (sum(lengths), settings.max_conversation_chars, "the conversation has"),
-    ):
-        if found > limit:
-            raise NotInspected(f"{name} {found} characters, over the limit of {limit}")
-
-
 def _check_head(request: Request) -> None:
     """Raise `NotInspected` if the body alone does not tell what the classifier would read."""
     if request.headers.get(PARTIAL_BODY, "false").lower() != "false":
@@ -179,18 +125,6 @@ def _check_head(request: Request) -> None:
         )
 
 
-def _pass() -> Response:
-    return json_response(200, {"action": "NONE"})
-
-
-def _block(reason: str) -> Response:
-    return json_response(200, {"action": "BLOCKED", "blocked_reason": reason})
-
-
-def _block_or_pass(done: Completed[GuardrailRequest, list[Decision]]) -> Response:
-    return _block(_reason(done)) if Decision.REJECT in done.answer else _pass()
-
-
 def _permit_or_deny(
     request: Request, done: Completed[InferenceRequest, list[Decision]]
 ) -> Response:
@@ -198,13 +132,10 @@ def _permit_or_deny(
     if Decision.REJECT not in done.answer:
         return Response(headers=headers)
     protocol: ClientProtocol = request.state.protocol
-    content = protocol.error(403, "rejected", f"an input was rejected: {_reason(done)}")
+    content = protocol.error(
+        403, "rejected", f"an input was rejected: {rejected_reason(done.record)}"
+    )
     return json_response(403, content, headers, protocol.error_media)
-
-
-def _reason(done: Completed[Any, list[Decision]]) -> str:
-    judged = zip(done.record.verdicts, done.answer, strict=True)
-    return reason_for(verdict for verdict, decision in judged if decision is Decision.REJECT)
 
 
 def ext_proc_app(authz: ExternalAuthz) -> Starlette:

@@ -5,7 +5,9 @@ read: a field that is not known here, or that is not text, is refused, since a m
 """
 
 import json
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -102,6 +104,16 @@ class Message(_Given):
         content = self.content
         return [content] if isinstance(content, str) else [part.text for part in content]
 
+    def replacing(self, cleaned: Mapping[str, str]) -> "Message":
+        """Return the same message with other texts in its content."""
+        content = self.content
+        if isinstance(content, str):
+            return self.model_copy(update={"content": cleaned.get(content, content)})
+        parts = [
+            part.model_copy(update={"text": cleaned.get(part.text, part.text)}) for part in content
+        ]
+        return self.model_copy(update={"content": parts})
+
     @property
     def passages(self) -> list[str]:
         """All that a model reads of it, in order."""
@@ -113,7 +125,21 @@ class Message(_Given):
         return [passage for passage in found if passage]
 
 
-class GuardrailRequest(_Given, TextsRequest):
+class Question(TextsRequest):
+    """What a proxy asks about."""
+
+    @property
+    @abstractmethod
+    def conversation(self) -> "GuardrailRequest":
+        """The conversation; of a proxy that takes texts back, those in its `given`."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that a model would read."""
+        return self.conversation.texts
+
+
+class GuardrailRequest(_Given, Question):
     """LiteLLM's question about a request; without a note, a field is LiteLLM's own and no text."""
 
     given: Sequence[str] = Field(alias="texts", default=())
@@ -145,6 +171,11 @@ class GuardrailRequest(_Given, TextsRequest):
             raise ValueError("there is no text to be screened")
         return self
 
+    @property
+    def conversation(self) -> "GuardrailRequest":
+        """The request itself: the others are written in its terms."""
+        return self
+
     @cached_property
     def passages(self) -> list[str]:
         """The parts of the conversation, in the order in which a model reads them."""
@@ -173,6 +204,22 @@ class GuardrailRequest(_Given, TextsRequest):
         ]
         return [text for text in dict.fromkeys([*self.passages, *parts]) if text.strip()]
 
+    @property
+    def replaceable(self) -> set[str]:
+        """Texts that can be taken back: LiteLLM puts `texts` into the messages that have them.
+
+        A text that messages have more often than `texts` would stay in one of them.
+        """
+        given = Counter(self.given)
+        read = Counter(part for message in self.structured_messages for part in message.parts)
+        return {text for text, times in given.items() if read[text] <= times}
+
+    def replacing(self, cleaned: Mapping[str, str]) -> "GuardrailRequest":
+        """Return the same request with other texts, as a model would read it."""
+        texts = [cleaned.get(text, text) for text in self.given]
+        messages = [message.replacing(cleaned) for message in self.structured_messages]
+        return self._copy(texts, messages)
+
     def latest_turn(self) -> "GuardrailRequest":
         """Return the same request without messages up to the last answer, and without their texts.
 
@@ -184,14 +231,20 @@ class GuardrailRequest(_Given, TextsRequest):
                 begin = number
         earlier, latest = messages[:begin], messages[begin:]
         said = {part for message in earlier for part in message.parts}
-        fields: dict[str, Any] = {
-            "texts": [text for text in self.given if text not in said],
-            "structured_messages": latest,
-            "tools": self.tools,
-            "tool_calls": self.tool_calls,
-            "model": self.model,
-        }
-        return GuardrailRequest.model_construct(**fields)
+        return self._copy([text for text in self.given if text not in said], latest)
+
+    def _copy(self, texts: Sequence[str], messages: Sequence[Message]) -> "GuardrailRequest":
+        """Return the same request with other texts and messages."""
+        beside = {"tools": self.tools, "tool_calls": self.tool_calls, "model": self.model}
+        return GuardrailRequest.of(texts, messages, **beside)
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str], messages: Sequence[Message] = (), **fields: Any
+    ) -> "GuardrailRequest":
+        """Return a request for what has been checked already; there may be no text in it."""
+        fields |= {"texts": texts, "structured_messages": messages}
+        return cls.model_construct(**fields)
 
 
 def overlapping_parts(text: str) -> list[str]:

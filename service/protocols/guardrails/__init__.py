@@ -1,0 +1,1 @@
+"""Proxies that ask about conversations, and may take texts back: one module each."""
