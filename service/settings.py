@@ -96,6 +96,13 @@ class ExtProcSettings(ServerSettings, RequestLimits):
     """Port for ext_proc, on the same host; None switches it off."""
 
 
+class InferenceGrpcSettings(ServerSettings, RequestLimits):
+    """Open Inference, over gRPC."""
+
+    oip_grpc_port: int | None = Field(None, ge=1, le=65535)
+    """Port for it, on the same host; None switches it off."""
+
+
 class AccessSettings(ServerSettings):
     """Who may call which routes, and how often."""
 
@@ -301,6 +308,7 @@ class Settings(
     ObservabilitySettings,
     ConsoleSettings,
     ExtProcSettings,
+    InferenceGrpcSettings,
     ScreeningSettings,
     AccessSettings,
     AuditSettings,

@@ -10,11 +10,13 @@ from starlette.requests import Request
 
 from service.errors import ClientError, Invalid, Malformed, TooLarge, UnsupportedMedia
 from service.protocols.base import ClientProtocol, InferenceRequest
+from service.protocols.tensors import with_binary
 from service.schemas import TextsRequest
 from service.settings import RequestLimits
 
 Model = TypeVar("Model", bound=TextsRequest)
 BINARY_TENSORS = "inference-header-content-length"
+DIGITS = re.compile(r"[0-9]{1,12}")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -40,8 +42,11 @@ async def read_inference(
         UnsupportedMedia, TooLarge, Malformed, Invalid: the message does not quote the body.
     """
     request.state.protocol = protocols[0]
-    optional = protocols[0].media_optional
-    body, data = await read_json(request, settings, media_optional=optional)
+    if protocols[0].binary_tensors and BINARY_TENSORS in request.headers:
+        body, data = await _read_binary(request, settings)
+    else:
+        optional = protocols[0].media_optional
+        body, data = await read_json(request, settings, media_optional=optional)
     protocol = request.state.protocol = choose(protocols, data)
     parsed = valid(data, protocol.request_type)
     return protocol, parsed, body, _unreadable(parsed.texts, settings)
@@ -65,6 +70,24 @@ async def read_json(
     return body, _parse(body)
 
 
+async def _read_binary(request: Request, settings: RequestLimits) -> tuple[bytes, object]:
+    """Return a body with tensors after its JSON as a body that has them in it, and as JSON.
+
+    Raises:
+        UnsupportedMedia, TooLarge, Malformed, Invalid: the message does not quote the body.
+    """
+    _check_media(request, optional=True, binary=True)
+    length, *more = request.headers.getlist(BINARY_TENSORS)
+    body = await _limited_body(request, settings.max_body_bytes)
+    if more or not DIGITS.fullmatch(length) or int(length) > len(body):
+        raise Malformed(f"the header {BINARY_TENSORS} must be the length of the JSON in the body")
+    try:
+        data = with_binary(_parse(body[: int(length)]), body[int(length) :])
+    except ValueError as error:
+        raise Invalid(str(error)) from None
+    return json.dumps(data, ensure_ascii=False).encode(), data
+
+
 def parse(data: object, model: type[Model], settings: RequestLimits) -> Model:
     """Return JSON as `model`.
 
@@ -82,19 +105,21 @@ def require_readable(unreadable: Mapping[int, ClientError]) -> None:
         raise error
 
 
-def _check_media(request: Request, optional: bool) -> None:
+def _check_media(request: Request, optional: bool, binary: bool = False) -> None:
     for name in ("content-type", "content-encoding"):
         if len(request.headers.getlist(name)) > 1:
             raise UnsupportedMedia(f"the header {name} must not be there twice")
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
-    if kind.strip().lower() != "application/json" and (kind or not optional):
+    media = kind.strip().lower()
+    known = media == "application/json" or (binary and media == "application/octet-stream")
+    if not known and (kind or not optional):
         raise UnsupportedMedia("the content type must be application/json")
     if parameters.strip().lower().replace('"', "") not in ("", "charset=utf-8"):
         raise UnsupportedMedia("the only charset is utf-8")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMedia("the body must not be compressed")
-    if BINARY_TENSORS in request.headers:
-        raise UnsupportedMedia("tensors must be in the JSON: set binary_data=False")
+    if BINARY_TENSORS in request.headers and not binary:
+        raise UnsupportedMedia("no tensors may stand after the JSON here")
 
 
 async def _limited_body(request: Request, limit: int) -> bytes:

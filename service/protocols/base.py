@@ -109,6 +109,8 @@ class ClientProtocol(ABC):
     """Whether an upstream's answer for all inputs can be passed on unchanged."""
     media_optional: ClassVar[bool] = False
     """Whether clients may leave out the content type."""
+    binary_tensors: ClassVar[bool] = False
+    """Whether tensors may stand after the JSON."""
     error_media: ClassVar[str] = "application/json"
 
     def claims(self, data: object) -> bool:

@@ -1,7 +1,7 @@
 """Open Inference Protocol v2 (KServe, MLServer, Triton): `POST /v2/models/NAME/infer`.
 
-The texts are the only input, of type BYTES. Anything that a server might read differently from the
-screen is refused: tensors behind the JSON, base64, further inputs.
+The texts are the only input, of type BYTES, in the JSON or after it. Anything that a server might
+read differently from the screen is refused: base64, further inputs.
 """
 
 import math
@@ -225,6 +225,7 @@ class OpenInference(WireProtocol):
     supports_partial = False
     requires_all_scores = True
     media_optional = True
+    binary_tensors = True
 
     def __init__(self, input_name: str = "text") -> None:
         self._input_name = input_name

@@ -37,7 +37,7 @@ class Replica:
             PsimError: these settings cannot be served by a replica.
         """
         settings = load_settings()
-        for name in ("console_port", "ext_proc_port"):
+        for name in ("console_port", "ext_proc_port", "oip_grpc_port"):
             if getattr(settings, name) is not None:
                 raise PsimError(f"PSIM_{name.upper()} is of one process: replicas cannot have it")
         app = create_process_app(settings)

@@ -196,7 +196,7 @@ async def test_what_could_be_read_otherwise_is_refused(name: str) -> None:
             (content, {"content-encoding": "gzip"}, 415),
             (content, {"content-type": "application/json; charset=utf-16"}, 415),
             (content, {"content-type": "application/octet-stream"}, 415),
-            (content, {"inference-header-content-length": "10"}, 415),
+            (content, {"inference-header-content-length": "10"}, 400 if name == "oip" else 415),
         ):
             answer = await client.post(path, content=sent, headers=JSON | headers)
             assert answer.status_code == status, (sent, headers)

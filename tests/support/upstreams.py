@@ -38,7 +38,8 @@ class Peer:
 async def behind(peer: Peer, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client of a gateway in front of a peer that has answered once."""
     kept = peer.body, peer.status, peer.headers, peer.wait_s
-    peer.body, peer.status, peer.headers, peer.wait_s = SOUND, 200, {}, 0
+    sound = kept[0] if changes.get("upstream_protocol") == "oip" else SOUND
+    peer.body, peer.status, peer.headers, peer.wait_s = sound, 200, {}, 0
     app = Starlette(routes=[Route("/{path:path}", peer.answer, methods=["POST"])])
     settings: dict[str, Any] = {"upstream_protocol": "tei", "upstream_retry_s": 60} | changes
     async with listening(app) as url, client_of(upstream=url, **settings) as client:
