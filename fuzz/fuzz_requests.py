@@ -1,5 +1,7 @@
 """Fuzz what reads requests, and upstreams' answers, in every protocol, guided by coverage.
 
+Tensors after the JSON and messages of gRPC are among them, and the proxies' questions.
+
 A body is refused with one of four errors, none of which repeats it, or read: then what is screened
 is what an upstream would get. An upstream's answer is believed, or is a `BadAnswer`.
 
@@ -20,15 +22,25 @@ import atheris
 from mutation import mutate
 
 with atheris.instrument_imports(
-    include=["service.http.parsing", "service.protocols", "service.schemas"]
+    include=[
+        "service.http.parsing",
+        "service.protocols",
+        "service.schemas",
+        "service.grpc.messages",
+    ]
 ):
-    from service.http.parsing import choose, parse, read_json
+    from service.grpc.messages import infer_response, request_json
+    from service.http.parsing import choose, parse, read_inference, read_json
     from service.protocols.base import BadAnswer, ModelInfo, WireProtocol
-    from service.protocols.guardrails.litellm import GuardrailRequest
+    from service.protocols.guardrails.dialects import GUARDRAILS
+    from service.protocols.oip import OipRequest, OpenInference
+    from service.protocols.openai import ModerationRequest
     from service.protocols.registry import SERVED, protocols
     from service.schemas import ExplainRequest, Result, ScreenRequest, TextsRequest
 
+from google.protobuf.message import DecodeError
 from starlette.requests import Request
+from tritonclient.grpc import service_pb2
 
 from service.errors import Invalid, Malformed, ServiceError, TooLarge, UnsupportedMedia
 from service.settings import Settings
@@ -38,7 +50,8 @@ LABELS = ["negative", "positive"]
 WORLD = ModelInfo("m", "d" * 64, LABELS)
 UPSTREAMS = [*protocols().values()]
 MEDIA = (b"application/json", b"application/json; charset=utf-8", b"text/plain", b"")
-OURS: list[type[TextsRequest]] = [ScreenRequest, ExplainRequest, GuardrailRequest]
+ASKED = [*dict.fromkeys(guardrail.request_type for guardrail in GUARDRAILS)]
+OURS: list[type[TextsRequest]] = [ScreenRequest, ExplainRequest, ModerationRequest, *ASKED]
 SECRET = "hunter2"
 
 
@@ -47,8 +60,12 @@ def fuzz(data: bytes) -> None:
     if len(data) < 2:
         return
     kind, body = data[0], data[1:]
-    if kind < 128:
+    if kind < 112:
         request(kind, body)
+    elif kind < 120:
+        binary(body[0], body[1:])
+    elif kind < 128:
+        message(body)
     else:
         answer(UPSTREAMS[kind % len(UPSTREAMS)], kind // 64 - 1, body)
 
@@ -78,6 +95,38 @@ def request(kind: int, body: bytes) -> None:
     one = {"decision": "allow", "screen": None, "label": LABELS[0], "scores": scores}
     results = [Result.model_validate(one) for _ in asked.texts]
     json.dumps(asked.to_response(results, WORLD), allow_nan=False).encode()
+
+
+def binary(length: int, body: bytes) -> None:
+    """Read a body of Open Inference with tensors after as many bytes of JSON."""
+    headers = [(b"inference-header-content-length", str(length).encode())]
+    given = Request({"type": "http", "headers": headers, "state": {}}, received(body))
+    try:
+        _, asked, sent, unreadable = done(read_inference(given, [OpenInference()], SETTINGS))
+    except ServiceError as error:
+        refused(error)
+        return
+    assert OipRequest.model_validate_json(sent).texts == asked.texts, "an upstream reads others"
+    for number, text in enumerate(asked.texts):
+        assert number in unreadable or text.strip()
+
+
+def message(body: bytes) -> None:
+    """Read a message of gRPC; an answer fits into one, or is a `BadAnswer`."""
+    try:
+        given = service_pb2.ModelInferRequest.FromString(body)
+    except DecodeError:
+        given = None
+    if given:
+        try:
+            json.loads(request_json(given))
+        except ValueError as error:
+            assert SECRET not in str(error)
+    for raw in (False, True):
+        try:
+            infer_response(body, "m", "", raw).SerializeToString()
+        except BadAnswer as error:
+            assert SECRET not in str(error)
 
 
 def checked(asked: TextsRequest) -> None:

@@ -26,10 +26,9 @@ from service.schemas import NOT_BLANK
 from service.settings import Settings
 from tests.support.bundles import fit_tiny
 from tests.support.families import tiny_victim
-from tests.support.protocols import ASKED, INFER, tensor
+from tests.support.protocols import AGENTGATEWAY, ASKED, GUARDRAIL, INFER, KONG, tensor
 from tests.support.servers import serving
 
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 SECRET = "hunter2"
 ENVOY_PATHS = [path.removeprefix("/") for path, _, _ in ASKED.values()] + ["health", "embed"]
 
@@ -173,6 +172,9 @@ def test_huge_texts_are_answered_or_refused(
         (GUARDRAIL, {"texts": ["HALF"]}),
         (GUARDRAIL, {"texts": [SECRET], "model": "HALF"}),
         (GUARDRAIL, {"texts": [SECRET], "HALF": "HALF"}),
+        (AGENTGATEWAY, {"body": {"messages": [{"role": "user", "content": "HALF"}]}}),
+        (KONG, {"content": "HALF"}),
+        (MODERATIONS, {"input": "HALF"}),
         (INFER, {"inputs": [tensor(SECRET)], "id": "HALF"}),
         (INFER, {"inputs": [tensor(SECRET)], "outputs": [{"name": "HALF"}]}),
         (INFER, {"inputs": [tensor(SECRET)], "model_name": "HALF"}),
