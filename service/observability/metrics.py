@@ -24,7 +24,7 @@ from models.detection.screen import Finding
 from service.observability.drift import Comparison
 from service.route_table import AUTHZ, COUNTED_ROUTES, EXT_PROC, GUARDRAIL
 from service.schemas import Decision
-from service.settings import ModelSettings
+from service.settings import Mode, ModelSettings
 
 ROUTES = COUNTED_ROUTES
 ASKED_BY_PROXIES = (AUTHZ, EXT_PROC, GUARDRAIL)
@@ -365,9 +365,15 @@ class ModelMetrics:
         self.max_queue_inputs = families.max_queue_inputs.labels(model)
         self.max_queue_characters = families.max_queue_characters.labels(model)
         self.max_queue_seconds = families.max_queue_seconds.labels(model)
-        self.inputs = {d: families.inputs.labels(model, settings.mode, d) for d in Decision}
+        self._inputs, self._model = families.inputs, model
+        for decision in Decision:
+            self.inputs(settings.mode, decision)
         self.stage_seconds = {s: families.stage_seconds.labels(model, s) for s in STAGES}
         self.overload = {r: families.overload.labels(model, r) for r in OVERLOADS}
         self.upstream_errors = {
             k: families.upstream_errors.labels(model, k) for k in UPSTREAM_ERRORS
         }
+
+    def inputs(self, mode: Mode, decision: Decision) -> Counter:
+        """Return the counter of inputs; keys may have modes other than the service's."""
+        return self._inputs.labels(self._model, mode, decision)

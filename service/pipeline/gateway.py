@@ -124,16 +124,33 @@ class Gateway:
     ) -> None:
         self.bundle, self.model_info, self.mode = bundle, model_info, settings.mode
         self.drift = Drift(bundle)
-        self.context = ModelContext(model_info.model, bundle.digest, self.mode, metrics, self.drift)
         self.elsewhere = settings.upstream is not None
-        self._policy = policy_of(settings, self.elsewhere)
-        self._policy_elsewhere = policy_of(settings, elsewhere=True)
         self._screener, self._windowed_screener = screener, windowed_screener
         self._classifier, self._trigger_search = classifier, trigger_search
         self._metrics, self._settings, self._challenger = metrics, settings, challenger
         self._parity = parity
         self._seen = SeenTexts(settings.seen_texts)
         self._warm = False
+
+    def policy_of(self, caller: Caller, *, elsewhere: bool = False) -> Policy:
+        """Return the policy for a caller's texts.
+
+        Args:
+            caller: whose key may have a policy of its own.
+            elsewhere: whether the texts go to a classifier elsewhere, whatever the settings say.
+        """
+        return policy_of(self._settings, elsewhere or self.elsewhere, caller.key)
+
+    def context_of(self, caller: Caller) -> ModelContext:
+        """Return the model as a request of a caller meets it.
+
+        Raises:
+            Forbidden: the caller's key is not for the model.
+        """
+        model = self.model_info.model
+        caller.require_model(model, self.bundle.manifest.frr_budget)
+        mode = self.policy_of(caller).mode
+        return ModelContext(model, self.bundle.digest, mode, self._metrics, self.drift)
 
     async def handle(self, record: RequestRecord, caller: Caller, call: Call) -> GatewayResult:
         """Screen the texts, classify those that may pass, and answer in their order.
@@ -143,13 +160,14 @@ class Gateway:
         """
         record.numbers, texts = [*call.readable], [*call.readable.values()]
         screened = await self._screen(record, caller, texts, self._screener)
-        decided = _decide(record, self._policy)
+        policy = self.policy_of(caller)
+        decided = _decide(record, policy)
         inputs = [
             JudgedText(text, one, decision)
             for text, one, decision in zip(texts, screened, decided, strict=True)
         ]
-        if self.mode is Mode.SANITIZE:
-            await self._sanitize(record, caller, inputs)
+        if policy.mode is Mode.SANITIZE:
+            await self._sanitize(record, caller, inputs, policy)
         decisions = [one.decision for one in inputs]
         if refuses_request(decisions, call.protocol.supports_partial):
             # The others get no answer either, so they do not count as allowed.
@@ -190,7 +208,8 @@ class Gateway:
         if isinstance(request, InferenceRequest) and request.may_be_pair:
             raise NotInspected("a list of two texts may be read as a pair; send each by itself")
         screened = await self._screen(record, caller, request.texts, self._windowed_screener)
-        record.decisions = decisions = _decide(record, self._policy_elsewhere)
+        policy = self.policy_of(caller, elsewhere=True)
+        record.decisions = decisions = _decide(record, policy)
         self._count_unscreened(screened)
         return decisions
 
@@ -208,19 +227,20 @@ class Gateway:
         # Callers share nothing: how soon an answer comes would tell one what the others send. The
         # limit after which the classifier cuts a text changes how it is screened.
         context = f"{self._classifier.max_length} {caller.name or ''}"
+        policy = self.policy_of(caller, elsewhere=True)
         known = {text: self._seen.find(text, context) for text in conversation.texts}
-        rejected = {text: v for text, v in known.items() if v and self._rejects(v)}
+        rejected = {text: v for text, v in known.items() if v and policy.rejects(v)}
         new = [text for text, verdict in known.items() if verdict is None]
         self._metrics.seen_texts.inc(len(known) - len(new) - len(rejected))
         record.texts, record.verdicts = [*rejected], [*rejected.values()]
-        while new and not any(map(self._rejects, record.verdicts)):
+        while new and not any(map(policy.rejects, record.verdicts)):
             part, new = new[:CONVERSATION_PART], new[CONVERSATION_PART:]
             screened = await self._screen(record, caller, part, self._windowed_screener)
             for text, one in zip(part, screened, strict=True):
                 if one.verdict and one.settled:
                     self._seen.add(text, context, one.verdict)
             self._count_unscreened(screened)
-        record.decisions = decisions = _decide(record, self._policy_elsewhere)
+        record.decisions = decisions = _decide(record, policy)
         return decisions
 
     async def moderate(
@@ -232,7 +252,8 @@ class Gateway:
             ServiceError: as `judge` does.
         """
         await self.judge(record, caller, request)
-        return [moderation(v, self._flags(v), caller.sees_scores) for v in record.verdicts]
+        policy = self.policy_of(caller, elsewhere=True)
+        return [moderation(v, policy.flags(v), caller.sees_scores) for v in record.verdicts]
 
     async def explain(
         self, record: RequestRecord, caller: Caller, request: ExplainRequest
@@ -345,21 +366,16 @@ class Gateway:
         self._require_verdicts(verdicts)
         return screened
 
-    def _rejects(self, verdict: Verdict | None) -> bool:
-        """Return whether a text that a proxy forwards is rejected."""
-        return self._policy_elsewhere.decide(verdict) is Decision.REJECT
-
-    def _flags(self, verdict: Verdict | None) -> bool:
-        """Return whether `enforce` would reject a text; mode `shadow` leaves hooks alone too."""
-        rejects = self._policy_elsewhere.enforced(verdict) is Decision.REJECT
-        return rejects and self.mode is not Mode.SHADOW
-
     def _require_verdicts(self, verdicts: Sequence[Verdict | None]) -> None:
         if None in verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
 
     async def _sanitize(
-        self, record: RequestRecord, caller: Caller, inputs: Sequence[JudgedText]
+        self,
+        record: RequestRecord,
+        caller: Caller,
+        inputs: Sequence[JudgedText],
+        policy: Policy,
     ) -> None:
         """Clean as many triggered texts as time and rate allow; the others stay rejected."""
         started = time.perf_counter()
@@ -371,10 +387,7 @@ class Gateway:
                         continue
                     with suppress(Overloaded, ScreenFailed, RateLimited, TooLarge):
                         cleaned = await self._trigger_search.clean(one.text, verdict, caller.take)
-                        if (
-                            cleaned
-                            and self._policy.decide(cleaned.screened.verdict) is Decision.ALLOW
-                        ):
+                        if cleaned and policy.decide(cleaned.screened.verdict) is Decision.ALLOW:
                             one.cleaned, one.decision = cleaned, Decision.SANITIZE
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["sanitize"].observe(seconds)

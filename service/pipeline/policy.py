@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from models.detection.screen import Finding, Verdict
 from service.schemas import Decision
+from service.security.keys.file import Key
 from service.settings import GatewaySettings, Mode
 
 REASONS = {
@@ -41,15 +42,27 @@ class Policy:
             return Decision.REJECT
         return self.unfamiliar if verdict.finding else Decision.ALLOW
 
+    def rejects(self, verdict: Verdict | None) -> bool:
+        """Return whether a text that is not sanitized is rejected."""
+        return self.decide(verdict) is Decision.REJECT
 
-def policy_of(settings: GatewaySettings, elsewhere: bool) -> Policy:
+    def flags(self, verdict: Verdict | None) -> bool:
+        """Return whether `enforce` would reject a text; mode `shadow` leaves hooks alone too."""
+        return self.enforced(verdict) is Decision.REJECT and self.mode is not Mode.SHADOW
+
+
+def policy_of(settings: GatewaySettings, elsewhere: bool, key: Key | None = None) -> Policy:
     """Return the policy for texts whose classifier is elsewhere, or in this process.
+
+    What the caller's key leaves open, the settings decide.
 
     The classifier in this process reads no more of a text than the screen does, so an over-long
     text is harmless to it.
     """
     overlong_is_suspicious = elsewhere and settings.overlong == "reject"
-    return Policy(settings.mode, overlong_is_suspicious, Decision(settings.unfamiliar))
+    mode = (key and key.mode) or settings.mode
+    unfamiliar = (key and key.unfamiliar) or settings.unfamiliar
+    return Policy(mode, overlong_is_suspicious, Decision(unfamiliar))
 
 
 def reason_for(rejected: Iterable[Verdict | None]) -> str:

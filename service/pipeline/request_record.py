@@ -38,6 +38,7 @@ class ModelContext:
     digest: str
     """SHA-256 of the bundle's manifest."""
     mode: Mode
+    """That of the caller's key, if it has one of its own."""
     metrics: ModelMetrics
     drift: Drift
 
@@ -149,7 +150,7 @@ class Recorder:
         if not answered:
             return
         for decision in filter(None, record.decisions):
-            metrics.inputs[decision].inc(exemplar=exemplar_labels)
+            metrics.inputs(context.mode, decision).inc(exemplar=exemplar_labels)
         if context.mode is Mode.SHADOW:
             metrics.would_reject.inc(record.would_reject)
         if self._audit is not None:

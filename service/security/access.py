@@ -3,6 +3,7 @@
 Nothing behind `Access` ever sees a key: not the logs, nor the audit, nor an upstream.
 """
 
+import math
 from base64 import b64decode
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,6 +51,22 @@ class Caller:
         """Raise `Forbidden` if answers to the caller hold decisions only."""
         if not self.sees_scores:
             raise Forbidden("the API key is for decisions only", CHALLENGE)
+
+    def may_use(self, model: str) -> bool:
+        """Return whether the key is for a model."""
+        return self.key is None or self.key.models is None or model in self.key.models
+
+    def require_model(self, model: str, budget: float) -> None:
+        """Raise `Forbidden` unless the key is for a model, and for its false-rejection budget."""
+        if not self.may_use(model):
+            raise Forbidden(f"the API key is not for the model {model}", CHALLENGE)
+        wanted = self.key.frr_budget if self.key else None
+        if wanted is not None and not math.isclose(wanted, budget):
+            raise Forbidden(
+                f"the API key is for a false-rejection budget of {wanted:g}, and the bundle of the "
+                f"model {model} holds thresholds for {budget:g} only: change frr_budget of the key",
+                CHALLENGE,
+            )
 
     async def take(self, passes: int) -> None:
         """Count the next passes of the request against the caller's rate limit, if it has one.

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from limits import RateLimitItem, parse
 from pydantic import (
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from models.errors import PsimError
+from service.settings import Mode
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ def _rate(value: object) -> object:
     return parse(value) if isinstance(value, str) else value
 
 
+ModelName = Annotated[str, StringConstraints(min_length=1)]
+
+
 class Key(BaseModel):
     """A key, as the file has it."""
 
@@ -62,6 +66,13 @@ class Key(BaseModel):
     """Inputs per time, such as `100/second`; None is no limit."""
     scores: bool = True
     """Whether the holder sees scores, not only decisions."""
+    mode: Mode | None = None
+    """What happens to the holder's texts; None leaves that to the service, as below."""
+    unfamiliar: Literal["flag", "reject", "allow"] | None = None
+    models: Annotated[frozenset[ModelName], Field(min_length=1)] | None = None
+    """Names of the models that the holder may use; None is all of them."""
+    frr_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The false-rejection budget that a bundle must be calibrated for; None takes any."""
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
