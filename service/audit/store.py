@@ -62,6 +62,7 @@ inputs = sa.Table(
     sa.Column("text_hmac", sa.Text, index=True),
     sa.Column("model", sa.Text),
     sa.Column("caller", sa.Text),
+    sa.Column("reason", sa.Text),
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )
@@ -77,6 +78,19 @@ marks = sa.Table(  # history of marks; the current ones are in `inputs`
     sa.Column("time", Utc, nullable=False),
     sa.Column("who", sa.Text, nullable=False),
     sa.Column("mark", sa.Text),
+)
+exceptions = sa.Table(
+    "psim_audit_exceptions",
+    metadata,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("text_hmac", sa.Text, nullable=False),
+    sa.Column("created", Utc, nullable=False),
+    sa.Column("expires", Utc, nullable=False, index=True),
+    sa.Column("reviewer", sa.Text, nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("removed", Utc),
+    sa.Column("removed_by", sa.Text),
 )
 
 

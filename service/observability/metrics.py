@@ -125,6 +125,14 @@ class AuditMetrics(MetricGroup):
         self.audit_queue_rows = Gauge(
             "psim_audit_queue_rows", "Rows that wait for the audit store", registry=self.registry
         )
+        self.exceptions = Gauge(
+            "psim_exceptions", "Reviewed exceptions in force", registry=self.registry
+        )
+        self.exceptions_stale = Gauge(
+            "psim_exceptions_stale",
+            "1 if the exceptions could not be read for so long that none of them counts",
+            registry=self.registry,
+        )
 
 
 class ProcessMetrics(MetricGroup):
@@ -226,6 +234,11 @@ class ModelFamilies:
         )
         self.seen_texts = counter(
             "psim_seen_texts", "Texts of conversations that were not screened again", MODEL
+        )
+        self.excepted_inputs = counter(
+            "psim_excepted_inputs",
+            "Inputs with a finding that a reviewed exception let pass",
+            MODEL,
         )
         self.upstream_errors = counter(
             "psim_upstream_errors", "Failures of the classifier elsewhere", ["model", "kind"]
@@ -350,6 +363,7 @@ class ModelMetrics:
         self.worker_restarts = families.worker_restarts.labels(model)
         self.fail_open = families.fail_open.labels(model)
         self.seen_texts = families.seen_texts.labels(model)
+        self.excepted_inputs = families.excepted_inputs.labels(model)
         self.ready = families.ready.labels(model)
         self.upstream_parity = families.upstream_parity.labels(model)
         self.upstream_parity_texts = families.upstream_parity_texts.labels(model)

@@ -15,6 +15,8 @@ from models.bundle.load import Bundle
 from models.detection.passage import Span
 from models.detection.screen import Verdict
 from models.detection.views import FIRES
+from service.audit.exceptions import Exceptions
+from service.audit.rows import EXCEPTION
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
 from service.errors import NotInspected, NotReady, Overloaded, RateLimited, ScreenFailed, TooLarge
 from service.inference.batcher import Screened, Screener, free
@@ -22,7 +24,13 @@ from service.inference.worker import Health
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics
 from service.pipeline.challenger import Challenger
-from service.pipeline.policy import Policy, only_rejections, policy_of, refuses_request
+from service.pipeline.policy import (
+    Decider,
+    Policy,
+    only_rejections,
+    policy_of,
+    refuses_request,
+)
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.seen import SeenTexts
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
@@ -67,6 +75,11 @@ class GatewayResult:
         """Numbers of the rejected inputs, from 0."""
         return [i for i, one in enumerate(self.results) if one.decision is Decision.REJECT]
 
+    @property
+    def excepted(self) -> list[int]:
+        """Numbers of the inputs that a reviewed exception lets pass, from 0."""
+        return [i for i, one in enumerate(self.results) if one.reason]
+
 
 @dataclass(slots=True)
 class JudgedText:
@@ -77,6 +90,8 @@ class JudgedText:
     decision: Decision
     cleaned: Cleaned | None = None
     """Replaces the text at the classifier, if it was sanitized."""
+    excepted: bool = False
+    """Whether a reviewed exception lets it pass."""
     scores: Sequence[Score] = ()
     """As many as were asked for, best first."""
     labels: list[str] | None = None
@@ -98,6 +113,7 @@ class JudgedText:
             label=self.scores[0].label if self.scores else None,
             labels=self.labels,
             scores=list(self.scores) or None,
+            reason=EXCEPTION if self.excepted else None,
             removed=_removed(self.text, self.cleaned.removed) if self.cleaned else None,
         )
 
@@ -121,6 +137,7 @@ class Gateway:
         settings: GatewaySettings,
         challenger: Challenger | None = None,
         parity: ParityCheck | None = None,
+        exceptions: Exceptions | None = None,
     ) -> None:
         self.bundle, self.model_info, self.mode = bundle, model_info, settings.mode
         self.drift = Drift(bundle)
@@ -128,7 +145,7 @@ class Gateway:
         self._screener, self._windowed_screener = screener, windowed_screener
         self._classifier, self._trigger_search = classifier, trigger_search
         self._metrics, self._settings, self._challenger = metrics, settings, challenger
-        self._parity = parity
+        self._parity, self._exceptions = parity, exceptions
         self._seen = SeenTexts(settings.seen_texts)
         self._warm = False
 
@@ -160,14 +177,16 @@ class Gateway:
         """
         record.numbers, texts = [*call.readable], [*call.readable.values()]
         screened = await self._screen(record, caller, texts, self._screener)
-        policy = self.policy_of(caller)
-        decided = _decide(record, policy)
+        decider = self._decider(caller)
+        decided = _decide(record, decider)
         inputs = [
-            JudgedText(text, one, decision)
-            for text, one, decision in zip(texts, screened, decided, strict=True)
+            JudgedText(text, one, decision, excepted=excepted)
+            for text, one, decision, excepted in zip(
+                texts, screened, decided, record.excepted, strict=True
+            )
         ]
-        if policy.mode is Mode.SANITIZE:
-            await self._sanitize(record, caller, inputs, policy)
+        if decider.policy.mode is Mode.SANITIZE:
+            await self._sanitize(record, caller, inputs, decider.policy)
         decisions = [one.decision for one in inputs]
         if refuses_request(decisions, call.protocol.supports_partial):
             # The others get no answer either, so they do not count as allowed.
@@ -208,8 +227,8 @@ class Gateway:
         if isinstance(request, InferenceRequest) and request.may_be_pair:
             raise NotInspected("a list of two texts may be read as a pair; send each by itself")
         screened = await self._screen(record, caller, request.texts, self._windowed_screener)
-        policy = self.policy_of(caller, elsewhere=True)
-        record.decisions = decisions = _decide(record, policy)
+        decider = self._decider(caller, elsewhere=True)
+        record.decisions = decisions = _decide(record, decider)
         self._count_unscreened(screened)
         return decisions
 
@@ -227,20 +246,20 @@ class Gateway:
         # Callers share nothing: how soon an answer comes would tell one what the others send. The
         # limit after which the classifier cuts a text changes how it is screened.
         context = f"{self._classifier.max_length} {caller.name or ''}"
-        policy = self.policy_of(caller, elsewhere=True)
+        decider = self._decider(caller, elsewhere=True)
         known = {text: self._seen.find(text, context) for text in conversation.texts}
-        rejected = {text: v for text, v in known.items() if v and policy.rejects(v)}
+        rejected = {text: v for text, v in known.items() if v and decider.rejects(text, v)}
         new = [text for text, verdict in known.items() if verdict is None]
         self._metrics.seen_texts.inc(len(known) - len(new) - len(rejected))
         record.texts, record.verdicts = [*rejected], [*rejected.values()]
-        while new and not any(map(policy.rejects, record.verdicts)):
+        while new and not any(map(decider.rejects, record.texts, record.verdicts)):
             part, new = new[:CONVERSATION_PART], new[CONVERSATION_PART:]
             screened = await self._screen(record, caller, part, self._windowed_screener)
             for text, one in zip(part, screened, strict=True):
                 if one.verdict and one.settled:
                     self._seen.add(text, context, one.verdict)
             self._count_unscreened(screened)
-        record.decisions = decisions = _decide(record, policy)
+        record.decisions = decisions = _decide(record, decider)
         return decisions
 
     async def moderate(
@@ -252,8 +271,11 @@ class Gateway:
             ServiceError: as `judge` does.
         """
         await self.judge(record, caller, request)
-        policy = self.policy_of(caller, elsewhere=True)
-        return [moderation(v, policy.flags(v), caller.sees_scores) for v in record.verdicts]
+        decider = self._decider(caller, elsewhere=True)
+        return [
+            moderation(verdict, decider.flags(text, verdict), caller.sees_scores)
+            for text, verdict in zip(record.texts, record.verdicts, strict=True)
+        ]
 
     async def explain(
         self, record: RequestRecord, caller: Caller, request: ExplainRequest
@@ -366,6 +388,10 @@ class Gateway:
         self._require_verdicts(verdicts)
         return screened
 
+    def _decider(self, caller: Caller, *, elsewhere: bool = False) -> Decider:
+        policy = self.policy_of(caller, elsewhere=elsewhere)
+        return Decider(policy, self.bundle.digest, self._exceptions)
+
     def _require_verdicts(self, verdicts: Sequence[Verdict | None]) -> None:
         if None in verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
@@ -383,7 +409,7 @@ class Gateway:
             async with asyncio.timeout(self._settings.sanitize_s):
                 for one in inputs:
                     verdict = one.screened.verdict
-                    if verdict is None or not verdict.poisoned:
+                    if verdict is None or not verdict.poisoned or one.excepted:
                         continue
                     with suppress(Overloaded, ScreenFailed, RateLimited, TooLarge):
                         cleaned = await self._trigger_search.clean(one.text, verdict, caller.take)
@@ -437,10 +463,12 @@ def _removed(text: str, spans: Sequence[Span]) -> list[Removed]:
     return [Removed(start=start, end=end, text=text[start:end]) for start, end in spans]
 
 
-def _decide(record: RequestRecord, policy: Policy) -> list[Decision]:
-    """Return a decision for each verdict, and record what `enforce` would reject."""
-    record.would_reject = [policy.enforced(v) for v in record.verdicts].count(Decision.REJECT)
-    return [policy.decide(verdict) for verdict in record.verdicts]
+def _decide(record: RequestRecord, decider: Decider) -> list[Decision]:
+    """Return a decision for each text; record what exceptions did, and what `enforce` would."""
+    texts, verdicts = record.texts, record.verdicts
+    record.excepted = [*map(decider.excepts, texts, verdicts)]
+    record.would_reject = sum(map(decider.would_reject, texts, verdicts))
+    return [*map(decider.decide, texts, verdicts)]
 
 
 def _screen_result(verdict: Verdict, caller: Caller) -> ScreenResult:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from models.detection.screen import Finding, Verdict
+from service.audit.exceptions import Exceptions
 from service.schemas import Decision
 from service.security.keys.file import Key
 from service.settings import GatewaySettings, Mode
@@ -42,10 +43,6 @@ class Policy:
             return Decision.REJECT
         return self.unfamiliar if verdict.finding else Decision.ALLOW
 
-    def rejects(self, verdict: Verdict | None) -> bool:
-        """Return whether a text that is not sanitized is rejected."""
-        return self.decide(verdict) is Decision.REJECT
-
     def flags(self, verdict: Verdict | None) -> bool:
         """Return whether `enforce` would reject a text; mode `shadow` leaves hooks alone too."""
         return self.enforced(verdict) is Decision.REJECT and self.mode is not Mode.SHADOW
@@ -63,6 +60,48 @@ def policy_of(settings: GatewaySettings, elsewhere: bool, key: Key | None = None
     mode = (key and key.mode) or settings.mode
     unfamiliar = (key and key.unfamiliar) or settings.unfamiliar
     return Policy(mode, overlong_is_suspicious, Decision(unfamiliar))
+
+
+class Decider:
+    """Decides on the texts of one request, by a policy and by the reviewed exceptions.
+
+    What it has once said of a text it says again, even if an exception ends meanwhile: a request
+    must not be half of one opinion.
+
+    Args:
+        policy: decides on texts without an exception.
+        digest: of the bundle that screens them.
+        exceptions: None if there can be none.
+    """
+
+    def __init__(self, policy: Policy, digest: str, exceptions: Exceptions | None) -> None:
+        self.policy, self._digest, self._exceptions = policy, digest, exceptions
+        self._covered: dict[str, bool] = {}
+
+    def excepts(self, text: str, verdict: Verdict | None) -> bool:
+        """Return whether an exception sets aside what `enforce` would do with a text."""
+        if self._exceptions is None or self.policy.enforced(verdict) is Decision.ALLOW:
+            return False
+        if text not in self._covered:
+            self._covered[text] = self._exceptions.covers(self._digest, text)
+        return self._covered[text]
+
+    def decide(self, text: str, verdict: Verdict | None) -> Decision:
+        """Return what to do with a text that is not sanitized."""
+        return Decision.ALLOW if self.excepts(text, verdict) else self.policy.decide(verdict)
+
+    def rejects(self, text: str, verdict: Verdict | None) -> bool:
+        """Return whether a text that is not sanitized is rejected."""
+        return self.decide(text, verdict) is Decision.REJECT
+
+    def flags(self, text: str, verdict: Verdict | None) -> bool:
+        """Return whether a hook is told to mind a text."""
+        return self.policy.flags(verdict) and not self.excepts(text, verdict)
+
+    def would_reject(self, text: str, verdict: Verdict | None) -> bool:
+        """Return whether `enforce` would reject a text."""
+        rejects = self.policy.enforced(verdict) is Decision.REJECT
+        return rejects and not self.excepts(text, verdict)
 
 
 def reason_for(rejected: Iterable[Verdict | None]) -> str:

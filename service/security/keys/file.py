@@ -7,10 +7,11 @@ and random keys cannot be guessed.
 import hashlib
 import hmac
 import logging
+import math
 import os
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -73,6 +74,18 @@ class Key(BaseModel):
     """Names of the models that the holder may use; None is all of them."""
     frr_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The false-rejection budget that a bundle must be calibrated for; None takes any."""
+
+    def allows(self, model: str) -> bool:
+        """Return whether the key is for a model."""
+        return self.models is None or model in self.models
+
+    def holds(self, budget: float) -> bool:
+        """Return whether a bundle of this false-rejection budget will do."""
+        return self.frr_budget is None or math.isclose(self.frr_budget, budget)
+
+    def fits(self, model: str, budget: float) -> bool:
+        """Return whether requests with the key are answered by a model."""
+        return self.allows(model) and self.holds(budget)
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -141,6 +154,12 @@ class Keys:
         self._check_at = clock() + CHECK_S
         self.stale = False
         """Whether the keys in force are older than the file."""
+
+    @property
+    def all(self) -> Mapping[str, Key]:
+        """The keys in force, by name."""
+        self._reload_if_changed()
+        return self._keys
 
     def find(self, key: str) -> tuple[str, Key] | None:
         """Return a key with its name; None if there is none. Takes constant time in the key."""
