@@ -23,7 +23,8 @@ from opentelemetry.trace import NoOpTracer
 
 from models.bundle.load import Bundle, load_bundle
 from models.errors import PsimError
-from service.audit.exceptions import Exceptions
+from service.audit.exceptions_reader import Exceptions
+from service.audit.push import Push
 from service.audit.store import AuditStore
 from service.audit.writer import Writer
 from service.classifiers.local import LocalClassifier
@@ -134,7 +135,7 @@ def create_app(
     authz = ExternalAuthz(models, exchange)
     ext_proc = _ext_proc(settings, authz, access)
     console = _console(settings, models, metrics, access)
-    threads = [thread for thread in (audit, exceptions) if thread]
+    threads = [thread for thread in (audit, exceptions, _push(settings, metrics)) if thread]
     app = _application(
         access,
         lambda _: _running(models, metrics, reloader, limiter, ext_proc, console, threads, traces),
@@ -245,7 +246,7 @@ def _audit(settings: AuditSettings, metrics: Metrics) -> Writer | None:
     if settings.audit_url is None:
         return None
     return Writer(
-        AuditStore(settings.audit_url.get_secret_value()),
+        AuditStore(settings.audit_url.get_secret_value(), push=settings.push_url is not None),
         metrics,
         limit=settings.audit_queue,
         days=settings.audit_days,
@@ -260,6 +261,13 @@ def _exceptions(settings: AuditSettings, metrics: Metrics) -> Exceptions | None:
         return None
     key = settings.audit_key.get_secret_value().encode()
     return Exceptions(settings.audit_url.get_secret_value(), key, metrics)
+
+
+def _push(settings: AuditSettings, metrics: Metrics) -> Push | None:
+    if settings.push_url is None or settings.audit_url is None:
+        return None
+    url = settings.audit_url.get_secret_value()
+    return Push(url, str(settings.push_url), settings.push_secret, metrics)
 
 
 def _limiter(settings: AccessSettings, metrics: Metrics) -> Limiter:

@@ -34,6 +34,7 @@ STAGES = ("queue", "tokenize", "screen", "override", "sanitize", "classify", "up
 OVERLOADS = ("inputs", "characters", "seconds", "searches")
 RELOADS = ("done", "failed")
 DENIALS = ("key", "scope")
+PUSHES = ("delivered", "failed")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
 MODEL = ("model",)
 FINDINGS = {None: "none"} | {finding: str(finding) for finding in Finding}
@@ -124,6 +125,15 @@ class AuditMetrics(MetricGroup):
         )
         self.audit_queue_rows = Gauge(
             "psim_audit_queue_rows", "Rows that wait for the audit store", registry=self.registry
+        )
+        pushed = counter("psim_pushed_findings", "Tries to push a finding", ["outcome"])
+        self.pushed = {outcome: pushed.labels(outcome) for outcome in PUSHES}
+        gauge = partial(Gauge, registry=self.registry)
+        self.push_pending = gauge(
+            "psim_push_pending", "Findings that wait to be pushed, in the process that pushes"
+        )
+        self.push_lag = gauge(
+            "psim_push_lag_seconds", "Age of the oldest of them, in the process that pushes"
         )
         self.exceptions = Gauge(
             "psim_exceptions", "Reviewed exceptions in force", registry=self.registry

@@ -15,7 +15,7 @@ from models.bundle.load import Bundle
 from models.detection.passage import Span
 from models.detection.screen import Verdict
 from models.detection.views import FIRES
-from service.audit.exceptions import Exceptions
+from service.audit.exceptions_reader import Exceptions
 from service.audit.rows import EXCEPTION
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
 from service.errors import NotInspected, NotReady, Overloaded, RateLimited, ScreenFailed, TooLarge

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from models.detection.screen import Finding, Verdict
-from service.audit.exceptions import Exceptions
+from service.audit.exceptions_reader import Exceptions
 from service.schemas import Decision
 from service.security.keys.file import Key
 from service.settings import GatewaySettings, Mode

@@ -14,9 +14,10 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from service.audit import exceptions
-from service.audit.exceptions import Exceptions, ReviewedException, add, recorded, remove
+from service.audit import exceptions_reader
+from service.audit.exceptions import ReviewedException, add, recorded, remove
 from service.audit.exceptions_command import main as psim_exceptions
+from service.audit.exceptions_reader import Exceptions
 from service.audit.rows import hmac_of
 from service.audit.schema import AuditError
 from service.audit.store import AuditStore
@@ -66,7 +67,7 @@ def file(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exceptions, "READ_EVERY_S", 0.02)
+    monkeypatch.setattr(exceptions_reader, "READ_EVERY_S", 0.02)
 
 
 def exception(text: str, **changes: Any) -> ReviewedException:
@@ -183,7 +184,7 @@ async def test_it_ends_by_itself_even_if_nothing_is_read_again(
     soon = exception(POISONED, expires=datetime.now(UTC) + timedelta(seconds=1.5))
     async with client_with(file, soon) as client:
         assert [one["decision"] for one in await classify(client, POISONED)] == ["allow"]
-        monkeypatch.setattr(exceptions, "READ_EVERY_S", 60)
+        monkeypatch.setattr(exceptions_reader, "READ_EVERY_S", 60)
 
         async def ended() -> bool:
             answer = await client.post("/classify", json={"inputs": POISONED})
@@ -241,7 +242,7 @@ async def test_a_store_that_is_gone_for_long_ends_them_all(
         monkeypatch.setattr(AuditStore, "connect", _gone)
         assert [one["decision"] for one in await classify(client, POISONED)] == ["allow"]
         assert await metric(client, "psim_exceptions_stale") == 0
-        monkeypatch.setattr(exceptions, "STALE_S", 0.0)
+        monkeypatch.setattr(exceptions_reader, "STALE_S", 0.0)
         assert await metric(client, "psim_exceptions_stale") == 1
         assert await metric(client, "psim_exceptions ") == 0
         answer = await client.post("/classify", json={"inputs": POISONED})
