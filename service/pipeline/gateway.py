@@ -271,10 +271,10 @@ class Gateway:
             ServiceError: as `judge` does.
         """
         await self.judge(record, caller, request)
-        decider = self._decider(caller, elsewhere=True)
+        policy = self.policy_of(caller, elsewhere=True)
         return [
-            moderation(verdict, decider.flags(text, verdict), caller.sees_scores)
-            for text, verdict in zip(record.texts, record.verdicts, strict=True)
+            moderation(verdict, policy.flags(verdict) and not excepted, caller.sees_scores)
+            for verdict, excepted in zip(record.verdicts, record.excepted, strict=True)
         ]
 
     async def explain(

@@ -94,10 +94,6 @@ class Decider:
         """Return whether a text that is not sanitized is rejected."""
         return self.decide(text, verdict) is Decision.REJECT
 
-    def flags(self, text: str, verdict: Verdict | None) -> bool:
-        """Return whether a hook is told to mind a text."""
-        return self.policy.flags(verdict) and not self.excepts(text, verdict)
-
     def would_reject(self, text: str, verdict: Verdict | None) -> bool:
         """Return whether `enforce` would reject a text."""
         rejects = self.policy.enforced(verdict) is Decision.REJECT

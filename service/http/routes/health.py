@@ -34,6 +34,7 @@ class HealthRoutes:
         if len(self._models) > 1 and prefixed_model(request) is None:
             return own
         with self._models.get(prefixed_model(request)).lease() as gateway:
+            gateway.context_of(caller_of(request))
             return await gateway.metadata("/v2") or own
 
     async def describe(self, request: Request, model: str) -> dict[str, Any]:
