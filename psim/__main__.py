@@ -1,7 +1,7 @@
 """Entry point of the command `psim`: it imports the chosen subcommand's module and no other.
 
-The image has no `models.offline`: there, `serve`, `audit` and `keys` work, and the others name the
-extra that they need.
+The image has no `models.offline`: there, `serve`, `audit`, `exceptions` and `keys` work, and the
+others name the extra that they need.
 """
 
 import os
@@ -31,6 +31,7 @@ COMMANDS = {
     "sign": "models.offline.cli.bundle",
     "serve": "psim.serve",
     "audit": "psim.serve",
+    "exceptions": "psim.serve",
     "keys": "psim.serve",
     "demo": "psim.demo",
 }

@@ -1,4 +1,4 @@
-"""Subcommands of the service: `psim serve`, `psim audit` and `psim keys`."""
+"""Subcommands of the service: `psim serve`, `audit`, `exceptions` and `keys`."""
 
 import os
 from pathlib import Path
@@ -39,6 +39,14 @@ def serve_command(
 def audit_command(context: typer.Context) -> None:
     """Export what a service decided, by time and decision, as JSONL or CSV."""
     from service.audit.__main__ import main
+
+    main(context.args)
+
+
+@app.command("exceptions", **ARGPARSE)
+def exceptions_command(context: typer.Context) -> None:
+    """Let exact texts pass after a review, by their HMAC and for a time."""
+    from service.audit.exceptions_command import main
 
     main(context.args)
 

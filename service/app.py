@@ -15,7 +15,7 @@ from contextlib import (
     nullcontext,
 )
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI
@@ -23,6 +23,8 @@ from opentelemetry.trace import NoOpTracer
 
 from models.bundle.load import Bundle, load_bundle
 from models.errors import PsimError
+from service.audit.exceptions_reader import Exceptions
+from service.audit.push import Push
 from service.audit.store import AuditStore
 from service.audit.writer import Writer
 from service.classifiers.local import LocalClassifier
@@ -83,6 +85,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class BackgroundThread(Protocol):
+    """What runs beside requests in a thread of its own."""
+
+    def start(self) -> None:
+        """Start the thread."""
+
+    def close(self) -> None:
+        """End the thread, in bounded time."""
+
+
 def create_process_app(settings: Settings) -> FastAPI:
     """Return the application of a process that does nothing else, and set up its logs.
 
@@ -111,9 +123,10 @@ def create_app(
     traces = traces or (open_provider() if settings.traces else None)
     tracer = traces.get_tracer("psim") if traces else NoOpTracer()
     metrics = Metrics()
+    exceptions = _exceptions(settings, metrics)
 
     def build() -> list[Model]:
-        return [_model(own, metrics, bundle) for own in settings_by_model(settings)]
+        return [_model(own, metrics, exceptions, bundle) for own in settings_by_model(settings)]
 
     models = Registry(build())
     metrics.describe(models.bundles)
@@ -125,35 +138,35 @@ def create_app(
     authz = ExternalAuthz(models, exchange)
     over_grpc = _grpc_servers(settings, models, exchange, authz, access)
     console = _console(settings, models, metrics, access)
+    threads = [thread for thread in (audit, exceptions, _push(settings, metrics)) if thread]
     app = _application(
         access,
-        lambda _: _running(models, metrics, reloader, limiter, over_grpc, console, audit, traces),
+        lambda _: _running(models, metrics, reloader, limiter, over_grpc, console, threads, traces),
     )
     app.state.models = models
     app.include_router(ProcessRoutes(models, metrics).router())
     if settings.admin:
         app.include_router(AdminRoutes(models, reloader).router())
-    for router in _model_routes(models, exchange, authz, settings):
-        app.include_router(router)
-        app.include_router(router, prefix=PREFIX, include_in_schema=False)
+    _add_twice(app, _model_routes(models, exchange, authz, settings))
     _warn(settings)
     return app
 
 
-def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -> Model:
+def _model(
+    settings: Settings,
+    metrics: Metrics,
+    exceptions: Exceptions | None,
+    bundle: Bundle | None = None,
+) -> Model:
     """Load and wire one model.
 
     Raises:
         BundleError: the bundle cannot be served.
         PsimError: nor can it with these settings.
     """
-    if bundle is None:
-        assert settings.bundle is not None  # noqa: S101 - settings of one model have it
-        bundle = load_bundle(settings.bundle, settings.dtype, settings.engine, settings.bundle_key)
-    name = settings.model or bundle.manifest.victim.name.rsplit("/", 1)[-1]
-    manifest = bundle.manifest
-    model_info = ModelInfo(name, bundle.digest, manifest.labels, manifest.multi_label)
-    model_metrics = metrics.of(name, settings)
+    bundle = bundle or _bundle(settings)
+    model_info = _model_info(settings, bundle)
+    model_metrics = metrics.of(model_info.model, settings)
     batcher = Batcher(bundle, settings, model_metrics)
     classifier = _classifier(settings, batcher, model_info, model_metrics)
     two_stages = TwoStageScreener(batcher, bundle, settings, model_metrics)
@@ -164,7 +177,6 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
         limit=lambda: settings.upstream_max_length or classifier.max_length,
     )
     screener = _screener(settings, two_stages, windowed_screener, bundle)
-    trigger_search = TriggerSearch(screener, model_metrics, settings.searches)
     challenger = _challenger(settings, model_metrics)
     gateway = Gateway(
         bundle,
@@ -172,13 +184,25 @@ def _model(settings: Settings, metrics: Metrics, bundle: Bundle | None = None) -
         screener,
         windowed_screener,
         classifier,
-        trigger_search,
+        TriggerSearch(screener, model_metrics, settings.searches),
         model_metrics,
         settings,
         challenger,
         _parity(settings, bundle, batcher, classifier, model_metrics),
+        exceptions,
     )
     return Model(gateway, batcher, challenger)
+
+
+def _bundle(settings: Settings) -> Bundle:
+    assert settings.bundle is not None  # noqa: S101 - settings of one model have it
+    return load_bundle(settings.bundle, settings.dtype, settings.engine, settings.bundle_key)
+
+
+def _model_info(settings: Settings, bundle: Bundle) -> ModelInfo:
+    manifest = bundle.manifest
+    name = settings.model or manifest.victim.name.rsplit("/", 1)[-1]
+    return ModelInfo(name, bundle.digest, manifest.labels, manifest.multi_label)
 
 
 def _screener(
@@ -226,13 +250,28 @@ def _audit(settings: AuditSettings, metrics: Metrics) -> Writer | None:
     if settings.audit_url is None:
         return None
     return Writer(
-        AuditStore(settings.audit_url.get_secret_value()),
+        AuditStore(settings.audit_url.get_secret_value(), push=settings.push_url is not None),
         metrics,
         limit=settings.audit_queue,
         days=settings.audit_days,
         key=settings.audit_key.get_secret_value().encode() if settings.audit_key else None,
         keep_text=settings.audit_text,
     )
+
+
+def _exceptions(settings: AuditSettings, metrics: Metrics) -> Exceptions | None:
+    """Return the reviewed exceptions; None without the key by which texts are recognized."""
+    if settings.audit_url is None or settings.audit_key is None:
+        return None
+    key = settings.audit_key.get_secret_value().encode()
+    return Exceptions(settings.audit_url.get_secret_value(), key, metrics)
+
+
+def _push(settings: AuditSettings, metrics: Metrics) -> Push | None:
+    if settings.push_url is None or settings.audit_url is None:
+        return None
+    url = settings.audit_url.get_secret_value()
+    return Push(url, str(settings.push_url), settings.push_secret, metrics)
 
 
 def _limiter(settings: AccessSettings, metrics: Metrics) -> Limiter:
@@ -306,7 +345,8 @@ def _console(
         return [service_status(model.gateway, metrics, settings) for model in models]
 
     check = access.console if access else anybody
-    console = console_app(audit, statuses, [*LOOPBACK, *names], check)
+    keys = (lambda: access.keys) if access else None
+    console = console_app(audit, statuses, [*LOOPBACK, *names], check, keys)
     return serving(console, settings.console_host, settings.console_port)
 
 
@@ -343,6 +383,13 @@ def _model_routes(
     yield ClassifyRoutes(exchange).router()
 
 
+def _add_twice(app: FastAPI, routers: Iterator[APIRouter]) -> None:
+    """Serve routes about a model as they are, and behind the prefix that names a model."""
+    for router in routers:
+        app.include_router(router)
+        app.include_router(router, prefix=PREFIX, include_in_schema=False)
+
+
 def _warn(settings: Settings) -> None:
     if settings.fail_open:
         log.warning("PSIM_FAIL_OPEN is on: inputs that cannot be screened are classified")
@@ -363,7 +410,7 @@ async def _running(
     limiter: Limiter,
     grpc_servers: "Sequence[ExtProc | InferenceServer]",
     console: AbstractAsyncContextManager[int | None],
-    audit: Writer | None,
+    threads: Sequence[BackgroundThread],
     traces: "TracerProvider | None",
 ) -> AsyncIterator[None]:
     """Start everything that runs beside requests; close it in reverse order.
@@ -374,9 +421,9 @@ async def _running(
         await stack.enter_async_context(measured_event_loop(metrics.event_loop_lag))
         if traces:
             stack.push_async_callback(asyncio.to_thread, close_provider, traces)
-        if audit:
-            audit.start()
-            stack.push_async_callback(asyncio.to_thread, audit.close)
+        for thread in threads:
+            thread.start()
+            stack.push_async_callback(asyncio.to_thread, thread.close)
         stack.push_async_callback(limiter.close)
         stack.push_async_callback(models.close)
         await models.start()

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -131,6 +131,10 @@ class Result(_Wire):
     labels: Annotated[list[str] | None, Field(exclude_if=lambda labels: labels is None)] = None
     """Labels that fire, best first, of a multi-label classifier; left out for others."""
     scores: list[Score] | None
+    reason: Annotated[
+        Literal["exception"] | None, Field(exclude_if=lambda reason: reason is None)
+    ] = None
+    """`exception` if a reviewed exception let a text with a finding pass; left out for others."""
     error: Annotated[str | None, Field(exclude_if=lambda error: error is None)] = None
     """Why the text could not be read; left out for others."""
     removed: list[Removed] | None = None

@@ -7,6 +7,7 @@ They come in sections by concern. `Settings` inherits all sections, so that one 
 everything; a part names in its annotation the section it needs, and cannot read any other.
 """
 
+import base64
 import difflib
 import ipaddress
 import math
@@ -31,6 +32,7 @@ from models.engines.base import DtypeName, EngineName
 from models.errors import PsimError
 
 PREFIX = "PSIM_"
+PUSH_KEY_PREFIX, LEAST_PUSH_KEY = "whsec_", 24
 OTHER_VERSIONS: dict[str, str | None] = {
     "PSIM_CANDIDATE": "PSIM_CHALLENGER",
     "PSIM_UNREAD": "PSIM_OVERLONG",
@@ -162,12 +164,37 @@ class AuditSettings(Section):
     """How long rows are kept."""
     audit_queue: int = Field(10_000, ge=1)
     """Inputs that may wait to be written; more are dropped."""
+    push_url: HttpUrl | None = None
+    """Where findings are pushed as CloudEvents; None pushes none."""
+    push_key: SecretStr | None = None
+    """Key of their signature, as Standard Webhooks writes it: `whsec_` and base64."""
 
     @model_validator(mode="after")
     def _audit_needs_a_store(self) -> Self:
         if self.audit_url is None and (self.audit_text or self.audit_key):
             raise ValueError("PSIM_AUDIT_TEXT and PSIM_AUDIT_KEY need PSIM_AUDIT_URL")
         return self
+
+    @model_validator(mode="after")
+    def _push_needs_an_audit_and_a_key(self) -> Self:
+        if self.push_url and not (self.audit_url and self.push_key):
+            raise ValueError("PSIM_PUSH_URL needs PSIM_AUDIT_URL and PSIM_PUSH_KEY")
+        if self.push_key is not None and len(self.push_secret) < LEAST_PUSH_KEY:
+            raise ValueError(
+                f"PSIM_PUSH_KEY must be whsec_ and {LEAST_PUSH_KEY} random bytes or more in base64"
+            )
+        return self
+
+    @property
+    def push_secret(self) -> bytes:
+        """The key of the signature; empty if there is none, or it is not written as it must be."""
+        written = self.push_key.get_secret_value() if self.push_key else ""
+        if not written.startswith(PUSH_KEY_PREFIX):
+            return b""
+        try:
+            return base64.b64decode(written.removeprefix(PUSH_KEY_PREFIX), validate=True)
+        except ValueError:
+            return b""
 
 
 class ObservabilitySettings(Section):

@@ -324,6 +324,33 @@ CHARTS: dict[str, list[Chart]] = {
             units.CountsPerSecond,
             {"{{instance}}": f"rate(psim_audit_failures_total{PODS}{RATE})"},
         ),
+        Chart(
+            "Findings pushed",
+            "By outcome of each try. What failed is tried again.",
+            units.CountsPerSecond,
+            {"{{outcome}}": f"sum by (outcome) (rate(psim_pushed_findings_total{PODS}{RATE}))"},
+        ),
+        Chart(
+            "Findings that wait to be pushed",
+            "One process pushes at a time; the others say 0.",
+            units.Short,
+            {"{{instance}}": f"psim_push_pending{PODS}"},
+        ),
+        Chart(
+            "Inputs that a reviewed exception let pass",
+            "They have a finding. Each exception is one exact text.",
+            units.CountsPerSecond,
+            {"{{model}}": f"sum by (model) (rate(psim_excepted_inputs_total{PODS}{RATE}))"},
+        ),
+        Chart(
+            "Exceptions in force; whether they are too old to count",
+            "Stale: 1 while the store has not answered for a minute, and none counts.",
+            units.Short,
+            {
+                "in force {{instance}}": f"psim_exceptions{PODS}",
+                "stale {{instance}}": f"psim_exceptions_stale{PODS}",
+            },
+        ),
     ],
     "API keys": [
         Chart(

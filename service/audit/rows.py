@@ -1,9 +1,13 @@
 """The row of one input."""
 
+import hmac
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
 from uuid import UUID, uuid4
+
+EXCEPTION = "exception"
+"""Reason of a decision that a reviewed exception made."""
 
 
 class Mark(StrEnum):
@@ -52,6 +56,8 @@ class Row:
     """Score of the override test; None if it was not asked."""
     override_threshold: float | None = None
     override_p_value: float | None = None
+    reason: str | None = None
+    """`EXCEPTION` if the finding was set aside by one; else None."""
     mark: str | None = None
     """One of `Mark`; None if not marked."""
     id: UUID = field(default_factory=uuid4)
@@ -59,6 +65,15 @@ class Row:
 
 
 NAMES = tuple(f.name for f in fields(Row))
+
+
+def hmac_of(key: bytes, text: str) -> str:
+    """Return the HMAC-SHA256 of a text in UTF-8, in hexadecimal.
+
+    Raises:
+        UnicodeEncodeError: the text holds half a character.
+    """
+    return hmac.digest(key, text.encode(), "sha256").hex()
 
 
 def as_dict(row: Row) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ inputs = sa.Table(
     sa.Column("text_hmac", sa.Text, index=True),
     sa.Column("model", sa.Text),
     sa.Column("caller", sa.Text),
+    sa.Column("reason", sa.Text),
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )
@@ -78,16 +79,49 @@ marks = sa.Table(  # history of marks; the current ones are in `inputs`
     sa.Column("who", sa.Text, nullable=False),
     sa.Column("mark", sa.Text),
 )
+exceptions = sa.Table(
+    "psim_audit_exceptions",
+    metadata,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("text_hmac", sa.Text, nullable=False),
+    sa.Column("created", Utc, nullable=False),
+    sa.Column("expires", Utc, nullable=False, index=True),
+    sa.Column("reviewer", sa.Text, nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("removed", Utc),
+    sa.Column("removed_by", sa.Text),
+)
+pushes = sa.Table(  # findings that a receiver has not taken yet
+    "psim_audit_pushes",
+    metadata,
+    sa.Column("input", sa.ForeignKey(inputs.c.id, ondelete="CASCADE"), primary_key=True),
+    sa.Column("time", Utc, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due", Utc, nullable=False, index=True),
+)
+leases = sa.Table(  # of what one process does at a time
+    "psim_audit_leases",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("until", Utc, nullable=False),
+)
 
 
 class AuditStore:
     """Reads and writes the tables; opens nothing until it is used.
 
+    Args:
+        url: of the database.
+        read_only: whether it is only read.
+        push: whether rows with a finding are queued to be pushed, in the same transaction.
+
     Raises:
         AuditError: the URL cannot be used.
     """
 
-    def __init__(self, url: str, read_only: bool = False) -> None:
+    def __init__(self, url: str, read_only: bool = False, push: bool = False) -> None:
         parsed = _parse(url)
         self._file = Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
         if self._file and read_only:
@@ -96,8 +130,11 @@ class AuditStore:
             query = {"mode": "ro", "uri": "true"}
             parsed = parsed.set(database=self._file.absolute().as_uri(), query=query)
         self._engine = _engine(parsed)
+        self._push = push
         insert = sqlite.insert if self._file else postgresql.insert
         self._insert = insert(inputs).on_conflict_do_nothing(index_elements=["id"])
+        self._queue = insert(pushes).on_conflict_do_nothing(index_elements=["input"])
+        self._lease = insert(leases).on_conflict_do_nothing(index_elements=["name"])
         if self._file:
             _prepare_sqlite(self._engine, read_only)
 
@@ -137,12 +174,27 @@ class AuditStore:
         try:
             with self._engine.begin() as connection:
                 connection.execute(self._insert, [_storable(row) for row in rows])
+                found = [row for row in rows if row.finding] if self._push else []
+                if found:
+                    connection.execute(self._queue, [_pushed(row) for row in found])
         except (DataError, IntegrityError, UnicodeError) as error:
             raise BadRow(type(error).__name__) from None
         except StatementError as error:
             if isinstance(error, DBAPIError):
                 raise
             raise BadRow(type(error).__name__) from None
+
+    def take_lease(
+        self, connection: sa.Connection, name: str, owner: str, now: datetime, seconds: float
+    ) -> bool:
+        """Take or prolong a lease; return False if another owner has it."""
+        until = now + timedelta(seconds=seconds)
+        free = sa.or_(leases.c.owner == owner, leases.c.until <= now)
+        taken = sa.update(leases).where(leases.c.name == name, free)
+        if connection.execute(taken.values(owner=owner, until=until)).rowcount:
+            return True
+        first = self._lease.values(name=name, owner=owner, until=until)
+        return connection.execute(first).rowcount == 1
 
     def purge(self, before: datetime, limit: int) -> int:
         """Delete at most `limit` rows that are older than a time; return how many."""
@@ -192,6 +244,10 @@ class AuditStore:
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
         self._engine.dispose()
+
+
+def _pushed(row: Row) -> dict[str, object]:
+    return {"input": row.id, "time": row.time, "attempts": 0, "due": row.time}
 
 
 def _storable(row: Row) -> dict[str, object]:

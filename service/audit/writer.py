@@ -4,7 +4,6 @@ Rows wait in a bounded queue; if it is full, new rows are dropped and counted. W
 fails, waiting rows are kept and retried. A row that is written twice is stored once.
 """
 
-import hmac
 import logging
 import threading
 import time
@@ -14,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 
-from service.audit.rows import Row
+from service.audit.rows import Row, hmac_of
 from service.audit.schema import NewerSchemaError
 from service.audit.store import AuditStore, BadRow
 from service.observability.metrics import AuditMetrics
@@ -115,7 +114,8 @@ class Writer:
             return row
         digest = None
         if self._key:
-            digest = hmac.digest(self._key, row.text.encode("utf-8", "replace"), "sha256").hex()
+            whole = row.text.encode("utf-8", "replace").decode()
+            digest = hmac_of(self._key, whole)
         return replace(row, text=row.text if self._keep_text else None, text_hmac=digest)
 
     def _drop(self, rows: int) -> None:

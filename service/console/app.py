@@ -13,7 +13,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from service.audit.schema import AuditError
 from service.console.access import Check, SameOrigin, anybody
 from service.console.audit_reader import Audit
-from service.console.pages import GetStatuses, message, routes
+from service.console.exception_pages import GetKeys, exception_routes
+from service.console.pages import GetStatuses, routes
+from service.console.rendering import message
 from service.http.middleware import RequestId
 from service.http.responses import internal_error
 
@@ -25,6 +27,7 @@ def console_app(
     statuses: GetStatuses,
     hosts: Sequence[str] = LOOPBACK,
     check: Check = anybody,
+    keys: GetKeys | None = None,
 ) -> FastAPI:
     """Return the console.
 
@@ -34,6 +37,7 @@ def console_app(
         hosts: host names by which browsers reach it. Others are refused: an attacker can point a
             name here, and a browser then takes the attacker's pages and ours for one site.
         check: authenticates the user.
+        keys: returns the API keys; None if the service has none.
     """
     app = FastAPI(title="PSIM console", openapi_url=None, redirect_slashes=False)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
@@ -42,6 +46,7 @@ def console_app(
     app.mount("/console/static", StaticFiles(directory=Path(__file__).parent / "static"))
     app.add_api_route("/", lambda: RedirectResponse("/console"), response_model=None)
     app.include_router(routes(audit, statuses, check))
+    app.include_router(exception_routes(audit, statuses, check, keys))
     app.add_exception_handler(AuditError, _on_audit_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_query)

@@ -4,8 +4,9 @@ from datetime import datetime, timedelta
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+from service.audit.exceptions import NOTE_CHARS, ReviewedException
 from service.audit.review import MarkEvent, ReviewFilter
 from service.audit.rows import Mark
 from service.audit.statistics import StatisticsFilter
@@ -18,6 +19,15 @@ PERIODS: dict[str, tuple[str, timedelta, timedelta]] = {
     "30d": ("last 30 days", timedelta(days=30), timedelta(hours=12)),
 }
 """Name and length of each period, and the width of a bar in its plots."""
+
+EXCEPTION_DAYS = (
+    ("1", "a day"),
+    ("7", "a week"),
+    ("30", "30 days"),
+    ("90", "90 days"),
+    ("365", "a year"),
+)
+"""Choices of how long an exception holds."""
 
 
 class ConsoleQuery(BaseModel):
@@ -67,6 +77,20 @@ class ReviewPageQuery(ReviewQuery):
     def after(self) -> tuple[datetime, UUID] | None:
         """Time and id of the input that the page comes after; None for the first page."""
         return (self.before, self.before_id) if self.before and self.before_id else None
+
+
+class ExceptionRequest(ReviewPageQuery):
+    """A submitted form: the page that it is on, and the exception for one of its inputs."""
+
+    days: Literal["1", "7", "30", "90", "365"]
+    note: Annotated[
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=NOTE_CHARS)
+    ]
+
+    def exception(self, digest: str, hmac: str, user: str, now: datetime) -> ReviewedException:
+        """Return the exception to be kept."""
+        expires = now + timedelta(days=int(self.days))
+        return ReviewedException(digest, hmac, now, expires, user, self.note)
 
 
 class MarkRequest(ReviewPageQuery):

@@ -3,10 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from service.console.formatting import percent
 from service.observability.drift import Comparison
 from service.observability.metrics import Metrics
 from service.pipeline.gateway import Gateway
+from service.pipeline.upstream_parity import ParityState, UpstreamParity
 from service.settings import AuditSettings
+
+PARITY = {
+    ParityState.OFF: "not compared, PSIM_UPSTREAM_PARITY_S is 0",
+    ParityState.NO_CARRIERS: "not compared, the bundle has no carriers",
+    ParityState.PENDING: "not compared yet",
+    ParityState.COMPARED: "compared",
+    ParityState.INCOMPARABLE: "its answers cannot be compared",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,8 @@ class ServiceStatus:
     """Whether the classifier is deployed elsewhere."""
     upstream: str | None
     """Protocol of the upstream; None without one, or while not known."""
+    parity: str | None
+    """Whether the upstream is the bundle's model, in words; None without an upstream."""
     engine: str
     digest: str
     budget: float
@@ -52,6 +64,8 @@ class ServiceStatus:
     """Queue and failures since the process started."""
     drift: Sequence[Measurement]
     keeps_texts: bool
+    keeps_hmacs: bool
+    """Whether texts are known by their HMAC, as exceptions need."""
 
 
 def predicted_class(statuses: Sequence[ServiceStatus], digest: str, threshold: float) -> str | None:
@@ -79,6 +93,7 @@ def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) 
         model=model,
         elsewhere=gateway.elsewhere,
         upstream=gateway.upstream_protocol,
+        parity=parity_in_words(gateway.upstream_parity),
         engine=f"{bundle.engine.name}, {bundle.engine.dtype}",
         digest=bundle.digest,
         budget=bundle.manifest.frr_budget,
@@ -90,7 +105,17 @@ def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) 
         measurements=_measurements(_values(metrics, model)),
         drift=[number for group in gateway.drift.measure() for number in _drift(group)],
         keeps_texts=settings.audit_text,
+        keeps_hmacs=settings.audit_key is not None,
     )
+
+
+def parity_in_words(parity: UpstreamParity | None) -> str | None:
+    """Return how an upstream compares with the bundle's model; None without an upstream."""
+    if parity is None:
+        return None
+    if parity.same is None:
+        return PARITY[parity.state]
+    return f"same label for {percent(parity.same)} of {parity.texts} texts"
 
 
 def _values(metrics: Metrics, model: str) -> Callable[[str], float]:

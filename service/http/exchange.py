@@ -82,7 +82,7 @@ class Exchange:
                     return parsed
                 model = self._models.get(prefixed_model(request), *parsed.models)
                 with model.lease() as gateway:
-                    record.context = gateway.context
+                    record.context = gateway.context_of(caller)
                     working = work(gateway, record, caller, parsed.body)
                     answer = await while_connected(request, working)
         return respond(Completed(parsed.body, answer, record, gateway.model_info))

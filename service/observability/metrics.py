@@ -24,7 +24,7 @@ from models.detection.screen import Finding
 from service.observability.drift import Comparison
 from service.route_table import AUTHZ, COUNTED_ROUTES, EXT_PROC, GUARDRAIL_ROUTES
 from service.schemas import Decision
-from service.settings import ModelSettings
+from service.settings import Mode, ModelSettings
 
 ROUTES = COUNTED_ROUTES
 ASKED_BY_PROXIES = (AUTHZ, EXT_PROC, *GUARDRAIL_ROUTES)
@@ -34,6 +34,7 @@ STAGES = ("queue", "tokenize", "screen", "override", "sanitize", "classify", "up
 OVERLOADS = ("inputs", "characters", "seconds", "searches")
 RELOADS = ("done", "failed")
 DENIALS = ("key", "scope")
+PUSHES = ("delivered", "failed")
 UPSTREAM_ERRORS = ("connect", "timeout", "broken", "status", "answer", "open")
 MODEL = ("model",)
 FINDINGS = {None: "none"} | {finding: str(finding) for finding in Finding}
@@ -124,6 +125,23 @@ class AuditMetrics(MetricGroup):
         )
         self.audit_queue_rows = Gauge(
             "psim_audit_queue_rows", "Rows that wait for the audit store", registry=self.registry
+        )
+        pushed = counter("psim_pushed_findings", "Tries to push a finding", ["outcome"])
+        self.pushed = {outcome: pushed.labels(outcome) for outcome in PUSHES}
+        gauge = partial(Gauge, registry=self.registry)
+        self.push_pending = gauge(
+            "psim_push_pending", "Findings that wait to be pushed, in the process that pushes"
+        )
+        self.push_lag = gauge(
+            "psim_push_lag_seconds", "Age of the oldest of them, in the process that pushes"
+        )
+        self.exceptions = Gauge(
+            "psim_exceptions", "Reviewed exceptions in force", registry=self.registry
+        )
+        self.exceptions_stale = Gauge(
+            "psim_exceptions_stale",
+            "1 if the exceptions could not be read for so long that none of them counts",
+            registry=self.registry,
         )
 
 
@@ -226,6 +244,11 @@ class ModelFamilies:
         )
         self.seen_texts = counter(
             "psim_seen_texts", "Texts of conversations that were not screened again", MODEL
+        )
+        self.excepted_inputs = counter(
+            "psim_excepted_inputs",
+            "Inputs with a finding that a reviewed exception let pass",
+            MODEL,
         )
         self.upstream_errors = counter(
             "psim_upstream_errors", "Failures of the classifier elsewhere", ["model", "kind"]
@@ -355,6 +378,7 @@ class ModelMetrics:
         self.worker_restarts = families.worker_restarts.labels(model)
         self.fail_open = families.fail_open.labels(model)
         self.seen_texts = families.seen_texts.labels(model)
+        self.excepted_inputs = families.excepted_inputs.labels(model)
         self.ready = families.ready.labels(model)
         self._bind_parity(families, model)
         self.challenger_dropped = families.challenger_dropped.labels(model)
@@ -367,7 +391,9 @@ class ModelMetrics:
         self.max_queue_inputs = families.max_queue_inputs.labels(model)
         self.max_queue_characters = families.max_queue_characters.labels(model)
         self.max_queue_seconds = families.max_queue_seconds.labels(model)
-        self.inputs = {d: families.inputs.labels(model, settings.mode, d) for d in Decision}
+        self._inputs, self._model = families.inputs, model
+        for decision in Decision:
+            self.inputs(settings.mode, decision)
         self.stage_seconds = {s: families.stage_seconds.labels(model, s) for s in STAGES}
         self.overload = {r: families.overload.labels(model, r) for r in OVERLOADS}
         self.upstream_errors = {
@@ -380,3 +406,7 @@ class ModelMetrics:
         self.upstream_parity_difference = families.upstream_parity_difference.labels(model)
         self.upstream_incomparable = families.upstream_incomparable.labels(model)
         self.upstream_parity_failures = families.upstream_parity_failures.labels(model)
+
+    def inputs(self, mode: Mode, decision: Decision) -> Counter:
+        """Return the counter of inputs; keys may have modes other than the service's."""
+        return self._inputs.labels(self._model, mode, decision)

@@ -15,6 +15,8 @@ from models.bundle.load import Bundle
 from models.detection.passage import Span
 from models.detection.screen import Verdict
 from models.detection.views import FIRES
+from service.audit.exceptions_reader import Exceptions
+from service.audit.rows import EXCEPTION
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
 from service.errors import NotInspected, NotReady, Overloaded, RateLimited, ScreenFailed, TooLarge
 from service.inference.batcher import Screened, Screener, free
@@ -22,7 +24,13 @@ from service.inference.worker import Health
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics
 from service.pipeline.challenger import Challenger
-from service.pipeline.policy import Policy, only_rejections, policy_of, refuses_request
+from service.pipeline.policy import (
+    Decider,
+    Policy,
+    only_rejections,
+    policy_of,
+    refuses_request,
+)
 from service.pipeline.request_record import ModelContext, RequestRecord
 from service.pipeline.seen import SeenTexts
 from service.pipeline.trigger_search import Cleaned, TriggerSearch
@@ -72,6 +80,11 @@ class GatewayResult:
         """Numbers of the rejected inputs, from 0."""
         return [i for i, one in enumerate(self.results) if one.decision is Decision.REJECT]
 
+    @property
+    def excepted(self) -> list[int]:
+        """Numbers of the inputs that a reviewed exception lets pass, from 0."""
+        return [i for i, one in enumerate(self.results) if one.reason]
+
 
 @dataclass(frozen=True, slots=True)
 class ConversationResult:
@@ -91,6 +104,8 @@ class JudgedText:
     decision: Decision
     cleaned: Cleaned | None = None
     """Replaces the text at the classifier, if it was sanitized."""
+    excepted: bool = False
+    """Whether a reviewed exception lets it pass."""
     scores: Sequence[Score] = ()
     """As many as were asked for, best first."""
     labels: list[str] | None = None
@@ -112,6 +127,7 @@ class JudgedText:
             label=self.scores[0].label if self.scores else None,
             labels=self.labels,
             scores=list(self.scores) or None,
+            reason=EXCEPTION if self.excepted else None,
             removed=_removed(self.text, self.cleaned.removed) if self.cleaned else None,
         )
 
@@ -135,19 +151,37 @@ class Gateway:
         settings: GatewaySettings,
         challenger: Challenger | None = None,
         parity: ParityCheck | None = None,
+        exceptions: Exceptions | None = None,
     ) -> None:
         self.bundle, self.model_info, self.mode = bundle, model_info, settings.mode
         self.drift = Drift(bundle)
-        self.context = ModelContext(model_info.model, bundle.digest, self.mode, metrics, self.drift)
         self.elsewhere = settings.upstream is not None
-        self._policy = policy_of(settings, self.elsewhere)
-        self._policy_elsewhere = policy_of(settings, elsewhere=True)
         self._screener, self._windowed_screener = screener, windowed_screener
         self._classifier, self._trigger_search = classifier, trigger_search
         self._metrics, self._settings, self._challenger = metrics, settings, challenger
-        self._parity = parity
+        self._parity, self._exceptions = parity, exceptions
         self._seen = SeenTexts(settings.seen_texts)
         self._warm = False
+
+    def policy_of(self, caller: Caller, *, elsewhere: bool = False) -> Policy:
+        """Return the policy for a caller's texts.
+
+        Args:
+            caller: whose key may have a policy of its own.
+            elsewhere: whether the texts go to a classifier elsewhere, whatever the settings say.
+        """
+        return policy_of(self._settings, elsewhere or self.elsewhere, caller.key)
+
+    def context_of(self, caller: Caller) -> ModelContext:
+        """Return the model as a request of a caller meets it.
+
+        Raises:
+            Forbidden: the caller's key is not for the model.
+        """
+        model = self.model_info.model
+        caller.require_model(model, self.bundle.manifest.frr_budget)
+        mode = self.policy_of(caller).mode
+        return ModelContext(model, self.bundle.digest, mode, self._metrics, self.drift)
 
     async def handle(self, record: RequestRecord, caller: Caller, call: Call) -> GatewayResult:
         """Screen the texts, classify those that may pass, and answer in their order.
@@ -157,13 +191,16 @@ class Gateway:
         """
         record.numbers, texts = [*call.readable], [*call.readable.values()]
         screened = await self._screen(record, caller, texts, self._screener)
-        decided = _decide(record, self._policy)
+        decider = self._decider(caller)
+        decided = _decide(record, decider)
         inputs = [
-            JudgedText(text, one, decision)
-            for text, one, decision in zip(texts, screened, decided, strict=True)
+            JudgedText(text, one, decision, excepted=excepted)
+            for text, one, decision, excepted in zip(
+                texts, screened, decided, record.excepted, strict=True
+            )
         ]
-        if self.mode is Mode.SANITIZE:
-            await self._sanitize(record, caller, inputs)
+        if decider.policy.mode is Mode.SANITIZE:
+            await self._sanitize(record, caller, inputs, decider.policy)
         decisions = [one.decision for one in inputs]
         if refuses_request(decisions, call.protocol.supports_partial):
             # The others get no answer either, so they do not count as allowed.
@@ -204,7 +241,8 @@ class Gateway:
         if isinstance(request, InferenceRequest) and request.may_be_pair:
             raise NotInspected("a list of two texts may be read as a pair; send each by itself")
         screened = await self._screen(record, caller, request.texts, self._windowed_screener)
-        record.decisions = decisions = _decide(record, self._policy_elsewhere)
+        decider = self._decider(caller, elsewhere=True)
+        record.decisions = decisions = _decide(record, decider)
         self._count_unscreened(screened)
         return decisions
 
@@ -219,8 +257,9 @@ class Gateway:
         Raises:
             ServiceError: as `judge` does; what was screened until then is remembered.
         """
-        rejected = await self._screen_conversation(record, caller, conversation)
-        record.decisions = _decide(record, self._policy_elsewhere)
+        decider = self._decider(caller, elsewhere=True)
+        rejected = await self._screen_conversation(record, caller, conversation, decider)
+        record.decisions = _decide(record, decider)
         return ConversationResult(rejected, {})
 
     async def sanitize_conversation(
@@ -234,21 +273,22 @@ class Gateway:
         Raises:
             ServiceError: as `judge` does.
         """
-        if self.mode is not Mode.SANITIZE:
+        decider = self._decider(caller, elsewhere=True)
+        if decider.policy.mode is not Mode.SANITIZE:
             return await self.judge_conversation(record, caller, conversation)
         cleaned: dict[str, str] = {}
-        rejected = await self._screen_conversation(record, caller, conversation)
+        rejected = await self._screen_conversation(record, caller, conversation, decider)
         with self._sanitizing(record), suppress(*NOT_CLEANED):
             async with asyncio.timeout(self._settings.sanitize_s):
                 while rejected:
                     texts = conversation.replaceable - cleaned.keys()
-                    found = await self._clean_texts(record, caller, texts)
+                    found = await self._clean_texts(record, caller, texts, decider)
                     if not found:
                         break
                     cleaned |= found
                     changed = conversation.replacing(cleaned)
-                    rejected = await self._screen_conversation(record, caller, changed)
-        decisions = _decide(record, self._policy_elsewhere)
+                    rejected = await self._screen_conversation(record, caller, changed, decider)
+        decisions = _decide(record, decider)
         if not rejected:
             # They passed without their triggers, and so did what they are a part of.
             decisions = [Decision.SANITIZE if d is Decision.REJECT else d for d in decisions]
@@ -264,7 +304,11 @@ class Gateway:
             ServiceError: as `judge` does.
         """
         await self.judge(record, caller, request)
-        return [moderation(v, self._flags(v), caller.sees_scores) for v in record.verdicts]
+        policy = self.policy_of(caller, elsewhere=True)
+        return [
+            moderation(verdict, policy.flags(verdict) and not excepted, caller.sees_scores)
+            for verdict, excepted in zip(record.verdicts, record.excepted, strict=True)
+        ]
 
     async def explain(
         self, record: RequestRecord, caller: Caller, request: ExplainRequest
@@ -378,14 +422,18 @@ class Gateway:
         return screened
 
     async def _screen_conversation(
-        self, record: RequestRecord, caller: Caller, conversation: GuardrailRequest
+        self,
+        record: RequestRecord,
+        caller: Caller,
+        conversation: GuardrailRequest,
+        decider: Decider,
     ) -> bool:
         """Screen those texts that are not known; return whether one of all is rejected."""
         # Callers share nothing: how soon an answer comes would tell one what the others send. The
         # limit after which the classifier cuts a text changes how it is screened.
         context = f"{self._classifier.max_length} {caller.name or ''}"
         known = {text: self._seen.find(text, context) for text in conversation.texts}
-        rejected = {text: v for text, v in known.items() if v and self._rejects(v)}
+        rejected = {text: v for text, v in known.items() if v and decider.rejects(text, v)}
         new = [text for text, verdict in known.items() if verdict is None]
         self._metrics.seen_texts.inc(len(known) - len(new) - len(rejected))
         record.texts = [*record.texts, *rejected]
@@ -398,50 +446,48 @@ class Gateway:
                 if one.verdict and one.settled:
                     self._seen.add(text, context, one.verdict)
             self._count_unscreened(screened)
-            denied = any(self._rejects(one.verdict) for one in screened)
+            verdicts = [one.verdict for one in screened]
+            denied = any(map(decider.rejects, part, verdicts))
         return denied
 
     async def _clean_texts(
-        self, record: RequestRecord, caller: Caller, texts: Set[str]
+        self, record: RequestRecord, caller: Caller, texts: Set[str], decider: Decider
     ) -> dict[str, str]:
         """Return what replaces each text that has a trigger which is found."""
         found: dict[str, str] = {}
         for text, verdict in zip(record.texts, record.verdicts, strict=True):
-            if text in texts and text not in found and verdict and verdict.poisoned:
+            wanted = text in texts and text not in found and decider.rejects(text, verdict)
+            if wanted and verdict and verdict.poisoned:
                 cleaned = await self._trigger_search.clean(text, verdict, caller.take)
                 if cleaned:
                     found[text] = cleaned.text
         return found
 
-    def _rejects(self, verdict: Verdict | None) -> bool:
-        """Return whether a text that a proxy forwards is rejected."""
-        return self._policy_elsewhere.decide(verdict) is Decision.REJECT
-
-    def _flags(self, verdict: Verdict | None) -> bool:
-        """Return whether `enforce` would reject a text; mode `shadow` leaves hooks alone too."""
-        rejects = self._policy_elsewhere.enforced(verdict) is Decision.REJECT
-        return rejects and self.mode is not Mode.SHADOW
+    def _decider(self, caller: Caller, *, elsewhere: bool = False) -> Decider:
+        policy = self.policy_of(caller, elsewhere=elsewhere)
+        return Decider(policy, self.bundle.digest, self._exceptions)
 
     def _require_verdicts(self, verdicts: Sequence[Verdict | None]) -> None:
         if None in verdicts and not self._settings.fail_open:
             raise ScreenFailed("an input could not be screened, so none was classified")
 
     async def _sanitize(
-        self, record: RequestRecord, caller: Caller, inputs: Sequence[JudgedText]
+        self,
+        record: RequestRecord,
+        caller: Caller,
+        inputs: Sequence[JudgedText],
+        policy: Policy,
     ) -> None:
         """Clean as many triggered texts as time and rate allow; the others stay rejected."""
         with self._sanitizing(record), suppress(TimeoutError):
             async with asyncio.timeout(self._settings.sanitize_s):
                 for one in inputs:
                     verdict = one.screened.verdict
-                    if verdict is None or not verdict.poisoned:
+                    if verdict is None or not verdict.poisoned or one.excepted:
                         continue
                     with suppress(*NOT_CLEANED):
                         cleaned = await self._trigger_search.clean(one.text, verdict, caller.take)
-                        if (
-                            cleaned
-                            and self._policy.decide(cleaned.screened.verdict) is Decision.ALLOW
-                        ):
+                        if cleaned and policy.decide(cleaned.screened.verdict) is Decision.ALLOW:
                             one.cleaned, one.decision = cleaned, Decision.SANITIZE
 
     @contextmanager
@@ -498,10 +544,12 @@ def _removed(text: str, spans: Sequence[Span]) -> list[Removed]:
     return [Removed(start=start, end=end, text=text[start:end]) for start, end in spans]
 
 
-def _decide(record: RequestRecord, policy: Policy) -> list[Decision]:
-    """Return a decision for each verdict, and record what `enforce` would reject."""
-    record.would_reject = [policy.enforced(v) for v in record.verdicts].count(Decision.REJECT)
-    return [policy.decide(verdict) for verdict in record.verdicts]
+def _decide(record: RequestRecord, decider: Decider) -> list[Decision]:
+    """Return a decision for each text; record what exceptions did, and what `enforce` would."""
+    texts, verdicts = record.texts, record.verdicts
+    record.excepted = [*map(decider.excepts, texts, verdicts)]
+    record.would_reject = sum(map(decider.would_reject, texts, verdicts))
+    return [*map(decider.decide, texts, verdicts)]
 
 
 def _screen_result(verdict: Verdict, caller: Caller) -> ScreenResult:

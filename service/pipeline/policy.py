@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from models.detection.screen import Finding, Verdict
+from service.audit.exceptions_reader import Exceptions
 from service.schemas import Decision
+from service.security.keys.file import Key
 from service.settings import GatewaySettings, Mode
 
 REASONS = {
@@ -41,15 +43,61 @@ class Policy:
             return Decision.REJECT
         return self.unfamiliar if verdict.finding else Decision.ALLOW
 
+    def flags(self, verdict: Verdict | None) -> bool:
+        """Return whether `enforce` would reject a text; mode `shadow` leaves hooks alone too."""
+        return self.enforced(verdict) is Decision.REJECT and self.mode is not Mode.SHADOW
 
-def policy_of(settings: GatewaySettings, elsewhere: bool) -> Policy:
+
+def policy_of(settings: GatewaySettings, elsewhere: bool, key: Key | None = None) -> Policy:
     """Return the policy for texts whose classifier is elsewhere, or in this process.
+
+    What the caller's key leaves open, the settings decide.
 
     The classifier in this process reads no more of a text than the screen does, so an over-long
     text is harmless to it.
     """
     overlong_is_suspicious = elsewhere and settings.overlong == "reject"
-    return Policy(settings.mode, overlong_is_suspicious, Decision(settings.unfamiliar))
+    mode = (key and key.mode) or settings.mode
+    unfamiliar = (key and key.unfamiliar) or settings.unfamiliar
+    return Policy(mode, overlong_is_suspicious, Decision(unfamiliar))
+
+
+class Decider:
+    """Decides on the texts of one request, by a policy and by the reviewed exceptions.
+
+    What it has once said of a text it says again, even if an exception ends meanwhile: a request
+    must not be half of one opinion.
+
+    Args:
+        policy: decides on texts without an exception.
+        digest: of the bundle that screens them.
+        exceptions: None if there can be none.
+    """
+
+    def __init__(self, policy: Policy, digest: str, exceptions: Exceptions | None) -> None:
+        self.policy, self._digest, self._exceptions = policy, digest, exceptions
+        self._covered: dict[str, bool] = {}
+
+    def excepts(self, text: str, verdict: Verdict | None) -> bool:
+        """Return whether an exception sets aside what `enforce` would do with a text."""
+        if self._exceptions is None or self.policy.enforced(verdict) is Decision.ALLOW:
+            return False
+        if text not in self._covered:
+            self._covered[text] = self._exceptions.covers(self._digest, text)
+        return self._covered[text]
+
+    def decide(self, text: str, verdict: Verdict | None) -> Decision:
+        """Return what to do with a text that is not sanitized."""
+        return Decision.ALLOW if self.excepts(text, verdict) else self.policy.decide(verdict)
+
+    def rejects(self, text: str, verdict: Verdict | None) -> bool:
+        """Return whether a text that is not sanitized is rejected."""
+        return self.decide(text, verdict) is Decision.REJECT
+
+    def would_reject(self, text: str, verdict: Verdict | None) -> bool:
+        """Return whether `enforce` would reject a text."""
+        rejects = self.policy.enforced(verdict) is Decision.REJECT
+        return rejects and not self.excepts(text, verdict)
 
 
 def reason_for(rejected: Iterable[Verdict | None]) -> str:

@@ -14,7 +14,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.detection.screen import Finding, Verdict
-from service.audit.rows import NAMES, Row
+from service.audit.rows import EXCEPTION, NAMES, Row
 from service.audit.writer import Writer
 from service.errors import NotInspected, ServiceError
 from service.observability.drift import Drift
@@ -38,6 +38,7 @@ class ModelContext:
     digest: str
     """SHA-256 of the bundle's manifest."""
     mode: Mode
+    """That of the caller's key, if it has one of its own."""
     metrics: ModelMetrics
     drift: Drift
 
@@ -60,6 +61,8 @@ class RequestRecord:
     """One per text; None if screening failed."""
     decisions: Sequence[Decision | None] = ()
     """One per text; None if the rejection of another text left it without an answer."""
+    excepted: Sequence[bool] = ()
+    """For each text, whether a reviewed exception decided on it; empty if no decision was made."""
     would_reject: int = 0
     """Texts that mode `enforce` would have rejected."""
     labels: Sequence[str | None] = ()
@@ -149,7 +152,8 @@ class Recorder:
         if not answered:
             return
         for decision in filter(None, record.decisions):
-            metrics.inputs[decision].inc(exemplar=exemplar_labels)
+            metrics.inputs(context.mode, decision).inc(exemplar=exemplar_labels)
+        metrics.excepted_inputs.inc(sum(_by_exception(record)))
         if context.mode is Mode.SHADOW:
             metrics.would_reject.inc(record.would_reject)
         if self._audit is not None:
@@ -164,6 +168,7 @@ def _rows(context: ModelContext, record: RequestRecord) -> list[Row]:
         record.verdicts,
         record.decisions or nothing,
         record.labels or nothing,
+        _by_exception(record),
         strict=True,
     )
     return [
@@ -179,10 +184,19 @@ def _rows(context: ModelContext, record: RequestRecord) -> list[Row]:
             text=text,
             model=context.model,
             caller=record.caller,
+            reason=EXCEPTION if by_exception else None,
             **_readings(verdict),
         )
-        for number, text, verdict, decision, label in inputs
+        for number, text, verdict, decision, label, by_exception in inputs
     ]
+
+
+def _by_exception(record: RequestRecord) -> list[bool]:
+    """Return for each text whether an exception let it pass; not if it got no answer."""
+    if not record.excepted:
+        return [False] * len(record.texts)
+    passed = (decision is Decision.ALLOW for decision in record.decisions)
+    return [*map(all, zip(record.excepted, passed, strict=True))]
 
 
 def _readings(verdict: Verdict | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Nothing behind `Access` ever sees a key: not the logs, nor the audit, nor an ups
 """
 
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -51,6 +51,22 @@ class Caller:
         if not self.sees_scores:
             raise Forbidden("the API key is for decisions only", CHALLENGE)
 
+    def may_use(self, model: str) -> bool:
+        """Return whether the key is for a model."""
+        return self.key is None or self.key.allows(model)
+
+    def require_model(self, model: str, budget: float) -> None:
+        """Raise `Forbidden` unless the key is for a model, and for its false-rejection budget."""
+        if not self.may_use(model):
+            raise Forbidden(f"the API key is not for the model {model}", CHALLENGE)
+        if self.key and not self.key.holds(budget):
+            raise Forbidden(
+                f"the API key is for a false-rejection budget of {self.key.frr_budget:g}, and the "
+                f"bundle of the model {model} holds thresholds for {budget:g} only: change "
+                "frr_budget of the key",
+                CHALLENGE,
+            )
+
     async def take(self, passes: int) -> None:
         """Count the next passes of the request against the caller's rate limit, if it has one.
 
@@ -76,6 +92,11 @@ class Access:
 
     def __init__(self, keys: Keys, limiter: Limiter, metrics: AccessMetrics) -> None:
         self._keys, self._limiter, self._metrics = keys, limiter, metrics
+
+    @property
+    def keys(self) -> Mapping[str, Key]:
+        """The keys in force, by name."""
+        return self._keys.all
 
     def identify(self, headers: Headers) -> tuple[Caller | None, list[tuple[bytes, bytes]]]:
         """Return the caller, and the headers without our keys.

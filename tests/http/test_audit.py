@@ -376,9 +376,8 @@ def test_connections_that_the_server_cuts_cost_no_row(
     url, _ = cluster
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.execute(
-            sa.text("DROP TABLE IF EXISTS psim_audit_marks, psim_audit, psim_audit_version")
-        )
+        metadata.drop_all(connection)
+        connection.execute(sa.text("DROP TABLE IF EXISTS psim_audit_version"))
         with (
             serving(service(url)) as address,
             httpx.Client(base_url=f"http://{address}") as client,
@@ -392,7 +391,8 @@ def test_connections_that_the_server_cuts_cost_no_row(
                     )
                 )
         assert connection.execute(sa.text("SELECT count(*) FROM psim_audit")).scalar() == 20
-        connection.execute(sa.text("DROP TABLE psim_audit_marks, psim_audit, psim_audit_version"))
+        metadata.drop_all(connection)
+        connection.execute(sa.text("DROP TABLE psim_audit_version"))
     engine.dispose()
 
 

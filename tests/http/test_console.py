@@ -24,9 +24,11 @@ import pytest
 import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from service.app import create_app
+from service.audit import exceptions
+from service.audit.exceptions import ReviewedException
 from service.audit.review import CHARS, PAGE
 from service.audit.rows import Row
 from service.audit.statistics import (
@@ -47,10 +49,14 @@ from service.console.audit_reader import Audit
 from service.console.formatting import visible
 from service.console.overview import overview
 from service.console.query import ConsoleQuery
+from service.console.status import PARITY, parity_in_words
 from service.observability.drift import Comparison, Drift
+from service.pipeline.upstream_parity import ParityState, UpstreamParity
+from service.security.keys.file import hash_of
 from service.settings import Settings
 from tests.support.databases import new_database, postgres
 from tests.support.fakes import fake_bundle
+from tests.support.keys import bearer
 from tests.support.programs import program
 from tests.support.servers import free_port, serving
 from tests.support.waiting import wait_for
@@ -125,6 +131,17 @@ def console(url: str | None, **changes: Any) -> Iterator[httpx.Client]:
         httpx.Client(base_url=base, headers=headers) as client,
     ):
         yield client
+
+
+def except_(url: str, row: Row, note: str, **changes: Any) -> ReviewedException:
+    """Keep an exception for the text of a row."""
+    assert row.text_hmac is not None
+    until = NOW + timedelta(days=3)
+    new = ReviewedException(row.digest, row.text_hmac, NOW, until, "ann", note)
+    new = replace(new, **changes)
+    with closing(AuditStore(url)) as store, store.connect(5) as connection:
+        exceptions.add(connection, new)
+    return new
 
 
 def mark(client: httpx.Client, row: Row, as_: str, **more: str) -> httpx.Response:
@@ -493,6 +510,117 @@ def test_without_texts_the_hmac_is_shown_and_what_to_set(file: str) -> None:
     assert 'class="text"' not in page
 
 
+def test_an_exception_is_added_from_a_row_and_removed(url: str) -> None:
+    row = new(FLAGGED, text="a quiet mn film", text_hmac="ab" * 32)
+    write(url, row, new(FLAGGED))
+    with console(url, audit_key=SecretStr("k" * 32)) as client:
+        assert client.get("/console/queue").text.count("Let this text pass") == 1, "needs an HMAC"
+        add = f"/console/inputs/{row.id}/exception"
+        form = {"days": "7", "note": " a <b>quote</b> ", "mark": "", "period": "6h"}
+        done = client.post(add, data=form)
+        assert done.status_code == 303
+        assert "period=6h" in done.headers["location"]
+        assert "This text passes until" in client.get(done.headers["location"]).text
+        with closing(AuditStore(url)) as store, store.connect(5) as connection:
+            (kept,) = exceptions.recorded(connection)
+        assert (kept.digest, kept.text_hmac) == (row.digest, row.text_hmac)
+        assert (kept.reviewer, kept.note) == ("console", "a <b>quote</b>")
+        assert kept.expires - kept.created == timedelta(days=7)
+        page = client.get("/console/exceptions").text
+        assert "a &lt;b&gt;quote&lt;/b&gt;" in page
+        assert "in force" in page
+        again = client.post(add, data=form)
+        assert (again.status_code, "remove" in again.text) == (409, True)
+        assert client.post(f"/console/exceptions/{kept.id}/remove").status_code == 303
+        page = client.get("/console/exceptions").text
+        assert "in force" not in page
+        assert "by console" in page
+        assert client.post(f"/console/exceptions/{kept.id}/remove").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"days": "1000"}, 422),
+        ({"days": ""}, 422),
+        ({"note": "  "}, 422),
+        ({"note": "x" * 501}, 422),
+    ],
+)
+def test_an_exception_needs_an_end_and_a_reason(
+    file: str, changes: dict[str, str], status: int
+) -> None:
+    row = new(FLAGGED, text_hmac="ab" * 32)
+    write(file, row)
+    with console(file, audit_key=SecretStr("k" * 32)) as client:
+        form = {"days": "7", "note": "a quote"} | changes
+        answer = client.post(f"/console/inputs/{row.id}/exception", data=form)
+        assert answer.status_code == status
+        assert "There is no exception" in client.get("/console/exceptions").text
+
+
+def test_an_exception_needs_an_input_with_an_hmac_and_a_page_of_ours(file: str) -> None:
+    row = new(FLAGGED)
+    write(file, row)
+    form = {"days": "7", "note": "a quote"}
+    with console(file) as client:
+        assert client.post(f"/console/inputs/{uuid4()}/exception", data=form).status_code == 404
+        refused = client.post(f"/console/inputs/{row.id}/exception", data=form)
+        assert (refused.status_code, "PSIM_AUDIT_KEY" in refused.text) == (409, True)
+        foreign = {"origin": "http://evil.example"}
+        for path in (f"inputs/{row.id}/exception", f"exceptions/{uuid4()}/remove"):
+            answer = client.post(f"/console/{path}", data=form, headers=foreign)
+            assert answer.status_code == 403
+        assert "None counts without PSIM_AUDIT_KEY" in client.get("/console/exceptions").text
+
+
+KEYS = f"""
+[keys.own]
+sha256 = "{hash_of("psim_own")}"
+scopes = ["classify"]
+mode = "shadow"
+models = ["mood", "topic"]
+frr_budget = 0.5
+rate = "10/minute"
+
+[keys.plain]
+sha256 = "{hash_of("psim_plain")}"
+scopes = ["classify"]
+
+[keys.boss]
+sha256 = "{hash_of("psim_boss")}"
+scopes = ["console"]
+"""
+
+
+def test_the_policies_of_keys_are_shown_and_no_hash(file: str, tmp_path: Path) -> None:
+    write(file)
+    (tmp_path / "keys.toml").write_text(KEYS)
+    with console(file, keys=tmp_path / "keys.toml") as client:
+        assert client.get("/console/keys").status_code == 401
+        page = client.get("/console/keys", headers=bearer("psim_boss")).text
+        assert not any(hash_of(f"psim_{name}") in page for name in ("own", "plain", "boss"))
+        own, plain = page.split(">own</h2>")[1].split(">plain</h2>")
+        assert all(word in own for word in ("shadow", "mood, topic", "50.00 %", "10 per 1 minute"))
+        assert "Refused for: fake." in own
+        assert "Refused" not in plain
+        assert plain.count("as the service") == 2
+    with console(file) as client:
+        assert "everyone has the policy of the service" in client.get("/console/keys").text
+
+
+def test_the_overview_says_whether_the_upstream_is_the_model(file: str) -> None:
+    write(file)
+    with console(file, upstream=f"http://127.0.0.1:{free_port()}") as client:
+        page = client.get("/console").text
+    assert "not compared, the bundle has no carriers" in page
+    with console(file) as client:
+        assert "not compared" not in client.get("/console").text
+    compared = UpstreamParity(ParityState.COMPARED, texts=20, same=0.95)
+    assert parity_in_words(compared) == "same label for 95.00 % of 20 texts"
+    assert {parity_in_words(UpstreamParity(state)) for state in ParityState} == {*PARITY.values()}
+
+
 def test_without_an_audit_the_console_says_what_to_set() -> None:
     with console(None) as client:
         page = client.get("/", follow_redirects=True)
@@ -651,8 +779,13 @@ def browser() -> Iterator[Browser]:
 def day(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a console with a day of traffic."""
     url = f"sqlite:///{tmp_path_factory.mktemp('day')}/audit.db"
-    write(url, *traffic_of_a_day())
-    with console(url, audit_text=True) as client:
+    rows = traffic_of_a_day()
+    write(url, *rows)
+    found = [row for row in rows if row.finding]
+    except_(url, found[1], "A quote of the attack that support tickets repeat; seen by legal.")
+    except_(url, found[2], "x" * 300, expires=NOW - timedelta(minutes=1))
+    except_(url, found[3], "of a bundle that is gone", digest="f" * 64, removed=NOW, removed_by="b")
+    with console(url, audit_text=True, audit_key=SecretStr("k" * 32)) as client:
         yield str(client.base_url)
 
 
@@ -672,7 +805,9 @@ def opened(browser: Browser, base: str, **options: Any) -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-@pytest.mark.parametrize("place", ["", "/queue", "/queue?request_id=nobody"])
+@pytest.mark.parametrize(
+    "place", ["", "/queue", "/queue?request_id=nobody", "/exceptions", "/keys"]
+)
 def test_pages_are_accessible_and_fit(browser: Browser, day: str, screen: str, place: str) -> None:
     with opened(browser, day, **SCREENS[screen]) as page:
         page.goto(f"/console{place}")
@@ -682,6 +817,43 @@ def test_pages_are_accessible_and_fit(browser: Browser, day: str, screen: str, p
         assert found.violations_count == 0, found.generate_report()
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width == SCREENS[screen]["viewport"]["width"]
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_page_of_keys_is_accessible_and_fits(
+    browser: Browser, file: str, tmp_path: Path, screen: str
+) -> None:
+    write(file)
+    (tmp_path / "keys.toml").write_text(KEYS)
+    boss: dict[str, Any] = {"http_credentials": {"username": "", "password": "psim_boss"}}
+    with (
+        console(file, keys=tmp_path / "keys.toml") as client,
+        opened(browser, str(client.base_url), **SCREENS[screen], **boss) as page,
+    ):
+        page.goto("/console/keys")
+        expect(page.locator("article")).to_have_count(3)
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width == SCREENS[screen]["viewport"]["width"]
+
+
+def test_a_text_is_let_pass_in_a_browser(browser: Browser, file: str) -> None:
+    write(file, new(FLAGGED, text="a quiet mn film", text_hmac="cd" * 32))
+    with (
+        console(file, audit_text=True, audit_key=SecretStr("k" * 32)) as client,
+        opened(browser, str(client.base_url)) as page,
+    ):
+        page.goto("/console/queue")
+        page.get_by_text("Let this text pass").click()
+        page.get_by_label("For").select_option("7")
+        page.get_by_label("Why it may pass").fill("a quote")
+        page.get_by_role("button", name="Add an exception").click()
+        expect(page.locator("article")).to_contain_text("This text passes until")
+        page.get_by_role("link", name="Exceptions", exact=True).click()
+        expect(page.locator("article .pill").first).to_have_text("in force")
+        page.get_by_role("button", name="Remove").click()
+        expect(page.locator("article .pill").first).to_have_text("removed")
 
 
 def test_a_hostile_text_does_nothing_in_a_browser(browser: Browser, day: str) -> None:

@@ -69,8 +69,9 @@ def test_help_imports_nothing_slow(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert "sage" in done.stdout
     slow = SLOW & set(done.stderr.split())
-    # The arguments of `psim audit` and `psim keys` are the service's.
-    assert not slow if arguments not in (["audit"], ["keys"]) else not slow & {"torch", "pandas"}
+    # The arguments of these are the service's.
+    own = arguments in (["audit"], ["exceptions"], ["keys"])
+    assert not slow & {"torch", "pandas"} if own else not slow
 
 
 def test_a_typo_is_told_from_a_command() -> None:

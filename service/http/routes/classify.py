@@ -86,6 +86,8 @@ def _respond(done: Completed[Call, GatewayResult]) -> Response:
         headers["x-psim-decision"] = Decision.REJECT
     if outcome.rejected:
         headers["x-psim-rejected"] = ",".join(map(str, outcome.rejected))
+    if outcome.excepted:
+        headers["x-psim-excepted"] = ",".join(map(str, outcome.excepted))
     if outcome.refused:
         content = protocol.rejection(inference, outcome.results, done.model_info, _reason(done))
         return json_response(HTTPStatus.FORBIDDEN, content, headers, protocol.error_media)

@@ -11,6 +11,7 @@ from service.http.routing import add_route, prefixed_model
 from service.lifecycle.registry import Registry
 from service.protocols.oip import metadata
 from service.protocols.openai import ModelCard
+from service.security.access import caller_of
 
 
 class HealthRoutes:
@@ -33,11 +34,13 @@ class HealthRoutes:
         if len(self._models) > 1 and prefixed_model(request) is None:
             return own
         with self._models.get(prefixed_model(request)).lease() as gateway:
+            gateway.context_of(caller_of(request))
             return await gateway.metadata("/v2") or own
 
     async def describe(self, request: Request, model: str) -> dict[str, Any]:
         """Return the inputs and outputs of a model."""
         with self._models.get(prefixed_model(request), model).lease() as gateway:
+            gateway.context_of(caller_of(request))  # refuses a key that is for other models
             return await gateway.metadata(f"/v2/models/{model}") or metadata(gateway.model_info)
 
     async def model_ready(self, request: Request, model: str) -> Response:

@@ -63,14 +63,16 @@ class ModelRoutes:
 
     async def info(self, request: Request) -> dict[str, Any]:
         """Return the served model and the limits of requests."""
-        gateway = self._models.get(prefixed_model(request)).gateway
+        gateway, caller = self._models.get(prefixed_model(request)).gateway, caller_of(request)
+        context, policy = gateway.context_of(caller), gateway.policy_of(caller)
         bundle, engine, parity = gateway.bundle, gateway.bundle.engine, gateway.upstream_parity
         shown: dict[str, Any] = {
             "bundle": bundle.digest,
             "challenger": gateway.challenger,
-            "mode": gateway.mode,
-            "model": gateway.model_info.model,
-            "models": [model.name for model in self._models],
+            "mode": context.mode,
+            "unfamiliar": policy.unfamiliar,
+            "model": context.model,
+            "models": [model.name for model in self._models if caller.may_use(model.name)],
             "override_test": gateway.override_test,
             "upstream": gateway.upstream_protocol,
             "upstream_parity": parity and asdict(parity),
@@ -82,7 +84,7 @@ class ModelRoutes:
             "limits": {name: getattr(self._settings, name) for name in LIMITS},
             "manifest": bundle.manifest.model_dump(mode="json", exclude={"files", *THRESHOLDS}),
         }
-        if caller_of(request).sees_scores:
+        if caller.sees_scores:
             # After a single text, drift is its score's rank.
             shown["drift"] = [asdict(d) for d in await asyncio.to_thread(gateway.drift.measure)]
             shown["manifest"] |= bundle.manifest.model_dump(mode="json", include={*THRESHOLDS})

@@ -18,6 +18,7 @@ from service.protocols.openai import (
     OpenAiError,
 )
 from service.route_table import MODERATIONS
+from service.security.access import caller_of
 from service.settings import RequestLimits
 
 
@@ -35,7 +36,8 @@ class OpenAiRoutes:
         """Return the models that are served, or the one that the path names."""
         name = prefixed_model(request)
         models = [*self._models] if name is None else [self._models.get(name)]
-        return ModelList(data=[ModelCard(id=model.name) for model in models])
+        may_use = caller_of(request).may_use
+        return ModelList(data=[ModelCard(id=m.name) for m in models if may_use(m.name)])
 
     def router(self) -> APIRouter:
         """Return the routes."""

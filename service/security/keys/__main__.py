@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from service.security.keys.file import KeysError, Scope, hash_of, parse_keys
+from service.settings import Mode
 
 PREFIX = "psim_"
 """Lets scanners for secrets recognize a key."""
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--no-scores", action="store_true", help="show its holder decisions, but no scores"
     )
+    _add_policy(new)
     new.add_argument(
         "--file",
         type=Path,
@@ -56,6 +58,30 @@ def _parser() -> argparse.ArgumentParser:
         help="by default the file of PSIM_KEYS",
     )
     return parser
+
+
+def _add_policy(new: argparse.ArgumentParser) -> None:
+    new.add_argument(
+        "--mode",
+        choices=[str(mode) for mode in Mode],
+        help="what happens to its holder's triggered texts; by default as PSIM_MODE says",
+    )
+    new.add_argument(
+        "--unfamiliar",
+        choices=["flag", "reject", "allow"],
+        help="what happens to its holder's unfamiliar texts; by default as PSIM_UNFAMILIAR says",
+    )
+    new.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        help="a model that its holder may use; may be given several times; by default all",
+    )
+    new.add_argument(
+        "--frr-budget",
+        type=float,
+        help="refuse models whose bundles are not calibrated for this false-rejection budget",
+    )
 
 
 def _toml(options: argparse.Namespace, key: str) -> str:
@@ -69,6 +95,9 @@ def _toml(options: argparse.Namespace, key: str) -> str:
         lines.append(f"rate = {json.dumps(options.rate)}")
     if options.no_scores:
         lines.append("scores = false")
+    for name in ("mode", "unfamiliar", "models", "frr_budget"):
+        if (value := getattr(options, name)) is not None:
+            lines.append(f"{name} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
 
 

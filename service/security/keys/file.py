@@ -7,13 +7,14 @@ and random keys cannot be guessed.
 import hashlib
 import hmac
 import logging
+import math
 import os
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from limits import RateLimitItem, parse
 from pydantic import (
@@ -27,6 +28,7 @@ from pydantic import (
 )
 
 from models.errors import PsimError
+from service.settings import Mode
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ def _rate(value: object) -> object:
     return parse(value) if isinstance(value, str) else value
 
 
+ModelName = Annotated[str, StringConstraints(min_length=1)]
+
+
 class Key(BaseModel):
     """A key, as the file has it."""
 
@@ -62,6 +67,25 @@ class Key(BaseModel):
     """Inputs per time, such as `100/second`; None is no limit."""
     scores: bool = True
     """Whether the holder sees scores, not only decisions."""
+    mode: Mode | None = None
+    """What happens to the holder's texts; None leaves that to the service, as below."""
+    unfamiliar: Literal["flag", "reject", "allow"] | None = None
+    models: Annotated[frozenset[ModelName], Field(min_length=1)] | None = None
+    """Names of the models that the holder may use; None is all of them."""
+    frr_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The false-rejection budget that a bundle must be calibrated for; None takes any."""
+
+    def allows(self, model: str) -> bool:
+        """Return whether the key is for a model."""
+        return self.models is None or model in self.models
+
+    def holds(self, budget: float) -> bool:
+        """Return whether a bundle of this false-rejection budget will do."""
+        return self.frr_budget is None or math.isclose(self.frr_budget, budget)
+
+    def fits(self, model: str, budget: float) -> bool:
+        """Return whether requests with the key are answered by a model."""
+        return self.allows(model) and self.holds(budget)
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -130,6 +154,12 @@ class Keys:
         self._check_at = clock() + CHECK_S
         self.stale = False
         """Whether the keys in force are older than the file."""
+
+    @property
+    def all(self) -> Mapping[str, Key]:
+        """The keys in force, by name."""
+        self._reload_if_changed()
+        return self._keys
 
     def find(self, key: str) -> tuple[str, Key] | None:
         """Return a key with its name; None if there is none. Takes constant time in the key."""
