@@ -63,8 +63,12 @@ def check(version: str, before: str) -> None:
 def set_version(before: str, version: str) -> None:
     """Set the version of the project, of its images and of the demo's folder."""
     write(PROJECT, read(PROJECT).replace(f'version = "{before}"', f'version = "{version}"', 1))
-    named = re.compile(rf"(psim-(?:gateway|fit):|newTag: |demo-){re.escape(before)}\b")
-    for name in git("ls-files", "deploy", "docs/*.md", "docker-compose.yml").splitlines():
+    named = re.compile(
+        rf"(psim-(?:gateway|fit):|newTag: |demo-|image\.version=\"){re.escape(before)}\b"
+    )
+    for name in git(
+        "ls-files", "Dockerfile", "deploy", "docs/*.md", "docker-compose.yml"
+    ).splitlines():
         text = read(name)
         if named.search(text):
             write(name, named.sub(rf"\g<1>{version}", text))

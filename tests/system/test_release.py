@@ -97,6 +97,7 @@ def test_one_command_makes_a_release_and_pushes_nothing(project: Path) -> None:
     left = run(project, "git", "grep", "-E", f"({images}){re.escape(before[1])}").stdout
     assert left == ""
     assert f"psim-gateway:{VERSION}" in (project / "docker-compose.yml").read_text()
+    assert f'image.version="{VERSION}"' in (project / "Dockerfile").read_text()
 
 
 def test_the_next_release_follows(project: Path) -> None:
