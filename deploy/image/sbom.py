@@ -5,6 +5,7 @@ To be run by the environment's own Python, which needs no package for it.
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def python() -> dict[str, Any]:
 def python_packages() -> Iterator[dict[str, Any]]:
     """Yield what is installed beside this interpreter."""
     for found in distributions():
-        name = found.metadata["Name"].lower().replace("_", "-").replace(".", "-")
+        name = re.sub("[-_.]+", "-", found.metadata["Name"]).lower()
         licence = found.metadata["License-Expression"]
         more = {"licenses": [{"expression": licence}]} if licence else {}
         yield component(name, found.version, f"pypi/{name}", **more)

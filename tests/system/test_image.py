@@ -1,6 +1,6 @@
 """The image: its files say what they should, and its steps are taken in a folder.
 
-Nothing here needs an engine for containers. The steps themselves take a minute or two, so they are
+Nothing here needs an engine for containers. The steps themselves take some minutes, so they are
 only taken with TESTS_BUILD_IMAGE=1, which `make test-image` sets.
 """
 
@@ -47,7 +47,7 @@ def taken(step: str, venv: Path, context: Path = ROOT, **variables: str) -> Done
     """Take a step of the Dockerfile, with the values that it has for its arguments."""
     environment = os.environ | ARGUMENTS | {"PIP_RETRIES": "0"} | variables
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = [context / INSTALL, step, venv]
+    command = [str(context / INSTALL), step, str(venv)]
     return subprocess.run(command, cwd=context, env=environment, capture_output=True, text=True)
 
 
@@ -87,7 +87,7 @@ def test_torch_is_cpu_or_cuda(torch: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_where_the_cpu_build_is_missing_nothing_else_is_installed(tmp_path: Path) -> None:
     nowhere = {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
-    done = taken("libraries", tmp_path / "venv", **nowhere)
+    done = taken("libraries", tmp_path / "venv", ROOT, **nowhere)
     assert done.returncode == 1
     assert "No matching distribution found for torch==" in done.stderr
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
@@ -117,7 +117,7 @@ def assert_billed(python: Path, packages: Path) -> None:
 def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Take the steps, with no files but those that the builder gets."""
     if os.environ.get(BUILD) != "1":
-        pytest.skip(f"takes a minute or two: {BUILD}=1, or make test-image")
+        pytest.skip(f"takes some minutes: {BUILD}=1, or make test-image")
     context = tmp_path_factory.mktemp("context")
     for line in (ROOT / ".dockerignore").read_text().split():
         if line.startswith("!"):
