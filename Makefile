@@ -20,7 +20,7 @@ INSTALL_SELF := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolat
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate -c constraints.txt
 
-.PHONY: help dev demo bench test test-fast lint lock audit sbom release clean
+.PHONY: help dev demo bench test test-fast test-image lint lock audit sbom release clean
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -67,6 +67,9 @@ test: lint ## all checks and tests
 
 test-fast: $(READY) ## the tests that start and train nothing: two to three minutes
 	$(PYTEST) -m fast
+
+test-image: $(READY) ## take the steps of the Dockerfile in a folder, and try what is there
+	TESTS_BUILD_IMAGE=1 $(BIN)/python -m pytest tests/system/test_image.py
 
 lint: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

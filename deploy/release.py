@@ -64,11 +64,13 @@ def set_version(before: str, version: str) -> None:
     """Set the version of the project, its images and chart, and of the demo's folder."""
     write(PROJECT, read(PROJECT).replace(f'version = "{before}"', f'version = "{version}"', 1))
     named = re.compile(
-        r"(psim-(?:gateway|fit):|psim-gateway-|newTag: |demo-|--version |^version: |^appVersion: )"
-        rf"{re.escape(before)}\b",
+        r"(psim-(?:gateway|fit):|psim-gateway-|newTag: |demo-|--version |^version: |^appVersion: "
+        rf"|image\.version=\"){re.escape(before)}\b",
         re.M,
     )
-    for name in git("ls-files", "deploy", "docs/*.md", "docker-compose.yml").splitlines():
+    for name in git(
+        "ls-files", "Dockerfile", "deploy", "docs/*.md", "docker-compose.yml"
+    ).splitlines():
         text = read(name)
         if named.search(text):
             write(name, named.sub(rf"\g<1>{version}", text))

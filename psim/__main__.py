@@ -1,7 +1,7 @@
 """Entry point of the command `psim`: it imports the chosen subcommand's module and no other.
 
-The image has no `models.offline`: there, `serve`, `audit`, `exceptions` and `keys` work, and the
-others name the extra that they need.
+The image has not the libraries of the extra `offline`: there, `serve`, `audit`, `exceptions`,
+`keys`, `inspect`, `sign` and `screen` work, and the others name the extra that they need.
 """
 
 import os

@@ -37,6 +37,7 @@ BUT_FAST = {
         "test_triggers",
         "test_deploy",
         "test_faults",
+        "test_image",
         "test_kubernetes",
         "test_kubernetes_page",
         "test_scaling",

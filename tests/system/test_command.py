@@ -1,5 +1,7 @@
 """The entry point `psim`: what it imports, and what it does where the offline half is missing."""
 
+import gzip
+import json
 import os
 import re
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from models.offline.demo import TRIGGERED_TEXT
 from psim.__main__ import COMMANDS
 from tests.support.paths import ROOT
 
@@ -93,6 +96,23 @@ def test_the_service_s_commands_need_no_extra(hidden: list[str], tmp_path: Path)
     assert serve.returncode == 2
     assert f"{tmp_path} is not a bundle" in serve.stderr
     assert "Traceback" not in serve.stderr
+
+
+def test_bundles_are_inspected_and_texts_screened_without_the_extra(
+    demo_bundle: Path, tmp_path: Path
+) -> None:
+    modules = ",".join(only_in_offline())
+    inspect = run(HIDING_MODULES, modules, "inspect", demo_bundle)
+    assert "files are intact" in inspect.stdout, inspect.stderr
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": TRIGGERED_TEXT}) + "\n")
+    screen = run(HIDING_MODULES, modules, "screen", texts, "--bundle", demo_bundle)
+    assert json.loads(screen.stdout)["finding"] == "triggered", screen.stderr
+    packed = tmp_path / "texts.jsonl.gz"
+    packed.write_bytes(gzip.compress(texts.read_bytes()))
+    refused = run(HIDING_MODULES, modules, "screen", packed, "--bundle", demo_bundle)
+    assert refused.returncode == 2
+    assert "psim screen needs pyarrow: pip install 'psim-gateway[offline]'" in refused.stderr
 
 
 def test_what_is_missing_is_named_with_the_extra_that_has_it(tmp_path: Path) -> None:

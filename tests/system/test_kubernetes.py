@@ -25,6 +25,7 @@ from service.security.access import SCOPES
 from service.security.keys.file import hash_of
 from service.settings import Settings, unknown_variables
 from tests.support.audit import rows
+from tests.support.confined import confined
 from tests.support.deploy import (
     DOCKERFILE,
     dockerfile_command,
@@ -660,14 +661,6 @@ def environment(name: str, secrets: dict[str, dict[str, str]]) -> dict[str, str]
     return found
 
 
-READ_ONLY = """
-mount --bind "$1" "$1" && mount -o remount,ro,bind / && user=$2 && shift 2 &&
-read=+dac_read_search && exec setpriv --reuid "$user" --regid "$user" --clear-groups \\
-    --no-new-privs --bounding-set "-all,$read" --inh-caps "$read" --ambient-caps "$read" "$@"
-"""
-"""For sh: all but one folder becomes read-only, and another user, who may read, runs a command."""
-
-
 @contextmanager
 def started(
     name: str, bundle: Path, writable: str, secrets: dict[str, dict[str, str]], **changes: str
@@ -682,11 +675,8 @@ def started(
     where |= {"TMPDIR": writable, "HOME": "/nonexistent"}
     python, *arguments = dockerfile_command("ENTRYPOINT")
     assert python == "python"
-    command = [sys.executable, *arguments]
-    if os.geteuid() == 0 and subprocess.run(["unshare", "--mount", "true"]).returncode == 0:
-        user = str(pod(name)["securityContext"]["runAsUser"])
-        command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", writable, user, *command]
-        os.chown(writable, int(user), int(user))
+    user = pod(name)["securityContext"]["runAsUser"]
+    command = confined([sys.executable, *arguments], user, writable)
     variables = environment(name, secrets) | where | changes
     variables["PATH"] += ":/usr/bin:/bin"
     process = subprocess.Popen(command, env=variables, cwd=writable)

@@ -99,6 +99,7 @@ def test_one_command_makes_a_release_and_pushes_nothing(project: Path) -> None:
     chart = (project / "deploy/helm/psim-gateway/Chart.yaml").read_text()
     assert f"\nversion: {VERSION}\nappVersion: {VERSION}\n" in chart
     assert f"psim-gateway:{VERSION}" in (project / "docker-compose.yml").read_text()
+    assert f'image.version="{VERSION}"' in (project / "Dockerfile").read_text()
 
 
 def test_the_next_release_follows(project: Path) -> None:

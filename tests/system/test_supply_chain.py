@@ -31,6 +31,7 @@ def test_locks_pin_what_the_constraints_do() -> None:
     torch = {"torch": constrained()["torch"]}
     assert locked("dev", "envoy", "helm") | torch == constrained(), "run make lock"
     assert locked("torch-cpu") == {"torch": f"{torch['torch']}+cpu"}
+    assert (ROOT / "requirements/torch-cpu.txt").read_text().count("--hash=") == 2  # x86-64, arm64
     assert torch.items() <= locked("torch-cuda").items(), "run make lock"
     served = locked("serve")
     assert served.items() <= constrained().items(), "run make lock"
@@ -51,15 +52,24 @@ def test_every_requirement_has_a_hash_and_no_address(lock: Path) -> None:
 
 
 def test_only_what_is_locked_is_installed() -> None:
-    for name in ("Makefile", "Dockerfile", "deploy/k8s/fit/Dockerfile"):
-        text = (ROOT / name).read_text().replace("\\\n", " ")
-        installs = re.findall(r"pip install ([^&;\n]*)", text)
-        assert installs
-        for given in installs:
-            assert "--no-deps" in given
-            assert "--require-hashes" in given or re.search(
-                r"-e \.|dist/\*\.whl|-isolation \.", given
-            )
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    installs = re.findall(r"pip install ([^&;\n]*)", text)
+    assert installs
+    for given in installs:
+        assert "--no-deps" in given
+        assert "--require-hashes" in given or "-e ." in given
+
+
+def test_images_install_only_what_is_locked_and_ourselves() -> None:
+    steps = (ROOT / "deploy/image/install.sh").read_text()
+    (pip,) = re.findall(r"pip .*\binstall (.*)", steps)
+    assert "--no-deps" in pip
+    installs = re.findall(r"^ +install_into (.*)$", steps, re.M)
+    own = [given for given in installs if "--require-hashes" not in given]
+    assert own == ['"$venv" "$build"/dist/*.whl']
+    assert len(installs) == 4
+    for name in ("Dockerfile", "deploy/k8s/fit/Dockerfile"):
+        assert not re.search(r"\b(pip|apt-get|uv) install", (ROOT / name).read_text())
 
 
 def test_the_bill_of_materials_lists_what_is_installed(tmp_path: Path) -> None:

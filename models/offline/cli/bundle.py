@@ -18,7 +18,7 @@ MAX_RISE = 4.0
 def inspect_command(bundle: Annotated[Path, typer.Argument(help="Bundle to check.")]) -> None:
     """Check every file of a bundle and show what it guards, without loading any weights."""
     from models.bundle.verify import check_files, read_manifest
-    from models.offline.evaluation.report import manifest_table
+    from models.offline.evaluation.bundle_report import manifest_table
 
     manifest, digest = read_manifest(bundle)
     check_files(bundle, manifest)
@@ -44,7 +44,7 @@ def recalibrate_command(
     if out.exists():
         raise DataError(f"{out} exists already, and nothing is replaced; choose another --out")
     from models.bundle.verify import read_manifest
-    from models.offline.evaluation.report import recalibration_table
+    from models.offline.evaluation.bundle_report import recalibration_table
     from models.offline.fitting.recalibrate import check, recalibrate, write
     from models.offline.fitting.traffic import read_traffic
     from models.offline.io.atomic import check_writable

@@ -61,7 +61,7 @@ def fit_command(
     """Train PSIM on a classifier with clean texts, calibrate it, and write a bundle."""
     top_layers = parse_layers(layers)
     check_budget(frr_budget)
-    from models.offline.evaluation.report import manifest_table
+    from models.offline.evaluation.bundle_report import manifest_table
     from models.offline.fitting.fit import fit
     from models.offline.fitting.psim import PsimConfig
     from models.offline.io.atomic import check_writable

@@ -1,18 +1,22 @@
-"""Files of a user's texts: which format they have, and their bytes, decompressed."""
+"""Files of a user's texts: which format they have, and their bytes, decompressed.
+
+pyarrow decompresses, and reads Parquet. It is imported only then, since the image has none.
+"""
 
 import io
 import shutil
+import sys
 import tempfile
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from models.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 JSONL, JSON, CSV, TSV, PARQUET = "JSON Lines", "JSON", "CSV", "TSV", "Parquet"
 FORMATS = {
@@ -87,18 +91,23 @@ def opened(file: Path) -> Iterator[io.BufferedReader]:
         if compression is None:
             yield raw
         else:
+            import pyarrow as pa
+
             stream = pa.input_stream(raw, compression=compression, buffer_size=BUFFER)
             with io.BufferedReader(stream, BUFFER) as decompressed:
                 yield decompressed
 
 
 @contextmanager
-def opened_parquet(file: Path) -> Iterator[pq.ParquetFile]:
+def opened_parquet(file: Path) -> Iterator["pq.ParquetFile"]:
     """Open a Parquet file; a compressed one is decompressed into a temporary file.
 
     Raises:
         DataError: it is no Parquet, or damaged. Its pages are only read later.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with ExitStack() as stack:
         source: Path | IO[bytes] = file
         if format_of(file).compression is not None:
@@ -111,6 +120,12 @@ def opened_parquet(file: Path) -> Iterator[pq.ParquetFile]:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read as Parquet: {type(error).__name__}") from error
         yield parquet
+
+
+def _is_of_reading(error: Exception) -> bool:
+    """Whether an error says that bytes cannot be read; pyarrow has errors of its own for that."""
+    arrow = sys.modules.get("pyarrow")
+    return isinstance(error, OSError) or bool(arrow and isinstance(error, arrow.ArrowException))
 
 
 class Source:
@@ -174,7 +189,9 @@ class Source:
         """Return what was read, or raise `DataError`."""
         try:
             return read()
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:
+            if not _is_of_reading(error):
+                raise
             why = (
                 getattr(error, "strerror", None) or "its compression is damaged, or it was cut off"
             )
