@@ -84,7 +84,11 @@ class ExceptionRequest(ReviewPageQuery):
 
     days: Literal["1", "7", "30", "90", "365"]
     note: Annotated[
-        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=NOTE_CHARS)
+        str,
+        # PostgreSQL's texts have no NUL.
+        StringConstraints(
+            strip_whitespace=True, min_length=1, max_length=NOTE_CHARS, pattern=r"^[^\x00]*$"
+        ),
     ]
 
     def exception(self, digest: str, hmac: str, user: str, now: datetime) -> ReviewedException:

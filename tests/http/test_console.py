@@ -17,12 +17,15 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import httpx
 import pytest
 import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pydantic import SecretStr, ValidationError
 
@@ -572,6 +575,38 @@ def test_an_exception_needs_an_input_with_an_hmac_and_a_page_of_ours(file: str) 
             answer = client.post(f"/console/{path}", data=form, headers=foreign)
             assert answer.status_code == 403
         assert "None counts without PSIM_AUDIT_KEY" in client.get("/console/exceptions").text
+
+
+DAYS = st.sampled_from(["1", "365"])
+NOTES = st.text(min_size=1, max_size=50) | st.sampled_from(["\0", "a\0b", "\ufeff", "\u202e"])
+FORMS = st.fixed_dictionaries({"days": DAYS, "note": NOTES}) | st.dictionaries(
+    st.sampled_from(["days", "note", "mark", "before", "before_id", "reviewer"]) | st.text(),
+    DAYS | NOTES | st.uuids().map(str),
+)
+
+
+def test_whatever_the_form_of_an_exception_says_it_is_answered_and_the_page_shows_it(
+    url: str,
+) -> None:
+    row = new(FLAGGED, text_hmac="a" * 64)
+    write(url, row)
+    with console(url, audit_key=SecretStr("k" * 32)) as client:
+
+        @settings(max_examples=100, deadline=None)
+        @given(FORMS | st.binary(max_size=300))
+        def send(form: dict[str, str] | bytes) -> None:
+            answer = client.post(
+                f"/console/inputs/{row.id}/exception",
+                headers={"content-type": "application/x-www-form-urlencoded"},
+                content=form if isinstance(form, bytes) else urlencode(form),
+            )
+            assert answer.status_code in {303, 400, 409, 422}
+            shown = client.get("/console/exceptions")
+            assert shown.status_code == 200
+            for id in re.findall(r"exceptions/([0-9a-f-]{36})/remove", shown.text):
+                assert client.post(f"/console/exceptions/{id}/remove").status_code == 303
+
+        send()
 
 
 KEYS = f"""
