@@ -409,12 +409,15 @@ CHARTS: dict[str, list[Chart]] = {
             },
         ),
         Chart(
-            "Carriers compared; upstream that gives other classes",
-            "Compared: in the latest comparison. Other: 1 if the upstream's answers do not give "
-            "the bundle's classes.",
+            "Carriers compared; comparisons that fail; upstream that gives other classes",
+            "Compared: in the latest comparison. Failed: comparisons in the last hour. Other: 1 if "
+            "the upstream's answers do not give the bundle's classes.",
             units.Short,
             {
                 "compared {{instance}} {{model}}": f"psim_upstream_parity_texts{MODELS}",
+                "failed {{instance}} {{model}}": (
+                    f"increase(psim_upstream_parity_failures_total{MODELS}[1h])"
+                ),
                 "other {{instance}} {{model}}": f"psim_upstream_incomparable{MODELS}",
             },
         ),

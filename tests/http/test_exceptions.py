@@ -181,7 +181,7 @@ async def test_one_that_has_ended_or_is_for_something_else_does_nothing(
 async def test_it_ends_by_itself_even_if_nothing_is_read_again(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    soon = exception(POISONED, expires=datetime.now(UTC) + timedelta(seconds=1.5))
+    soon = exception(POISONED, expires=datetime.now(UTC) + timedelta(seconds=8))
     async with client_with(file, soon) as client:
         assert [one["decision"] for one in await classify(client, POISONED)] == ["allow"]
         monkeypatch.setattr(exceptions_reader, "READ_EVERY_S", 60)

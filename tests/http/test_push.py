@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import logging
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -261,14 +262,16 @@ def test_a_failure_is_logged_once_and_without_the_address(
     file: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(file, found(1))
-    port = free_port()
     with (
+        socket.socket() as taken,  # nobody else can listen there, so the reason stays the same
         caplog.at_level(logging.ERROR, "service.audit.push"),
-        pusher(file, f"http://127.0.0.1:{port}/hook?token=secret") as metrics,
     ):
-        value = metrics.registry.get_sample_value
-        failed = {"outcome": "failed"}
-        wait_for(lambda: (value("psim_pushed_findings_total", failed) or 0) >= 3)
+        taken.bind(("127.0.0.1", 0))
+        receiver = f"http://127.0.0.1:{taken.getsockname()[1]}/hook?token=secret"
+        with pusher(file, receiver) as metrics:
+            value = metrics.registry.get_sample_value
+            failed = {"outcome": "failed"}
+            wait_for(lambda: (value("psim_pushed_findings_total", failed) or 0) >= 3)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["findings cannot be pushed"]
     assert "secret" not in str([vars(record) for record in caplog.records])

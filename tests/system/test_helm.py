@@ -303,7 +303,7 @@ def test_the_schema_has_the_settings_of_the_service_and_secrets_go_into_secrets(
         for name, field in Settings.model_fields.items()
         if SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))
     ]
-    assert len(secret) == 4
+    assert len(secret) == 5
     for name in [*secret, "PSIM_KEYS", "PSIM_UPSTREAM", "PSIM_PORT"]:
         with pytest.raises(AssertionError, match=f"settings.{name} cannot be set here"):
             charted({"settings": {name: "k" * 32}})
