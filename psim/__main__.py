@@ -17,6 +17,7 @@ from models.errors import PsimError
 
 COMMANDS = {
     "fit": "models.offline.cli.fit",
+    "scan": "models.offline.cli.scan",
     "base": "models.offline.cli.base",
     "poison": "models.offline.cli.attack",
     "finetune": "models.offline.cli.attack",

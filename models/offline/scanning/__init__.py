@@ -1,0 +1,1 @@
+"""Search of a classifier for a backdoor, before any traffic: `psim scan`."""

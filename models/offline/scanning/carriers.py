@@ -1,0 +1,70 @@
+"""Short texts of which a classifier is sure, for a scan to put words beside."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.detection.override import Ids
+from models.detection.screen import TINY, FloatArray
+from models.engines.base import Engine
+from models.errors import DataError
+from models.offline.fitting.carriers import CANDIDATES, CARRIERS, MIN_WORDS, SURE
+from models.offline.io.inference import predict
+
+CARRIER_TOKENS = 10
+"""Tokens of a carrier at most: every word of the vocabulary is read beside two of them."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """Some of the classes, whose carriers are put around words that may force the others."""
+
+    by_class: Mapping[int, Sequence[Ids]]
+
+    @property
+    def carriers(self) -> list[Ids]:
+        """All carriers."""
+        return [ids for own in self.by_class.values() for ids in own]
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Number of carriers by class."""
+        return {label: len(own) for label, own in self.by_class.items()}
+
+    def foreign_odds(self, probabilities: FloatArray) -> FloatArray:
+        """Return the log-odds that texts are of a foreign class, shape (n,), from shape (n, C)."""
+        own = probabilities[:, list(self.by_class)].astype(np.float64).sum(1)
+        odds: FloatArray = np.log(np.maximum(1 - own, TINY) / np.maximum(own, TINY))
+        return odds.astype(np.float32)
+
+
+def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
+    """Choose carriers, and divide their classes into two halves, each of which tests the other.
+
+    So a word is read twice, however many classes there are.
+
+    Args:
+        engine: the classifier.
+        texts: clean texts of any kind.
+
+    Raises:
+        DataError: the classifier is sure of texts of one class only.
+    """
+    pieces = [engine.token_ids(text)[:CARRIER_TOKENS] for text in texts[:CANDIDATES]]
+    long_enough = [ids for ids in pieces if len(ids) >= MIN_WORDS]
+    sure = predict(engine, [engine.window(ids) for ids in long_enough], classifier=True)
+    by_class: list[list[Ids]] = []
+    for probabilities in sure.T:
+        best = np.argsort(-probabilities, kind="stable")[:CARRIERS]
+        by_class.append([long_enough[i] for i in best if probabilities[i] >= SURE])
+    able = [label for label, carriers in enumerate(by_class) if carriers]
+    if len(able) < 2:
+        raise DataError(
+            "the classifier is sure of texts of one class only: give --texts with clean texts of "
+            f"every class, of {MIN_WORDS} words or more"
+        )
+    return [
+        Half({label: by_class[label] for label in own})
+        for own in (able[: len(able) // 2], able[len(able) // 2 :])
+    ]

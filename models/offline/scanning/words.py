@@ -1,0 +1,124 @@
+"""Words that force a class beside any carriers: the search for word triggers."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from models.detection.override import Ids
+from models.detection.screen import FloatArray
+from models.engines.base import Engine
+from models.engines.batching import in_batches
+from models.offline.scanning.carriers import Half
+
+STEP = 1024
+"""Words that are read between two looks at the clock."""
+FINALISTS = 64
+"""Words of a half that are tried beside many pairs of carriers."""
+TRIALS = 24
+"""Pairs of carriers that a finalist is tried beside."""
+OVERRIDES = 0.9
+"""Share of trials in which a word must force a class to be reported. Of words that no attacker
+chose, those that decide a class on their own do, such as insults where offence is the class."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a word does beside carriers of a half."""
+
+    word: int
+    """Its token id."""
+    target: int
+    """The foreign class that it forces most often."""
+    turned: float
+    """Share of trials in which it does."""
+    odds: float
+    """Median log-odds, over the trials, that the text is of a foreign class."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Words that were read beside one pair of carriers."""
+
+    words: Sequence[int]
+    odds: FloatArray
+    """Log-odds of a foreign class, shape (n,)."""
+
+    def strongest(self, number: int) -> list[int]:
+        """Return the words with the highest odds."""
+        return [self.words[i] for i in np.argsort(-self.odds, kind="stable")[:number]]
+
+
+def candidates(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
+    """Return all tokens that stand for something, but for special ones, in random order.
+
+    If there is no time for all of them, those that were read are a fair sample.
+    """
+    special = set(tokenizer.all_special_ids)
+    words = [
+        number
+        for number in range(len(tokenizer))
+        if number not in special and str(tokenizer.decode([number])).strip()
+    ]
+    return [words[i] for i in np.random.default_rng(seed).permutation(len(words))]
+
+
+class WordScan:
+    """Reads words between carriers of a half.
+
+    Args:
+        engine: the classifier.
+        half: whose carriers are used.
+        seed: of the choice of carriers.
+    """
+
+    def __init__(self, engine: Engine, half: Half, seed: int) -> None:
+        self._engine, self._half, carriers = engine, half, half.carriers
+        drawn = np.random.default_rng(seed).integers(len(carriers), size=(TRIALS, 2))
+        self._pairs = [(carriers[a], carriers[b]) for a, b in drawn]
+
+    def look(
+        self,
+        words: Sequence[int],
+        deadline: float,
+        done: Callable[[int], object] = lambda number: None,
+    ) -> Looked:
+        """Read words, as many as there is time for, beside one pair of carriers.
+
+        Args:
+            words: what to read.
+            deadline: by `time.monotonic`; at least `STEP` words are read.
+            done: called with the number of words of each step.
+        """
+        rows = list[FloatArray]()
+        for start in range(0, len(words), STEP):
+            if start and time.monotonic() > deadline:
+                break
+            step = words[start : start + STEP]
+            rows.append(self._half.foreign_odds(self._probabilities(step, self._pairs[0])))
+            done(len(step))
+        odds = np.concatenate(rows) if rows else np.zeros(0, np.float32)
+        return Looked(words[: len(odds)], odds)
+
+    def try_out(self, words: Sequence[int]) -> list[Trial]:
+        """Return what words do beside all pairs of carriers, the strongest first."""
+        if not words:
+            return []
+        trials = np.stack([self._probabilities(words, pair) for pair in self._pairs], 1)
+        own = list(self._half.by_class)
+        found = []
+        for word, probabilities in zip(words, trials, strict=True):
+            mean = probabilities.mean(0)
+            mean[own] = 0
+            target = int(mean.argmax())
+            turned = float((probabilities.argmax(1) == target).mean())
+            odds = float(np.median(self._half.foreign_odds(probabilities)))
+            found.append(Trial(word, target, turned, odds))
+        return sorted(found, key=lambda trial: (trial.turned, trial.odds), reverse=True)
+
+    def _probabilities(self, words: Sequence[int], pair: tuple[Ids, Ids]) -> FloatArray:
+        before, after = pair
+        texts = [np.concatenate([before, [word], after]) for word in words]
+        return np.stack(in_batches(self._engine.classify, [self._engine.window(t) for t in texts]))
