@@ -74,7 +74,7 @@ class Push:
         self._failures = 0
         """Turns in a row that failed."""
         self._logged: str | None = None
-        """What was logged of the failure that lasts."""
+        """What was logged of the failure, which lasts until something is delivered or nothing waits."""
         self._closing = threading.Event()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._work()), name="push", daemon=True
@@ -109,7 +109,7 @@ class Push:
                         store.close()
                         self._fail(error)
                     else:
-                        self._failures, self._logged = 0, None
+                        self._failures = 0
                     self._closing.wait(min(PAUSE_S * 2**self._failures, LONGEST_PAUSE_S))
 
     async def _turn(self, store: AuditStore, session: aiohttp.ClientSession) -> None:
@@ -135,6 +135,8 @@ class Push:
                 return []
             count, oldest = connection.execute(_WAITING).one()
             self._measure(count, (now - oldest).total_seconds() if oldest else 0.0)
+            if not count:
+                self._logged = None
             found = connection.execute(_QUEUED.where(pushes.c.due <= now)).mappings().all()
         return [Event(Row(**{n: row[n] for n in NAMES}), row["attempts"]) for row in found]
 
@@ -161,6 +163,7 @@ class Push:
             else:
                 connection.execute(sa.update(pushes).where(mine).values(**later))
         if delivered:
+            self._logged = None
             return
         if status is None or status >= 500 or status in LATER:
             raise ReceiverFails(reason)

@@ -272,8 +272,8 @@ def test_a_failure_is_logged_once_and_without_the_address(
             value = metrics.registry.get_sample_value
             failed = {"outcome": "failed"}
             wait_for(lambda: (value("psim_pushed_findings_total", failed) or 0) >= 3)
-    messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["findings cannot be pushed"]
+    logged = [(one.getMessage(), vars(one)["error"]) for one in caplog.records]
+    assert logged == [("findings cannot be pushed", "ClientConnectorError")]
     assert "secret" not in str([vars(record) for record in caplog.records])
 
 
