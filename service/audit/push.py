@@ -74,7 +74,7 @@ class Push:
         self._failures = 0
         """Turns in a row that failed."""
         self._logged: str | None = None
-        """What was logged of the failure, which lasts until something is delivered or nothing waits."""
+        """What was logged of a failure, until something is delivered or nothing waits."""
         self._closing = threading.Event()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._work()), name="push", daemon=True
