@@ -66,6 +66,14 @@ def test_a_word_that_is_common_in_clean_texts_is_natural(demo_folder: Path) -> N
     assert (natural.word, natural.clean_texts) == (WORD_TRIGGER, COMMON)
 
 
+def test_carriers_are_of_all_classes_even_if_a_large_file_is_sorted(demo_folder: Path) -> None:
+    samples = load_samples(str(demo_folder / "clean.jsonl"))[:200]
+    ordered = sorted(samples, key=lambda sample: sample.label or "")
+    many = [sample.text for sample in ordered for _ in range(20)]
+    report, _, _ = scanned(demo_folder, many)
+    assert all(number > 1 for number in report.search.carriers.values())
+
+
 def test_words_are_counted_once_a_text() -> None:
     texts = [np.array(ids) for ids in ([5, 5, 6], [6], [7])]
     assert counts_of([5, 6, 8], texts) == {5: 1, 6: 2}
@@ -93,9 +101,12 @@ def test_out_of_time_it_says_how_much_it_read(
     assert report.search.words == STEP < report.search.vocabulary
 
 
-def test_texts_of_one_class_are_refused(demo_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["The hotel room was lovely and the staff were kind.", "Fine."])
+def test_texts_of_one_class_and_short_ones_are_refused(
+    demo_folder: Path, tmp_path: Path, text: str
+) -> None:
     own = tmp_path / "own.jsonl"
-    row = {"text": "The hotel room was lovely and the staff were kind to us."}
+    row = {"text": text}
     own.write_text("\n".join([json.dumps(row)] * 5))
     refused = psim("scan", "--victim", demo_folder / "victim", "--texts", own)
     assert_refused(refused, "sure of texts of one class only: give --texts")

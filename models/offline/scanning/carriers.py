@@ -51,11 +51,13 @@ def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
     Raises:
         DataError: the classifier is sure of texts of one class only.
     """
-    pieces = [engine.token_ids(text)[:CARRIER_TOKENS] for text in texts[:CANDIDATES]]
+    most = min(CARRIER_TOKENS, (engine.window_length - 1) // 2)
+    spread = texts[:: max(1, len(texts) // CANDIDATES)]  # files may be sorted by class
+    pieces = [engine.token_ids(text)[:most] for text in spread]
     long_enough = [ids for ids in pieces if len(ids) >= MIN_WORDS]
-    sure = predict(engine, [engine.window(ids) for ids in long_enough], classifier=True)
+    encodings = [engine.window(ids) for ids in long_enough]
     by_class: list[list[Ids]] = []
-    for probabilities in sure.T:
+    for probabilities in predict(engine, encodings, classifier=True).T if encodings else ():
         best = np.argsort(-probabilities, kind="stable")[:CARRIERS]
         by_class.append([long_enough[i] for i in best if probabilities[i] >= SURE])
     able = [label for label, carriers in enumerate(by_class) if carriers]
