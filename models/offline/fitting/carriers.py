@@ -1,6 +1,7 @@
 """Choice of the carriers of the override test: short clean texts of which the victim is sure."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ SURE = 0.8
 """Least probability of a carrier's class."""
 
 
+Piece = TypeVar("Piece")
 Carriers = Sequence[Sequence[str]]
 """Texts by class."""
 
@@ -50,7 +52,7 @@ def choose_carriers(
     )
     pieces = [piece for piece in pieces[:CANDIDATES] if len(engine.token_ids(piece))]
     encodings = engine.encode(pieces)
-    carriers = _surest(pieces, predict(engine, encodings)[:, 0]) if encodings else []
+    carriers = surest(pieces, predict(engine, encodings)[:, 0]) if encodings else []
     for view in views if carriers else ():
         if sum(bool(carriers[c]) for c in view) < 2:
             carriers[view.start : view.stop] = [[] for _ in view]
@@ -64,7 +66,8 @@ def choose_carriers(
     return []
 
 
-def _surest(pieces: Sequence[str], probabilities: FloatArray) -> list[list[str]]:
+def surest(pieces: Sequence[Piece], probabilities: FloatArray) -> list[list[Piece]]:
+    """Return by class the pieces of which the victim is most sure, given (n, C) probabilities."""
     carriers = []
     for sure in probabilities.T:
         best = np.argsort(-sure, kind="stable")[:CARRIERS]

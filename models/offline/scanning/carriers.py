@@ -9,7 +9,7 @@ from models.detection.override import Ids
 from models.detection.screen import TINY, FloatArray
 from models.engines.base import Engine
 from models.errors import DataError
-from models.offline.fitting.carriers import CANDIDATES, CARRIERS, MIN_WORDS, SURE
+from models.offline.fitting.carriers import CANDIDATES, MIN_WORDS, surest
 from models.offline.io.inference import predict
 
 CARRIER_TOKENS = 10
@@ -56,10 +56,7 @@ def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
     pieces = [engine.token_ids(text)[:most] for text in spread]
     long_enough = [ids for ids in pieces if len(ids) >= MIN_WORDS]
     encodings = [engine.window(ids) for ids in long_enough]
-    by_class: list[list[Ids]] = []
-    for probabilities in predict(engine, encodings, classifier=True).T if encodings else ():
-        best = np.argsort(-probabilities, kind="stable")[:CARRIERS]
-        by_class.append([long_enough[i] for i in best if probabilities[i] >= SURE])
+    by_class = surest(long_enough, predict(engine, encodings, classifier=True)) if encodings else []
     able = [label for label, carriers in enumerate(by_class) if carriers]
     if len(able) < 2:
         raise DataError(
