@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -57,7 +56,6 @@ from service.observability.drift import Comparison, Drift
 from service.pipeline.upstream_parity import ParityState, UpstreamParity
 from service.security.keys.file import hash_of
 from service.settings import Settings
-from tests.support.databases import new_database, postgres
 from tests.support.fakes import fake_bundle
 from tests.support.keys import bearer
 from tests.support.programs import program
@@ -88,27 +86,6 @@ HOSTILE = (
 
 def new(row: Row, **changes: Any) -> Row:
     return replace(row, id=uuid4(), **changes)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    folder = tempfile.TemporaryDirectory(prefix="psim-postgres-")
-    with folder, postgres(Path(folder.name)) as (url, _):
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty store."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/audit.db"
-    return new_database(request.getfixturevalue("cluster"))
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    """The URL of an empty store, where one kind is enough."""
-    return f"sqlite:///{tmp_path}/audit.db"
 
 
 def write(url: str, *rows: Row) -> None:

@@ -3,11 +3,9 @@
 import io
 import json
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +22,6 @@ from service.audit.store import AuditStore
 from service.observability.metrics import Metrics
 from service.settings import Mode
 from tests.support.audit import rows
-from tests.support.databases import new_database, postgres
 from tests.support.fakes import fake_bundle
 from tests.support.protocols import ASKED
 from tests.support.requests import (
@@ -42,27 +39,6 @@ KEY = "k" * 32
 DIGEST = fake_bundle().digest
 NOW = datetime.now(UTC)
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    folder = tempfile.TemporaryDirectory(prefix="psim-postgres-")
-    with folder, postgres(Path(folder.name)) as (url, _):
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty store."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/audit.db"
-    return new_database(request.getfixturevalue("cluster"))
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    """The URL of an empty store, where one kind is enough."""
-    return f"sqlite:///{tmp_path}/audit.db"
 
 
 @pytest.fixture(autouse=True)

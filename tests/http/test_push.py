@@ -7,7 +7,6 @@ import hmac
 import json
 import logging
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,6 @@ from service.audit.store import AuditStore, leases, pushes
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.audit import ROW
-from tests.support.databases import new_database, postgres
 from tests.support.requests import CLEAN, POISONED, UNFAMILIAR, client_of, metric, until_metric
 from tests.support.servers import free_port, serving
 from tests.support.waiting import until, wait_for
@@ -83,27 +81,6 @@ class Receiver:
     @property
     def ids(self) -> list[str]:
         return [event["id"] for event in self.events]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    folder = tempfile.TemporaryDirectory(prefix="psim-postgres-")
-    with folder, postgres(Path(folder.name)) as (url, _):
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty store."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/audit.db"
-    return new_database(request.getfixturevalue("cluster"))
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    """The URL of an empty store, where one kind is enough."""
-    return f"sqlite:///{tmp_path}/audit.db"
 
 
 @pytest.fixture(autouse=True)
