@@ -37,6 +37,7 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from starlette.types import ASGIApp, Message, Scope
 
 from service.errors import Forbidden, NotAllowed, Unauthorized
+from service.grpc.listening import listening
 from service.http.responses import VERDICT_HEADERS, problem
 from service.http.routes.guardrails import PARTIAL_BODY
 from service.security.access import ANYONE, Access, Caller
@@ -80,19 +81,13 @@ class ExtProc:
         Raises:
             RuntimeError: the port is not available.
         """
-        options = [
-            ("grpc.max_receive_message_length", self._settings.max_body_bytes + MESSAGE_OVERHEAD),
-            ("grpc.so_reuseport", 0),
-        ]
-        host, port = self._settings.host, self._settings.ext_proc_port
-        self._server = server = grpc.aio.server(options=options)
         process = grpc.stream_stream_rpc_method_handler(
             self._process, ProcessingRequest.parse, ProcessingResponse.__bytes__
         )
         handler = grpc.method_handlers_generic_handler(SERVICE, {"Process": process})
-        server.add_generic_rpc_handlers((handler,))
-        server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        await server.start()
+        most = self._settings.max_body_bytes + MESSAGE_OVERHEAD
+        host, port = self._settings.host, self._settings.ext_proc_port
+        self._server = await listening(handler, host, port, most)
 
     async def close(self) -> None:
         """Refuse new requests, and let running ones end within `drain_s` seconds."""

@@ -1,1 +1,1 @@
-"""Open Inference over gRPC."""
+"""Open Inference over gRPC, and how all our gRPC servers listen."""

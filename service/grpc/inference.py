@@ -14,6 +14,7 @@ import grpc
 from starlette.types import ASGIApp, Message
 from tritonclient.grpc import service_pb2 as pb
 
+from service.grpc.listening import listening
 from service.grpc.messages import infer_response, model_metadata, request_json, server_metadata
 from service.http.responses import VERDICT_HEADERS
 from service.protocols.base import BadAnswer
@@ -75,12 +76,6 @@ class InferenceServer:
         Raises:
             RuntimeError: the port is not available.
         """
-        options = [
-            ("grpc.max_receive_message_length", self._settings.max_body_bytes + MESSAGE_OVERHEAD),
-            ("grpc.so_reuseport", 0),
-        ]
-        host, port = self._settings.host, self._settings.oip_grpc_port
-        self._server = server = grpc.aio.server(options=options)
         calls: dict[str, Call] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -95,9 +90,10 @@ class InferenceServer:
             )
             for name, call in calls.items()
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        await server.start()
+        handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        most = self._settings.max_body_bytes + MESSAGE_OVERHEAD
+        host, port = self._settings.host, self._settings.oip_grpc_port
+        self._server = await listening(handler, host, port, most)
 
     async def close(self) -> None:
         """Refuse new calls, and let running ones end within `drain_s` seconds."""
