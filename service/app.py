@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
 from opentelemetry.trace import NoOpTracer
 
 from models.bundle.load import Bundle, load_bundle
@@ -33,6 +34,7 @@ from service.console.access import anybody
 from service.console.app import LOOPBACK, console_app
 from service.console.audit_reader import Audit
 from service.console.status import ServiceStatus, service_status
+from service.http.direct import DirectRoutes
 from service.http.exchange import Exchange
 from service.http.middleware import RequestId
 from service.http.responses import install_error_handlers, internal_error
@@ -139,15 +141,18 @@ def create_app(
     over_grpc = _grpc_servers(settings, models, exchange, authz, access)
     console = _console(settings, models, metrics, access)
     threads = [thread for thread in (audit, exceptions, _push(settings, metrics)) if thread]
+    model_routes = [*_model_routes(models, exchange, authz, settings)]
     app = _application(
         access,
+        model_routes,
         lambda _: _running(models, metrics, reloader, limiter, over_grpc, console, threads, traces),
     )
     app.state.models = models
     app.include_router(ProcessRoutes(models, metrics).router())
     if settings.admin:
         app.include_router(AdminRoutes(models, reloader).router())
-    _add_twice(app, _model_routes(models, exchange, authz, settings))
+    for router in model_routes:  # behind the prefix that names a model too
+        app.include_router(router, prefix=PREFIX, include_in_schema=False)
     _warn(settings)
     return app
 
@@ -326,10 +331,8 @@ def _inference_server(
         raise PsimError(
             f"PSIM_OIP_GRPC_PORT needs {error.name}: pip install 'psim-gateway[oip-grpc]'"
         ) from error
-    app = _application(access, lambda _: nullcontext())
-    app.include_router(HealthRoutes(models).router())
-    app.include_router(ClassifyRoutes(exchange).router())
-    return InferenceServer(app, settings)
+    routes = [HealthRoutes(models).router(), ClassifyRoutes(exchange).router()]
+    return InferenceServer(_application(access, routes, lambda _: nullcontext()), settings)
 
 
 def _console(
@@ -351,9 +354,11 @@ def _console(
 
 
 def _application(
-    access: Access | None, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]
+    access: Access | None,
+    routers: Sequence[APIRouter],
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
-    """Return the application with its middleware, without routes."""
+    """Return the application with its middleware and these routes."""
     app = FastAPI(
         title="PSIM Gateway",
         version=version("psim-gateway"),
@@ -364,10 +369,14 @@ def _application(
         # A redirect would go to whatever host the caller names, and to plain HTTP.
         redirect_slashes=False,
     )
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    app.add_middleware(DirectRoutes, routes=routes, permit=access.permit if access else None)
     if access:
         app.add_middleware(TakeKey, access=access)
     app.add_middleware(RequestId, on_bug=internal_error)
     install_error_handlers(app)
+    for router in routers:
+        app.include_router(router)
     return app
 
 
@@ -381,13 +390,6 @@ def _model_routes(
     yield HealthRoutes(models).router()
     yield OpenAiRoutes(models, exchange).router()
     yield ClassifyRoutes(exchange).router()
-
-
-def _add_twice(app: FastAPI, routers: Iterator[APIRouter]) -> None:
-    """Serve routes about a model as they are, and behind the prefix that names a model."""
-    for router in routers:
-        app.include_router(router)
-        app.include_router(router, prefix=PREFIX, include_in_schema=False)
 
 
 def _warn(settings: Settings) -> None:

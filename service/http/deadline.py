@@ -1,37 +1,54 @@
 """Limits to the time of a request: its deadline, and its caller's patience."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import TimedOut
 
-Answer = TypeVar("Answer")
+PATIENCE_S = 0.25
+"""For how long a request runs before its caller is watched."""
 
 
-async def while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
-    """Return the answer.
+class WhileConnected:
+    """Context that cancels what runs in it when the caller hangs up: it raises `ClientDisconnect`.
 
-    Raises:
-        ClientDisconnect: the caller hung up, so the work was cancelled.
+    The caller is watched from `PATIENCE_S` on. Most requests are answered sooner, and need no task
+    that watches.
+
+    Args:
+        request: its body has been read.
     """
 
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._watch: asyncio.Task[None] | None = None
+        self._gone = False
 
-    work, watch = asyncio.create_task(answer), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - we are in one
+        self._task, self._cancelling = task, task.cancelling()
+        self._timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._start)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._timer.cancel()
+        if self._watch:
+            self._watch.cancel()
+        # As `asyncio.timeout` does: somebody else may have cancelled the task too.
+        alone = self._gone and self._task.uncancel() <= self._cancelling
+        if alone and kind is asyncio.CancelledError:
             raise ClientDisconnect
-        return work.result()
-    finally:
-        watch.cancel()
-        if work.cancel():
-            await asyncio.wait((work,))
+
+    def _start(self) -> None:
+        self._watch = asyncio.create_task(self._cancel_when_gone())
+
+    async def _cancel_when_gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._task.cancel()
 
 
 class Deadline:

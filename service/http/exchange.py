@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from fastapi import Request, Response
 
-from service.http.deadline import Deadline, while_connected
+from service.http.deadline import Deadline, WhileConnected
 from service.http.routing import prefixed_model
 from service.lifecycle.registry import Registry
 from service.pipeline.gateway import Gateway
@@ -83,6 +83,6 @@ class Exchange:
                 model = self._models.get(prefixed_model(request), *parsed.models)
                 with model.lease() as gateway:
                     record.context = gateway.context_of(caller)
-                    working = work(gateway, record, caller, parsed.body)
-                    answer = await while_connected(request, working)
+                    async with WhileConnected(request):
+                        answer = await work(gateway, record, caller, parsed.body)
         return respond(Completed(parsed.body, answer, record, gateway.model_info))

@@ -48,7 +48,7 @@ def json_response(
 async def internal_error(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request on which the service has a bug."""
     detail = "an internal error; the log has it under the request id"
-    response = _error(500, "internal", detail, None, _protocol_of(Request(scope)))
+    response = _error(500, "internal", detail, None, protocol_of(Request(scope)))
     await response(scope, receive, send)
 
 
@@ -98,7 +98,7 @@ def relayed(status: int, headers: Sequence[tuple[str, str]], body: bytes) -> Res
     return response
 
 
-def _protocol_of(request: Request) -> ClientProtocol:
+def protocol_of(request: Request) -> ClientProtocol:
     """Return the protocol that the body was found to be in, or the first one of the route."""
     found: ClientProtocol | None = getattr(request.state, "protocol", None)
     route = route_of(request.scope)
@@ -116,13 +116,13 @@ def install_error_handlers(app: Starlette) -> None:
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for it
-        return error_response(error, _protocol_of(request))
+        return error_response(error, protocol_of(request))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         headers = dict(error.headers) if error.headers else None
-        return _error(error.status_code, code, str(error.detail), headers, _protocol_of(request))
+        return _error(error.status_code, code, str(error.detail), headers, protocol_of(request))
 
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)

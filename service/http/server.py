@@ -11,7 +11,10 @@ from starlette.types import ASGIApp
 from models.errors import PsimError
 
 CONNECTIONS = 32
-"""Connections at once; more are answered with 503."""
+"""Connections at once that a server of a few users has; more are answered with 503."""
+KEEP_ALIVE_S = 75
+"""Time that an idle connection is kept: longer than proxies and pools keep theirs (nginx 60 s), so
+that no request meets a closing connection."""
 
 
 class _Server(uvicorn.Server):
@@ -22,8 +25,22 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
+async def serving(
+    app: ASGIApp,
+    host: str,
+    port: int,
+    *,
+    connections: int | None = CONNECTIONS,
+    drain_s: int = 1,
+) -> AsyncIterator[int]:
     """Serve an application while the block runs, and yield the port; port 0 takes a free one.
+
+    Args:
+        app: the application.
+        host: address to listen on.
+        port: port to listen on.
+        connections: how many there may be at once; None for any number.
+        drain_s: time that running requests have at the end.
 
     Raises:
         PsimError: the address is not available.
@@ -38,8 +55,9 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
         log_config=None,
         access_log=False,
         lifespan="off",
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=1,
+        limit_concurrency=connections,
+        timeout_graceful_shutdown=drain_s,
+        timeout_keep_alive=KEEP_ALIVE_S,
         server_header=False,
     )
     server = _Server(config)

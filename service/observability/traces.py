@@ -57,6 +57,9 @@ def close_provider(provider: "TracerProvider") -> None:
 @contextmanager
 def caller_trace(headers: Mapping[str, str]) -> Iterator[None]:
     """Continue the trace of the caller's headers, if any, while the block runs."""
+    if "traceparent" not in headers:
+        yield
+        return
     parent = TraceContextTextMapPropagator().extract(headers, context=context.Context())
     token = context.attach(parent)
     try:

@@ -5,12 +5,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.detection.screen import Finding, Verdict
@@ -205,6 +205,8 @@ def _readings(verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _span(tracer: Tracer, name: str, kind: SpanKind) -> AbstractContextManager[Span]:
+    if isinstance(tracer, NoOpTracer):
+        return nullcontext(INVALID_SPAN)
     # The message of an exception may quote a text.
     return tracer.start_as_current_span(
         name, kind=kind, record_exception=False, set_status_on_exception=False

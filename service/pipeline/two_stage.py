@@ -127,19 +127,27 @@ class TwoStageScreener:
         test = self._test
         if test is None:
             return answers
-        return await asyncio.gather(*(self._confirm_one(test, answer) for answer in answers))
+        due = [self._views_due(test, answer.value) for answer in answers]
+        if not any(due):
+            return answers
+        return await asyncio.gather(
+            *(self._confirm_one(test, *one) for one in zip(answers, due, strict=True))
+        )
 
-    async def _confirm_one(self, test: OverrideTest, answer: Timed[Screened]) -> Timed[Screened]:
-        by_view, thorough = [*answer.value.by_view], self._thorough
-        due = [
+    def _views_due(self, test: OverrideTest, screened: Screened) -> list[int]:
+        return [
             view
-            for view, verdict in enumerate(by_view)
-            if test.is_due(self._bundle.screen, verdict, thorough=thorough)
+            for view, verdict in enumerate(screened.by_view)
+            if test.is_due(self._bundle.screen, verdict, thorough=self._thorough)
         ]
+
+    async def _confirm_one(
+        self, test: OverrideTest, answer: Timed[Screened], due: Sequence[int]
+    ) -> Timed[Screened]:
         if not due:
             return answer
         started = time.perf_counter()
-        settled = True
+        by_view, settled = [*answer.value.by_view], True
         for view in due:
             judged = await self._judge(test, answer.value.ids, by_view[view])
             settled = settled and judged is not by_view[view]
