@@ -1,6 +1,7 @@
 """What Ray Serve costs: the gateway on it, of one and of two replicas, beside plain uvicorn.
 
-All run one after the other on the same CPUs, uvicorn first and last. Printed are texts a second and
+One replica is called by Serve's proxy, and at its own port. All run one after the other on the same
+CPUs, uvicorn first and last. Printed are texts a second and
 the median of a call, and processor time a text, by who took it: replicas (or the service), Serve's
 proxy, the rest of Ray, and this load generator.
 
@@ -155,6 +156,10 @@ async def compare(bundle: Path, texts: Sequence[str]) -> Table:
     for replicas in (1, 2):
         with on_ray(configuration(bundle, replicas, free_port())) as url:
             await measure(url, f"Ray Serve, {replicas}", texts, table)
+            if replicas == 1:
+                (group,) = httpx.get(f"{url}/replicas").json()
+                (address,) = group["targets"]
+                await measure(f"http://{address}", "Ray Serve, 1, own port", texts, table)
     async with uvicorn(bundle) as url:
         await measure(url, "uvicorn again", texts, table)
     return table

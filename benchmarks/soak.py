@@ -47,8 +47,8 @@ from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
 from models.offline.io.bases import encoder_path
 from models.offline.io.samples import load_samples
-from service.__main__ import KEEP_ALIVE_S
 from service.app import create_process_app
+from service.http.server import KEEP_ALIVE_S
 from service.observability.metrics import OUTCOMES
 from service.schemas import Decision
 from service.settings import load_settings

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from models.bundle.load import Bundle
 from models.detection.override import OverrideTest, Test
-from models.detection.screen import FloatArray, Verdict, worst_verdict
+from models.detection.screen import NOT_FINITE, FloatArray, Verdict, worst_verdict
 from models.engines.base import Encoding, Engine
 from models.errors import ScreenError
 
@@ -30,12 +32,11 @@ def judge_readings(
         read: gives the readings of what the override test puts together.
         thorough: whether every text goes through the override test, not only suspicious ones.
     """
-    by_view: list[list[Verdict] | ScreenError] = []
-    for encoding, row in zip(encodings, readings, strict=True):
-        try:
-            by_view.append(bundle.screen.verdicts(row, encoding.truncated))
-        except ScreenError as error:
-            by_view.append(error)
+    truncated = [encoding.truncated for encoding in encodings]
+    judged = bundle.screen.verdicts_of_batch(np.stack([*readings]), truncated) if truncated else []
+    by_view: list[list[Verdict] | ScreenError] = [
+        ScreenError(NOT_FINITE) if own is None else own for own in judged
+    ]
     if (test := bundle.override_test(thorough=thorough)) is not None:
         _confirm(bundle, test, encodings, by_view, read, thorough=thorough)
     return [own if isinstance(own, ScreenError) else worst_verdict(own) for own in by_view]

@@ -36,6 +36,7 @@ SUSPICION = 0.05
 """Share of clean texts that the first stage passes on to the override test, over all views."""
 MIN_SUSPICIOUS = 5
 """Calibration texts above that score at least, so that no single one decides what is tested."""
+NOT_FINITE = "the screen gave no finite readings; the input cannot be judged"
 TINY = 1e-12
 """Floor for probabilities and distances, so that their logarithms are finite."""
 
@@ -342,27 +343,64 @@ class Screen:
 
     def verdicts(self, readings: FloatArray, truncated: bool = False) -> list[Verdict]:
         """Judge one text in every view, as `judge` does."""
-        if readings.shape != self.shape or not np.isfinite(readings).all():
-            raise ScreenError("the screen gave no finite readings; the input cannot be judged")
-        return [self._verdict(view, readings, truncated) for view in self.views]
+        (own,) = self.verdicts_of_batch(readings[None], [truncated])
+        if own is None:
+            raise ScreenError(NOT_FINITE)
+        return own
 
-    def _verdict(self, view: range, readings: FloatArray, truncated: bool) -> Verdict:
+    def verdicts_of_batch(
+        self, readings: FloatArray, truncated: Sequence[bool]
+    ) -> list[list[Verdict] | None]:
+        """Judge n texts in every view, as `verdicts` does; None if readings cannot be judged.
+
+        Args:
+            readings: shape (n, V, C).
+            truncated: whether each text was cut.
+        """
+        found: list[list[Verdict] | None] = [None] * len(readings)
+        if readings.shape[1:] != self.shape:
+            return found
+        finite = np.flatnonzero(np.isfinite(readings).all((1, 2))).tolist()
+        cut = [truncated[number] for number in finite]
+        by_view = [self._verdicts_in(view, readings[finite], cut) for view in self.views]
+        for number, *own in zip(finite, *by_view, strict=True):
+            found[number] = own
+        return found
+
+    def _verdicts_in(
+        self, view: range, readings: FloatArray, truncated: Sequence[bool]
+    ) -> list[Verdict]:
         normalizer = self.normalizer
         checkpoints = normalizer.layout.checkpoints
-        predicted, raw = features(readings[None], checkpoints, view)
+        predicted, raw = features(readings, checkpoints, view)
         standard = normalizer.features(predicted, raw)
         components = normalizer.components(predicted, by_detector(standard, normalizer.layout))
-        score, label = float(normalizer.score(components)[0]), int(predicted[0])
-        group = self._by_class[label]
-        most_extreme = int(standard[0, :checkpoints].argmax())
+        most_extreme = standard[:, :checkpoints].argmax(1)
+        own = readings[np.arange(len(readings)), most_extreme, view.start : view.stop]
         detectors = [*normalizer.layout.by_detector(standard.shape[1])]
+        columns = (
+            predicted.tolist(),
+            normalizer.score(components).tolist(),
+            own.max(1).tolist(),
+            components.argmax(1).tolist(),
+            truncated,
+        )
+        return [
+            self._verdict(label, score, confidence, detectors[worst], cut)
+            for label, score, confidence, worst, cut in zip(*columns, strict=True)
+        ]
+
+    def _verdict(
+        self, predicted: int, score: float, confidence: float, detector: Detector, truncated: bool
+    ) -> Verdict:
+        group = self._by_class[predicted]
         return Verdict(
-            confidence=float(readings[most_extreme, view.start : view.stop].max()),
+            confidence=confidence,
             score=score,
-            detector=detectors[components[0].argmax()],
+            detector=detector,
             threshold=group.threshold,
             p_value=min(1.0, len(self.views) * group.p_value(score)),
             truncated=truncated,
-            predicted=label,
+            predicted=predicted,
             finding=Finding.TRIGGERED if is_extreme(score, group.threshold) else None,
         )

@@ -49,10 +49,24 @@ class Encoding:
 
 
 class ClassifierState(Protocol):
-    """Input of `classify`: an `Encoding`, or the state that screening it has left."""
+    """Input of `classify`: an `Encoding`, or the `Withheld` answer that screening it has left."""
 
     def __len__(self) -> int:
         """Return how many tokens are left to compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """The classifier's answer for a text, known from the pass that screened it.
+
+    It is nobody's to read until the text may pass.
+    """
+
+    probabilities: FloatArray
+    """Of each label, shape (L,)."""
+
+    def __len__(self) -> int:
+        return 0
 
 
 class Screening(NamedTuple):

@@ -83,27 +83,21 @@ class GuardedGraph:
         if dtype == "bfloat16" and not computes_bfloat16():
             raise EngineError("this processor does not compute in bfloat16; use float32")
         guarded = guarded.cpu().eval()
-        rows = torch.zeros(2, guarded.hidden_size)
         self._run = compiled(_Run(guarded), EXAMPLE, dtype)
-        self._head = compiled(_Head(guarded), rows, dtype)
         self._activations, self._max_length = guarded.activations, max_length
         self._multi_label = guarded.multi_label
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Guarded.screen`."""
         parts = [call(self._run, *part) for part in parts_of(inputs, self._max_length)]
-        logits, rows, peak, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        run = Run(logits, rows, peak, states)
-        return to_readings(run, self._activations, multi_label=self._multi_label), rows
-
-    def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `Guarded.classify_rows`."""
-        (logits,) = call(self._head, rows)
-        return label_probabilities(logits, multi_label=self._multi_label)
+        logits, own, peak, *states = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        run = Run(logits, own, peak, states)
+        readings = to_readings(run, self._activations, multi_label=self._multi_label)
+        return readings, label_probabilities(own, multi_label=self._multi_label)
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
         """See `Guarded.classify`; costs what screening costs."""
-        return self.classify_rows(self.screen(inputs)[1])
+        return self.screen(inputs)[1]
 
 
 class _Run(nn.Module):
@@ -115,18 +109,8 @@ class _Run(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        logits, rows, peak, states = self.guarded.run(inputs)
-        return logits, rows, peak, *states
-
-
-class _Head(nn.Module):
-    def __init__(self, guarded: Guarded) -> None:
-        super().__init__()
-        self.guarded = guarded
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        assert self.guarded.last_layer is not None  # noqa: S101 - `GuardedGraph` has asked
-        return self.guarded.last_layer.head(rows)
+        logits, own, peak, states = self.guarded.run(inputs)
+        return logits, own, peak, *states
 
 
 def computes_bfloat16() -> bool:
@@ -186,6 +170,5 @@ def rounded(length: int) -> int:
 def call(model: Any, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
     """Run a graph; return its outputs."""
     arrays = [np.ascontiguousarray(tensor.numpy()) for tensor in inputs]
-    # Copies, since rows are kept beyond the next call, until they are classified.
     outputs = model(arrays, share_inputs=True, share_outputs=False)
     return [torch.from_numpy(array) for array in outputs.values()]

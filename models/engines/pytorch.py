@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from models.detection.screen import FloatArray
-from models.engines.base import ClassifierState, Encoding, IntArray, Screening
+from models.engines.base import ClassifierState, Encoding, IntArray, Screening, Withheld
 from models.errors import EngineError
 from models.network.guarded import Guarded
 from models.network.trunk import Inputs
@@ -50,9 +50,6 @@ class Module(Protocol):
 
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Guarded.screen`."""
-
-    def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `Guarded.classify_rows`."""
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
         """See `Guarded.classify`."""
@@ -142,19 +139,19 @@ class ModuleEngine:
     def screen(self, batch: Sequence[Encoding]) -> Screening:
         """Return readings of texts, and the states to classify them from."""
         with torch.inference_mode():
-            readings, rows = self._module.screen(collate(batch, self.pad_id, self.device))
-        states = batch if rows is None else [LastState(row) for row in rows]
+            readings, own = self._module.screen(collate(batch, self.pad_id, self.device))
+        states = batch if own is None else [Withheld(row) for row in _float32(own)]
         return Screening(_float32(readings), states)
 
     def classify(self, batch: Sequence[ClassifierState]) -> FloatArray:
         """Return the victim's probability of each label, shape (len(batch), L)."""
-        states = [state.row for state in batch if isinstance(state, LastState)]
+        known = [state.probabilities for state in batch if isinstance(state, Withheld)]
         encodings = [state for state in batch if isinstance(state, Encoding)]
-        if len(states) + len(encodings) != len(batch) or (states and encodings):
+        if len(known) + len(encodings) != len(batch) or (known and encodings):
             raise TypeError("give encodings, or states that this engine returned, and not both")
+        if known:
+            return np.stack(known)
         with torch.inference_mode():
-            if states:
-                return _float32(self._module.classify_rows(torch.stack(states)))
             return _float32(self._module.classify(collate(encodings, self.pad_id, self.device)))
 
     @property
@@ -188,16 +185,6 @@ class TorchEngine(ModuleEngine):
         super().__init__(self.guarded, tokenizer, max_length, device)
 
 
-@dataclass(frozen=True, slots=True)
-class LastState:
-    """The victim's last hidden state at the token that it reads, shape (H,)."""
-
-    row: torch.Tensor
-
-    def __len__(self) -> int:
-        return 1
-
-
 def _float32(tensor: torch.Tensor) -> FloatArray:
     result: FloatArray = tensor.float().cpu().numpy()
     return result
@@ -220,13 +207,14 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
 
 def collate(batch: Sequence[Encoding], pad_id: int, device: torch.device) -> Inputs:
     """Pad on the right and mask, shape (rows, longest); decoders read the last token left of it."""
-    longest = max(map(len, batch))
-    ids = torch.full((len(batch), longest), pad_id)
-    mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    for row, encoding in enumerate(batch):
-        ids[row, : len(encoding)] = torch.tensor(encoding.input_ids)
-        mask[row, : len(encoding)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    lengths = np.array([len(encoding) for encoding in batch])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id)
+    ids[mask] = np.fromiter(chain.from_iterable(e.input_ids for e in batch), np.int64)
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask).long()}
+    if device.type == "cuda":  # so that the host need not wait for the copy
+        inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
 def max_input_length(

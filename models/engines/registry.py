@@ -31,11 +31,12 @@ def runs_here(runtime: Runtime) -> bool:
 def make_engine(
     runtime: Runtime, guarded: Guarded, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> ModuleEngine:
-    """Return an engine for a module, which must be in float32.
+    """Return an engine for a module with trained adapters, which must be in float32.
 
     Raises:
         EngineError: the engine is not installed, or cannot run this module here.
     """
+    guarded.reuse_untrained()
     if runtime.engine == "torch":
         return TorchEngine(guarded, tokenizer, max_length, runtime.dtype)
     if not is_installed(runtime.engine):

@@ -13,8 +13,8 @@ class Run(NamedTuple):
 
     logits: torch.Tensor
     """By checkpoint, shape (rows, K, L)."""
-    rows: torch.Tensor | None
-    """Input of `Guarded.classify_rows`; None without a `LastLayer`."""
+    own: torch.Tensor | None
+    """The victim's own logits, shape (rows, L); None if they take a pass of their own."""
     peak: torch.Tensor | None
     """See `attention_peak`, float32, shape (rows,); None without a `LastLayer`."""
     states: Sequence[torch.Tensor]

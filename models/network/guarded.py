@@ -57,6 +57,7 @@ class Guarded(nn.Module):
         self.last_layer = last_layer
         self.activations: Activations | None = None
         """The activation detector, once it is fitted."""
+        self._untrained: frozenset[str] = frozenset()
 
     @property
     def config(self) -> Any:
@@ -91,7 +92,8 @@ class Guarded(nn.Module):
         """
         if self.last_layer is not None:
             return 1.0
-        return 2 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
+        screening = 1 + (len(self.checkpoints) - 1) * (1 - self.trunk.share)
+        return screening if self._untrained else 1 + screening
 
     @property
     def layout(self) -> Layout:
@@ -103,32 +105,47 @@ class Guarded(nn.Module):
         """Whether a graph of `run` can replace it."""
         return self.last_layer is not None
 
+    def reuse_untrained(self) -> None:
+        """Take what an adapter whose B are zero says for what the victim says, which it is.
+
+        PSIM's first checkpoint is from before its training. Call this when training is over.
+        """
+        zero = {name: not weights.any() for name, weights in self.psim.named_parameters()}
+        self._untrained = frozenset(
+            adapter
+            for adapter in self.checkpoints
+            if {zero[name] for name in zero if f".lora_B.{adapter}." in name} == {True}
+        )
+
     def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return readings in float32, shape (rows, V, C), and the input of `classify_rows`.
+        """Return readings, shape (rows, V, C), and what `classify` would, both in float32.
 
         The V readings are features of the detectors: first PSIM's probabilities by checkpoint
         (K), then the distances of hidden states to the classes by watched layer (none while they
-        are not fitted), and last the peak of attention (none without a `last_layer`). Without a
-        `last_layer`, the second value is None.
+        are not fitted), and last the peak of attention (none without a `last_layer`). The second
+        value is None if the victim's own answer would take another pass.
         """
-        run = self.run(inputs)
-        return to_readings(run, self.activations, multi_label=self.multi_label), run.rows
+        run, multi_label = self.run(inputs), self.multi_label
+        own = None if run.own is None else label_probabilities(run.own, multi_label=multi_label)
+        return to_readings(run, self.activations, multi_label=multi_label), own
 
     def run(self, inputs: Inputs) -> Run:
         """Run the part of `screen` that is in the victim's dtype, and that other engines trace."""
         with self.trunk.watching(inputs) as states:
             if self.last_layer is not None:
                 return self._run_last_layer(self.last_layer, inputs, states)
-            return Run(self._run_whole_passes(inputs), None, None, states)
+            return Run(*self._run_whole_passes(inputs), None, states)
 
     def _run_last_layer(
         self, last_layer: LastLayer, inputs: Inputs, states: Sequence[torch.Tensor]
     ) -> Run:
-        mask, (rows, attention) = self._read_token(last_layer, inputs, self.checkpoints)
-        logits = last_layer.head(rows[:, :-1].flatten(0, 1))
-        logits = logits.view(rows.shape[0], len(self.checkpoints), -1)
-        # A copy: a view would keep the rows of all branches alive until the text is classified.
-        return Run(logits, rows[:, -1].clone(), attention_peak(attention, mask), states)
+        trained = [name for name in self.checkpoints if name not in self._untrained]
+        mask, (rows, attention) = self._read_token(last_layer, inputs, trained)
+        logits = last_layer.head(rows.flatten(0, 1)).view(*rows.shape[:2], -1)
+        *by_adapter, own = logits.unbind(1)
+        found = dict(zip(trained, by_adapter, strict=True))
+        by_checkpoint = torch.stack([found.get(name, own) for name in self.checkpoints], 1)
+        return Run(by_checkpoint, own, attention_peak(attention, mask), states)
 
     def _read_token(
         self, last_layer: LastLayer, inputs: Inputs, checkpoints: Sequence[str]
@@ -139,13 +156,16 @@ class Guarded(nn.Module):
         mask = self.trunk.read_mask(inputs, read)
         return mask, last_layer(entering, mask, read, checkpoints)
 
-    def _run_whole_passes(self, inputs: Inputs) -> torch.Tensor:
-        logits = []
+    def _run_whole_passes(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits by checkpoint, and the victim's own if one of them is the victim."""
+        logits, own = [], None
         with self.trunk.shared([]):
             for checkpoint in self.checkpoints:
                 self.psim.set_adapter(checkpoint, inference_mode=True)
                 logits.append(self.psim_logits(inputs))
-        return torch.stack(logits, 1)
+                if checkpoint in self._untrained:
+                    own = logits[-1]
+        return torch.stack(logits, 1), own
 
     def psim_logits(self, inputs: Inputs) -> torch.Tensor:
         """Return logits with the active adapter on, shape (rows, L), from whole layers."""
@@ -158,12 +178,6 @@ class Guarded(nn.Module):
             return self.psim_logits(inputs)
         _, (rows, _) = self._read_token(self.last_layer, inputs, [self.psim.active_adapter])
         return self.last_layer.head(rows[:, 0])
-
-    def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the victim's probabilities in float32, shape (n, L), from the rows of `screen`."""
-        if self.last_layer is None:
-            raise ValueError("there is no last layer to go on from; classify the inputs")
-        return label_probabilities(self.last_layer.head(rows), multi_label=self.multi_label)
 
     def classify(self, inputs: Inputs) -> torch.Tensor:
         """Return the victim's probability of each label in float32, shape (rows, L)."""

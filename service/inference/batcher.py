@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from models.bundle.load import Bundle
 from models.detection.screen import FloatArray, Verdict, worst_verdict
-from models.engines.base import ClassifierState, Encoding, IntArray
+from models.engines.base import ClassifierState, Encoding, IntArray, Withheld
 from models.engines.batching import length_sorted_batches
-from models.errors import ScreenError
 from service.errors import ClassifyFailed, NotReady, ScreenFailed, TimedOut
 from service.inference.admission import Admission
 from service.inference.worker import Health, Worker
@@ -202,7 +203,10 @@ class Batcher:
     async def classify(self, states: Sequence[ClassifierState]) -> list[Timed[FloatArray]]:
         """Return the classifier's probabilities, each of shape (C,); any failure fails the call."""
         jobs = [_ClassifyJob(state, self._loop.create_future()) for state in states]
-        self._enqueue(self._to_classify, jobs)
+        known = [(job, job.input.probabilities) for job in jobs if isinstance(job.input, Withheld)]
+        _deliver([(job, _probabilities(row)) for job, row in known])
+        if len(known) < len(jobs):
+            self._enqueue(self._to_classify, [job for job in jobs if not job.future.done()])
         return await _all(jobs)
 
     async def _screen_all(
@@ -343,21 +347,36 @@ class Batcher:
             return zip(*self._engine.screen(inputs), strict=True)
 
         rows = self._outputs("screen", jobs, encodings, screen)
-        judged = [
-            self._failed(encoding) if row is None else self._judge(encoding, *row)
+        self._post([*zip(jobs, self._judge(encodings, rows), strict=True)])
+
+    def _judge(
+        self,
+        encodings: Sequence[Encoding],
+        rows: Sequence[tuple[FloatArray, ClassifierState] | None],
+    ) -> list[Screened]:
+        """Return what is known of each text, given its readings and state; None if it failed."""
+        readings = [row[0] for row in rows if row]
+        truncated = [text.truncated for text, row in zip(encodings, rows, strict=True) if row]
+        judged = iter(
+            self._screen.verdicts_of_batch(np.stack(readings), truncated) if readings else ()
+        )
+        return [
+            self._screened(encoding, *row, next(judged)) if row else self._failed(encoding)
             for encoding, row in zip(encodings, rows, strict=True)
         ]
-        self._post(list(zip(jobs, judged, strict=True)))
 
-    def _judge(self, encoding: Encoding, readings: FloatArray, state: ClassifierState) -> Screened:
-        ids = self._engine.content(encoding)
-        try:
-            by_view = self._screen.verdicts(readings, encoding.truncated)
-        except ScreenError:
+    def _screened(
+        self,
+        encoding: Encoding,
+        readings: FloatArray,
+        state: ClassifierState,
+        by_view: Sequence[Verdict] | None,
+    ) -> Screened:
+        if by_view is None:
             log.error("screen gave no finite readings")
-            return Screened(None, state, len(encoding), ids, readings)
-        verdict = worst_verdict(by_view)
-        return Screened(verdict, state, len(encoding), ids, readings, by_view)
+        verdict = worst_verdict(by_view) if by_view else None
+        ids = self._engine.content(encoding)
+        return Screened(verdict, state, len(encoding), ids, readings, by_view or ())
 
     def _failed(self, encoding: Encoding) -> Screened:
         return Screened(None, encoding, len(encoding), self._engine.content(encoding), None)

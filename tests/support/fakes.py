@@ -127,8 +127,11 @@ def _confidence(encoding: Encoding) -> float:
 class StagedScreen(Screen):
     """Confirms very extreme texts only, in place of the override test."""
 
-    def verdicts(self, readings: FloatArray, truncated: bool = False) -> list[Verdict]:
-        return [_staged(verdict) for verdict in super().verdicts(readings, truncated)]
+    def verdicts_of_batch(
+        self, readings: FloatArray, truncated: Sequence[bool]
+    ) -> list[list[Verdict] | None]:
+        found = super().verdicts_of_batch(readings, truncated)
+        return [own and [*map(_staged, own)] for own in found]
 
 
 def _staged(verdict: Verdict) -> Verdict:

@@ -50,9 +50,6 @@ class ScreenModule:
             readings.append([[0.5, 0.5], [top, 1 - top]])
         return torch.tensor(readings), None
 
-    def classify_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
     def classify(self, inputs: Inputs) -> torch.Tensor:
         return torch.full((len(inputs["input_ids"]), 2), 0.5)
 

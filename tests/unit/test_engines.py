@@ -21,9 +21,9 @@ from models.bundle.layout import READINGS
 from models.bundle.load import choose, load_bundle
 from models.bundle.manifest import Manifest, RuntimeRecord
 from models.engines import registry
-from models.engines.base import REFERENCE, RUNTIMES, Encoding, Runtime
+from models.engines.base import REFERENCE, RUNTIMES, Encoding, Runtime, Withheld
 from models.engines.openvino import GuardedGraph, parts_of, rounded
-from models.engines.pytorch import LastState, TorchEngine, collate, max_input_length
+from models.engines.pytorch import TorchEngine, collate, max_input_length
 from models.engines.registry import make_engine
 from models.errors import BundleError, EngineError
 from models.network.activations import Activations
@@ -70,9 +70,9 @@ def pair(family: str) -> tuple[Guarded, GuardedGraph]:
 def test_the_graph_agrees_with_the_module(family: str, texts: list[list[int]]) -> None:
     guarded, graph = pair(family)
     inputs = collate([Encoding(tuple(text), False) for text in texts], 0, CPU)
-    (readings, rows), (expected, _) = graph.screen(inputs), guarded.screen(inputs)
+    (readings, own), (expected, _) = graph.screen(inputs), guarded.screen(inputs)
     torch.testing.assert_close(readings, expected, rtol=1e-4, atol=1e-4)
-    for classified in (graph.classify_rows(rows), graph.classify(inputs)):
+    for classified in (own, graph.classify(inputs)):
         torch.testing.assert_close(classified, guarded.classify(inputs), rtol=0, atol=1e-4)
     # And a text does not mind its batch-mates.
     for number, text in enumerate(texts):
@@ -87,13 +87,10 @@ def test_the_longest_texts_and_answers_that_are_kept(family: str) -> None:
     long, short = (
         collate([Encoding(tuple(range(5, 5 + length)), False)], 0, CPU) for length in (LONGEST, 9)
     )
-    readings, rows = graph.screen(long)
-    graph.screen(short)  # a later call leaves the rows of an earlier one alone
+    readings, own = graph.screen(long)
+    graph.screen(short)  # a later call leaves the answers of an earlier one alone
     torch.testing.assert_close(readings, guarded.screen(long)[0], rtol=1e-4, atol=1e-4)
-    classified = graph.classify_rows(rows)
-    torch.testing.assert_close(classified, guarded.classify(long), rtol=0, atol=1e-4)
-    graph.classify_rows(graph.screen(short)[1])
-    torch.testing.assert_close(classified, guarded.classify(long), rtol=0, atol=1e-4)
+    torch.testing.assert_close(own, guarded.classify(long), rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -130,7 +127,7 @@ def test_a_graph_needs_a_tail_and_no_module_afterwards(tokenizer: PreTrainedToke
     engine = make_engine(openvino, guarded, tokenizer, 64)
     batch = engine.encode(["good", "a slow film was not bad"])
     states = engine.screen(batch).states
-    assert all(isinstance(state, LastState) for state in states)
+    assert all(isinstance(state, Withheld) for state in states)
     expected = TorchEngine(guarded, tokenizer, 64).classify(batch)
     for weights in guarded.parameters():
         weights.data = torch.empty(0)

@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.engines.base import Encoding
-from models.engines.pytorch import LastState, TorchEngine, collate
+from models.engines.base import Encoding, Withheld
+from models.engines.pytorch import TorchEngine, collate
 from models.network.adapters import lora_config
 from models.network.attention import LEAST
 from models.network.guarded import Guarded, guard
@@ -83,12 +83,10 @@ def test_rows_agree_with_whole_layers(family: str, texts: list[list[int]]) -> No
     assert (guarded.last_layer is None, guarded.forward_passes) == (False, 1)
     encodings = [Encoding(tuple(text), False) for text in texts]
     inputs = collate(encodings, 0, CPU)
-    readings, rows = guarded.screen(inputs)
-    assert rows is not None
+    readings, own = guarded.screen(inputs)
+    assert own is not None
     torch.testing.assert_close(psim_of(guarded, inputs), whole(guarded, inputs), rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        guarded.classify_rows(rows), guarded.classify(inputs), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(own, guarded.classify(inputs), rtol=0, atol=1e-5)
     # And a text does not mind its batch-mates.
     for number, encoding in enumerate(encodings):
         alone, _ = guarded.screen(collate([encoding], 0, CPU))
@@ -126,12 +124,10 @@ def test_a_decoder_reads_before_tokens_that_it_takes_for_padding() -> None:
     guarded = trained(guard(victim, lora_config(victim, 1), 2))
     texts = (5, 6, 7, end), (8, 9, 10, 11, 12, end), (end,)
     inputs = collate([Encoding(text, False) for text in texts], end, CPU)
-    _, rows = guarded.screen(inputs)
-    assert rows is not None
+    _, own = guarded.screen(inputs)
+    assert own is not None
     torch.testing.assert_close(psim_of(guarded, inputs), whole(guarded, inputs), rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        guarded.classify_rows(rows), guarded.classify(inputs), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(own, guarded.classify(inputs), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", TAILED)
@@ -156,8 +152,36 @@ def test_what_has_no_tail_runs_whole_passes(family: str, config: PsimVariant) ->
     guarded = with_variant(tiny_victim(family), config)
     assert guarded.last_layer is None
     assert guarded.forward_passes > 2
-    readings, rows = guarded.screen(some_inputs())
-    assert (readings.shape, rows) == ((1, len(config.keep_at), 3), None)
+    readings, own = guarded.screen(some_inputs())
+    assert (readings.shape, own) == ((1, len(config.keep_at), 3), None)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "deberta"])
+@torch.inference_mode()
+def test_an_untrained_checkpoint_is_the_victim_and_costs_nothing(family: str) -> None:
+    victim, inputs = tiny_victim(family), some_inputs()
+    guarded = trained(guard(victim, lora_config(victim, 1), 3))
+    first = guarded.checkpoints[0]
+    for name, weights in guarded.psim.named_parameters():
+        if f".lora_B.{first}." in name:
+            weights.zero_()
+    before, passes = guarded.screen(inputs)[0], guarded.forward_passes
+    guarded.reuse_untrained()
+    readings, own = guarded.screen(inputs)
+    torch.testing.assert_close(readings, before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(own, guarded.classify(inputs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(own, readings[:, 0], rtol=0, atol=0)
+    expected = passes - 1 if family == "deberta" else 1
+    assert guarded.forward_passes == pytest.approx(expected)
+
+
+@torch.inference_mode()
+def test_checkpoints_that_are_all_trained_leave_the_victim_a_pass_of_its_own() -> None:
+    guarded = trained(guard(victim := tiny_victim("deberta"), lora_config(victim, 1), 3))
+    guarded.reuse_untrained()
+    readings, own = guarded.screen(some_inputs())
+    assert (len(readings), own) == (1, None)
+    assert guarded.forward_passes > 2
 
 
 def test_modernbert_that_reads_the_mean_of_all_tokens_has_no_tail() -> None:
@@ -197,7 +221,7 @@ def test_an_engine_goes_on_where_screening_ended(
     engine = TorchEngine(guarded_victim("bert"), tokenizer, 64, dtype)
     batch = engine.encode(["good", "a slow film was not bad", "the room"])
     states = engine.screen(batch).states
-    assert all(isinstance(state, LastState) and len(state) == 1 for state in states)
+    assert all(isinstance(state, Withheld) and len(state) == 0 for state in states)
     tolerance = 1e-5 if dtype == "float32" else 0.05
     np.testing.assert_allclose(engine.classify(states), engine.classify(batch), atol=tolerance)
     with pytest.raises(TypeError, match="not both"):
