@@ -8,11 +8,8 @@ import uvicorn
 
 from models.errors import PsimError
 from service.app import create_process_app
+from service.http.server import KEEP_ALIVE_S
 from service.settings import load_settings
-
-KEEP_ALIVE_S = 75
-"""Time that an idle connection is kept: longer than proxies and pools keep theirs (nginx 60 s), so
-that no request meets a closing connection."""
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

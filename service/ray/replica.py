@@ -1,7 +1,9 @@
 """A replica: the whole service, behind Serve's proxy and on a port of its own.
 
-Serve's proxy passes a request to any replica. Routes that concern one replica, such as `/metrics`
-and `/admin/reload`, are called at its own port, PSIM_PORT; `/replicas` lists their addresses.
+Serve's proxy passes a request to any replica, and takes as much processor time as the request. A
+balancer can pass requests to the replicas' own port, PSIM_PORT, which costs nothing more. Routes
+that concern one replica, such as `/metrics` and `/admin/reload`, are only called there; `/replicas`
+lists the addresses.
 """
 
 from collections.abc import AsyncIterator
@@ -21,7 +23,7 @@ from service.audit.writer import CLOSE_S
 from service.http.responses import json_response
 from service.http.server import serving
 from service.ray.scaling import CHARACTERS, CORES
-from service.settings import ServerSettings, Settings, is_loopback, load_settings
+from service.settings import Settings, is_loopback, load_settings
 
 ANSWER_S = 5
 """Time for all replicas to report their address."""
@@ -67,7 +69,7 @@ class Replica:
         return address
 
 
-def also_serve(app: FastAPI, settings: ServerSettings) -> None:
+def also_serve(app: FastAPI, settings: Settings) -> None:
     """Serve the application on the replica's own port too, and add the route `/replicas`."""
     start = app.router.lifespan_context
     host = settings.host
@@ -76,7 +78,10 @@ def also_serve(app: FastAPI, settings: ServerSettings) -> None:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
-        async with start(app) as state, serving(app, settings.host, settings.port) as port:
+        own_port = serving(
+            app, settings.host, settings.port, connections=None, drain_s=settings.drain_s
+        )
+        async with start(app) as state, own_port as port:
             app.state.address = f"{host}:{port}"
             yield state
 
