@@ -80,7 +80,7 @@ def own_unguarded(engine: ModuleEngine, module: Guarded) -> Run:
 def _by_openvino(victim: Unguarded, engine: ModuleEngine) -> Callable[[Inputs], torch.Tensor]:
     from models.engines import openvino
 
-    graph = openvino.compiled(victim, openvino.EXAMPLE, engine.dtype)
+    graph = openvino.compiled(openvino.converted(victim, openvino.EXAMPLE), engine.dtype)
     parts = openvino.parts_of
     return lambda inputs: torch.cat(
         [openvino.call(graph, *part)[0] for part in parts(inputs, engine.max_length)]

@@ -15,6 +15,7 @@ from contextlib import (
     nullcontext,
 )
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -24,16 +25,8 @@ from opentelemetry.trace import NoOpTracer
 
 from models.bundle.load import Bundle, load_bundle
 from models.errors import PsimError
-from service.audit.exceptions_reader import Exceptions
-from service.audit.push import Push
-from service.audit.store import AuditStore
-from service.audit.writer import Writer
 from service.classifiers.local import LocalClassifier
 from service.classifiers.upstream import UpstreamClassifier
-from service.console.access import anybody
-from service.console.app import LOOPBACK, console_app
-from service.console.audit_reader import Audit
-from service.console.status import ServiceStatus, service_status
 from service.http.direct import DirectRoutes
 from service.http.exchange import Exchange
 from service.http.middleware import RequestId
@@ -81,6 +74,10 @@ from service.settings import (
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
+    from service.audit.exceptions_reader import Exceptions
+    from service.audit.push import Push
+    from service.audit.writer import Writer
+    from service.console.status import ServiceStatus
     from service.envoy.ext_proc import ExtProc
     from service.grpc.inference import InferenceServer
 
@@ -160,7 +157,7 @@ def create_app(
 def _model(
     settings: Settings,
     metrics: Metrics,
-    exceptions: Exceptions | None,
+    exceptions: "Exceptions | None",
     bundle: Bundle | None = None,
 ) -> Model:
     """Load and wire one model.
@@ -201,7 +198,12 @@ def _model(
 
 def _bundle(settings: Settings) -> Bundle:
     assert settings.bundle is not None  # noqa: S101 - settings of one model have it
-    return load_bundle(settings.bundle, settings.dtype, settings.engine, settings.bundle_key)
+    return _loaded(settings.bundle, settings)
+
+
+def _loaded(path: Path, settings: Settings) -> Bundle:
+    key = settings.bundle_key
+    return load_bundle(path, settings.dtype, settings.engine, key, apart=True)
 
 
 def _model_info(settings: Settings, bundle: Bundle) -> ModelInfo:
@@ -247,13 +249,20 @@ def _parity(
 def _challenger(settings: Settings, metrics: ModelMetrics) -> Challenger | None:
     if settings.challenger is None:
         return None
-    bundle = load_bundle(settings.challenger, settings.dtype, settings.engine, settings.bundle_key)
+    bundle = _loaded(settings.challenger, settings)
     return Challenger(bundle, settings, settings.max_windows, metrics)
 
 
-def _audit(settings: AuditSettings, metrics: Metrics) -> Writer | None:
+# The database's libraries and the console take memory, so they are imported where there is use for
+# them.
+
+
+def _audit(settings: AuditSettings, metrics: Metrics) -> "Writer | None":
     if settings.audit_url is None:
         return None
+    from service.audit.store import AuditStore
+    from service.audit.writer import Writer
+
     return Writer(
         AuditStore(settings.audit_url.get_secret_value(), push=settings.push_url is not None),
         metrics,
@@ -264,17 +273,21 @@ def _audit(settings: AuditSettings, metrics: Metrics) -> Writer | None:
     )
 
 
-def _exceptions(settings: AuditSettings, metrics: Metrics) -> Exceptions | None:
+def _exceptions(settings: AuditSettings, metrics: Metrics) -> "Exceptions | None":
     """Return the reviewed exceptions; None without the key by which texts are recognized."""
     if settings.audit_url is None or settings.audit_key is None:
         return None
+    from service.audit.exceptions_reader import Exceptions
+
     key = settings.audit_key.get_secret_value().encode()
     return Exceptions(settings.audit_url.get_secret_value(), key, metrics)
 
 
-def _push(settings: AuditSettings, metrics: Metrics) -> Push | None:
+def _push(settings: AuditSettings, metrics: Metrics) -> "Push | None":
     if settings.push_url is None or settings.audit_url is None:
         return None
+    from service.audit.push import Push
+
     url = settings.audit_url.get_secret_value()
     return Push(url, str(settings.push_url), settings.push_secret, metrics)
 
@@ -341,10 +354,15 @@ def _console(
     """Return the server of the console, which does nothing if there is to be none."""
     if settings.console_port is None:
         return nullcontext()
+    from service.console.access import anybody
+    from service.console.app import LOOPBACK, console_app
+    from service.console.audit_reader import Audit
+    from service.console.status import service_status
+
     audit = Audit(settings.audit_url.get_secret_value()) if settings.audit_url else None
     names = [settings.console_name] if settings.console_name else []
 
-    def statuses() -> list[ServiceStatus]:
+    def statuses() -> "list[ServiceStatus]":
         return [service_status(model.gateway, metrics, settings) for model in models]
 
     check = access.console if access else anybody

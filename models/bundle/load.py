@@ -10,27 +10,21 @@ import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
-from safetensors.torch import load_file as load_tensors
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from models.bundle.layout import ACTIVATIONS, CARRIERS, PROMPT, PSIM, READINGS, outcome_names
+from models.bundle.layout import CARRIERS, READINGS, outcome_names
 from models.bundle.manifest import (
-    ActivationsRecord,
     Calibration,
     CarrierTexts,
     GroupRecord,
     Manifest,
     OverrideGroupRecord,
 )
+from models.bundle.tokenizer import load_tokenizer
 from models.bundle.verify import WeightTotals, checked_copy, read_manifest
 from models.detection.calibrate import (
     OverrideOutcomes,
@@ -42,13 +36,8 @@ from models.detection.conformal import ThresholdGroup
 from models.detection.override import OverrideGeometry, OverrideGroup, OverrideTest
 from models.detection.screen import FloatArray, Screen
 from models.engines.base import REFERENCE, Engine, Runtime
-from models.engines.pytorch import max_input_length
-from models.engines.registry import make_engine, runs_here
+from models.engines.registry import is_installed, make_engine, runs_here
 from models.errors import BundleError, CalibrationError, PsimError, ScreenError
-from models.network.activations import Activations
-from models.network.adapters import adapter_weights, load_adapter_weights, lora_config
-from models.network.guarded import Guarded, guard
-from models.network.outputs import is_multi_label
 
 OverrideGroups = tuple[list[OverrideGroup], list[OverrideGroup]]
 """Of the override test on suspicious texts, and on all; empty if there is no test."""
@@ -76,7 +65,12 @@ class Bundle:
 
 
 def load_bundle(
-    path: Path, dtype: str | None = None, engine: str | None = None, key: Path | None = None
+    path: Path,
+    dtype: str | None = None,
+    engine: str | None = None,
+    key: Path | None = None,
+    *,
+    apart: bool = False,
 ) -> Bundle:
     """Check every file of the bundle, load it, and try it on one text.
 
@@ -85,6 +79,8 @@ def load_bundle(
         dtype: floating-point type to compute in, such as `float32`; None leaves it to the bundle.
         engine: name of the engine, such as `torch`; None leaves it to the bundle, see `choose`.
         key: file of the public key that the bundle must be signed with; None skips the check.
+        apart: whether another process traces the model, if OpenVINO is to run it. That saves memory
+            of this one, and costs seconds.
 
     Raises:
         BundleError: the bundle is not as its manifest says, or it has no calibration for this
@@ -97,8 +93,10 @@ def load_bundle(
     try:
         with checked_copy(path, manifest) as (copy, totals):
             screen, groups = _load_screen(copy, manifest, calibration)
-            _check_memory(copy, manifest, totals)
-            model = _load_engine(copy, manifest, calibration.runtime)
+            if apart and calibration.engine == "openvino" and is_installed("openvino"):
+                model = _trace_engine(path, copy, manifest, digest, calibration.dtype)
+            else:
+                model = _load_engine(copy, manifest, totals, calibration.runtime)
             carriers = _load_carriers(copy, manifest)
             override, thorough = _override_tests(carriers, manifest, model, groups)
         texts = [text for of_class in carriers for text in of_class]
@@ -283,98 +281,19 @@ def _agree(
     )
 
 
-def _check_memory(path: Path, manifest: Manifest, totals: WeightTotals) -> None:
-    """Build all modules on the meta device; they must not need more memory than the weights."""
-    with totals.limit_modules(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(
-            path / "victim", trust_remote_code=False, local_files_only=True
-        )
-        from_config: Any = AutoModelForSequenceClassification.from_config
-        victim: nn.Module = from_config(config)
-        if PROMPT[0] in manifest.files:
-            prompts = PeftConfig.from_pretrained(str(path / "prompt"))
-            prompts.inference_mode = True
-            victim = get_peft_model(victim, prompts)
-        totals.check(_with_adapters(manifest, victim))
+def _load_engine(path: Path, manifest: Manifest, totals: WeightTotals, runtime: Runtime) -> Engine:
+    # Not at the top: who has the model traced apart saves the memory of importing it.
+    from models.bundle.weights import load_model
+
+    return make_engine(runtime, *load_model(path, manifest, totals), manifest.max_length)
 
 
-def _with_adapters(manifest: Manifest, victim: nn.Module) -> Guarded:
-    """Return the victim with the manifest's PSIM adapters, still empty."""
-    psim = manifest.psim
-    return guard(victim, lora_config(victim, psim.layers, psim.rank), len(psim.checkpoints))
+def _trace_engine(path: Path, copy: Path, manifest: Manifest, digest: str, dtype: str) -> Engine:
+    from models.bundle.apart import trace_apart  # it imports an extra
+    from models.engines.openvino import OpenVinoEngine
 
-
-def _load_engine(path: Path, manifest: Manifest, runtime: Runtime) -> Engine:
-    victim = _load_victim(path, manifest)
-    guarded = _with_adapters(manifest, victim)
-    _load_adapters(path / PSIM, guarded, manifest.victim.digest)
-    if guarded.layout != manifest.layout:
-        raise BundleError("the model and the manifest differ in whether attention is read")
-    if manifest.activations:
-        guarded.activations = _load_activations(path / ACTIVATIONS, guarded, manifest)
-    if not all(weights.isfinite().all() for weights in guarded.parameters()):
-        raise BundleError("victim/, prompt/ or psim/ holds weights that are not finite")
-    tokenizer = AutoTokenizer.from_pretrained(
-        path / "tokenizer", trust_remote_code=False, local_files_only=True
-    )
-    virtual = 0
-    if isinstance(victim, PeftModel):
-        virtual = victim.active_peft_config.num_virtual_tokens
-    limit = max_input_length(guarded.config, tokenizer, virtual)
-    if manifest.max_length > limit:
-        raise BundleError(
-            f"max_length is {manifest.max_length}, but the model reads {limit} tokens"
-        )
-    return make_engine(runtime, guarded, tokenizer, manifest.max_length)
-
-
-def _load_victim(path: Path, manifest: Manifest) -> nn.Module:
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        path / "victim",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    if any(report.get(kind) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")):
-        raise BundleError("victim/ does not hold the weights that its config asks for")
-    if [model.config.id2label[i] for i in range(model.config.num_labels)] != manifest.labels:
-        raise BundleError("the labels of manifest and victim/config.json differ")
-    if is_multi_label(model.config) != manifest.multi_label:
-        raise BundleError("manifest and victim/config.json differ in how many labels a text has")
-    if PROMPT[0] in manifest.files:
-        return PeftModel.from_pretrained(model, str(path / "prompt"))
-    victim: nn.Module = model
-    return victim
-
-
-def _load_adapters(file: Path, guarded: Guarded, victim_digest: str) -> None:
-    """Load PSIM weights into `guarded`; they must fit it exactly and be made for this victim."""
-    with safe_open(file, "pt") as opened:
-        made_for = (opened.metadata() or {}).get("victim_digest")
-    if made_for != victim_digest:
-        raise BundleError("psim/ was trained for another base model; run `psim fit` for this one")
-    weights = load_tensors(file)
-    if weights.keys() != adapter_weights(guarded.psim).keys():
-        raise BundleError("psim/ does not have the layers and checkpoints that the manifest names")
-    load_adapter_weights(guarded.psim, weights)
-
-
-def _load_activations(file: Path, guarded: Guarded, manifest: Manifest) -> Activations:
-    """Load whitening and class means of the activation detector; they must fit the victim."""
-    layers, size = guarded.trunk.watched, guarded.hidden_size
-    expected = {
-        "whitening": (len(layers), size, size),
-        "means": (len(layers), len(manifest.classes), size),
-    }
-    tensors = load_tensors(file)
-    fits = {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
-    if manifest.activations != ActivationsRecord(layers=layers) or not fits:
-        raise BundleError(f"{file.name} does not have the layers that the manifest names")
-    if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
-        raise BundleError(f"{file.name} has tensors that are not finite float32")
-    return Activations(**tensors)
+    traced = trace_apart(path, digest, multi_label=manifest.multi_label)
+    return OpenVinoEngine(traced, load_tokenizer(copy), manifest.max_length, dtype)
 
 
 def _self_test(bundle: Bundle) -> None:

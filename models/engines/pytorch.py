@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from models.detection.screen import FloatArray
 from models.engines.base import ClassifierState, Encoding, IntArray, Screening, Withheld
 from models.errors import EngineError
-from models.network.guarded import Guarded
-from models.network.trunk import Inputs
+
+if TYPE_CHECKING:  # importing these takes memory that not every process needs
+    from models.network.guarded import Guarded
+    from models.network.trunk import Inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORT_INPUT = 512
@@ -48,10 +50,10 @@ class Module(Protocol):
     def forward_passes(self) -> float:
         """See `Guarded.forward_passes`."""
 
-    def screen(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def screen(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Guarded.screen`."""
 
-    def classify(self, inputs: Inputs) -> torch.Tensor:
+    def classify(self, inputs: "Inputs") -> torch.Tensor:
         """See `Guarded.classify`."""
 
 
@@ -174,7 +176,7 @@ class TorchEngine(ModuleEngine):
 
     def __init__(
         self,
-        guarded: Guarded,
+        guarded: "Guarded",
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         dtype: str = "float32",
@@ -205,7 +207,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     raise EngineError("the tokenizer does more to a text than to put special tokens around it")
 
 
-def collate(batch: Sequence[Encoding], pad_id: int, device: torch.device) -> Inputs:
+def collate(batch: Sequence[Encoding], pad_id: int, device: torch.device) -> "Inputs":
     """Pad on the right and mask, shape (rows, longest); decoders read the last token left of it."""
     lengths = np.array([len(encoding) for encoding in batch])
     mask = np.arange(lengths.max()) < lengths[:, None]

@@ -1,13 +1,16 @@
 """Engines that are installed, and the runtimes that work on this machine."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from models.engines.base import Runtime
 from models.engines.pytorch import ModuleEngine, TorchEngine, best_device, has_bfloat16
 from models.errors import EngineError
-from models.network.guarded import Guarded
+
+if TYPE_CHECKING:  # importing it takes memory that not every process needs
+    from models.network.guarded import Guarded
 
 
 def is_installed(engine: str) -> bool:
@@ -29,7 +32,7 @@ def runs_here(runtime: Runtime) -> bool:
 
 
 def make_engine(
-    runtime: Runtime, guarded: Guarded, tokenizer: PreTrainedTokenizerBase, max_length: int
+    runtime: Runtime, guarded: "Guarded", tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> ModuleEngine:
     """Return an engine for a module with trained adapters, which must be in float32.
 
@@ -45,6 +48,6 @@ def make_engine(
             f"'psim-gateway[{runtime.engine}]', or use the engine torch"
         )
     # Not at the top: it is an extra, and importing it takes memory.
-    from models.engines.openvino import OpenVinoEngine
+    from models.engines.openvino import OpenVinoEngine, trace
 
-    return OpenVinoEngine(guarded, tokenizer, max_length, runtime.dtype)
+    return OpenVinoEngine(trace(guarded), tokenizer, max_length, runtime.dtype)

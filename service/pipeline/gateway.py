@@ -9,13 +9,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.bundle.load import Bundle
 from models.detection.passage import Span
 from models.detection.screen import Verdict
 from models.detection.views import FIRES
-from service.audit.exceptions_reader import Exceptions
 from service.audit.rows import EXCEPTION
 from service.classifiers.base import Call, Classifier, ClassifierInput, Reply
 from service.errors import NotInspected, NotReady, Overloaded, RateLimited, ScreenFailed, TooLarge
@@ -52,6 +51,9 @@ from service.schemas import (
 )
 from service.security.access import Caller
 from service.settings import GatewaySettings, Mode
+
+if TYPE_CHECKING:  # importing it takes memory, and many services have no audit
+    from service.audit.exceptions_reader import Exceptions
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ class Gateway:
         settings: GatewaySettings,
         challenger: Challenger | None = None,
         parity: ParityCheck | None = None,
-        exceptions: Exceptions | None = None,
+        exceptions: "Exceptions | None" = None,
     ) -> None:
         self.bundle, self.model_info, self.mode = bundle, model_info, settings.mode
         self.drift = Drift(bundle)

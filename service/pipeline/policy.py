@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from models.detection.screen import Finding, Verdict
-from service.audit.exceptions_reader import Exceptions
 from service.schemas import Decision
 from service.security.keys.file import Key
 from service.settings import GatewaySettings, Mode
+
+if TYPE_CHECKING:  # importing it takes memory, and many services have no audit
+    from service.audit.exceptions_reader import Exceptions
 
 REASONS = {
     Finding.TRIGGERED: "PSIM finds a backdoor trigger in it (triggered)",
@@ -74,7 +77,7 @@ class Decider:
         exceptions: None if there can be none.
     """
 
-    def __init__(self, policy: Policy, digest: str, exceptions: Exceptions | None) -> None:
+    def __init__(self, policy: Policy, digest: str, exceptions: "Exceptions | None") -> None:
         self.policy, self._digest, self._exceptions = policy, digest, exceptions
         self._covered: dict[str, bool] = {}
 

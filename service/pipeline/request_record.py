@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span, SpanKind, StatusCode, Tracer
 from starlette.requests import ClientDisconnect
 
 from models.detection.screen import Finding, Verdict
 from service.audit.rows import EXCEPTION, NAMES, Row
-from service.audit.writer import Writer
 from service.errors import NotInspected, ServiceError
 from service.observability.drift import Drift
 from service.observability.metrics import ModelMetrics, RequestMetrics
@@ -23,6 +22,9 @@ from service.observability.traces import exemplar, trace_id
 from service.pipeline.policy import all_rejected
 from service.schemas import Decision
 from service.settings import Mode
+
+if TYPE_CHECKING:  # importing it takes memory, and many services have no audit
+    from service.audit.writer import Writer
 
 log = logging.getLogger("psim.request")
 
@@ -94,7 +96,7 @@ class RequestRecord:
 class Recorder:
     """Writes records to metrics, span, log, and the audit if there is one."""
 
-    def __init__(self, metrics: RequestMetrics, tracer: Tracer, audit: Writer | None) -> None:
+    def __init__(self, metrics: RequestMetrics, tracer: Tracer, audit: "Writer | None") -> None:
         self._metrics, self._tracer, self._audit = metrics, tracer, audit
 
     @contextmanager

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pytest
+from scipy.stats import ks_2samp
 
 from models.detection.calibrate import calibrate
 from models.detection.screen import FloatArray, Layout
 from service.app import create_app
-from service.observability.drift import WINDOW, Drift
+from service.observability.drift import WINDOW, Drift, compare_samples
 from service.settings import Settings
 from tests.support.fakes import fake_bundle
 from tests.support.servers import serving
@@ -60,6 +62,18 @@ def test_drift_is_seen_in_the_class_that_drifts() -> None:
     falling = Watched().take(readings(1200, 2, odds=-0.3))
     assert falling.value("statistic", "positive") > 0.25
     assert not {one.labels: one.higher for one in falling.drift.measure()}["positive",]
+
+
+@pytest.mark.parametrize(("own", "others"), [(40, 900), (700, 700), (2000, 1500)])
+@pytest.mark.parametrize("shift", [0.0, 0.05, 0.3])
+def test_the_test_is_that_of_scipy(own: int, others: int, shift: float) -> None:
+    rng = np.random.default_rng(own)
+    inputs = (rng.normal(size=own) + shift).round(2).astype(np.float32)
+    clean = rng.normal(size=others).round(2).astype(np.float32)
+    statistic, p_value = compare_samples(inputs, clean)
+    expected = ks_2samp(inputs, clean, method="asymp")
+    assert statistic == pytest.approx(expected.statistic_sign * expected.statistic)
+    assert p_value == pytest.approx(expected.pvalue, rel=0.15, abs=0.01)
 
 
 def test_what_is_found_poisoned_is_left_out() -> None:

@@ -3,6 +3,8 @@
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -74,7 +76,7 @@ def when_checked(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> N
         do()
         return load(*args, **options)
 
-    monkeypatch.setattr("models.bundle.load.AutoConfig.from_pretrained", loads)
+    monkeypatch.setattr("models.bundle.weights.AutoConfig.from_pretrained", loads)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,6 +202,34 @@ def test_no_file_of_a_bundle_stays_open_or_mapped(
     del loaded
     gc.collect()
     assert mapped().count(ACTIVATIONS) <= held, "the copy takes memory for ever"
+
+
+def test_a_model_that_another_process_traces_says_the_same_and_leaves_nothing(
+    bundle: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("openvino")
+    from models.bundle.apart import trace_apart
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    bundle = fit_tiny(victim_of("bert"), tokenizer, bundle.parent / "fast", engine="openvino")
+    here, apart = (load_bundle(bundle, "float32", "openvino", apart=a) for a in (False, True))
+    for own, expected in zip(outputs(apart), outputs(here), strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-6)
+    assert not list(tmp_path.glob("psim-*"))
+    with pytest.raises(BundleError, match="replaced while it was loaded"):
+        trace_apart(bundle, "0" * 64, multi_label=False)
+    with pytest.raises(BundleError, match=r"nowhere"):
+        trace_apart(bundle / "nowhere", here.digest, multi_label=False)
+
+
+def test_a_service_does_without_what_takes_memory_in_vain() -> None:
+    heavy = "peft", "scipy", "sqlalchemy", "transformers.modeling_utils", "openvino"
+    code = f"import sys, service.app; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_copy_cannot_be_changed_and_is_gone_afterwards(bundle: Path) -> None:

@@ -30,7 +30,11 @@ from tests.support.bundles import fit_tiny, forge, victim_of
 CONFIG, WEIGHTS = "victim/config.json", "victim/model.safetensors"
 PROMPT, TOKENIZER = "prompt/adapter_config.json", "tokenizer/tokenizer_config.json"
 MORE_MEMORY = 512 * 2**20
-LOADERS = ("AutoModelForSequenceClassification", "AutoTokenizer", "PeftModel")
+LOADERS = (
+    "weights.AutoModelForSequenceClassification",
+    "tokenizer.AutoTokenizer",
+    "weights.PeftModel",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     loaded: list[str] = []
     for loader in LOADERS:
         monkeypatch.setattr(
-            f"models.bundle.load.{loader}.from_pretrained",
+            f"models.bundle.{loader}.from_pretrained",
             lambda *a, name=loader, **k: loaded.append(name),
         )
 

@@ -22,7 +22,7 @@ from models.bundle.load import choose, load_bundle
 from models.bundle.manifest import Manifest, RuntimeRecord
 from models.engines import registry
 from models.engines.base import REFERENCE, RUNTIMES, Encoding, Runtime, Withheld
-from models.engines.openvino import GuardedGraph, parts_of, rounded
+from models.engines.openvino import GuardedGraph, parts_of, rounded, trace
 from models.engines.pytorch import TorchEngine, collate, max_input_length
 from models.engines.registry import make_engine
 from models.errors import BundleError, EngineError
@@ -56,7 +56,7 @@ def pair(family: str) -> tuple[Guarded, GuardedGraph]:
     guarded = guarded_victim(family)
     layers, size = len(guarded.trunk.watched), guarded.config.hidden_size
     guarded.activations = Activations(torch.randn(layers, size, size), torch.randn(layers, 3, size))
-    return guarded, GuardedGraph(guarded, "float32", LONGEST)
+    return guarded, GuardedGraph(trace(guarded), "float32", LONGEST)
 
 
 @pytest.mark.parametrize("family", TAILED)
@@ -98,7 +98,7 @@ def test_lengths_are_not_rounded_up_beyond_the_positions_of_the_victim() -> None
     config = FAMILIES["bert"].to_dict() | {"max_position_embeddings": LONGEST}
     victim: Any = BertForSequenceClassification(BertConfig(**config))
     guarded = trained(guard(victim, lora_config(victim, 1), 3))
-    graph = GuardedGraph(guarded, "float32", LONGEST)
+    graph = GuardedGraph(trace(guarded), "float32", LONGEST)
     inputs = collate([Encoding(tuple(range(5, 5 + LONGEST)), False)], 0, CPU)
     readings, expected = graph.screen(inputs)[0], guarded.screen(inputs)[0]
     torch.testing.assert_close(readings, expected, rtol=0, atol=1e-4)
