@@ -10,14 +10,20 @@ from functools import partial
 import torch
 from guarded_pass import bare, guarded
 from harness import Result, Setup, in_turn, pin
+from torch import nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
 
 from models.engines.base import Encoding
 from models.engines.pytorch import DTYPES, TorchEngine
 from models.network.activations import Activations
 from models.network.adapters import lora_config
-from models.network.guarded import guard
+from models.network.guarded import Guarded, guard
 
 LAYERS, LENGTHS, BATCHES = (6, 12, 24), (16, 64, 128, 256, 512), (1, 8, 32)
 MOST_TOKENS = 4096
@@ -32,13 +38,26 @@ def config(layers: int) -> BertConfig:
     )
 
 
-def guarded_engine(setup: Setup, layers: int, dtype: str) -> TorchEngine:
-    """Return an engine with six random checkpoints on the last layer, and random distances."""
-    model = BertForSequenceClassification(config(layers))
+def random_guarded(model: PreTrainedModel) -> Guarded:
+    """Return a model with six checkpoints on the last layer, and random distances.
+
+    As in a bundle, the first checkpoint is the model itself.
+    """
     module = guard(model, lora_config(model, 1), CHECKPOINTS)
-    watched, size = len(module.trunk.watched), model.config.hidden_size
+    first, *_ = module.checkpoints
+    for name, weights in module.psim.named_parameters():
+        if ".lora_B." in name and f".{first}." not in name:
+            nn.init.normal_(weights, std=0.02)
+    module.reuse_untrained()
+    watched, size = len(module.trunk.watched), module.hidden_size
     means = torch.randn(watched, int(model.config.num_labels or 0), size)
     module.activations = Activations(torch.eye(size).repeat(watched, 1, 1), means)
+    return module
+
+
+def guarded_engine(setup: Setup, layers: int, dtype: str) -> TorchEngine:
+    """Return an engine of random weights."""
+    module = random_guarded(BertForSequenceClassification(config(layers)))
     tokenizer = AutoTokenizer.from_pretrained(setup.bundle / "tokenizer")
     return TorchEngine(module, tokenizer, max(LENGTHS), dtype)
 

@@ -35,7 +35,7 @@ def guarded_flops(
     """Return the operations of a guarded pass whose adapters are in the last layer.
 
     The trunk as above, and for each row the last layer as `models.network.last_layer` computes it,
-    for N branches (the checkpoints, and the victim): a query, 2 H²; the key folded into the
+    for N branches (the checkpoints, of which the first is the victim): a query, 2 H²; the key folded into the
     queries, 2 N H²; scores and attended states of A heads, 4 N A T H; values, output projection and
     feed-forward, N (4 H² + 4 H I); what the adapters add, 2 r (3 H + A H) each; pooler and
     classifier, N (2 H² + 2 H C). And M distances to C classes, M (2 H² + 3 C H).
@@ -44,10 +44,10 @@ def guarded_flops(
     heads, classes, n = (
         int(config.num_attention_heads),
         int(config.num_labels or 0),
-        checkpoints + 1,
+        checkpoints,
     )
     tail = 2 * h * h + n * (2 * h * h + 4 * heads * tokens * h + 4 * h * h + 4 * h * wide)
-    tail += checkpoints * 2 * rank * (3 * h + heads * h) + n * (2 * h * h + 2 * h * classes)
+    tail += (n - 1) * 2 * rank * (3 * h + heads * h) + n * (2 * h * h + 2 * h * classes)
     tail += watched * (2 * h * h + 3 * classes * h)
     return trunk_flops(config, rows, tokens, config.num_hidden_layers - 1) + rows * tail
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from page import DOCS, fill, markdown
 
 from models.engines.batching import length_sorted_batches
-from service.inference.batcher import WINDOW
+from service.inference.batcher import BATCH_TOKENS, WINDOW
 from service.settings import Settings
 
 LIMITS = Settings(bundle=Path("unused"))
@@ -122,7 +122,7 @@ class Setup:
     retries: bool = False
     """The balancer sends elsewhere what a dead one does not take."""
     window: int = WINDOW
-    batch_tokens: int = LIMITS.batch_tokens
+    batch_tokens: int = BATCH_TOKENS["cpu"]
     seed: int = 0
 
 

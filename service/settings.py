@@ -226,8 +226,9 @@ class WorkerSettings(Section):
 class InferenceSettings(QueueSettings, WorkerSettings):
     """The inference thread, its queue and its batches."""
 
-    batch_tokens: int = Field(1536, ge=1)
-    """Padded tokens per forward pass, for which texts that arrive meanwhile wait."""
+    batch_tokens: int = Field(0, ge=0)
+    """Padded tokens per forward pass, for which texts that arrive meanwhile wait; 0 takes
+    `BATCH_TOKENS` of the device."""
     threads: int = Field(0, ge=0)
     """Threads of one forward pass; 0 uses all CPUs of the container."""
 

@@ -36,7 +36,7 @@ from models.detection.conformal import ThresholdGroup
 from models.detection.override import OverrideGeometry, OverrideGroup, OverrideTest
 from models.detection.screen import FloatArray, Screen
 from models.engines.base import REFERENCE, Engine, Runtime
-from models.engines.registry import is_installed, make_engine, runs_here
+from models.engines.registry import is_installed, is_worth_using, make_engine, runs_here
 from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 
 OverrideGroups = tuple[list[OverrideGroup], list[OverrideGroup]]
@@ -116,8 +116,8 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
     """Return the calibration of the runtime to use; thresholds of another runtime never apply.
 
     The order of preference among those that match the request and run here: the bundle's default,
-    `REFERENCE`, the default's engine, any other. A runtime that does not agree with the reference
-    is used only on request.
+    `REFERENCE`, the default's engine, any other. A runtime that does not agree with the reference,
+    or leaves a GPU idle, is used only on request.
 
     Raises:
         BundleError: none matches.
@@ -139,7 +139,8 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
         and (engine or dtype or own.parity.agrees)
     ]
     if matching:  # if none of them runs here, loading says why
-        return next((own for own in matching if runs_here(own.runtime)), matching[0])
+        usable = runs_here if engine else is_worth_using
+        return next((own for own in matching if usable(own.runtime)), matching[0])
     requested = f"{engine or REFERENCE.engine}/{dtype or REFERENCE.dtype}"
     known = ", ".join(str(own.runtime) for own in manifest.calibrations)
     raise BundleError(

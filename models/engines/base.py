@@ -90,6 +90,10 @@ class Engine(Protocol):
         """Floating-point type of the weights, such as `float32` or `bfloat16`."""
 
     @property
+    def device_type(self) -> str:
+        """Where it computes: `cpu` or `cuda`."""
+
+    @property
     def forward_passes(self) -> float:
         """Cost of `screen` and `classify` together, in forward passes of the victim."""
 

@@ -89,6 +89,11 @@ class ModuleEngine:
         self._before, self._after = special_tokens(tokenizer)
 
     @property
+    def device_type(self) -> str:
+        """See `Engine.device_type`."""
+        return self.device.type
+
+    @property
     def window_length(self) -> int:
         """See `Engine.window_length`."""
         return self.max_length - len(self._before) - len(self._after)

@@ -31,6 +31,11 @@ def runs_here(runtime: Runtime) -> bool:
     return computes_bfloat16()
 
 
+def is_worth_using(runtime: Runtime) -> bool:
+    """Return whether a runtime runs here and uses the best device: OpenVINO knows no CUDA."""
+    return runs_here(runtime) and (best_device().type == "cpu" or runtime.engine == "torch")
+
+
 def make_engine(
     runtime: Runtime, guarded: "Guarded", tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> ModuleEngine:

@@ -46,7 +46,7 @@ class PanicException(BaseException):
 class FakeEngine:
     """Poisoned iff the text holds `TRIGGER`; label 1 iff the number of words is odd."""
 
-    name, dtype, forward_passes = "fake", "float32", 2.5
+    name, dtype, device_type, forward_passes = "fake", "float32", "cpu", 2.5
 
     def __init__(self) -> None:
         self.gate = threading.Event()

@@ -11,6 +11,7 @@ from typing import Any
 import growth
 import page
 import pytest
+import torch
 from guarded_pass import guarded
 from harness import Setup, spread
 from roofline import guarded_flops
@@ -70,6 +71,19 @@ def http_result(rates: dict[str, float], **gateway: Any) -> dict[str, Any]:
         "guards": [page.GATEWAY], "weights_mb": {"float32": 90.0}, "missing": {},
         "engine": "torch", "generator": "Locust",
     }  # fmt: skip
+
+
+def test_the_benchmark_of_gpus_runs_without_one(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick", "--out", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(file.read_text())
+    assert [(row["tokens"], row["batch"]) for row in rows] == [(32, 1), (32, 8)]
+    for row in rows:
+        assert all(row[way] > 0 for way in ("guarded", "bare", "own unguarded", "collate"))
+        assert "graphs" not in row or torch.cuda.is_available()
+    assert "| BERT 6 x 384 | 8 x 32 |" in done.stdout
+    assert torch.cuda.is_available() or "figures mean nothing" in done.stdout
 
 
 def test_targets_are_met_or_not_by_the_figures() -> None:

@@ -118,6 +118,22 @@ async def test_what_waits_while_the_device_is_busy_becomes_one_batch_longest_fir
         assert [len(ids) for ids in engine.screened[1:]] == sorted(lengths, reverse=True)
 
 
+@pytest.mark.parametrize(("device", "largest"), [("cpu", 48), ("cuda", 100)])
+async def test_a_gpu_gets_larger_batches(device: str, largest: int) -> None:
+    engine = FakeEngine()
+    engine.device_type = device
+    text = "a " * 32
+    async with running(engine) as batcher:
+        engine.gate.clear()
+        first = asyncio.create_task(batcher.screen(["one"]))
+        await until(lambda: engine.waits)
+        rest = asyncio.create_task(batcher.screen([text] * 100))
+        await until(lambda: value(batcher, "queue_inputs") == 101)
+        engine.gate.set()
+        await asyncio.gather(first, rest)
+    assert max(engine.batches) == largest
+
+
 async def test_batches_of_callers_that_have_gone_are_not_run() -> None:
     engine = FakeEngine()
     async with running(engine, batch_tokens=4) as batcher:
@@ -203,14 +219,17 @@ async def test_a_worker_that_dies_is_started_again_and_only_what_it_held_is_lost
 ) -> None:
     engine = FakeEngine()
     async with running(engine) as batcher:
-        verdicts, failures = batcher._screen.verdicts, iter([ValueError("hunter" + str(2))])
+        verdicts, failures = (
+            batcher._screen.verdicts_of_batch,
+            iter([ValueError("hunter" + str(2))]),
+        )
 
         def fail_once(*args: Any) -> Any:
             for error in failures:
                 raise error
             return verdicts(*args)
 
-        monkeypatch.setattr(batcher._screen, "verdicts", fail_once)
+        monkeypatch.setattr(batcher._screen, "verdicts_of_batch", fail_once)
         engine.gate.clear()
         held = asyncio.create_task(batcher.screen(["one"]))
         await until(lambda: batcher._taken)

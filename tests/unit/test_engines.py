@@ -218,7 +218,28 @@ def test_what_is_asked_for_goes_before_the_default(
 @pytest.fixture
 def everything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the processor of this machine has."""
-    monkeypatch.setattr(bundles, "runs_here", lambda runtime: True)
+    for module in (bundles, registry):
+        monkeypatch.setattr(module, "runs_here", lambda runtime: True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "chosen"),
+    [
+        (None, None, "torch/float32"),
+        (None, "bfloat16", "torch/bfloat16"),
+        ("openvino", None, "openvino/bfloat16"),
+    ],
+)
+def test_a_gpu_is_not_left_idle_unless_that_is_asked_for(
+    engine: str | None,
+    dtype: str | None,
+    chosen: str,
+    everything_runs: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "best_device", lambda: torch.device("cuda"))
+    manifest = manifest_with("openvino/bfloat16")
+    assert str(choose(manifest, engine, dtype).runtime) == chosen
 
 
 def test_what_does_not_agree_with_the_reference_has_to_be_asked_for(everything_runs: None) -> None:

@@ -21,7 +21,7 @@ from models.detection.screen import FloatArray, Layout, Screen, Verdict
 from models.detection.views import Views
 from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
 from models.engines.pytorch import TorchEngine
-from models.engines.registry import is_installed, make_engine, runs_here
+from models.engines.registry import is_installed, is_worth_using, make_engine, runs_here
 from models.errors import EngineError
 from models.offline.fitting.unfamiliar import harmless_texts
 from models.offline.io.inference import predict, run_tests, texts_per_second
@@ -128,7 +128,8 @@ def _runtimes(trained: TorchEngine, engine: str) -> list[Runtime]:
             raise EngineError(f"{engine} cannot run this victim, or these adapters; use torch")
         wanted = [r for r in wanted if r.engine == REFERENCE.engine]
     # PyTorch computes in any dtype, if slowly.
-    return [r for r in wanted if r.engine == REFERENCE.engine or runs_here(r)]
+    usable = is_worth_using if engine == AUTO else runs_here
+    return [r for r in wanted if r.engine == REFERENCE.engine or usable(r)]
 
 
 def measure(
