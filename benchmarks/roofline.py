@@ -35,10 +35,10 @@ def guarded_flops(
     """Return the operations of a guarded pass whose adapters are in the last layer.
 
     The trunk as above, and for each row the last layer as `models.network.last_layer` computes it,
-    for N branches (the checkpoints, of which the first is the victim): a query, 2 H²; the key folded into the
-    queries, 2 N H²; scores and attended states of A heads, 4 N A T H; values, output projection and
-    feed-forward, N (4 H² + 4 H I); what the adapters add, 2 r (3 H + A H) each; pooler and
-    classifier, N (2 H² + 2 H C). And M distances to C classes, M (2 H² + 3 C H).
+    for N branches (the checkpoints, of which the first is the victim): a query, 2 H²; the key
+    folded into the queries, 2 N H²; scores and attended states of A heads, 4 N A T H; values,
+    output projection and feed-forward, N (4 H² + 4 H I); what the adapters add, 2 r (3 H + A H)
+    each; pooler and classifier, N (2 H² + 2 H C). And M distances to C classes, M (2 H² + 3 C H).
     """
     h, wide = int(config.hidden_size), int(config.intermediate_size)
     heads, classes, n = (

@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -84,6 +84,29 @@ def private_copy(path: Path, sizes: Mapping[str, int]) -> Iterator[Path]:
                 raise BundleError(f"{name} cannot be read: {error.strerror}") from error
             _seal(copy)
         yield folder
+
+
+@contextmanager
+def files_in_memory(names: Sequence[str]) -> Iterator[Path]:
+    """Yield a folder with empty files in memory; it is removed at the end.
+
+    Raises:
+        OSError: there is no folder for temporary files.
+    """
+    with ExitStack() as until_the_end:
+        private = tempfile.TemporaryDirectory(prefix="psim-traced-")
+        folder = Path(until_the_end.enter_context(private))
+        for name in names:
+            until_the_end.enter_context(_in_memory(folder / name))
+        yield folder
+
+
+def descriptors_of(folder: Path) -> list[int]:
+    """Return by which descriptors the files of a folder of ours are open, if they are in memory.
+
+    A process that inherits them can open the files too.
+    """
+    return [int(file.readlink().name) for file in folder.rglob("*") if file.is_symlink()]
 
 
 def _in_memory(file: Path) -> BinaryIO:

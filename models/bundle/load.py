@@ -94,7 +94,7 @@ def load_bundle(
         with checked_copy(path, manifest) as (copy, totals):
             screen, groups = _load_screen(copy, manifest, calibration)
             if apart and calibration.engine == "openvino" and is_installed("openvino"):
-                model = _trace_engine(path, copy, manifest, digest, calibration.dtype)
+                model = _trace_engine(copy, manifest, totals, calibration.dtype)
             else:
                 model = _load_engine(copy, manifest, totals, calibration.runtime)
             carriers = _load_carriers(copy, manifest)
@@ -289,11 +289,11 @@ def _load_engine(path: Path, manifest: Manifest, totals: WeightTotals, runtime: 
     return make_engine(runtime, *load_model(path, manifest, totals), manifest.max_length)
 
 
-def _trace_engine(path: Path, copy: Path, manifest: Manifest, digest: str, dtype: str) -> Engine:
+def _trace_engine(copy: Path, manifest: Manifest, totals: WeightTotals, dtype: str) -> Engine:
     from models.bundle.apart import trace_apart  # it imports an extra
     from models.engines.openvino import OpenVinoEngine
 
-    traced = trace_apart(path, digest, multi_label=manifest.multi_label)
+    traced = trace_apart(copy, manifest, totals)
     return OpenVinoEngine(traced, load_tokenizer(copy), manifest.max_length, dtype)
 
 

@@ -36,6 +36,7 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 import openvino  # noqa: E402
 
 GRAPH, ACTIVATIONS = "graph.xml", "activations.safetensors"
+FILES = (GRAPH, "graph.bin", ACTIVATIONS)
 """Files of a traced module."""
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 INPUTS = "input_ids", "attention_mask"
@@ -60,7 +61,7 @@ class Traced:
     multi_label: bool
 
     def save(self, folder: Path) -> None:
-        """Write everything into a folder of our own."""
+        """Write `FILES` into a folder of our own."""
         openvino.save_model(self.graph, folder / GRAPH, compress_to_fp16=False)
         if self.activations:
             tensors = {"whitening": self.activations.whitening, "means": self.activations.means}
@@ -71,7 +72,7 @@ class Traced:
         """Return what was saved; the files are not needed afterwards."""
         core, file = openvino.Core(), folder / ACTIVATIONS
         core.set_property({"ENABLE_MMAP": False})
-        activations = Activations(**load_file(file)) if file.exists() else None
+        activations = Activations(**load_file(file)) if file.stat().st_size else None
         return Traced(core.read_model(folder / GRAPH), activations, multi_label)
 
 

@@ -219,10 +219,15 @@ def test_a_model_that_another_process_traces_says_the_same_and_leaves_nothing(
     for own, expected in zip(outputs(apart), outputs(here), strict=True):
         np.testing.assert_allclose(own, expected, atol=1e-6)
     assert not list(tmp_path.glob("psim-*"))
-    with pytest.raises(BundleError, match="replaced while it was loaded"):
-        trace_apart(bundle, "0" * 64, multi_label=False)
-    with pytest.raises(BundleError, match=r"nowhere"):
-        trace_apart(bundle / "nowhere", here.digest, multi_label=False)
+    with verify.checked_copy(bundle, here.manifest) as (copy, totals):
+        with pytest.raises(BundleError, match="more layers than there are weights for"):
+            trace_apart(copy, here.manifest, verify.WeightTotals(1, 1))
+        other = here.manifest.model_copy(update={"labels": here.manifest.labels[::-1]})
+        with pytest.raises(BundleError, match="labels of manifest"):
+            trace_apart(copy, other, totals)
+        (copy / "tokenizer/tokenizer_config.json").unlink()
+        with pytest.raises(BundleError, match="ended with code 1"):
+            trace_apart(copy, here.manifest, totals)
 
 
 def test_a_service_does_without_what_takes_memory_in_vain() -> None:
