@@ -63,6 +63,7 @@ inputs = sa.Table(
     sa.Column("model", sa.Text),
     sa.Column("caller", sa.Text),
     sa.Column("reason", sa.Text),
+    sa.Column("sample_rate", sa.Double, nullable=False, server_default="1"),
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )

@@ -27,7 +27,7 @@ from tests.support.versions import ROWS
 from tests.support.waiting import wait_for
 
 BEFORE_DETECTOR, BEFORE_FINDINGS = "0004", "0005"
-NEW = ("finding", "override", "override_threshold", "override_p_value", "reason")
+NEW = ("finding", "override", "override_threshold", "override_p_value", "reason", "sample_rate")
 """Columns that came with the findings, or later."""
 NOW = datetime(2026, 11, 25, 14, 30, tzinfo=UTC)
 ROW = Row(
