@@ -161,19 +161,8 @@ def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) ->
             tallies[found] += _tally(mark, count)
         elif poisoned is None:
             unscreened += count
-    first = int(scope.since.timestamp()) // width_s * width_s
-    starts = range(first, int(scope.until.timestamp()) + 1, width_s)
-    slots = [
-        Slot(
-            datetime.fromtimestamp(start, UTC),
-            inputs_by[start],
-            found_by[start, Finding.TRIGGERED],
-            found_by[start, Finding.UNFAMILIAR],
-        )
-        for start in starts
-    ]
     return TrafficStatistics(
-        slots,
+        _slots(scope, width_s, inputs_by, found_by),
         _most_first(decisions),
         tallies[Finding.TRIGGERED],
         tallies[Finding.UNFAMILIAR],
@@ -181,6 +170,25 @@ def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) ->
         _most_first(bundles),
         rows,
     )
+
+
+def _slots(
+    scope: StatisticsFilter,
+    width_s: int,
+    inputs_by: Mapping[int, float],
+    found_by: Mapping[tuple[int, str], float],
+) -> list[Slot]:
+    """Return all slots of a period, those without inputs too."""
+    first = int(scope.since.timestamp()) // width_s * width_s
+    return [
+        Slot(
+            datetime.fromtimestamp(start, UTC),
+            inputs_by.get(start, 0.0),
+            found_by.get((start, Finding.TRIGGERED), 0.0),
+            found_by.get((start, Finding.UNFAMILIAR), 0.0),
+        )
+        for start in range(first, int(scope.until.timestamp()) + 1, width_s)
+    ]
 
 
 def _most_first(counts: Mapping[str, float]) -> dict[str, float]:

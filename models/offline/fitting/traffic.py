@@ -57,6 +57,11 @@ class _ExportedRow(BaseModel):
         return Kind.PASSED if passed else Kind.UNMARKED
 
 
+_NEEDS_TEXTS = (
+    "set PSIM_AUDIT_TEXT=true for the service, and export the audit when it has seen enough traffic"
+)
+
+
 @dataclass(frozen=True)
 class AuditedTraffic:
     """One bundle's traffic in an audit export."""
@@ -111,10 +116,7 @@ def read_traffic(file: Path, judge: str) -> AuditedTraffic:
             "name the bundle that was served"
         )
     if not kinds:
-        raise DataError(
-            f"{file} has no texts, which have to be scored again: set PSIM_AUDIT_TEXT=true for the "
-            "service, and export the audit when it has seen enough traffic"
-        )
+        raise DataError(f"{file} has no texts, which have to be scored again: {_NEEDS_TEXTS}")
     first, last = min(times), max(times)
     return AuditedTraffic(kinds, rates, others, file.name, file_digest(file), first, last)
 
