@@ -270,6 +270,7 @@ def _audit(settings: AuditSettings, metrics: Metrics) -> "Writer | None":
         days=settings.audit_days,
         key=settings.audit_key.get_secret_value().encode() if settings.audit_key else None,
         keep_text=settings.audit_text,
+        sample=settings.audit_sample,
     )
 
 

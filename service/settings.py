@@ -164,6 +164,9 @@ class AuditSettings(Section):
     """How long rows are kept."""
     audit_queue: int = Field(10_000, ge=1)
     """Inputs that may wait to be written; more are dropped."""
+    audit_sample: float = Field(1, ge=1e-6, le=1)
+    """Share of the inputs without a finding that is kept. Not 0: from none, nothing could be scaled
+    up."""
     push_url: HttpUrl | None = None
     """Where findings are pushed as CloudEvents; None pushes none."""
     push_key: SecretStr | None = None

@@ -319,6 +319,13 @@ CHARTS: dict[str, list[Chart]] = {
             {"{{instance}}": f"rate(psim_audit_dropped_total{PODS}{RATE})"},
         ),
         Chart(
+            "Inputs that sampling kept out of the audit",
+            "Without a finding. PSIM_AUDIT_SAMPLE is the share that is kept; figures made of the "
+            "audit allow for the rest.",
+            units.CountsPerSecond,
+            {"{{instance}}": f"rate(psim_audit_sampled_out_total{PODS}{RATE})"},
+        ),
+        Chart(
             "Failures of the audit store",
             "Each is tried again. Nothing is lost while the queue has room.",
             units.CountsPerSecond,

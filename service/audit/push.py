@@ -41,8 +41,9 @@ STORE_S = 10.0
 LATER = (408, 425, 429)
 """Statuses below 500 that are not about the event."""
 TYPE = "psim.finding.v1"
-PRIVATE = ("id", "time", "text", "text_hmac", "mark", "poisoned")
-"""Columns that an event's data lacks: what could tell a text, or is said elsewhere."""
+PRIVATE = ("id", "time", "text", "text_hmac", "mark", "poisoned", "sample_rate")
+"""Columns that an event's data lacks: what could tell a text, or is said elsewhere. Findings are
+never sampled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from datetime import datetime
 from enum import StrEnum
 from uuid import UUID, uuid4
 
+from service.schemas import Decision
+
 EXCEPTION = "exception"
 """Reason of a decision that a reviewed exception made."""
 
@@ -58,6 +60,9 @@ class Row:
     override_p_value: float | None = None
     reason: str | None = None
     """`EXCEPTION` if the finding was set aside by one; else None."""
+    sample_rate: float = 1.0
+    """Probability with which rows like this one are kept: it stands for `1 / sample_rate` inputs.
+    1 in rows of versions that kept all."""
     mark: str | None = None
     """One of `Mark`; None if not marked."""
     id: UUID = field(default_factory=uuid4)
@@ -65,6 +70,21 @@ class Row:
 
 
 NAMES = tuple(f.name for f in fields(Row))
+
+
+def is_plain(row: Row) -> bool:
+    """Return whether an input was screened, nothing was found, and nothing stood in its way."""
+    passed = row.decision in (None, Decision.ALLOW)  # `/screen` makes no decision
+    return passed and row.poisoned is False and row.finding is None and row.reason is None
+
+
+def is_sampled(id: UUID, rate: float) -> bool:
+    """Return whether a row is among those that are kept at a rate, by 48 random bits of its id.
+
+    Not by the request id: callers choose that, and could choose one that is never kept. The id is
+    random and made here. What is kept at a rate is kept at every higher one.
+    """
+    return (id.int >> 80) < rate * 2**48
 
 
 def hmac_of(key: bytes, text: str) -> str:

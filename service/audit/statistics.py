@@ -1,7 +1,12 @@
-"""Statistics of the audit, computed by the database: there may be millions of rows."""
+"""Statistics of the audit, computed by the database: there may be millions of rows.
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+Numbers of inputs are estimates where inputs were sampled: a row that was kept at a rate counts as
+`1 / rate` inputs (Horvitz and Thompson), so each number is right on average. They are exact for
+findings and marks, since what is found is always kept.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -18,6 +23,8 @@ FACTORS = range(5, 21)
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 """Upper ends of the ranges, as in `psim_screen_confidence`."""
+ESTIMATE = sa.func.sum(1 / inputs.c.sample_rate)
+"""Number of inputs for which some rows stand; NULL for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +46,9 @@ class StatisticsFilter:
 class Tally:
     """A number of inputs, and how many of them are marked."""
 
-    inputs: int = 0
-    poisoned: int = 0
-    false_alarms: int = 0
+    inputs: float = 0
+    poisoned: float = 0
+    false_alarms: float = 0
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
@@ -59,12 +66,12 @@ class Slot:
     """Inputs of a time slot."""
 
     start: datetime
-    inputs: int
-    triggered: int
-    unfamiliar: int
+    inputs: float
+    triggered: float
+    unfamiliar: float
 
     @property
-    def flagged(self) -> int:
+    def flagged(self) -> float:
         """Inputs with a finding."""
         return self.triggered + self.unfamiliar
 
@@ -79,15 +86,18 @@ class TrafficStatistics:
     """Inputs, and the decisions about them."""
 
     slots: Sequence[Slot]
-    decisions: Counter[str]
+    decisions: Mapping[str, float]
+    """Inputs by decision, the most frequent one first."""
     triggered: Tally
     unfamiliar: Tally
-    unscreened: int
-    bundles: Counter[str]
-    """Inputs by digest, of all bundles whatever the filter."""
+    unscreened: float
+    bundles: Mapping[str, float]
+    """Inputs by digest, of all bundles whatever the filter, the most frequent one first."""
+    rows: int
+    """Rows from which all this is estimated; as many as inputs if none were left out."""
 
     @property
-    def inputs(self) -> int:
+    def inputs(self) -> float:
         """Number of all inputs."""
         return sum(slot.inputs for slot in self.slots)
 
@@ -120,7 +130,7 @@ class ScoreGroup:
     """Histogram of scores, in bins of a tenth of the threshold; the last bin has the rest."""
 
     @property
-    def inputs(self) -> int:
+    def inputs(self) -> float:
         """Number of all inputs."""
         return sum(tally.inputs for tally in self.tenths)
 
@@ -131,17 +141,18 @@ def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) ->
     columns = [inputs.c[name] for name in ("digest", "decision", "poisoned", "finding", "mark")]
     slot = (epoch - epoch % width_s).label("slot")
     all_bundles = StatisticsFilter(scope.since, scope.until)
-    query = sa.select(slot, *columns, sa.func.count()).where(*all_bundles.conditions)
-    rows = connection.execute(query.group_by("slot", *columns)).all()
-    bundles: Counter[str] = Counter()
-    inputs_by: Counter[int] = Counter()
-    found_by: Counter[tuple[int, str]] = Counter()
-    decisions: Counter[str] = Counter()
-    tallies, unscreened = dict.fromkeys(Finding, NONE), 0
-    for start, digest, decision, poisoned, finding, mark, count in rows:
+    query = sa.select(slot, *columns, ESTIMATE, sa.func.count()).where(*all_bundles.conditions)
+    groups = connection.execute(query.group_by("slot", *columns)).all()
+    bundles: defaultdict[str, float] = defaultdict(float)
+    inputs_by: defaultdict[int, float] = defaultdict(float)
+    found_by: defaultdict[tuple[int, str], float] = defaultdict(float)
+    decisions: defaultdict[str, float] = defaultdict(float)
+    tallies, unscreened, rows = dict.fromkeys(Finding, NONE), 0.0, 0
+    for start, digest, decision, poisoned, finding, mark, count, kept in groups:
         bundles[digest] += count
         if scope.digest not in (None, digest):
             continue
+        rows += kept
         inputs_by[int(start)] += count
         decisions[decision or "none"] += count
         if poisoned or finding:
@@ -150,19 +161,38 @@ def traffic(connection: sa.Connection, scope: StatisticsFilter, width_s: int) ->
             tallies[found] += _tally(mark, count)
         elif poisoned is None:
             unscreened += count
+    return TrafficStatistics(
+        _slots(scope, width_s, inputs_by, found_by),
+        _most_first(decisions),
+        tallies[Finding.TRIGGERED],
+        tallies[Finding.UNFAMILIAR],
+        unscreened,
+        _most_first(bundles),
+        rows,
+    )
+
+
+def _slots(
+    scope: StatisticsFilter,
+    width_s: int,
+    inputs_by: Mapping[int, float],
+    found_by: Mapping[tuple[int, str], float],
+) -> list[Slot]:
+    """Return all slots of a period, those without inputs too."""
     first = int(scope.since.timestamp()) // width_s * width_s
-    starts = range(first, int(scope.until.timestamp()) + 1, width_s)
-    slots = [
+    return [
         Slot(
             datetime.fromtimestamp(start, UTC),
-            inputs_by[start],
-            found_by[start, Finding.TRIGGERED],
-            found_by[start, Finding.UNFAMILIAR],
+            inputs_by.get(start, 0.0),
+            found_by.get((start, Finding.TRIGGERED), 0.0),
+            found_by.get((start, Finding.UNFAMILIAR), 0.0),
         )
-        for start in starts
+        for start in range(first, int(scope.until.timestamp()) + 1, width_s)
     ]
-    triggered, unfamiliar = tallies[Finding.TRIGGERED], tallies[Finding.UNFAMILIAR]
-    return TrafficStatistics(slots, decisions, triggered, unfamiliar, unscreened, bundles)
+
+
+def _most_first(counts: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(counts.items(), key=lambda one: -one[1]))
 
 
 def groups(
@@ -172,7 +202,7 @@ def groups(
     score, threshold = stage.score, stage.threshold
     under = [(score < threshold * ((i + 1) / 10), i) for i in range(TENTHS)]
     tenth = sa.case(*under, else_=TENTHS).label("tenth")
-    query = sa.select(inputs.c.digest, threshold, tenth, inputs.c.mark, sa.func.count())
+    query = sa.select(inputs.c.digest, threshold, tenth, inputs.c.mark, ESTIMATE)
     query = query.where(score.is_not(None), *scope.conditions)
     rows = connection.execute(query.group_by(inputs.c.digest, threshold, "tenth", inputs.c.mark))
     histograms: dict[tuple[str, float], list[Tally]] = {}
@@ -198,7 +228,7 @@ def by_budget(connection: sa.Connection, scope: StatisticsFilter) -> dict[float,
     `p_value <= budget` is equivalent to the rule by the threshold, see
     `models.detection.conformal.conformal_threshold`.
     """
-    within = [sa.func.count().filter(inputs.c.p_value <= budget) for budget in BUDGETS]
+    within = [_estimate(inputs.c.p_value <= budget) for budget in BUDGETS]
     query = sa.select(inputs.c.mark, *within).where(*scope.conditions).group_by(inputs.c.mark)
     rows = connection.execute(query).all()
     return {
@@ -207,18 +237,23 @@ def by_budget(connection: sa.Connection, scope: StatisticsFilter) -> dict[float,
     }
 
 
-def confidences(connection: sa.Connection, scope: StatisticsFilter) -> list[tuple[int, int]]:
+def confidences(connection: sa.Connection, scope: StatisticsFilter) -> list[tuple[float, float]]:
     """Count passed and flagged inputs, by range of `CONFIDENCES`."""
     confidence = inputs.c.confidence
     upto = [(confidence <= edge, number) for number, edge in enumerate(CONFIDENCES[:-1])]
     # Not the name of a column: SQL would group by that column.
     within = sa.case(*upto, else_=len(CONFIDENCES) - 1).label("within")
-    query = sa.select(within, sa.func.count(), sa.func.count().filter(flagged))
+    query = sa.select(within, ESTIMATE, _estimate(flagged))
     query = query.where(confidence.is_not(None), *scope.conditions).group_by("within")
     counts = {row[0]: (row[1] - row[2], row[2]) for row in connection.execute(query)}
     return [counts.get(number, (0, 0)) for number in range(len(CONFIDENCES))]
 
 
-def _tally(mark: str | None, count: int) -> Tally:
+def _estimate(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[float]:
+    """Estimate how many inputs meet a condition."""
+    return sa.func.coalesce(ESTIMATE.filter(condition), 0)
+
+
+def _tally(mark: str | None, count: float) -> Tally:
     poisoned = count if mark == Mark.POISONED else 0
     return Tally(count, poisoned, count if mark == Mark.FALSE_ALARM else 0)

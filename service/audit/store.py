@@ -1,7 +1,7 @@
 """The tables of the audit, in SQLite or PostgreSQL; a store is used from one thread at a time."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, StatementError
 
+from service.audit.postgres import days
 from service.audit.rows import NAMES, Row, as_dict
 from service.audit.schema import AuditError, is_newer, upgrade
 
@@ -35,7 +36,7 @@ class Utc(sa.TypeDecorator[datetime]):
 
 
 metadata = sa.MetaData()
-inputs = sa.Table(
+inputs = sa.Table(  # in PostgreSQL, most rows are in a table of their day, see `postgres.days`
     "psim_audit",
     metadata,
     sa.Column("id", sa.Uuid, primary_key=True),
@@ -63,6 +64,7 @@ inputs = sa.Table(
     sa.Column("model", sa.Text),
     sa.Column("caller", sa.Text),
     sa.Column("reason", sa.Text),
+    sa.Column("sample_rate", sa.Double, nullable=False, server_default="1"),
     sa.Column("mark", sa.Text),
     sa.CheckConstraint("mark IN ('poisoned', 'false_alarm')", name="psim_audit_mark"),
 )
@@ -173,7 +175,7 @@ class AuditStore:
             return
         try:
             with self._engine.begin() as connection:
-                connection.execute(self._insert, [_storable(row) for row in rows])
+                self._write(connection, [_storable(row) for row in rows])
                 found = [row for row in rows if row.finding] if self._push else []
                 if found:
                     connection.execute(self._queue, [_pushed(row) for row in found])
@@ -183,6 +185,12 @@ class AuditStore:
             if isinstance(error, DBAPIError):
                 raise
             raise BadRow(type(error).__name__) from None
+
+    def _write(self, connection: sa.Connection, rows: Sequence[Mapping[str, object]]) -> None:
+        if self._file:
+            connection.execute(self._insert, rows)
+        else:
+            days.write(connection, rows)
 
     def take_lease(
         self, connection: sa.Connection, name: str, owner: str, now: datetime, seconds: float
@@ -197,7 +205,15 @@ class AuditStore:
         return connection.execute(first).rowcount == 1
 
     def purge(self, before: datetime, limit: int) -> int:
-        """Delete at most `limit` rows that are older than a time; return how many."""
+        """Delete at most `limit` rows that are older than a time; return how many.
+
+        In PostgreSQL, drop the days that had ended then, and make the table of tomorrow.
+        """
+        if self._file is None:
+            days.drop(self._engine, before)
+            with self._engine.begin() as connection:
+                days.make(connection, days.day_of(datetime.now(UTC) + timedelta(days=1)))
+                return days.delete(connection, before, limit)
         old = sa.select(inputs.c.id).where(inputs.c.time < before).limit(limit)
         with self._engine.begin() as connection:
             return connection.execute(sa.delete(inputs).where(inputs.c.id.in_(old))).rowcount

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 
-from service.audit.rows import Row, hmac_of
+from service.audit.rows import Row, hmac_of, is_plain, is_sampled
 from service.audit.schema import NewerSchemaError
 from service.audit.store import AuditStore, BadRow
 from service.observability.metrics import AuditMetrics
@@ -46,6 +46,7 @@ class Writer:
         days: time after which rows are deleted.
         key: of the HMAC of texts; None keeps no HMAC.
         keep_text: whether texts are kept.
+        sample: share of the inputs to keep in which nothing was found; all others are kept.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class Writer:
         days: float,
         key: bytes | None,
         keep_text: bool,
+        sample: float = 1.0,
     ) -> None:
         self._store, self._metrics = store, metrics
         self._limit, self._age = limit, timedelta(days=days)
-        self._key, self._keep_text = key, keep_text
+        self._key, self._keep_text, self._rate = key, keep_text, sample
         self._rows: deque[Row] = deque()
         metrics.audit_queue_rows.set_function(lambda: len(self._rows))
         self._chars = 0
@@ -79,8 +81,10 @@ class Writer:
         self._thread.start()
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Queue rows, and drop those that do not fit; never waits for the store."""
-        protected = [self._protect(row) for row in rows]
+        """Queue rows that are to be kept, and drop those that do not fit; never waits."""
+        kept = [row for row in rows if not is_plain(row) or is_sampled(row.id, self._rate)]
+        self._metrics.audit_sampled_out.inc(len(rows) - len(kept))
+        protected = [self._protect(row) for row in kept]
         with self._wake:
             first = not self._rows
             taken = list(takewhile(self._take, protected))
@@ -109,7 +113,9 @@ class Writer:
         return True
 
     def _protect(self, row: Row) -> Row:
-        """Replace the text by what the settings allow to keep of it."""
+        """Replace the text by what the settings allow to keep of it; say the rate of its kind."""
+        if self._rate < 1 and is_plain(row):
+            row = replace(row, sample_rate=self._rate)
         if row.text is None:
             return row
         digest = None

@@ -53,6 +53,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}"
 
 
+def count(value: float) -> str:
+    """Return a number of inputs, which may be an estimate, with thousands separators."""
+    return f"{value:,.0f}"
+
+
 def moment(time: datetime) -> str:
     """Return a time in UTC, which every page states."""
     return f"{time.astimezone(UTC):%d %b %Y %H:%M:%S}"

@@ -10,7 +10,7 @@ from models.detection.conformal import min_calibration_size
 from service.audit import statistics
 from service.audit.statistics import NONE, ScoreGroup, Tally, TrafficStatistics
 from service.console import plots
-from service.console.formatting import number, percent
+from service.console.formatting import count, percent
 from service.console.plots import Plot
 from service.console.query import PERIODS, ConsoleQuery
 
@@ -52,7 +52,7 @@ class Overview:
     overrides: StagePlots
     budgets: Sequence[SliderChoice]
     confidence: Plot
-    confidences: Sequence[tuple[float, int, int]]
+    confidences: Sequence[tuple[float, float, float]]
     """Upper end of a range, inputs that passed, inputs that were flagged."""
 
 
@@ -102,7 +102,7 @@ class _WhatIf:
     """What the choices of a slider are compared with."""
 
     what: str
-    total: int
+    total: float
     now: Tally
     """What is found now."""
     marked: Tally
@@ -129,16 +129,16 @@ def _choices(
     total, marked = what_if.total, what_if.marked
     choices = []
     for (name, tally), tenth in zip(tallies.items(), tenths, strict=True):
-        more = tally.inputs - what_if.now.inputs
+        more = round(tally.inputs - what_if.now.inputs)
         change = (
-            f"{number(abs(more))} {'more' if more > 0 else 'fewer'} than now" if more else "as now"
+            f"{count(abs(more))} {'more' if more > 0 else 'fewer'} than now" if more else "as now"
         )
         share = tally.inputs / total if total else 0.0
         summary = (
-            f"At {name}: {number(tally.inputs)} of {number(total)} {what_if.what} "
+            f"At {name}: {count(tally.inputs)} of {count(total)} {what_if.what} "
             f"({percent(share)}, {change}). Of those marked so far: "
-            f"{tally.poisoned} of {marked.poisoned} poisoned, "
-            f"{tally.false_alarms} of {marked.false_alarms} false alarms."
+            f"{count(tally.poisoned)} of {count(marked.poisoned)} poisoned, "
+            f"{count(tally.false_alarms)} of {count(marked.false_alarms)} false alarms."
         )
         choices.append(SliderChoice(name, tally, share, summary, tenth))
     return choices

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from service.audit.statistics import CONFIDENCES, TENTHS, ScoreGroup, Slot
+from service.console.formatting import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Plot:
 class Stack:
     """Bars on top of each other, on a logarithmic scale."""
 
-    parts: Sequence[tuple[str, int]]
+    parts: Sequence[tuple[str, float]]
     """Kind and count of each bar, from the bottom."""
     title: str
     tenth: int | None = None
@@ -70,10 +71,10 @@ def volume_plot(slots: Sequence[Slot], width: timedelta) -> Plot:
         _bar(number, len(slots), slot.inputs / top, "passed", _title(slot))
         for number, slot in enumerate(slots)
     ]
-    return Plot(bars, [Tick(100, "0"), Tick(0, f"{top:,}")], _times(slots, width))
+    return Plot(bars, [Tick(100, "0"), Tick(0, count(top))], _times(slots, width))
 
 
-def score_plot(group: ScoreGroup, highest: int) -> Plot:
+def score_plot(group: ScoreGroup, highest: float) -> Plot:
     """Return a histogram of scores, against their threshold.
 
     Args:
@@ -85,7 +86,9 @@ def score_plot(group: ScoreGroup, highest: int) -> Plot:
         low, high = (group.threshold * end / 10 for end in (tenth, tenth + 1))
         scores = f"{low:.2f} to {high:.2f}" if tenth < TENTHS else f"{low:.2f} and more"
         kind = "flagged" if tenth >= 10 else "passed"
-        stacks.append(Stack([(kind, tally.inputs)], f"score {scores}: {tally.inputs:,}", tenth))
+        stacks.append(
+            Stack([(kind, tally.inputs)], f"score {scores}: {count(tally.inputs)}", tenth)
+        )
     xs = [Tick(0, "0")]
     xs += [
         Tick(_place(10 * times), f"{times * group.threshold:.2f}{'+' if times == 3 else ''}")
@@ -94,13 +97,13 @@ def score_plot(group: ScoreGroup, highest: int) -> Plot:
     return Plot(*_stacked(stacks, highest), xs, _place(10))
 
 
-def confidence_plot(counts: Sequence[tuple[int, int]]) -> Plot:
+def confidence_plot(counts: Sequence[tuple[float, float]]) -> Plot:
     """Return a histogram of confidences, for passed and flagged inputs."""
     lows = ("0", *map(str, CONFIDENCES[:-1]))
     stacks = [
         Stack(
             [("passed", passed), ("flagged", flagged)],
-            f"confidence over {low} to {high}: {passed:,} passed, {flagged:,} flagged",
+            f"confidence over {low} to {high}: {count(passed)} passed, {count(flagged)} flagged",
         )
         for low, high, (passed, flagged) in zip(lows, CONFIDENCES, counts, strict=True)
     ]
@@ -112,19 +115,19 @@ def confidence_plot(counts: Sequence[tuple[int, int]]) -> Plot:
     return Plot(*_stacked(stacks, max(map(sum, counts))), xs)
 
 
-def _stacked(stacks: Sequence[Stack], highest: int) -> tuple[list[Bar], list[Tick]]:
+def _stacked(stacks: Sequence[Stack], highest: float) -> tuple[list[Bar], list[Tick]]:
     """Return bars whose height is the logarithm of their count, and the labels of the y axis."""
     decades = math.log10(1 + max(highest, 9))
     bars = []
     for number, stack in enumerate(stacks):
-        under = 0
-        for kind, count in stack.parts:
-            low, high = (math.log10(1 + n) / decades for n in (under, under + count))
-            if count:
+        under = 0.0
+        for kind, inputs in stack.parts:
+            low, high = (math.log10(1 + n) / decades for n in (under, under + inputs))
+            if inputs:
                 bars.append(
                     _bar(number, len(stacks), high - low, kind, stack.title, stack.tenth, low)
                 )
-            under += count
+            under += inputs
     powers = [10**n for n in range(math.floor(decades) + 1)]
     ys = [Tick(100 * (1 - math.log10(1 + n) / decades), f"{n:,}") for n in powers if n <= highest]
     return bars, [Tick(100, "0"), *ys]
@@ -165,8 +168,8 @@ def _ceiling(share: float) -> float:
 
 def _title(slot: Slot) -> str:
     rate = "" if slot.rate is None else f" ({slot.rate:.2%})"
-    found = f"{slot.triggered:,} triggered and {slot.unfamiliar:,} unfamiliar"
-    return f"{slot.start:%d %b %H:%M} UTC: {found} of {slot.inputs:,}{rate}"
+    found = f"{count(slot.triggered)} triggered and {count(slot.unfamiliar)} unfamiliar"
+    return f"{slot.start:%d %b %H:%M} UTC: {found} of {count(slot.inputs)}{rate}"
 
 
 def _times(slots: Sequence[Slot], width: timedelta) -> list[Tick]:

@@ -70,7 +70,13 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (formatting.visible, formatting.percent, formatting.number, formatting.moment):
+    for function in (
+        formatting.visible,
+        formatting.percent,
+        formatting.number,
+        formatting.count,
+        formatting.moment,
+    ):
         templates.filters[function.__name__] = function
     templates.globals |= {"PERIODS": PERIODS, "MARKS": [*Mark], "DECISIONS": [*Decision]}
     templates.globals |= {"FINDINGS": [*Finding]}

@@ -63,6 +63,8 @@ class ServiceStatus:
     measurements: Sequence[Measurement]
     """Queue and failures since the process started."""
     drift: Sequence[Measurement]
+    sample: float
+    """Share of the inputs without a finding that the audit keeps."""
     keeps_texts: bool
     keeps_hmacs: bool
     """Whether texts are known by their HMAC, as exceptions need."""
@@ -104,6 +106,7 @@ def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) 
         ],
         measurements=_measurements(_values(metrics, model)),
         drift=[number for group in gateway.drift.measure() for number in _drift(group)],
+        sample=settings.audit_sample,
         keeps_texts=settings.audit_text,
         keeps_hmacs=settings.audit_key is not None,
     )

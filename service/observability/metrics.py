@@ -120,6 +120,9 @@ class AuditMetrics(MetricGroup):
         super().__init__()
         counter = partial(Counter, registry=self.registry)
         self.audit_dropped = counter("psim_audit_dropped", "Inputs the audit lacks")
+        self.audit_sampled_out = counter(
+            "psim_audit_sampled_out", "Inputs without a finding that sampling kept out of the audit"
+        )
         self.audit_failures = counter(
             "psim_audit_failures", "Times that the audit store could not be used"
         )

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import sqlite3
 import stat
 import subprocess
@@ -170,11 +171,20 @@ def test_what_passed_unscreened_and_what_shadow_mode_let_pass_can_be_told(url: s
     assert [row.number for row in rows(url, findings=["unfamiliar", "triggered"])] == [1, 2]
 
 
+def is_in_the_code(part: Any, name: str | None, kind: str, *_: Any) -> bool:
+    """Return whether the code declares a part of the schema as it is; in PostgreSQL, neither the
+    tables of days nor, for their sake, foreign keys."""
+    table = getattr(part, "table", part).name
+    if re.fullmatch(r"psim_audit_\d{8}|psim_audit_version", table):
+        return False
+    return kind != "foreign_key_constraint" or part.name is not None
+
+
 def test_the_migrations_make_the_table_that_the_code_writes(url: str) -> None:
     store = written(AuditStore(url), ROW)
     store.migrate()
     with store._engine.connect() as connection:
-        options = {"include_object": lambda o, name, *_: "version" not in (name or "")}
+        options = {"include_object": is_in_the_code}
         assert not compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
     store.close()
     assert rows(url) == [ROW]
@@ -213,7 +223,7 @@ def test_no_character_of_a_string_costs_a_row(url: str, odd: str) -> None:
 def test_what_is_older_than_it_may_be_is_deleted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_writer, "PURGE", 2)
     now = datetime.now(UTC)
-    ages = [0, 1, 6.9, 7.1, 8, 9, 400]
+    ages = [0, 1, 6.9, 8.1, 9, 10, 400]  # in PostgreSQL, a day is kept until all of it is too old
     written(
         AuditStore(url), *(replace(ROW, id=uuid4(), time=now - timedelta(days=d)) for d in ages)
     ).close()
@@ -373,11 +383,9 @@ def test_a_store_that_hangs_delays_neither_requests_nor_the_end_for_long(
 def test_connections_that_the_server_cuts_cost_no_row(
     cluster: tuple[str, "subprocess.Popen[bytes]"],
 ) -> None:
-    url, _ = cluster
+    url = new_database(cluster[0])
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        metadata.drop_all(connection)
-        connection.execute(sa.text("DROP TABLE IF EXISTS psim_audit_version"))
         with (
             serving(service(url)) as address,
             httpx.Client(base_url=f"http://{address}") as client,
@@ -391,8 +399,6 @@ def test_connections_that_the_server_cuts_cost_no_row(
                     )
                 )
         assert connection.execute(sa.text("SELECT count(*) FROM psim_audit")).scalar() == 20
-        metadata.drop_all(connection)
-        connection.execute(sa.text("DROP TABLE psim_audit_version"))
     engine.dispose()
 
 

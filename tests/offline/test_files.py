@@ -422,7 +422,7 @@ def test_an_audit_is_the_same_traffic_in_every_format(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"sqlite:///{tmp_path}/audit.db"
-    passed = replace(ROW, decision="allow", poisoned=False, finding=None)
+    passed = replace(ROW, decision="allow", poisoned=False, finding=None, sample_rate=0.25)
     rows = [
         replace((ROW, passed)[n % 2], id=uuid4(), time=NOW + timedelta(hours=n), text=text)
         for n, text in enumerate(TEXTS)
@@ -443,6 +443,8 @@ def test_an_audit_is_the_same_traffic_in_every_format(
     kept = [text for text in TEXTS if text is not None and text.strip()]
     assert list(found["x.jsonl"].kinds) == kept
     assert set(found["x.jsonl"].kinds.values()) == {Kind.PASSED, Kind.UNMARKED}
+    for text, kind in found["x.jsonl"].kinds.items():
+        assert found["x.jsonl"].rates[text] == (0.25 if kind is Kind.PASSED else 1)
     for name, traffic in found.items():
         assert content_of(traffic) == content_of(found["x.jsonl"]), name
 
@@ -453,7 +455,8 @@ def exported(url: str, *arguments: str, capsys: pytest.CaptureFixture[str]) -> s
 
 
 def content_of(traffic: AuditedTraffic) -> object:
-    return list(traffic.kinds.items()), traffic.others, traffic.first, traffic.last
+    kinds, rates = list(traffic.kinds.items()), list(traffic.rates.items())
+    return kinds, rates, traffic.others, traffic.first, traffic.last
 
 
 def test_what_is_left_out_is_counted(bundle: Path, tmp_path: Path) -> None:

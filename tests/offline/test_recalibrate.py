@@ -152,6 +152,28 @@ def test_the_new_bundle_has_the_thresholds_of_the_traffic_and_all_else_of_its_pa
     assert record.parent[:12] in inspected.stdout
 
 
+def test_false_alarms_are_thinned_to_the_rate_at_which_the_audit_sampled_what_passed(
+    parent: Path, by_score: list[str], tmp_path: Path
+) -> None:
+    alarms, passed = by_score[:100], by_score[110:400]
+    rows = [
+        *(row(text, sample_rate=0.2) for text in passed),
+        *(row(text, True, mark="false_alarm", sample_rate=1) for text in alarms),
+        *(row(text, True, mark="poisoned") for text in by_score[100:110]),
+    ]
+    source = export(tmp_path, parent, rows)
+    done = psim(
+        "recalibrate", source, "--bundle", parent, "--out", tmp_path / "new", "--max-rise", 99,
+        "--accept-misses",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    record = load_bundle(tmp_path / "new").manifest.recalibration
+    assert record is not None
+    assert record.passed == len(passed)
+    assert 8 <= record.false_alarms <= 32  # binomial: 20 and three standard deviations
+    assert record.poisoned == 10
+
+
 def test_marked_poisoned_texts_that_would_pass_are_refused(
     parent: Path, verdicts: dict[str, Verdict], by_score: list[str], tmp_path: Path
 ) -> None:

@@ -28,8 +28,10 @@ CENTURY = 36_500.0
 """Days after which rows of `NOW` are not too old, whenever the tests run."""
 
 
-def writer_of(store: AuditStore, limit: int = 100, days: float = CENTURY) -> tuple[Writer, Metrics]:
+def writer_of(
+    store: AuditStore, limit: int = 100, days: float = CENTURY, sample: float = 1
+) -> tuple[Writer, Metrics]:
     """Return a writer to a store, and its metrics."""
     metrics = Metrics()
-    writer = Writer(store, metrics, limit=limit, days=days, key=None, keep_text=True)
+    writer = Writer(store, metrics, limit=limit, days=days, key=None, keep_text=True, sample=sample)
     return writer, metrics

@@ -6,28 +6,30 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from sqlalchemy.dialects import postgresql, sqlite
 
 from service.audit import review
 from service.audit.review import MarkEvent
 from service.audit.rows import Mark, Row, as_dict
 from service.audit.schema import NewerSchemaError, migrations, obstacles
-from service.audit.store import AuditStore, BadRow, flagged, inputs, marks
+from service.audit.store import AuditStore, BadRow, flagged, inputs, marks, pushes
 from tests.support.audit import rows, writer_of
 from tests.support.databases import new_database, postgres
 from tests.support.paths import ROOT
 from tests.support.versions import ROWS
 from tests.support.waiting import wait_for
 
-BEFORE_DETECTOR, BEFORE_FINDINGS = "0004", "0005"
-NEW = ("finding", "override", "override_threshold", "override_p_value", "reason")
+BEFORE_DETECTOR, BEFORE_FINDINGS, BEFORE_SAMPLES = "0004", "0005", "0008"
+NEW = ("finding", "override", "override_threshold", "override_p_value", "reason", "sample_rate")
 """Columns that came with the findings, or later."""
 NOW = datetime(2026, 11, 25, 14, 30, tzinfo=UTC)
 ROW = Row(
@@ -102,6 +104,74 @@ def test_the_column_that_was_called_voice_keeps_its_values_and_marks(url: str) -
         assert "ix_psim_audit_flagged" in indices
         with pytest.raises(BadRow):
             store.insert([replace(ROW, id=uuid4(), mark="nonsense")])
+
+
+def old_insert(url: str) -> tuple[sa.Table, Any]:
+    """Return the table as versions before the samples know it, and how they write to it."""
+    columns = (sa.Column(c.name, c.type) for c in inputs.c if c.name != "sample_rate")
+    old = sa.Table("psim_audit", sa.MetaData(), *columns)
+    insert = sqlite.insert if url.startswith("sqlite") else postgresql.insert
+    return old, insert(old).on_conflict_do_nothing(index_elements=["id"])
+
+
+def without_sample(row: Row) -> dict[str, object]:
+    return {name: value for name, value in as_dict(row).items() if name != "sample_rate"}
+
+
+def referred_to(store: AuditStore) -> list[set[UUID]]:
+    """Return the inputs that have marks, and those that are to be pushed."""
+    with store.connect(5) as connection:
+        return [
+            {*connection.execute(sa.select(table.c.input)).scalars()} for table in (marks, pushes)
+        ]
+
+
+def test_a_table_with_rows_marks_and_pushes_goes_on_beside_the_tables_of_days(url: str) -> None:
+    before = [replace(ROW, id=uuid4(), number=n, mark=None) for n in range(3)]
+    late, new = (replace(ROW, id=uuid4(), number=n, mark=None) for n in (3, 4))
+    old, insert = old_insert(url)
+    with closing(AuditStore(url, push=True)) as store:
+        migrate(store, command.upgrade, BEFORE_SAMPLES)
+        with store.connect(5) as connection:
+            connection.execute(insert, [without_sample(row) for row in before])
+            due = {"time": NOW, "attempts": 0, "due": NOW}
+            connection.execute(sa.insert(pushes), [due | {"input": row.id} for row in before])
+            review.mark(connection, before[0].id, MarkEvent(Mark.POISONED, "ops", NOW))
+        store.migrate()
+        store.insert([new, replace(new, id=uuid4(), number=5, sample_rate=0.5, finding=None)])
+        # A replica of the version before writes, tries again, reads, and marks an input of ours.
+        with store.connect(5) as connection:
+            for _ in range(2):
+                connection.execute(insert, without_sample(late))
+            numbers = connection.execute(sa.select(old.c.number).order_by(old.c.number)).scalars()
+            assert numbers.all() == [0, 1, 2, 3, 4, 5]
+            review.mark(connection, new.id, MarkEvent(Mark.FALSE_ALARM, "ops", NOW))
+        found = list(store.read())
+        assert [(row.number, row.sample_rate) for row in found] == [(n, 1) for n in range(5)] + [
+            (5, 0.5)
+        ]
+        assert [row.mark for row in found] == ["poisoned", None, None, None, "false_alarm", None]
+        pushed = {row.id for row in [*before, new]}
+        assert referred_to(store) == [{before[0].id, new.id}, pushed]
+        migrate(store, command.downgrade, BEFORE_SAMPLES)
+        assert referred_to(store) == [{before[0].id, new.id}, pushed]
+        store.migrate()
+        assert [row.number for row in store.read()] == [0, 1, 2, 3, 4, 5]
+        assert [store.purge(NOW + timedelta(days=2), 4) for _ in range(2)] == [4, 2]
+        assert (list(store.read()), referred_to(store)) == ([], [set(), set()])
+
+
+def test_the_version_before_deletes_what_is_too_old_in_the_tables_of_days(url: str) -> None:
+    rows = [replace(ROW, id=uuid4(), number=n, time=NOW + timedelta(n)) for n in range(3)]
+    with closing(AuditStore(url)) as store:
+        store.migrate()
+        store.insert(rows)
+        too_old = sa.select(inputs.c.id).where(inputs.c.time < NOW + timedelta(2)).limit(5)
+        with store.connect(5) as connection:
+            connection.execute(sa.delete(inputs).where(inputs.c.id.in_(too_old)))
+        assert list(store.read()) == rows[2:]
+        store.purge(NOW + timedelta(2), 5)
+        assert list(store.read()) == rows[2:]
 
 
 NEXT = """

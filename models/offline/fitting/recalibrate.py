@@ -75,7 +75,7 @@ def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
     """
     parent, digest = read_manifest(bundle)
     budget = parent.calibrations[0].frr_budget
-    kinds = _sampled(traffic.kinds)
+    kinds = _sampled(traffic)
     clean = np.array([kind is not Kind.POISONED for kind in kinds.values()], np.bool_)
     _check_enough(int(clean.sum()), budget, len(parent.views))
     before, measured = _measure_all(bundle, parent, list(kinds), int(clean.sum()))
@@ -98,9 +98,16 @@ def recalibrate(bundle: Path, traffic: AuditedTraffic) -> Recalibration:
     return Recalibration(bundle, manifest, record, measured_arrays(on_clean))
 
 
-def _sampled(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
-    """Return the texts to screen: all poisoned ones, and at most `MAX_CALIBRATE` clean ones."""
+def _sampled(traffic: AuditedTraffic) -> dict[str, Kind]:
+    """Return the texts to screen: all poisoned ones, and at most `MAX_CALIBRATE` clean ones.
+
+    Where the audit sampled what passed, false alarms are thinned to the same rate: with all of
+    them among few others, the thresholds would come out too high.
+    """
+    kinds, chance = traffic.kinds, random.Random(0)
     clean = [text for text, kind in kinds.items() if kind in (Kind.PASSED, Kind.FALSE_ALARM)]
+    lowest = min((traffic.rates[text] for text in clean), default=1.0)
+    clean = [text for text in clean if chance.random() < lowest / traffic.rates[text]]
     if len(clean) > MAX_CALIBRATE:
         clean = random.Random(0).sample(clean, MAX_CALIBRATE)
     poisoned = [text for text, kind in kinds.items() if kind is Kind.POISONED]

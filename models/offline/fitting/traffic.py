@@ -7,7 +7,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from models.bundle.digests import file_digest
 from models.detection.screen import Finding
@@ -43,6 +43,8 @@ class _ExportedRow(BaseModel):
     finding: Finding | None = None
     """Not there in exports of versions that only knew `poisoned`."""
     mark: Literal["poisoned", "false_alarm"] | None = None
+    sample_rate: float = Field(1, gt=0, le=1)
+    """Not there in exports of versions that kept every input."""
 
     @property
     def kind(self) -> Kind:
@@ -55,12 +57,19 @@ class _ExportedRow(BaseModel):
         return Kind.PASSED if passed else Kind.UNMARKED
 
 
+_NEEDS_TEXTS = (
+    "set PSIM_AUDIT_TEXT=true for the service, and export the audit when it has seen enough traffic"
+)
+
+
 @dataclass(frozen=True)
 class AuditedTraffic:
     """One bundle's traffic in an audit export."""
 
     kinds: Mapping[str, Kind]
     """Kind of each text."""
+    rates: Mapping[str, float]
+    """Highest rate at which a row of each text was sampled."""
     others: int
     """Number of rows of other bundles, which may guard other models."""
     source: str
@@ -82,6 +91,7 @@ def read_traffic(file: Path, judge: str) -> AuditedTraffic:
         DataError: it is no such export, or has no texts of that bundle; never quotes a text.
     """
     kinds: dict[str, Kind] = {}
+    rates: dict[str, float] = {}
     times: list[datetime] = []
     others = 0
     if file.is_fifo():
@@ -96,6 +106,7 @@ def read_traffic(file: Path, judge: str) -> AuditedTraffic:
             if row.text and row.text.strip():
                 text = check_text(row.text)
                 kinds[text] = min(kinds.get(text, row.kind), row.kind)
+                rates[text] = max(rates.get(text, 0.0), row.sample_rate)
         except (ValidationError, DataError) as error:
             raise DataError(f"{file}, {unit} {place}: {_reason(error)}") from None
         times.append(row.time)
@@ -105,11 +116,9 @@ def read_traffic(file: Path, judge: str) -> AuditedTraffic:
             "name the bundle that was served"
         )
     if not kinds:
-        raise DataError(
-            f"{file} has no texts, which have to be scored again: set PSIM_AUDIT_TEXT=true for the "
-            "service, and export the audit when it has seen enough traffic"
-        )
-    return AuditedTraffic(kinds, others, file.name, file_digest(file), min(times), max(times))
+        raise DataError(f"{file} has no texts, which have to be scored again: {_NEEDS_TEXTS}")
+    first, last = min(times), max(times)
+    return AuditedTraffic(kinds, rates, others, file.name, file_digest(file), first, last)
 
 
 def _exported(values: Row | DataError, is_csv: bool) -> _ExportedRow:
