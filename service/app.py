@@ -138,18 +138,15 @@ def create_app(
     over_grpc = _grpc_servers(settings, models, exchange, authz, access)
     console = _console(settings, models, metrics, access)
     threads = [thread for thread in (audit, exceptions, _push(settings, metrics)) if thread]
-    model_routes = [*_model_routes(models, exchange, authz, settings)]
     app = _application(
         access,
-        model_routes,
+        [*_model_routes(models, exchange, authz, settings)],
         lambda _: _running(models, metrics, reloader, limiter, over_grpc, console, threads, traces),
     )
     app.state.models = models
     app.include_router(ProcessRoutes(models, metrics).router())
     if settings.admin:
         app.include_router(AdminRoutes(models, reloader).router())
-    for router in model_routes:  # behind the prefix that names a model too
-        app.include_router(router, prefix=PREFIX, include_in_schema=False)
     _warn(settings)
     return app
 
@@ -377,7 +374,10 @@ def _application(
     routers: Sequence[APIRouter],
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
-    """Return the application with its middleware and these routes."""
+    """Return the application with its middleware and routes about models.
+
+    They are also served behind the prefix that names a model.
+    """
     app = FastAPI(
         title="PSIM Gateway",
         version=version("psim-gateway"),
@@ -396,6 +396,7 @@ def _application(
     install_error_handlers(app)
     for router in routers:
         app.include_router(router)
+        app.include_router(router, prefix=PREFIX, include_in_schema=False)
     return app
 
 

@@ -7,7 +7,8 @@ unpickled.
 
 import math
 import os.path
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from models.bundle.manifest import (
     Manifest,
     OverrideGroupRecord,
 )
-from models.bundle.tokenizer import load_tokenizer
 from models.bundle.verify import WeightTotals, checked_copy, read_manifest
 from models.detection.calibrate import (
     OverrideOutcomes,
@@ -36,6 +36,7 @@ from models.detection.conformal import ThresholdGroup
 from models.detection.override import OverrideGeometry, OverrideGroup, OverrideTest
 from models.detection.screen import FloatArray, Screen
 from models.engines.base import REFERENCE, Engine, Runtime
+from models.engines.pytorch import load_tokenizer
 from models.engines.registry import is_installed, is_worth_using, make_engine, runs_here
 from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 
@@ -90,7 +91,7 @@ def load_bundle(
     path = Path(os.path.realpath(path))
     manifest, digest = read_manifest(path, key)
     calibration = choose(manifest, engine, dtype)
-    try:
+    with _refusal_of(path):
         with checked_copy(path, manifest) as (copy, totals):
             screen, groups = _load_screen(copy, manifest, calibration)
             if apart and calibration.engine == "openvino" and is_installed("openvino"):
@@ -102,6 +103,14 @@ def load_bundle(
         texts = [text for of_class in carriers for text in of_class]
         bundle = Bundle(manifest, digest, model, screen, override, thorough, texts)
         _self_test(bundle)
+    return bundle
+
+
+@contextmanager
+def _refusal_of(path: Path) -> Iterator[None]:
+    """Raise whatever the block raises as `BundleError`."""
+    try:
+        yield
     except PsimError as error:
         raise BundleError(f"{path}: {error}") from error
     except (KeyboardInterrupt, SystemExit):
@@ -109,7 +118,6 @@ def load_bundle(
     except BaseException as error:  # whatever a library makes of a forged file
         # Panics of libraries in Rust are no `Exception`; and a message may quote the file.
         raise BundleError(f"{path}: the model does not load: {str(error)[:500]!r}") from error
-    return bundle
 
 
 def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibration:
@@ -294,7 +302,7 @@ def _trace_engine(copy: Path, manifest: Manifest, totals: WeightTotals, dtype: s
     from models.engines.openvino import OpenVinoEngine
 
     traced = trace_apart(copy, manifest, totals)
-    return OpenVinoEngine(traced, load_tokenizer(copy), manifest.max_length, dtype)
+    return OpenVinoEngine(traced, load_tokenizer(copy / "tokenizer"), manifest.max_length, dtype)
 
 
 def _self_test(bundle: Bundle) -> None:

@@ -205,7 +205,7 @@ class RecalibrationRecord(_ManifestPart):
 class Manifest(_ManifestPart):
     """A bundle's table of contents."""
 
-    schema_version: Literal[6]  # also in docs/upgrading.md
+    schema_version: Literal[7]  # also in docs/upgrading.md
     victim: VictimRecord
     labels: list[str] = Field(min_length=1)
     multi_label: bool = False

@@ -20,9 +20,8 @@ from transformers import (
 
 from models.bundle.layout import ACTIVATIONS, PROMPT, PSIM
 from models.bundle.manifest import ActivationsRecord, Manifest
-from models.bundle.tokenizer import load_tokenizer
 from models.bundle.verify import WeightTotals
-from models.engines.pytorch import max_input_length
+from models.engines.pytorch import load_tokenizer, max_input_length
 from models.errors import BundleError
 from models.network.activations import Activations
 from models.network.adapters import adapter_weights, load_adapter_weights, lora_config
@@ -30,14 +29,14 @@ from models.network.guarded import Guarded, guard
 from models.network.outputs import is_multi_label
 
 
-class Model(NamedTuple):
+class LoadedModel(NamedTuple):
     """What a bundle's files make."""
 
     guarded: Guarded
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_model(path: Path, manifest: Manifest, totals: WeightTotals) -> Model:
+def load_model(path: Path, manifest: Manifest, totals: WeightTotals) -> LoadedModel:
     """Load the model of a checked copy of a bundle.
 
     Raises:
@@ -53,7 +52,7 @@ def load_model(path: Path, manifest: Manifest, totals: WeightTotals) -> Model:
         guarded.activations = _load_activations(path / ACTIVATIONS, guarded, manifest)
     if not all(weights.isfinite().all() for weights in guarded.parameters()):
         raise BundleError("victim/, prompt/ or psim/ holds weights that are not finite")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path / "tokenizer")
     virtual = 0
     if isinstance(victim, PeftModel):
         virtual = victim.active_peft_config.num_virtual_tokens
@@ -62,7 +61,7 @@ def load_model(path: Path, manifest: Manifest, totals: WeightTotals) -> Model:
         raise BundleError(
             f"max_length is {manifest.max_length}, but the model reads {limit} tokens"
         )
-    return Model(guarded, tokenizer)
+    return LoadedModel(guarded, tokenizer)
 
 
 def _check_memory(path: Path, manifest: Manifest, totals: WeightTotals) -> None:

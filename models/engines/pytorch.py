@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from models.detection.screen import FloatArray
 from models.engines.base import ClassifierState, Encoding, IntArray, Screening, Withheld
@@ -195,6 +196,14 @@ class TorchEngine(ModuleEngine):
 def _float32(tensor: torch.Tensor) -> FloatArray:
     result: FloatArray = tensor.float().cpu().numpy()
     return result
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that was saved; no code of the folder is run."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

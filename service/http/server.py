@@ -35,12 +35,8 @@ async def serving(
 ) -> AsyncIterator[int]:
     """Serve an application while the block runs, and yield the port; port 0 takes a free one.
 
-    Args:
-        app: the application.
-        host: address to listen on.
-        port: port to listen on.
-        connections: how many there may be at once; None for any number.
-        drain_s: time that running requests have at the end.
+    There may be so many `connections` at once, or any number; requests that run at the end have
+    `drain_s`.
 
     Raises:
         PsimError: the address is not available.

@@ -225,7 +225,7 @@ def test_a_model_that_another_process_traces_says_the_same_and_leaves_nothing(
         other = here.manifest.model_copy(update={"labels": here.manifest.labels[::-1]})
         with pytest.raises(BundleError, match="labels of manifest"):
             trace_apart(copy, other, totals)
-        (copy / "tokenizer/tokenizer_config.json").unlink()
+        (copy / "victim/config.json").unlink()
         with pytest.raises(BundleError, match="ended with code 1"):
             trace_apart(copy, here.manifest, totals)
 

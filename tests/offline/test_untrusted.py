@@ -31,9 +31,9 @@ CONFIG, WEIGHTS = "victim/config.json", "victim/model.safetensors"
 PROMPT, TOKENIZER = "prompt/adapter_config.json", "tokenizer/tokenizer_config.json"
 MORE_MEMORY = 512 * 2**20
 LOADERS = (
-    "weights.AutoModelForSequenceClassification",
-    "tokenizer.AutoTokenizer",
-    "weights.PeftModel",
+    "bundle.weights.AutoModelForSequenceClassification",
+    "engines.pytorch.AutoTokenizer",
+    "bundle.weights.PeftModel",
 )
 
 
@@ -72,7 +72,7 @@ def refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     loaded: list[str] = []
     for loader in LOADERS:
         monkeypatch.setattr(
-            f"models.bundle.{loader}.from_pretrained",
+            f"models.{loader}.from_pretrained",
             lambda *a, name=loader, **k: loaded.append(name),
         )
 
