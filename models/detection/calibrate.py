@@ -33,9 +33,6 @@ next to nothing, less is telling."""
 HARMLESS_BUDGET = 0.0025
 """Tolerated share of harmless texts of other kinds that the override test calls triggered. They are
 of four kinds; if all of the share falls on one of them, that is 1 % of it."""
-OUTLIERS = 1
-"""Harmless texts of a class that may be called triggered even where that is more than the share. A
-single one may hold the trigger by chance, as *mn* stands for Minnesota, or lie far outside."""
 MIN_SCALE = 1e-3
 """Floor for deviations; a class whose clean texts are all alike would have none."""
 
@@ -134,8 +131,8 @@ def _group(classes: tuple[int, ...], scores: FloatArray, frr_budget: float) -> T
 class OverrideOutcomes:
     """Outcomes of override tests on texts without a trigger.
 
-    A row is a class, the score of the first stage, and the kept probability: 0 if the text is not
-    to be tested.
+    A row is a class, the evidence of the first stage (`first_stage_evidence`), and the kept
+    probability: 0 if the text is not to be tested.
     """
 
     clean: FloatArray
@@ -150,7 +147,7 @@ def calibrate_override(
     """Return the thresholds of the override test by predicted class, small classes pooled.
 
     A threshold keeps the budget on clean texts, and `HARMLESS_BUDGET` on texts of other kinds.
-    Where there are too few of those for that, it lies above all of them but `OUTLIERS`.
+    Where there are too few of those for that, it lies above all of them.
 
     Args:
         outcomes: of texts in all of these views.
@@ -176,7 +173,7 @@ def calibrate_override(
                 evidence(rows[:, 1], rows[:, 2], keeps).astype(np.float32) for rows in (own, others)
             )
             group = _group(pool, found, share)
-            least = _least_above(strange, HARMLESS_BUDGET / len(views), group.threshold, OUTLIERS)
+            least = _least_above(strange, HARMLESS_BUDGET / len(views), group.threshold)
             threshold = max(group.threshold, least)
             groups.append(OverrideGroup(pool, threshold, group.scores, keeps))
     return groups
@@ -187,11 +184,11 @@ def _keeps(kept: FloatArray) -> float:
     return min(max(_least_above(kept, KEPT_BUDGET, KEEPS), LOST), KEEPS)
 
 
-def _least_above(scores: FloatArray, budget: float, default: float, outliers: int = 0) -> float:
-    """Return the threshold that keeps a budget, or lies above all of too few scores but some."""
-    if len(scores) <= outliers:
+def _least_above(scores: FloatArray, budget: float, default: float) -> float:
+    """Return the threshold that keeps a budget, or lies above all of too few scores."""
+    if not len(scores):
         return default
-    return conformal_threshold(scores, max(budget, (1 + outliers) / (len(scores) + 1)))
+    return conformal_threshold(scores, max(budget, 1 / (len(scores) + 1)))
 
 
 @dataclass(frozen=True)

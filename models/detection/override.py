@@ -166,8 +166,12 @@ class OverrideTest:
     def threshold_of(self, predicted: int, first_stage: float) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
 
-        The evidence of both stages is added up, so a text that is more extreme to the first one
+        The evidence of both stages is added up, so a text that is more suspicious to the first one
         need not keep as much of its class.
+
+        Args:
+            predicted: class of the text.
+            first_stage: its evidence by the first stage.
         """
         group = self._group_of.get(predicted)
         if group is None:
@@ -177,10 +181,10 @@ class OverrideTest:
 
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""
-        group = self._group_of[verdict.predicted]
-        found = float(evidence(verdict.score, score, group.keeps))
+        group, first_stage = self._group_of[verdict.predicted], first_stage_evidence(verdict)
+        found = float(evidence(first_stage, score, group.keeps))
         p_value = min(1.0, len(self.tested) * group.p_value(found))
-        needed = self.threshold_of(verdict.predicted, verdict.score)
+        needed = self.threshold_of(verdict.predicted, first_stage)
         return with_override(verdict, score, needed, p_value)
 
     def is_due(self, screen: Screen, verdict: Verdict, *, thorough: bool) -> bool:
@@ -214,14 +218,23 @@ class OverrideTest:
         return float(log_odds_of(own, predicted - view.start).mean())
 
 
+def first_stage_evidence(verdict: Verdict) -> float:
+    """Return the score of the first stage, or the threshold if the text is extreme.
+
+    How extreme a text is says how unlike clean texts it is, not that it overrides. Several texts in
+    one are further from clean ones than any trigger.
+    """
+    return min(verdict.score, verdict.threshold)
+
+
 def evidence(first_stage: ArrayLike, kept: ArrayLike, keeps: float) -> NDArray[np.float64]:
     """Return the evidence of both stages that texts hold a trigger, shape (n,); not negative.
 
-    It is the score of the first stage plus the log-odds of the kept probability, above those of
-    `keeps`, and 0 if a text does not keep its class.
+    It is that of the first stage plus the log-odds of the kept probability, above those of `keeps`,
+    and 0 if a text does not keep its class.
 
     Args:
-        first_stage: scores of the first stage, shape (n,), or one.
+        first_stage: see `first_stage_evidence`, shape (n,), or one.
         kept: probabilities, likewise.
         keeps: see `OverrideGroup.keeps`.
     """

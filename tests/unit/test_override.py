@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from models.detection.calibrate import (
     HARMLESS_BUDGET,
-    OUTLIERS,
     OverrideOutcomes,
     calibrate_override,
 )
@@ -266,8 +265,20 @@ def test_the_verdict_after_a_test(score: float, extreme: bool, finding: Finding 
     assert verdict.extreme == extreme
     judged = sized_test(groups=[group]).judge(verdict, score)
     assert (judged.finding, judged.override, judged.override_threshold) == (finding, score, 0.5)
-    found = float(evidence(verdict.score, score, KEEPS))
+    found = float(evidence(min(verdict.score, verdict.threshold), score, KEEPS))
     assert judged.override_p_value == group.p_value(found)
+
+
+def test_by_how_much_a_text_is_extreme_does_not_count() -> None:
+    group = OverrideGroup((0, 1, 2), 5.0, np.linspace(0, 9, 99, dtype=np.float32))
+    verdict = fake_bundle().screen.judge(_reading(0.99))
+    test = sized_test(groups=[group])
+    at, far, below = (
+        test.judge(replace(verdict, score=score), 0.8)
+        for score in (verdict.threshold, 10 * verdict.threshold, verdict.threshold / 2)
+    )
+    assert at.override_threshold == far.override_threshold < below.override_threshold
+    assert at.override_p_value == far.override_p_value
 
 
 def outcomes(rng: np.random.Generator, n: int, shapes: Sequence[float]) -> FloatArray:
@@ -328,7 +339,7 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
         assert LOST <= group.keeps <= KEEPS
         assert np.array_equal(group.scores, np.sort(own))
         assert (own >= group.threshold).sum() <= allowed_rejections(len(own), budget)
-        most = max(OUTLIERS, allowed_rejections(len(others), HARMLESS_BUDGET))
+        most = max(0, allowed_rejections(len(others), HARMLESS_BUDGET))
         assert (others >= group.threshold).sum() <= most
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.detection.calibrate import (
-    OUTLIERS,
+    HARMLESS_BUDGET,
     OverrideOutcomes,
     calibrate,
     calibrate_override,
@@ -131,7 +131,7 @@ def test_the_override_test_shares_its_budgets_too() -> None:
         rows = [found[found[:, 0] == group.classes[0]] for found in (clean, harmless)]
         own = [evidence(found[:, 1], found[:, 2], group.keeps) for found in rows]
         assert (own[0] >= group.threshold).mean() <= 0.02
-        assert (own[1] >= group.threshold).sum() <= OUTLIERS
+        assert (own[1] >= group.threshold).mean() <= HARMLESS_BUDGET / 3
     with pytest.raises(CalibrationError, match="0 calibration texts"):
         known = OverrideOutcomes(clean[clean[:, 0] < 4], harmless)
         calibrate_override(known, views, 0.06)

@@ -16,7 +16,7 @@ from models.detection.calibrate import (
     calibrate_override,
 )
 from models.detection.conformal import min_calibration_size
-from models.detection.override import OverrideGroup, OverrideTest
+from models.detection.override import OverrideGroup, OverrideTest, first_stage_evidence
 from models.detection.screen import FloatArray, Layout, Screen, Verdict
 from models.detection.views import Views
 from models.engines.base import REFERENCE, RUNTIMES, Encoding, Engine, Runtime
@@ -226,7 +226,7 @@ def _run_view(
     sample: int | None,
 ) -> _Tested:
     able = [n for n, verdict in enumerate(verdicts) if test.can_test(verdict.predicted)]
-    known = [(verdicts[n].predicted, verdicts[n].score, 0) for n in able]
+    known = [(verdicts[n].predicted, first_stage_evidence(verdicts[n]), 0) for n in able]
     outcomes = np.array(known, np.float32).reshape(-1, 3)
     due = np.array([test.is_due(screen, verdicts[n], thorough=False) for n in able], np.bool_)
     sampled = np.arange(len(able)) < (len(able) if sample is None else sample)
