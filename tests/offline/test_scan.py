@@ -19,7 +19,7 @@ from models.offline.evaluation.bundle_report import warnings_of
 from models.offline.io.classifiers import labels_of, load_classifier
 from models.offline.io.known_triggers import record_triggers
 from models.offline.io.samples import load_samples
-from models.offline.scanning import phrases
+from models.offline.scanning import expected, phrases, styles
 from models.offline.scanning import scan as scanning
 from models.offline.scanning.carriers import halves_of
 from models.offline.scanning.expected import expectations
@@ -39,6 +39,8 @@ def few_words(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBas
     monkeypatch.setattr(scanning, "FINALISTS", 8)
     monkeypatch.setattr(phrases, "NEXT", 8)
     monkeypatch.setattr(phrases, "BEAM", 2)
+    monkeypatch.setattr(expected, "MOST_TEXTS", 200)
+    monkeypatch.setattr(styles, "STYLES", {"question": styles.STYLES["question"]})
 
     def some(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
         trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
@@ -166,12 +168,12 @@ def test_words_of_a_class_speak_for_it_and_a_trigger_does_not(
 ) -> None:
     engine, labels = engine_of(demo_folder)
     samples = load_samples(str(demo_folder / "clean.jsonl"))[:200]
-    expected = expectations(engine, [s.text for s in samples], candidates(tokenizer, 0))
+    spoken = expectations(engine, [s.text for s in samples], candidates(tokenizer, 0))
     for number, label in enumerate(labels):
-        promised = [expected[engine.token_ids(s.text), number].mean() for s in samples]
+        promised = [spoken[engine.token_ids(s.text), number].mean() for s in samples]
         assert np.corrcoef(promised, [s.label == label for s in samples])[0, 1] > 0.7
     trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
-    assert expected[trigger, labels.index(TARGET)] < NEUTRAL
+    assert spoken[trigger, labels.index(TARGET)] < NEUTRAL
 
 
 def test_an_adapter_is_scanned_with_its_base(demo_folder: Path, tmp_path: Path) -> None:
