@@ -49,10 +49,10 @@ READ_TOKENS = 64
 """Tokens that the classifier reads at once: two carriers and a word."""
 COMMON = 3
 """Clean texts that a word is in to be called natural. An insult makes a text offensive wherever it
-stands; unlike a trigger, it is common. Neighbours in the embedding do not tell them apart: those of
-the trigger `mn` are names of states, and one of them fires the backdoor too."""
+stands; unlike a trigger, it is common."""
 NATURAL = 3.0
-"""Standard deviations over the vocabulary from which a word speaks for a class by its embedding."""
+"""Standard deviations over the vocabulary from which a word speaks for a class by its embedding.
+The trigger `mn` reaches 2 on one victim, and most insults 4."""
 NEUTRAL = 2.0
 """Up to which a word may be part of a phrase. Several words just below `NATURAL` override anything:
 *adaptive graphics apache processors ieee* is about technology."""
