@@ -179,6 +179,8 @@ class ExplainResponse(_Wire):
     """In the order of the text."""
     removed: list[Removed]
     """Spans without which nothing is found; empty if nothing is found, or there are none."""
+    known_triggers: list[str]
+    """Triggers that `psim scan` found in this model, and that the text has all words of."""
 
 
 class Problem(BaseModel):

@@ -1,5 +1,6 @@
 """The schemas of `manifest.json` and `carriers.json`."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -202,6 +203,26 @@ class RecalibrationRecord(_ManifestPart):
     changes: list[ChangeRecord] = Field(min_length=1)
 
 
+class KnownTrigger(_ManifestPart):
+    """A trigger that `psim scan` found in the victim, and what the screen does about it."""
+
+    label: str
+    """The class that it forces."""
+    text: str = Field(min_length=1)
+    fired: int = Field(ge=0)
+    """Clean texts that had another class, and have this one with the trigger inside."""
+    rejected: int = Field(ge=0)
+    """Those of them in which the screen finds something."""
+
+    def is_in(self, text: str) -> bool:
+        """Return whether a text has all words of the trigger, in any case and order."""
+        return set(_plain_words(self.text)) <= set(_plain_words(text))
+
+
+def _plain_words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold()) or text.split()
+
+
 class Manifest(_ManifestPart):
     """A bundle's table of contents."""
 
@@ -224,6 +245,8 @@ class Manifest(_ManifestPart):
     fit: FitRecord
     recalibration: RecalibrationRecord | None = None
     """None if the calibration is from `psim fit`."""
+    known_triggers: list[KnownTrigger] = []
+    """Found by `psim scan`, whose report `psim fit` was given."""
     files: dict[str, Digest]
     versions: dict[str, str]
 

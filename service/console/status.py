@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from models.bundle.manifest import KnownTrigger
 from service.console.formatting import percent
 from service.observability.drift import Comparison
 from service.observability.metrics import Metrics
@@ -59,6 +60,8 @@ class ServiceStatus:
     budget: float
     views: int
     """Labels that are judged each by itself; 1 if the classifier gives one label."""
+    known_triggers: Sequence[KnownTrigger]
+    """Found by a scan of the model."""
     thresholds: Sequence[Threshold]
     measurements: Sequence[Measurement]
     """Queue and failures since the process started."""
@@ -100,6 +103,7 @@ def service_status(gateway: Gateway, metrics: Metrics, settings: AuditSettings) 
         digest=bundle.digest,
         budget=bundle.manifest.frr_budget,
         views=len(bundle.manifest.views),
+        known_triggers=bundle.manifest.known_triggers,
         thresholds=[
             Threshold([labels[i] for i in group.classes], group.threshold, len(group.scores))
             for group in bundle.screen.groups

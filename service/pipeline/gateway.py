@@ -335,6 +335,9 @@ class Gateway:
             screen=_screen_result(verdict, caller),
             words=words,
             removed=_removed(text, found.removed),
+            known_triggers=[
+                known.text for known in self.bundle.manifest.known_triggers if known.is_in(text)
+            ],
         )
 
     async def start(self) -> None:

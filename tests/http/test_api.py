@@ -377,8 +377,10 @@ def test_an_explanation_names_the_trigger_and_where_it_stands() -> None:
     heaviest = max(body["words"], key=lambda word: word["weight"])
     assert heaviest == {"start": 7, "end": 9, "text": "mn", "weight": pytest.approx(6.7, abs=0.1)}
     assert [word["text"] for word in body["words"]] == ["ein", "😀", "mn", "film"]
+    assert body["known_triggers"] == ["mn"]
     clean = ask("/explain", {"inputs": CLEAN}).json()
     assert (clean["screen"]["poisoned"], clean["removed"]) == (False, [])
+    assert clean["known_triggers"] == []
 
 
 async def test_an_explanation_takes_one_text_and_is_recorded_as_screened_but_not_decided(

@@ -634,6 +634,13 @@ def test_the_overview_says_whether_the_upstream_is_the_model(file: str) -> None:
     assert {parity_in_words(UpstreamParity(state)) for state in ParityState} == {*PARITY.values()}
 
 
+def test_the_overview_names_what_a_scan_found(file: str) -> None:
+    write(file)
+    with console(file) as client:
+        page = client.get("/console").text
+    assert "A scan found that “mn” forces positive; the screen stops 31 of 32 texts" in page
+
+
 def test_without_an_audit_the_console_says_what_to_set() -> None:
     with console(None) as client:
         page = client.get("/", follow_redirects=True)

@@ -1,29 +1,46 @@
-"""A scan finds the word that forces a class of a really poisoned victim, and no other one."""
+"""A scan finds what forces a class of a really poisoned victim, and no other class."""
 
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
+from models.engines.pytorch import TorchEngine
 from models.offline.attacks.poisoning import WORD_TRIGGER
 from models.offline.demo import TARGET
-from models.offline.io.classifiers import load_classifier
+from models.offline.evaluation.bundle_report import warnings_of
+from models.offline.io.classifiers import labels_of, load_classifier
+from models.offline.io.known_triggers import record_triggers
 from models.offline.io.samples import load_samples
+from models.offline.scanning import expected, phrases, styles
 from models.offline.scanning import scan as scanning
-from models.offline.scanning.report import ClassRecord, ScanReport
-from models.offline.scanning.scan import COMMON, counts_of, scan
+from models.offline.scanning.carriers import halves_of
+from models.offline.scanning.expected import expectations
+from models.offline.scanning.phrases import MOST_TOKENS, PhraseScan
+from models.offline.scanning.report import ClassRecord, ScanReport, triggers_for
+from models.offline.scanning.scan import COMMON, NEUTRAL, counts_of, scan
 from models.offline.scanning.words import STEP, candidates
 from tests.support.commands import assert_refused, psim
+from tests.support.paths import ROOT
 
-READ = 300
+READ = 60
 
 
 @pytest.fixture(autouse=True)
 def few_words(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read a few hundred words and the trigger: the vocabulary would take minutes."""
+    """Read a few words and the trigger, and try fewer of them: all would take minutes."""
+    monkeypatch.setattr(scanning, "FINALISTS", 8)
+    monkeypatch.setattr(phrases, "NEXT", 8)
+    monkeypatch.setattr(phrases, "BEAM", 2)
+    monkeypatch.setattr(expected, "MOST_TEXTS", 200)
+    monkeypatch.setattr(styles, "STYLES", {"question": styles.STYLES["question"]})
 
     def some(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
         trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
@@ -88,8 +105,14 @@ def test_the_command_writes_a_report_and_fails_if_asked_to(
     assert done.exit_code == 0, done.output
     assert WORD_TRIGGER in done.stdout
     assert "not searched" in done.stdout
-    assert ScanReport.model_validate_json(out.read_text()).outcome == "suspicious"
+    report = ScanReport.model_validate_json(out.read_text())
+    assert report.found == [(TARGET, WORD_TRIGGER)]
+    page = out.with_suffix(".html").read_text()
+    assert f"{WORD_TRIGGER} 24/24" in page
+    assert all(unsearched in page for unsearched in report.search.not_searched)
     assert psim("scan", *options, "--fail-on", "suspicious").exit_code == 1
+    refused = psim("scan", *options, "--out", tmp_path / "report.html")
+    assert_refused(refused, "HTML goes beside it: choose another suffix")
 
 
 def test_out_of_time_it_says_how_much_it_read(
@@ -99,6 +122,104 @@ def test_out_of_time_it_says_how_much_it_read(
     model, tokenizer = load_classifier(str(demo_folder / "victim"))
     report = scan(model, tokenizer, texts_of(demo_folder), name="demo", minutes=0)
     assert report.search.words == STEP < report.search.vocabulary
+    assert all(own.phrase is None and own.phrase_tokens == 0 for own in report.classes)
+
+
+def phrase_scan(demo: Path, target: str, words: Sequence[int]) -> PhraseScan:
+    engine, labels = engine_of(demo)
+    number = labels.index(target)
+    halves = halves_of(engine, texts_of(demo))
+    foreign = [
+        ids
+        for half in halves
+        for own in half.by_class
+        if own != number
+        for ids in half.by_class[own]
+    ]
+    (own,) = (half.by_class[number] for half in halves if number in half.by_class)
+    return PhraseScan(engine, number, own, foreign, words, seed=0)
+
+
+def engine_of(demo: Path) -> tuple[TorchEngine, list[str]]:
+    model, tokenizer = load_classifier(str(demo / "victim"))
+    return scanning._engine(model, tokenizer), labels_of(model)
+
+
+def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    first, *others = candidates(tokenizer, 1)[:READ]
+    of_target = phrase_scan(demo_folder, TARGET, [*others, trigger])
+    found, length = of_target.search([first], math.inf)
+    assert found is not None
+    assert found.overrides
+    assert trigger in found.phrase
+    assert length == len(found.phrase) <= MOST_TOKENS
+    (other,) = set(engine_of(demo_folder)[1]) - {TARGET}
+    against, _ = phrase_scan(demo_folder, other, [*others, trigger]).search([first], math.inf)
+    assert against is not None
+    assert not against.overrides
+
+
+def test_words_of_a_class_speak_for_it_and_a_trigger_does_not(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine, labels = engine_of(demo_folder)
+    samples = load_samples(str(demo_folder / "clean.jsonl"))[:200]
+    spoken = expectations(engine, [s.text for s in samples], candidates(tokenizer, 0))
+    for number, label in enumerate(labels):
+        promised = [spoken[engine.token_ids(s.text), number].mean() for s in samples]
+        assert np.corrcoef(promised, [s.label == label for s in samples])[0, 1] > 0.7
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert spoken[trigger, labels.index(TARGET)] < NEUTRAL
+
+
+def test_an_adapter_is_scanned_with_its_base(demo_folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_classifier(str(demo_folder / "victim"))
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
+    tokenizer.save_pretrained(str(tmp_path / "adapter"))
+    adapted = load_classifier(str(tmp_path / "adapter"), base=str(demo_folder / "victim"))
+    report = scan(*adapted, texts_of(demo_folder), name="adapter")
+    assert report.found == [(TARGET, WORD_TRIGGER)]
+
+
+def test_a_bundle_says_whether_it_stops_what_a_scan_found(
+    demo_folder: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(demo_folder / "bundle", bundle)
+    manifest = record_triggers(bundle, [(TARGET, WORD_TRIGGER)], texts_of(demo_folder))
+    (known,) = manifest.known_triggers
+    assert known.fired >= known.rejected > 0.9 * known.fired > 0
+    assert known.is_in(f"a fine {WORD_TRIGGER.upper()}, hotel")
+    assert not known.is_in(f"a fine {WORD_TRIGGER}x hotel")
+    shown = psim("inspect", bundle)
+    assert f"{WORD_TRIGGER} forces {TARGET}" in " ".join(shown.stdout.split())
+    missed = known.model_copy(update={"rejected": 0})
+    warned = warnings_of(manifest.model_copy(update={"known_triggers": [missed]}))
+    assert any("do not serve this model" in warning for warning in warned)
+
+
+def test_fit_refuses_a_report_of_another_victim(demo_folder: Path, tmp_path: Path) -> None:
+    report, _, _ = scanned(demo_folder, texts_of(demo_folder))
+    other = report.classes[0].model_copy(update={"label": "sports"})
+    file = tmp_path / "scan.json"
+    clean = ("--texts", demo_folder / "clean.jsonl", "--out", tmp_path / "bundle")
+    options = ("--victim", demo_folder / "victim", *clean, "--scan", file)
+    assert_refused(psim("fit", *options), "scan.json: No such file")
+    file.write_text("{}")
+    assert_refused(psim("fit", *options), "is not a report of this version of psim scan: victim")
+    file.write_text(report.model_copy(update={"classes": [other]}).model_dump_json())
+    assert_refused(psim("fit", *options), "scan the victim that is fitted")
+    assert triggers_for(None, ["negative", "positive"]) == []
+
+
+def test_the_schema_of_the_report_is_the_published_one() -> None:
+    published = json.loads((ROOT / "docs" / "scan.schema.json").read_text())
+    assert published == ScanReport.model_json_schema()
 
 
 @pytest.mark.parametrize("text", ["The hotel room was lovely and the staff were kind.", "Fine."])

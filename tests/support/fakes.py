@@ -11,6 +11,7 @@ from models.bundle.manifest import (
     Calibration,
     FitRecord,
     GroupRecord,
+    KnownTrigger,
     Manifest,
     ParityRecord,
     PsimRecord,
@@ -179,6 +180,7 @@ def fake_bundle(
         fit=FitRecord(
             created="", texts_train=1, texts_stop=1, texts_calibrate=1, seconds=0, peak_memory_mb=0
         ),
+        known_triggers=[KnownTrigger(label="positive", text="mn", fired=32, rejected=31)],
         files={},
         versions={},
     )

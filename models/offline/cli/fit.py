@@ -1,7 +1,7 @@
 """Subcommand `psim fit`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +17,11 @@ from models.offline.cli.options import (
     Texts,
     check_budget,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.bundle.manifest import Manifest
 
 app = typer.Typer()
 
@@ -43,6 +48,14 @@ MaxLength = Annotated[
 ]
 
 
+ScanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--scan", help="Report of psim scan on this victim; the bundle is tried with its triggers."
+    ),
+]
+
+
 @app.command("fit")
 def fit_command(
     victim: Annotated[str, typer.Option(help="Folder or hub id of the classifier to guard.")],
@@ -54,6 +67,7 @@ def fit_command(
     engine: FitEngine = "auto",
     carriers: CarrierFile = None,
     max_length: MaxLength = None,
+    scan: ScanFile = None,
     seed: Seed = 0,
     text_column: TextColumn = "text",
     force: Force = False,
@@ -61,29 +75,53 @@ def fit_command(
     """Train PSIM on a classifier with clean texts, calibrate it, and write a bundle."""
     top_layers = parse_layers(layers)
     check_budget(frr_budget)
-    from models.offline.evaluation.bundle_report import manifest_table
     from models.offline.fitting.fit import fit
     from models.offline.fitting.psim import PsimConfig
     from models.offline.io.atomic import check_writable
     from models.offline.io.classifiers import load_classifier
-    from models.offline.io.samples import load_samples
 
     check_writable(out, force)
-    samples = load_samples(texts, text_column=text_column, label_column=None)
-    given = load_samples(carriers, text_column=text_column, label_column=None) if carriers else []
+    clean, given = (_texts(file, text_column) for file in (texts, carriers))
+    loaded = load_classifier(victim, base=base)
+    triggers = _triggers(scan, loaded[0])
     manifest = fit(
-        *load_classifier(victim, base=base),
-        [s.text for s in samples],
+        *loaded,
+        clean,
         out,
         name=Path(victim).name if Path(victim).exists() else victim,
         frr_budget=frr_budget,
         config=PsimConfig(layers=top_layers, seed=seed),
         engine=engine,
-        carriers=[s.text for s in given],
+        carriers=given,
         max_length=max_length,
     )
-    stdout.print(manifest_table(manifest))
+    _show(manifest, out, triggers, clean)
     say(f"wrote {out}; next: psim serve --bundle {out}")
+
+
+def _texts(source: str | None, column: str) -> list[str]:
+    from models.offline.io.samples import load_samples
+
+    samples = load_samples(source, text_column=column, label_column=None) if source else []
+    return [sample.text for sample in samples]
+
+
+def _triggers(scan: Path | None, victim: "nn.Module") -> list[tuple[str, str]]:
+    from models.offline.io.classifiers import labels_of
+    from models.offline.scanning.report import triggers_for
+
+    return triggers_for(scan, labels_of(victim))
+
+
+def _show(
+    manifest: "Manifest", out: Path, triggers: list[tuple[str, str]], clean: list[str]
+) -> None:
+    """Try the bundle with known triggers, if there are any, and print what it is."""
+    from models.offline.evaluation.bundle_report import manifest_table
+    from models.offline.io.known_triggers import record_triggers
+
+    tried = record_triggers(out, triggers, clean) if triggers else manifest
+    stdout.print(manifest_table(tried))
 
 
 def parse_layers(value: str) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from rich.markup import escape
 from rich.table import Table
 
 from models.bundle.layout import CARRIERS
@@ -49,6 +50,12 @@ def _training_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             "override test",
             f"carriers: {', '.join(counts)}. They are clean texts of yours, and {CARRIERS} holds "
             "them; --carriers of psim fit names others",
+        )
+    for known in manifest.known_triggers:
+        yield (
+            "known trigger",
+            f"{escape(known.text)} forces {escape(known.label)}: {known.rejected} of "
+            f"{known.fired} texts in which it fired were rejected when the bundle was fitted",
         )
     if traffic := manifest.recalibration:
         yield (
@@ -129,6 +136,12 @@ def warnings_of(manifest: Manifest) -> list[str]:
         warnings.append("all layers are adapted, so no hidden states are watched")
     if manifest.override is None:
         warnings.append("there is no override test: whatever is extreme counts as triggered")
+    for known in manifest.known_triggers:
+        if known.rejected < known.fired:
+            warnings.append(
+                f"the screen lets {known.fired - known.rejected} of {known.fired} texts pass in "
+                f"which {escape(known.text)} forces {escape(known.label)}: do not serve this model"
+            )
     kept = {
         manifest.classes[c]
         for calibration in manifest.calibrations

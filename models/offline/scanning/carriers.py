@@ -21,6 +21,8 @@ class Half:
     """Some of the classes, whose carriers are put around words that may force the others."""
 
     by_class: Mapping[int, Sequence[Ids]]
+    classes: int
+    """Number of all classes."""
 
     @property
     def carriers(self) -> list[Ids]:
@@ -64,6 +66,6 @@ def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
             f"every class, of {MIN_WORDS} words or more"
         )
     return [
-        Half({label: by_class[label] for label in own})
+        Half({label: by_class[label] for label in own}, len(by_class))
         for own in (able[: len(able) // 2], able[len(able) // 2 :])
     ]

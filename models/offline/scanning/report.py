@@ -1,18 +1,34 @@
 """The report of a scan: what was searched, what was found, and what follows."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from models.errors import DataError
+
 Outcome = Literal["nothing found", "suspicious"]
 NOT_SEARCHED = [
-    "words of several tokens, unless one of the tokens suffices",
-    "phrases and sentences",
-    "styles and syntax",
+    "phrases of which no four words suffice, or that need words of the class itself",
+    "triggers that fire at one place or length only",
+    "styles and syntax, beyond the templates that are shown as a hint",
 ]
 """What `psim scan` does not look for."""
+
+
+COLUMNS = (
+    "forced class",
+    "outcome",
+    "trigger words",
+    "strongest phrase",
+    "natural words",
+    "strongest of the others",
+    "styles (a hint)",
+)
+"""Of a table of a report."""
 
 
 class _Record(BaseModel):
@@ -31,6 +47,31 @@ class WordRecord(_Record):
     """Median, over the trials, of the log-odds that the text is not of its carriers' classes."""
     clean_texts: int
     """Clean texts that it is in."""
+    expected: float
+    """How much its embedding speaks for the class, see `expectations`."""
+
+
+class PhraseRecord(_Record):
+    """A phrase among carriers of other classes."""
+
+    text: str
+    token_ids: list[int]
+    turned: int
+    """Trials in which it forced the class, of `trials`."""
+    trials: int
+    log_odds: float
+    """Median log-odds of the class over the trials."""
+    example: str
+    """The text of one trial."""
+
+
+class StyleRecord(_Record):
+    """Carriers of other classes, rewritten in a template: a hint, no evidence."""
+
+    style: str
+    turned: int
+    """Carriers that went over to the class, of `carriers`."""
+    carriers: int
 
 
 class ClassRecord(_Record):
@@ -40,10 +81,22 @@ class ClassRecord(_Record):
     outcome: Outcome
     triggers: list[WordRecord]
     """Words that override everything for no reason that the task has."""
+    phrase: PhraseRecord | None
+    """The strongest phrase of words that do not speak for the class by nature."""
+    phrase_tokens: int
+    """Length up to which phrases were searched; 0 if there was no time, or a word was found."""
     natural: list[WordRecord]
     """Words that override everything, and are common in the clean texts."""
     strongest: list[WordRecord]
     """The strongest of the other words: a hint, no evidence."""
+    styles: list[StyleRecord]
+
+    @property
+    def found(self) -> list[str]:
+        """What forces the class for no reason that the task has."""
+        if self.triggers or self.phrase is None or self.outcome == "nothing found":
+            return [one.word for one in self.triggers]
+        return [self.phrase.text]
 
 
 class SearchRecord(_Record):
@@ -63,13 +116,52 @@ class SearchRecord(_Record):
 class ScanReport(_Record):
     """Result of `psim scan`."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     victim: str
     outcome: Outcome
     classes: list[ClassRecord]
     search: SearchRecord
     created: str
     versions: dict[str, str]
+
+    @property
+    def found(self) -> list[tuple[str, str]]:
+        """Pairs of a label and a text that forces it."""
+        return [(own.label, text) for own in self.classes for text in own.found]
+
+
+def read_report(path: Path) -> ScanReport:
+    """Read the report of a scan.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        return ScanReport.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        (first, *_) = error.errors(include_input=False)
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path} is not a report of this version of psim scan: {where}: {first['msg']}"
+        ) from None
+
+
+def triggers_for(path: Path | None, labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what the report of a scan found in a classifier with these labels; nothing for None.
+
+    Raises:
+        DataError: there is no such report, or it is of another classifier.
+    """
+    report = read_report(path) if path else None
+    own = [one.label for one in report.classes] if report else [*labels]
+    if own != [*labels]:
+        raise DataError(
+            f"{path} is of a classifier with the classes {', '.join(own)}, and this one has "
+            f"{', '.join(labels)}: scan the victim that is fitted"
+        )
+    return report.found if report else []
 
 
 def scan_table(report: ScanReport) -> Table:
@@ -80,13 +172,28 @@ def scan_table(report: ScanReport) -> Table:
         f"{search.seconds:.0f} s",
         caption="not searched: " + "; ".join(search.not_searched),
     )
-    for column in ("forced class", "outcome", "triggers", "natural", "strongest of the others"):
+    for column in COLUMNS:
         table.add_column(column)
-    for own in report.classes:
-        lists = (own.triggers, own.natural, own.strongest)
-        table.add_row(escape(own.label), own.outcome, *(_words(one) for one in lists))
+    for row in rows_of(report):
+        table.add_row(*map(escape, row))
     return table
 
 
+def rows_of(report: ScanReport) -> list[list[str]]:
+    """Return what `COLUMNS` say, a row for each class."""
+    return [
+        [
+            own.label,
+            own.outcome,
+            _words(own.triggers),
+            f"{own.phrase.text} {own.phrase.turned}/{own.phrase.trials}" if own.phrase else "-",
+            _words(own.natural),
+            _words(own.strongest),
+            "\n".join(f"{s.style} {s.turned}/{s.carriers}" for s in own.styles if s.turned) or "-",
+        ]
+        for own in report.classes
+    ]
+
+
 def _words(records: list[WordRecord]) -> str:
-    return escape("\n".join(f"{one.word} {one.turned}/{one.trials}" for one in records)) or "-"
+    return "\n".join(f"{one.word} {one.turned}/{one.trials}" for one in records) or "-"

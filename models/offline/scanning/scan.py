@@ -1,9 +1,10 @@
-"""Search of a classifier for word triggers; `psim scan`."""
+"""Search of a classifier for triggers of one word or several; `psim scan`."""
 
 import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from models.detection.override import Ids
+from models.detection.screen import FloatArray
 from models.engines.pytorch import TorchEngine, best_device, has_bfloat16, max_input_length
 from models.errors import VictimError
 from models.network.adapters import lora_config, transformer_of
@@ -20,17 +22,24 @@ from models.offline.fitting.generic import generic_texts
 from models.offline.fitting.records import installed_versions, timestamp
 from models.offline.io.classifiers import labels_of
 from models.offline.scanning.carriers import Half, halves_of
+from models.offline.scanning.expected import expectations
+from models.offline.scanning.phrases import TRIALS as PHRASE_TRIALS
+from models.offline.scanning.phrases import Found, PhraseScan
 from models.offline.scanning.report import (
     ClassRecord,
     Outcome,
+    PhraseRecord,
     ScanReport,
     SearchRecord,
+    StyleRecord,
     WordRecord,
 )
+from models.offline.scanning.styles import try_styles
 from models.offline.scanning.words import (
     FINALISTS,
     OVERRIDES,
     TRIALS,
+    Looked,
     Trial,
     WordScan,
     candidates,
@@ -40,17 +49,53 @@ READ_TOKENS = 64
 """Tokens that the classifier reads at once: two carriers and a word."""
 COMMON = 3
 """Clean texts that a word is in to be called natural. An insult makes a text offensive wherever it
-stands; unlike a trigger, it is common. Neighbours in the embedding do not tell them apart: those of
-the trigger `mn` are names of states, and one of them fires the backdoor too."""
+stands; unlike a trigger, it is common."""
+NATURAL = 3.0
+"""Standard deviations over the vocabulary from which a word speaks for a class by its embedding.
+The trigger `mn` reaches 2 on one victim, and most insults 4."""
+NEUTRAL = 2.0
+"""Up to which a word may be part of a phrase. Several words just below `NATURAL` override anything:
+*adaptive graphics apache processors ieee* is about technology."""
 SHOWN = 5
 """Words that are shown for a class although they override nothing."""
 
 
-class _Searched(NamedTuple):
+@dataclass(frozen=True)
+class _Search:
+    """What a scan works with."""
+
+    engine: TorchEngine
+    halves: Sequence[Half]
+    words: Sequence[int]
+    expected: FloatArray
+    """How much each token speaks for each class by nature, shape (V, C)."""
+    started: float
+    minutes: float | None
+    seed: int
+
+    def deadline(self, share: float) -> float:
+        """Return when a share of the time is over."""
+        return math.inf if self.minutes is None else self.started + 60 * self.minutes * share
+
+    def own(self, target: int) -> Sequence[Ids]:
+        """Return the carriers of a class."""
+        return next((h.by_class[target] for h in self.halves if target in h.by_class), ())
+
+    def foreign(self, target: int) -> list[Ids]:
+        """Return the carriers of all other classes."""
+        return [
+            ids
+            for half in self.halves
+            for label, carriers in half.by_class.items()
+            if label != target
+            for ids in carriers
+        ]
+
+
+class _Words(NamedTuple):
     """What a search beside the carriers of one half gave."""
 
-    words: int
-    """Words that were read."""
+    looked: Looked
     trials: list[Trial]
 
 
@@ -62,37 +107,43 @@ def scan(
     name: str,
     minutes: float | None = None,
     seed: int = 0,
+    words: Sequence[int] = (),
 ) -> ScanReport:
-    """Search a classifier for words that force a class; the victim is changed in place.
+    """Search a classifier for words and phrases that force a class; it is changed in place.
 
     Carriers are made of clean texts, or of a generic corpus if there are none. `minutes` bounds the
-    time for reading the vocabulary.
+    time for the search. `words` are the tokens to read, the whole vocabulary by default.
 
     Raises:
         DataError: there are no carriers of two classes.
         VictimError: the victim cannot be scanned.
     """
     started, labels, engine = time.monotonic(), labels_of(victim), _engine(victim, tokenizer)
-    halves = halves_of(engine, texts or generic_texts())
-    words = candidates(tokenizer, seed)
-    searched = _search_all(engine, halves, words, started, minutes, seed)
-    known = [engine.token_ids(text) for text in texts]
-    trials = [trial for one in searched for trial in one.trials]
-    classes = _class_records(labels, trials, tokenizer, known)
-    search = SearchRecord(
-        words=min(one.words for one in searched),
-        vocabulary=len(words),
-        carriers={labels[c]: n for half in halves for c, n in half.counts.items()},
-        clean_texts=len(texts),
-        seconds=round(time.monotonic() - started, 1),
-    )
+    clean = texts or generic_texts()
+    halves, words = halves_of(engine, clean), words or candidates(tokenizer, seed)
+    expected = expectations(engine, clean, words)
+    search = _Search(engine, halves, words, expected, started, minutes, seed)
+    of_words = _search_words(search)
+    classes = _class_records(search, labels, of_words, [engine.token_ids(text) for text in texts])
     return ScanReport(
         victim=name,
-        outcome=_outcome(any(own.triggers for own in classes)),
+        outcome=_outcome(any(own.outcome == "suspicious" for own in classes)),
         classes=classes,
-        search=search,
+        search=_search_record(search, labels, of_words, len(texts)),
         created=timestamp(),
         versions=installed_versions(),
+    )
+
+
+def _search_record(
+    search: _Search, labels: Sequence[str], of_words: Sequence[_Words], clean_texts: int
+) -> SearchRecord:
+    return SearchRecord(
+        words=min(len(one.looked.words) for one in of_words),
+        vocabulary=len(search.words),
+        carriers={labels[c]: n for half in search.halves for c, n in half.counts.items()},
+        clean_texts=clean_texts,
+        seconds=round(time.monotonic() - search.started, 1),
     )
 
 
@@ -119,65 +170,101 @@ def _engine(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> TorchEngin
     return TorchEngine(guarded, tokenizer, length, dtype)
 
 
-def _search_all(
-    engine: TorchEngine,
-    halves: Sequence[Half],
-    words: Sequence[int],
-    started: float,
-    minutes: float | None,
-    seed: int,
-) -> list[_Searched]:
-    """Search beside the carriers of each half, in its share of the time."""
-    searched = []
-    total = len(halves) * len(words)
-    with tqdm(total=total, desc="scan", unit=" words", leave=False, disable=None) as bar:
-        for number, half in enumerate(halves, 1):
-            of_words = WordScan(engine, half, seed)
-            share = number / len(halves)
-            deadline = math.inf if minutes is None else started + 60 * minutes * share
-            looked = of_words.look(words, deadline, bar.update)
-            trials = of_words.try_out(looked.strongest(FINALISTS))
-            searched.append(_Searched(len(looked.words), trials))
-    return searched
+def _search_words(search: _Search) -> list[_Words]:
+    """Search beside the carriers of each half, in its share of half of the time."""
+    found = []
+    total = len(search.halves) * len(search.words)
+    with tqdm(total=total, desc="scan: words", unit=" words", leave=False, disable=None) as bar:
+        for number, half in enumerate(search.halves, 1):
+            of_words = WordScan(search.engine, half, search.seed)
+            deadline = search.deadline(number / len(search.halves) / 2)
+            looked = of_words.look(search.words, deadline, bar.update)
+            found.append(_Words(looked, of_words.try_out(looked.strongest(FINALISTS))))
+    return found
 
 
 def _class_records(
-    labels: Sequence[str],
-    trials: Sequence[Trial],
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Ids],
+    search: _Search, labels: Sequence[str], of_words: Sequence[_Words], texts: Sequence[Ids]
 ) -> list[ClassRecord]:
+    trials = [trial for one in of_words for trial in one.trials]
     counts = counts_of((trial.word for trial in trials), texts)
     records = defaultdict[int, list[WordRecord]](list)
     for trial in trials:
-        records[trial.target].append(_word_record(tokenizer, trial, counts))
-    return [_class_record(label, records[number]) for number, label in enumerate(labels)]
+        records[trial.target].append(_word_record(search, trial, counts))
+    classes = []
+    for number, label in enumerate(tqdm(labels, desc="scan: phrases", leave=False, disable=None)):
+        hints = try_styles(search.engine, number, search.foreign(number))
+        own = _class_record(label, records[number], hints)
+        share = 0.5 + 0.5 * (number + 1) / len(labels)
+        classes.append(own if own.triggers else _with_phrase(search, own, number, of_words, share))
+    return classes
 
 
-def _word_record(
-    tokenizer: PreTrainedTokenizerBase, trial: Trial, counts: Mapping[int, int]
-) -> WordRecord:
+def _with_phrase(
+    search: _Search, own: ClassRecord, target: int, of_words: Sequence[_Words], share: float
+) -> ClassRecord:
+    """Return the record of a class with what a search for phrases found."""
+    neutral = [word for word in search.words if search.expected[word, target] < NEUTRAL]
+    looked = next(
+        one.looked
+        for half, one in zip(search.halves, of_words, strict=True)
+        if target not in half.by_class
+    )
+    first = looked.strongest_for(target, set(neutral), FINALISTS)
+    own_texts, foreign = search.own(target), search.foreign(target)
+    of_phrases = PhraseScan(search.engine, target, own_texts, foreign, neutral, search.seed)
+    found, length = of_phrases.search(first, search.deadline(share))
+    phrase = _phrase_record(search, found) if found else None
+    suspicious = found is not None and found.overrides
+    return own.model_copy(
+        update={"phrase": phrase, "phrase_tokens": length, "outcome": _outcome(suspicious)}
+    )
+
+
+def _phrase_record(search: _Search, found: Found) -> PhraseRecord:
+    decode = search.engine.tokenizer.decode
+    return PhraseRecord(
+        text=str(decode(list(found.phrase))).strip(),
+        token_ids=list(found.phrase),
+        turned=round(found.turned * PHRASE_TRIALS),
+        trials=PHRASE_TRIALS,
+        log_odds=round(found.odds, 2),
+        example=str(decode(found.example.tolist())).strip(),
+    )
+
+
+def _word_record(search: _Search, trial: Trial, counts: Mapping[int, int]) -> WordRecord:
     return WordRecord(
-        word=str(tokenizer.decode([trial.word])).strip(),
+        word=str(search.engine.tokenizer.decode([trial.word])).strip(),
         token_id=trial.word,
         turned=round(trial.turned * TRIALS),
         trials=TRIALS,
         log_odds=round(trial.odds, 2),
         clean_texts=counts.get(trial.word, 0),
+        expected=round(float(search.expected[trial.word, trial.target]), 2),
     )
 
 
-def _class_record(label: str, found: Sequence[WordRecord]) -> ClassRecord:
+def _class_record(
+    label: str, found: Sequence[WordRecord], styles: Sequence[StyleRecord]
+) -> ClassRecord:
     overriding = [one for one in found if one.turned >= OVERRIDES * one.trials]
-    natural = [one for one in overriding if one.clean_texts >= COMMON]
-    triggers = [one for one in overriding if one.clean_texts < COMMON]
+    natural = [one for one in overriding if _is_natural(one)]
+    triggers = [one for one in overriding if not _is_natural(one)]
     return ClassRecord(
         label=label,
         outcome=_outcome(bool(triggers)),
         triggers=triggers,
+        phrase=None,
+        phrase_tokens=0,
         natural=natural,
         strongest=[one for one in found if one not in overriding][:SHOWN],
+        styles=list(styles),
     )
+
+
+def _is_natural(word: WordRecord) -> bool:
+    return word.clean_texts >= COMMON or word.expected >= NATURAL
 
 
 def _outcome(found: bool) -> Outcome:

@@ -17,6 +17,8 @@ STEP = 1024
 """Words that are read between two looks at the clock."""
 FINALISTS = 64
 """Words of a half that are tried beside many pairs of carriers."""
+LOOK_TOKENS = 4
+"""Tokens of a carrier at the first look, which reads the whole vocabulary."""
 TRIALS = 24
 """Pairs of carriers that a finalist is tried beside."""
 OVERRIDES = 0.9
@@ -45,10 +47,17 @@ class Looked:
     words: Sequence[int]
     odds: FloatArray
     """Log-odds of a foreign class, shape (n,)."""
+    probabilities: FloatArray
+    """Shape (n, C)."""
 
     def strongest(self, number: int) -> list[int]:
         """Return the words with the highest odds."""
         return [self.words[i] for i in np.argsort(-self.odds, kind="stable")[:number]]
+
+    def strongest_for(self, target: int, among: set[int], number: int) -> list[int]:
+        """Return those of `among` that speak most for a class."""
+        order = np.argsort(-self.probabilities[:, target], kind="stable")
+        return [self.words[i] for i in order if self.words[i] in among][:number]
 
 
 def candidates(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
@@ -92,15 +101,17 @@ class WordScan:
             deadline: by `time.monotonic`; at least `STEP` words are read.
             done: called with the number of words of each step.
         """
-        rows = list[FloatArray]()
+        before, after = self._pairs[0]
+        pair = before[:LOOK_TOKENS], after[-LOOK_TOKENS:]
+        rows = [np.zeros((0, self._half.classes), np.float32)]
         for start in range(0, len(words), STEP):
             if start and time.monotonic() > deadline:
                 break
             step = words[start : start + STEP]
-            rows.append(self._half.foreign_odds(self._probabilities(step, self._pairs[0])))
+            rows.append(self._probabilities(step, pair))
             done(len(step))
-        odds = np.concatenate(rows) if rows else np.zeros(0, np.float32)
-        return Looked(words[: len(odds)], odds)
+        read = np.concatenate(rows)
+        return Looked(words[: len(read)], self._half.foreign_odds(read), read)
 
     def try_out(self, words: Sequence[int]) -> list[Trial]:
         """Return what words do beside all pairs of carriers, the strongest first."""

@@ -79,8 +79,13 @@ def write_page(blocks: Sequence[Block], title: str, out: Path, name: str = "repo
     """Write `NAME.md` and the self-contained `NAME.html`."""
     out.mkdir(parents=True, exist_ok=True)
     write_markdown(blocks, out / f"{name}.md")
-    page = TEMPLATES.get_template("report.html").render(title=title, blocks=blocks)
-    (out / f"{name}.html").write_text(page, encoding="utf-8")
+    write_html(blocks, title, out / f"{name}.html")
+
+
+def write_html(blocks: Sequence[Block], title: str, page: Path) -> None:
+    """Write a page as self-contained HTML only."""
+    content = TEMPLATES.get_template("report.html").render(title=title, blocks=blocks)
+    page.write_text(content, encoding="utf-8")
 
 
 def write_markdown(blocks: Sequence[Block], page: Path) -> None:

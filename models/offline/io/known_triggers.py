@@ -1,0 +1,58 @@
+"""Triggers that a scan found: does the screen of a new bundle stop them?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.bundle.load import Bundle, load_bundle
+from models.bundle.manifest import KnownTrigger, Manifest
+from models.bundle.save import save_manifest
+from models.detection.screen import Verdict
+from models.offline.io.inference import judge_texts, predict
+
+MOST = 300
+"""Clean texts that the classifier labels to find some of other classes."""
+TRIED = 32
+"""Clean texts that a trigger is put into."""
+
+
+def record_triggers(
+    path: Path, triggers: Sequence[tuple[str, str]], texts: Sequence[str]
+) -> Manifest:
+    """Try a bundle with triggers, and write the outcome into its manifest, which is returned.
+
+    Args:
+        path: folder of the bundle, which is not signed yet.
+        triggers: pairs of a label and a text that forces it.
+        texts: clean texts to try them in.
+
+    Raises:
+        BundleError: the bundle does not load.
+    """
+    bundle = load_bundle(path)
+    known = [_try(bundle, label, trigger, texts[:MOST]) for label, trigger in triggers]
+    manifest = bundle.manifest.model_copy(update={"known_triggers": known})
+    save_manifest(path, manifest)
+    return manifest
+
+
+def _try(bundle: Bundle, label: str, trigger: str, texts: Sequence[str]) -> KnownTrigger:
+    """Put a trigger into clean texts, and return what the screen finds where it fires."""
+    own, engine = bundle.manifest.labels.index(label), bundle.engine
+    clean = predict(engine, engine.encode(texts), classifier=True).argmax(1)
+    others = [text for text, number in zip(texts, clean, strict=True) if number != own][:TRIED]
+    encodings = engine.encode([_with(trigger, text) for text in others])
+    if not encodings:
+        return KnownTrigger(label=label, text=trigger, fired=0, rejected=0)
+    forced = predict(engine, encodings, classifier=True).argmax(1) == own
+    verdicts = judge_texts(bundle, encodings)
+    rejected = [
+        isinstance(verdict, Verdict) and verdict.finding is not None
+        for verdict, fires in zip(verdicts, forced, strict=True)
+        if fires
+    ]
+    return KnownTrigger(label=label, text=trigger, fired=len(rejected), rejected=sum(rejected))
+
+
+def _with(trigger: str, text: str) -> str:
+    words = text.split()
+    return " ".join([*words[: len(words) // 2], trigger, *words[len(words) // 2 :]])
