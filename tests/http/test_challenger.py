@@ -27,7 +27,7 @@ async def on_trial(
     monkeypatch: pytest.MonkeyPatch, challenger: Bundle, **changes: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     bundles = {"served": fake_bundle, "challenger": lambda: challenger}
-    monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name]())
+    monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name]())
     settings = Settings(bundle=Path("served"), challenger=Path("challenger"), admin=True, **changes)
     async with lifespan(app := create_app(settings)):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -130,7 +130,7 @@ async def test_a_trial_ends_with_the_reload_even_if_inputs_wait(
         await client.post("/classify", json={"inputs": [CLEAN] * 100})
         fresh = replace(challenger, engine=FakeEngine())
         bundles = {"served": fresh, "challenger": fake_bundle()}
-        monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
+        monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name])
         assert (await client.post("/admin/reload")).status_code == 200
         info = (await client.get("/info")).json()
         assert (info["bundle"], info["challenger"]) == (OTHER, "d" * 64)
@@ -145,7 +145,7 @@ async def test_one_that_cannot_screen_is_not_tried(monkeypatch: pytest.MonkeyPat
         dying = FakeEngine()
         dying.dies = True
         bundles = {"served": fake_bundle(), "challenger": fake_bundle(dying)}
-        monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
+        monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name])
         answer = await client.post("/admin/reload")
         assert (answer.status_code, answer.json()["code"]) == (422, "reload_failed")
         assert (await client.get("/info")).json()["challenger"] == OTHER

@@ -106,7 +106,7 @@ async def test_a_verdict_is_of_one_model_and_one_loaded_bundle(
 ) -> None:
     engines: list[FakeEngine] = []
 
-    def load(path: Path, *_: object) -> Any:
+    def load(path: Path, *_: object, **__: object) -> Any:
         engines.append(FakeEngine())
         # What is poisoned for one bundle passes the other.
         return fake_bundle(engines[-1], threshold=3.0 if path.name == "strict" else 99.0)

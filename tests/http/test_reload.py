@@ -192,8 +192,8 @@ def test_the_memory_of_what_was_replaced_is_free_again(
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
 
-    def load(*arguments: Any) -> Bundle:
-        bundle = load_bundle(*arguments)
+    def load(*arguments: Any, **options: Any) -> Bundle:
+        bundle = load_bundle(*arguments, **options)
         loaded.extend(map(weakref.ref, (bundle, bundle.engine, bundle.screen)))
         return bundle
 
@@ -279,7 +279,7 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 def load_in_turn(monkeypatch: pytest.MonkeyPatch, *bundles: Bundle) -> None:
     """Have each loading give the next one of the bundles."""
     waiting = list(bundles)
-    monkeypatch.setattr("service.app.load_bundle", lambda *_: waiting.pop(0))
+    monkeypatch.setattr("service.app.load_bundle", lambda *_, **__: waiting.pop(0))
 
 
 OLD, NEW = "d" * 64, "e" * 64
@@ -386,7 +386,7 @@ async def test_the_upstream_is_let_go_and_one_that_is_down_is_not_taken(
 
     file = tmp_path / "models.toml"
     file.write_text(entry(port))
-    monkeypatch.setattr("service.app.load_bundle", lambda *_: fake_bundle())
+    monkeypatch.setattr("service.app.load_bundle", lambda *_, **__: fake_bundle())
     try:
         async with client_of(create_app(Settings(models=file, admin=True))) as client:
             (old,) = connections

@@ -55,7 +55,7 @@ async def test_a_bundle_that_screens_nothing_is_not_served(
 ) -> None:
     bundles = {"served": fake_bundle(), "challenger": fake_bundle()}
     bundles[blind] = fake_bundle(BlindEngine())
-    monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
+    monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name])
     paths: dict[str, Any] = {"bundle": Path("served"), "challenger": Path("challenger")}
     with pytest.raises(ScreenFailed):
         async with lifespan(create_app(Settings(**paths, fail_open=fail_open))):
@@ -71,7 +71,7 @@ async def test_a_start_that_fails_leaves_nothing_open(
         name: BlindEngine() if name == fails else FakeEngine() for name in ("first", "second")
     }
     bundles = {name: fake_bundle(engine) for name, engine in engines.items()}
-    monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
+    monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name])
     (tmp_path / "models.toml").write_text(TWO)
     if fails == "upstream":
 
@@ -102,7 +102,7 @@ async def test_a_start_that_fails_leaves_nothing_open(
 
 async def test_whatever_fails_to_close_the_rest_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     bundles = {"served": fake_bundle(), "challenger": fake_bundle()}
-    monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
+    monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name])
     paths: dict[str, Any] = {"bundle": Path("served"), "challenger": Path("challenger")}
     app = create_app(Settings(**paths))
 

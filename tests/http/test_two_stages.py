@@ -262,7 +262,7 @@ async def test_a_challenger_has_a_test_of_its_own(monkeypatch: pytest.MonkeyPatc
         "served": fake_bundle(OverridableEngine()),
         "challenger": two_stage_bundle(digest="e" * 64),
     }
-    monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
+    monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name])
     app = create_app(Settings(bundle=Path("served"), challenger=Path("challenger")))
     async with lifespan(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

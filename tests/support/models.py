@@ -34,7 +34,7 @@ async def two_models(
         "mood": fake_bundle(),
         "topic": fake_bundle(FakeEngine(), ("politics", "sport"), "e" * 64),
     }
-    monkeypatch.setattr("service.app.load_bundle", lambda path, *_: bundles[path.name])
+    monkeypatch.setattr("service.app.load_bundle", lambda path, *_, **__: bundles[path.name])
     (folder / "models.toml").write_text(content)
     app = create_app(Settings(models=folder / "models.toml", **changes))
     async with lifespan(app):
