@@ -43,7 +43,12 @@ def engine_section(result: Result) -> str:
         rates = rates_at(result, dtype, batch)
         compared = [ratios(rates["guarded"], rates[way]) for way in ("bare", "own unguarded")]
         lines.append(
-            [dtype, str(batch), *(spread(rates[way], 0) for way in ways), *map(spread, compared)]
+            [
+                dtype,
+                str(batch),
+                *(spread(rates.get(way, []), 0) for way in ways),
+                *map(spread, compared),
+            ]
         )
     header = ["dtype", "batch", *ways, "guarded / bare", "guarded / own unguarded"]
     return f"Engine `{result['engine']}`, texts per second.\n\n{markdown(header, lines)}"
