@@ -110,7 +110,8 @@ class Guarded(nn.Module):
 
         PSIM's first checkpoint is from before its training. Call this when training is over.
         """
-        zero = {name: not weights.any() for name, weights in self.psim.named_parameters()}
+        adapted = [(name, w) for name, w in self.psim.named_parameters() if ".lora_B." in name]
+        zero = {name: not weights.any() for name, weights in adapted}
         self._untrained = frozenset(
             adapter
             for adapter in self.checkpoints
