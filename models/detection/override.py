@@ -45,6 +45,8 @@ DRAWS = 3
 """Pairs of carriers; a triggered text keeps its class beside most."""
 LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
+HOPELESS = 0.04
+"""Kept probability under which no part of a window is tried by itself."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""
 LEAST_READABLE = 3
@@ -52,6 +54,8 @@ LEAST_READABLE = 3
 SHORTEST_WINDOW, LONGEST_WINDOW = 24, 64
 """Tokens of a text that are tested at once, see `OverrideTest`. A window of a long text must not be
 so long that it overrules the carriers by its length."""
+PART_TOKENS = 12
+"""Tokens of a part of a window."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,12 @@ class OverrideTest:
     """Tests texts beside the carriers of a bundle.
 
     A text that is longer than a window is tested in windows that overlap by half, each of them
-    between the carriers, and the window that keeps the class best counts. So an inserted trigger of
-    up to half a window is found in a text of any length, and a long clean text does not overrule
-    the carriers by its length.
+    between the carriers. So an inserted trigger of up to half a window is found in a text of any
+    length, and a long clean text does not overrule the carriers by its length.
+
+    A trigger must also hold against the text around it, which says something else. So the window
+    that keeps the class best is then tried in parts, which overlap by half. Whatever keeps the
+    class best, the window or one of its parts, goes on to the other pairs of carriers.
 
     Args:
         carriers: by class, the token ids of texts of which the classifier is sure.
@@ -141,27 +148,33 @@ class OverrideTest:
         compared.
 
         The score is the probability, in (0, 1), that the text keeps its class: of its best window,
-        as a mean, in log-odds, over pairs of carriers and the first half of the checkpoints. A
-        trigger that survived clean tuning just so may yield to one pair; the mean forgives that,
-        while the pair that leaves the least of the class would not. A test ends early once the
-        class is `LOST`. The score is NaN if a reading is: then the test says nothing.
+        or part of one, as a mean, in log-odds, over pairs of carriers and the first half of the
+        checkpoints. A trigger that survived clean tuning just so may yield to one pair; the mean
+        forgives that, while the pair that leaves the least of the class would not. A test ends
+        early once the class is `LOST`. The score is NaN if a reading is: then the test says
+        nothing.
 
         Args:
             ids: the text, or the part.
             predicted: the class.
             part_of: the whole text of a part.
         """
-        kept, odds = 1.0, list[float]()
-        for before, after in self._pairs(ids if part_of is None else part_of, predicted):
-            inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
-            readings = yield inputs
-            # Unlike Python's, this maximum does not lose a NaN.
-            odds.append(float(np.max([self._log_odds(one, predicted) for one in readings])))
-            # As thresholds and stored outcomes are: no decision may hang on where it was rounded.
-            kept = float(np.float32(_sigmoid(sum(odds) / len(odds))))
-            if kept < LOST:
+        first, *others = self._pairs(ids if part_of is None else part_of, predicted)
+        tried = self._windows(ids)
+        odds = yield from self._odds(tried, first, predicted)
+        best = int(odds.argmax())  # a NaN, if there is one
+        if _kept(odds[best]) >= HOPELESS and len(tried[best]) > PART_TOKENS:
+            parts = _overlapping(tried[best], PART_TOKENS)
+            tried = [*tried, *parts]
+            odds = np.concatenate([odds, (yield from self._odds(parts, first, predicted))])
+            best = int(odds.argmax())
+        total = odds[best : best + 1]
+        for pair in others:
+            if _kept(total.mean()) < LOST:
                 break
-        return kept
+            more = yield from self._odds([tried[best]], pair, predicted)
+            total = np.concatenate([total, more])
+        return _kept(total.mean())
 
     def threshold_of(self, predicted: int, first_stage: float) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
@@ -209,8 +222,15 @@ class OverrideTest:
         return [one for c in self._view_of[predicted] if c != predicted for one in self.carriers[c]]
 
     def _windows(self, ids: Ids) -> list[Ids]:
-        size = self.geometry.window
-        return [ids[window] for window in windows(len(ids), size, size // 2)]
+        return _overlapping(ids, self.geometry.window)
+
+    def _odds(
+        self, tried: Sequence[Ids], pair: tuple[Ids, Ids], predicted: int
+    ) -> Generator[list[Ids], Sequence[FloatArray], FloatArray]:
+        """Yield what is tried between a pair of carriers; return the log-odds of the class."""
+        before, after = pair
+        readings = yield [np.concatenate([before, part, after]) for part in tried]
+        return np.array([self._log_odds(one, predicted) for one in readings])
 
     def _log_odds(self, readings: FloatArray, predicted: int) -> float:
         view = self._view_of[predicted]
@@ -242,6 +262,16 @@ def evidence(first_stage: ArrayLike, kept: ArrayLike, keeps: float) -> NDArray[n
     bounded = np.clip(own, TINY, 1 - TINY)
     odds = np.log(bounded / (1 - bounded)) - logit(keeps)
     return np.where(own < keeps, 0.0, first + odds)
+
+
+def _overlapping(ids: Ids, size: int) -> list[Ids]:
+    return [ids[window] for window in windows(len(ids), size, size // 2)]
+
+
+def _kept(odds: float) -> float:
+    """Return a probability, rounded as thresholds and stored outcomes are: no decision may hang on
+    where it was rounded."""
+    return float(np.float32(_sigmoid(odds)))
 
 
 def _sigmoid(odds: float) -> float:

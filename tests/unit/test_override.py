@@ -22,6 +22,7 @@ from models.detection.override import (
     LEAST_READABLE,
     LONGEST_WINDOW,
     LOST,
+    PART_TOKENS,
     SHORTEST_WINDOW,
     Ids,
     OverrideGeometry,
@@ -106,7 +107,7 @@ def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
 ) -> None:
     test = sized_test(counts=counts)
     _, turns = run(test, ids, predicted)
-    assert 1 <= len(turns) <= DRAWS
+    assert 1 <= len(turns) <= DRAWS + 1
     for inputs in turns:
         ends = {int(one[i]) for one in inputs for i in (0, -1)}
         assert all(end >= WORDS and end // WORDS - 1 != predicted for end in ends)
@@ -152,28 +153,66 @@ def test_a_text_is_triggered_if_the_evidence_of_both_stages_is_enough(
         assert (kept >= needed) == (found >= threshold)
 
 
-def test_the_best_window_counts_beside_each_pair_and_no_single_pair_decides() -> None:
+def outcome_of(test: OverrideTest, ids: Ids, kept: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """Return the score if a classifier keeps these shares of the class, turn by turn, and how many
+    turns it took."""
+    running, turn = test.score(ids, 0), 0
+    inputs = next(running)
+    while True:
+        shares = kept[turn]
+        assert len(shares) == len(inputs)
+        readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
+        turn += 1
+        try:
+            inputs = running.send(readings)
+        except StopIteration as done:
+            return float(done.value), turn
+
+
+def test_the_best_window_goes_on_and_no_single_pair_decides() -> None:
     test, ids = sized_test(window=4), np.arange(12, dtype=np.int64)
 
-    def score_of(kept: Sequence[Sequence[float]]) -> float:
-        running, turn = test.score(ids, 0), 0
-        inputs = next(running)
-        while True:
-            shares = kept[turn][: len(inputs)]
-            readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
-            try:
-                inputs = running.send(readings)
-            except StopIteration as done:
-                return float(done.value)
-            turn += 1
+    def score_of(*kept: Sequence[float]) -> float:
+        return outcome_of(test, ids, kept)[0]
 
-    assert len(next(test.score(ids, 0))) == 5
-    always = [[0.1, 0.9, 0.2, 0.1, 0.1]] * DRAWS
-    assert score_of(always) == pytest.approx(0.9, abs=1e-4)
-    last = [*always[:-1], [0.3] * 5]
-    assert score_of(last) == pytest.approx(0.7654, abs=1e-4), "the mean of log-odds"
-    assert score_of([[0.3] * 5, *always[1:]]) == pytest.approx(score_of(last))
-    assert score_of([[0.05] * 5, *always[1:]]) == pytest.approx(0.05, abs=1e-4), "it was lost"
+    windows = [0.1, 0.9, 0.2, 0.1, 0.1]
+    assert score_of(windows, [0.9], [0.9]) == pytest.approx(0.9, abs=1e-4)
+    last = score_of(windows, [0.9], [0.3])
+    assert last == pytest.approx(0.7654, abs=1e-4), "the mean of log-odds"
+    assert score_of([0.3] * 5, [0.9], [0.9]) == pytest.approx(last)
+    assert score_of([0.05] * 5) == pytest.approx(0.05, abs=1e-4), "it was lost"
+
+
+def test_a_trigger_that_the_rest_of_its_window_outvotes_is_found_in_a_part() -> None:
+    test, ids = sized_test(window=24), np.arange(24, dtype=np.int64)
+    parts = 24 // (PART_TOKENS // 2) - 1
+    outvoted = [0.1] * (parts - 1) + [0.9]
+    assert outcome_of(test, ids, [[0.1], outvoted, [0.9], [0.9]]) == (pytest.approx(0.9), DRAWS + 1)
+    whole = [[0.9], [0.1] * parts, [0.9], [0.9]]
+    assert outcome_of(test, ids, whole) == (pytest.approx(0.9), DRAWS + 1), "two that add up"
+    assert outcome_of(test, ids, [[0.03]]) == (pytest.approx(0.03), 1), "hopeless"
+    assert outcome_of(test, ids, [[0.1], [0.1] * parts]) == (pytest.approx(0.1), 2), "lost"
+    short = ids[:PART_TOKENS]
+    assert outcome_of(test, short, [[0.9]] * DRAWS) == (pytest.approx(0.9), DRAWS), "no parts"
+
+
+def test_parts_are_those_of_the_window_that_keeps_the_class_best() -> None:
+    test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
+    running = test.score(ids, 0)
+    windows = next(running)
+    shares = [0.2] * (len(windows) - 1) + [0.3]
+    inputs = running.send([np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares])
+    parts = [one[1:-1].tolist() for one in inputs]
+    assert all(len(part) == PART_TOKENS for part in parts)
+    assert sorted({i for part in parts for i in part}) == windows[-1][1:-1].tolist()
+
+
+def test_a_reading_that_is_no_number_is_not_lost_on_the_way() -> None:
+    test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
+    nan = float("nan")
+    whole, parts = [0.9, nan, 0.9, 0.9], [0.9, nan, 0.9]
+    assert np.isnan(outcome_of(test, ids, [whole, *[[0.9]] * 9])[0])
+    assert np.isnan(outcome_of(test, ids[:24], [[0.9], parts, *[[0.9]] * 9])[0])
 
 
 def test_late_checkpoints_have_no_say() -> None:
