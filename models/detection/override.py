@@ -46,7 +46,7 @@ DRAWS = 3
 LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
 HOPELESS = 0.04
-"""Kept probability under which no part of a window is tried by itself."""
+"""Kept probability under which no part of a window is tried by itself, even of an extreme text."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""
 LEAST_READABLE = 3
@@ -102,8 +102,9 @@ class OverrideTest:
     length, and a long clean text does not overrule the carriers by its length.
 
     A trigger must also hold against the text around it, which says something else. So the window
-    that keeps the class best is then tried in parts, which overlap by half. Whatever keeps the
-    class best, the window or one of its parts, goes on to the other pairs of carriers.
+    that keeps the class best is then tried in parts, which overlap by half, unless it has `LOST`
+    the class. Of an extreme text it may keep less, though not a `HOPELESS` share. Whatever keeps
+    the class best, the window or one of its parts, goes on to the other pairs of carriers.
 
     Args:
         carriers: by class, the token ids of texts of which the classifier is sure.
@@ -141,8 +142,8 @@ class OverrideTest:
         """Return whether there are carriers of other classes than `predicted`."""
         return bool(self._other_carriers(predicted))
 
-    def score(self, ids: Ids, predicted: int, part_of: Ids | None = None) -> Test:
-        """Test a text that the classifier assigns to class `predicted`, or a part of one.
+    def score(self, ids: Ids, verdict: Verdict, part_of: Ids | None = None) -> Test:
+        """Test a text, or a part of one, given the first stage's verdict on the text.
 
         All parts of a text are tested beside the same carriers, so that their scores can be
         compared.
@@ -156,14 +157,16 @@ class OverrideTest:
 
         Args:
             ids: the text, or the part.
-            predicted: the class.
+            verdict: what the first stage says of the text.
             part_of: the whole text of a part.
         """
+        predicted = verdict.predicted
         first, *others = self._pairs(ids if part_of is None else part_of, predicted)
         tried = self._windows(ids)
         odds = yield from self._odds(tried, first, predicted)
         best = int(odds.argmax())  # a NaN, if there is one
-        if _kept(odds[best]) >= HOPELESS and len(tried[best]) > PART_TOKENS:
+        least = HOPELESS if verdict.extreme else LOST
+        if _kept(odds[best]) >= least and len(tried[best]) > PART_TOKENS:
             parts = _overlapping(tried[best], PART_TOKENS)
             tried = [*tried, *parts]
             odds = np.concatenate([odds, (yield from self._odds(parts, first, predicted))])

@@ -198,3 +198,8 @@ def bundle_with_override(engine: FakeEngine) -> Bundle:
     # The test reads the first half of four checkpoints, which is all that the fake engine has.
     test = OverrideTest(carriers, OverrideGeometry(16, 4), Layout(4), [group])
     return replace(fake_bundle(engine), override=test)
+
+
+def usual_verdict(predicted: int) -> Verdict:
+    """Return the first stage's verdict on a text that it finds like all others."""
+    return Verdict(0.5, 0.0, "confidence", 3.0, 1.0, False, predicted, None)

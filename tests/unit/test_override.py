@@ -30,10 +30,10 @@ from models.detection.override import (
     OverrideTest,
     evidence,
 )
-from models.detection.screen import Finding, FloatArray, Layout, Normalizer, Screen, Verdict, ZScore
+from models.detection.screen import Finding, FloatArray, Layout, Normalizer, Screen, ZScore
 from models.errors import CalibrationError
 from models.offline.io.inference import run_tests
-from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.fakes import FakeEngine, fake_bundle, usual_verdict
 
 CHECKPOINTS, CLASSES = 3, 3
 WORDS = 1000
@@ -63,7 +63,7 @@ def readings_of(ids: Ids) -> FloatArray:
 
 def run(test: OverrideTest, ids: Ids, predicted: int) -> tuple[float, list[list[Ids]]]:
     """Return the score of a text, and the turns of inputs that it took."""
-    running, turns = test.score(ids, predicted), []
+    running, turns = test.score(ids, usual_verdict(predicted)), []
     inputs = next(running)
     while True:
         turns.append(inputs)
@@ -73,18 +73,13 @@ def run(test: OverrideTest, ids: Ids, predicted: int) -> tuple[float, list[list[
             return done.value, turns
 
 
-def usual(predicted: int) -> Verdict:
-    """Return the first stage's verdict on a text that it finds like all others."""
-    return Verdict(0.5, 0.0, "confidence", 3.0, 1.0, False, predicted, None)
-
-
 texts = st.lists(st.integers(0, WORDS - 1), max_size=120).map(lambda ids: np.array(ids, np.int64))
 
 
 @given(count=st.integers(0, 400), size=st.integers(1, LONGEST_WINDOW))
 def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> None:
     ids = np.arange(count, dtype=np.int64) + 10 * WORDS  # all differ, and from carriers
-    inputs = next(sized_test(size).score(ids, 0))
+    inputs = next(sized_test(size).score(ids, usual_verdict(0)))
     windows = [one[1:-1] for one in inputs]
     assert all(len(window) <= size for window in windows)
     if count <= size:
@@ -121,7 +116,8 @@ def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
 def test_texts_meet_different_carriers() -> None:
     test = sized_test(counts=(9, 9, 9))
     first = {
-        tuple(next(test.score(np.array([word], np.int64), 0))[0][[0, -1]]) for word in range(50)
+        tuple(next(test.score(np.array([word], np.int64), usual_verdict(0)))[0][[0, -1]])
+        for word in range(50)
     }
     assert len(first) > 25
 
@@ -153,10 +149,13 @@ def test_a_text_is_triggered_if_the_evidence_of_both_stages_is_enough(
         assert (kept >= needed) == (found >= threshold)
 
 
-def outcome_of(test: OverrideTest, ids: Ids, kept: Sequence[Sequence[float]]) -> tuple[float, int]:
+def outcome_of(
+    test: OverrideTest, ids: Ids, kept: Sequence[Sequence[float]], *, extreme: bool = False
+) -> tuple[float, int]:
     """Return the score if a classifier keeps these shares of the class, turn by turn, and how many
     turns it took."""
-    running, turn = test.score(ids, 0), 0
+    verdict = replace(usual_verdict(0), score=9.0 if extreme else 0.0)
+    running, turn = test.score(ids, verdict), 0
     inputs = next(running)
     while True:
         shares = kept[turn]
@@ -166,7 +165,7 @@ def outcome_of(test: OverrideTest, ids: Ids, kept: Sequence[Sequence[float]]) ->
         try:
             inputs = running.send(readings)
         except StopIteration as done:
-            return float(done.value), turn
+            return round(float(done.value), 4), turn
 
 
 def test_the_best_window_goes_on_and_no_single_pair_decides() -> None:
@@ -186,25 +185,33 @@ def test_the_best_window_goes_on_and_no_single_pair_decides() -> None:
 def test_a_trigger_that_the_rest_of_its_window_outvotes_is_found_in_a_part() -> None:
     test, ids = sized_test(window=24), np.arange(24, dtype=np.int64)
     parts = 24 // (PART_TOKENS // 2) - 1
-    outvoted = [0.1] * (parts - 1) + [0.9]
-    assert outcome_of(test, ids, [[0.1], outvoted, [0.9], [0.9]]) == (pytest.approx(0.9), DRAWS + 1)
+    found = [0.1] * (parts - 1) + [0.9]
+    assert outcome_of(test, ids, [[0.2], found, [0.9], [0.9]]) == (0.9, DRAWS + 1)
     whole = [[0.9], [0.1] * parts, [0.9], [0.9]]
-    assert outcome_of(test, ids, whole) == (pytest.approx(0.9), DRAWS + 1), "two that add up"
-    assert outcome_of(test, ids, [[0.03]]) == (pytest.approx(0.03), 1), "hopeless"
-    assert outcome_of(test, ids, [[0.1], [0.1] * parts]) == (pytest.approx(0.1), 2), "lost"
+    assert outcome_of(test, ids, whole) == (0.9, DRAWS + 1), "two that add up"
+    assert outcome_of(test, ids, [[0.2], [0.1] * parts, [0.1]])[1] == 3, "lost beside the second"
+    assert outcome_of(test, ids, [[0.1]]) == (0.1, 1), "lost"
+    outvoted = [[0.1], found, [0.9], [0.9]]
+    assert outcome_of(test, ids, outvoted, extreme=True) == (0.9, DRAWS + 1)
+    assert outcome_of(test, ids, [[0.03]], extreme=True) == (0.03, 1), "hopeless"
     short = ids[:PART_TOKENS]
-    assert outcome_of(test, short, [[0.9]] * DRAWS) == (pytest.approx(0.9), DRAWS), "no parts"
+    assert outcome_of(test, short, [[0.9]] * DRAWS) == (0.9, DRAWS), "no parts"
 
 
-def test_parts_are_those_of_the_window_that_keeps_the_class_best() -> None:
+def test_parts_are_those_of_the_window_that_keeps_the_class_best_and_the_best_goes_on() -> None:
     test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
-    running = test.score(ids, 0)
-    windows = next(running)
-    shares = [0.2] * (len(windows) - 1) + [0.3]
-    inputs = running.send([np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares])
-    parts = [one[1:-1].tolist() for one in inputs]
+    running = test.score(ids, usual_verdict(0))
+
+    def send(shares: Sequence[float]) -> list[list[int]]:
+        readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
+        return [one[1:-1].tolist() for one in running.send(readings)]
+
+    windows = [one[1:-1].tolist() for one in next(running)]
+    parts = send([0.2] * (len(windows) - 1) + [0.3])
     assert all(len(part) == PART_TOKENS for part in parts)
-    assert sorted({i for part in parts for i in part}) == windows[-1][1:-1].tolist()
+    assert sorted({i for part in parts for i in part}) == windows[-1]
+    assert send([0.1, 0.9] + [0.1] * (len(parts) - 2)) == [parts[1]]
+    assert send([0.9]) == [parts[1]]
 
 
 def test_a_reading_that_is_no_number_is_not_lost_on_the_way() -> None:
@@ -217,7 +224,7 @@ def test_a_reading_that_is_no_number_is_not_lost_on_the_way() -> None:
 
 def test_late_checkpoints_have_no_say() -> None:
     late = np.array([[0.9, 0.1, 0], [0.9, 0.1, 0], [0.01, 0.99, 0]], np.float32)
-    running = sized_test().score(np.arange(3, dtype=np.int64), 0)
+    running = sized_test().score(np.arange(3, dtype=np.int64), usual_verdict(0))
     next(running)
     with pytest.raises(StopIteration) as done:
         for _ in range(DRAWS):
@@ -241,7 +248,9 @@ def test_what_is_put_together_fits_into_what_the_model_reads(
         whole = np.mean([length <= geometry.window for length in lengths])
         assert geometry.window >= SHORTEST_WINDOW
         assert whole >= 0.5 or geometry.window == LONGEST_WINDOW
-        longest = max(len(one) for one in next(_sized(geometry).score(np.arange(999), 0)))
+        longest = max(
+            len(one) for one in next(_sized(geometry).score(np.arange(999), usual_verdict(0)))
+        )
         assert longest <= readable
 
 
@@ -416,7 +425,9 @@ def test_many_texts_at_once_are_scored_as_each_alone() -> None:
 
     engine = Reader()
     rng = np.random.default_rng(0)
-    asked = [(rng.integers(WORDS, size=n), usual(int(n % 2))) for n in rng.integers(0, 20, 40)]
+    asked = [
+        (rng.integers(WORDS, size=n), usual_verdict(int(n % 2))) for n in rng.integers(0, 20, 40)
+    ]
     together = run_tests(engine, test, asked)
     alone = [run_tests(engine, test, [one])[0] for one in asked]
     assert together == alone
