@@ -104,7 +104,8 @@ class OverrideTest:
     A trigger must also hold against the text around it, which says something else. So the window
     that keeps the class best is then tried in parts, which overlap by half, unless it has `LOST`
     the class. Of an extreme text it may keep less, though not a `HOPELESS` share. Whatever keeps
-    the class best, the window or one of its parts, goes on to the other pairs of carriers.
+    the class best, a window or a part, goes on to the other pairs of carriers. An extreme text is
+    not given up after the first pair: all that was tried is tried beside the second one too.
 
     Args:
         carriers: by class, the token ids of texts of which the classifier is sure.
@@ -164,20 +165,23 @@ class OverrideTest:
         first, *others = self._pairs(ids if part_of is None else part_of, predicted)
         tried = self._windows(ids)
         odds = yield from self._odds(tried, first, predicted)
-        best = int(odds.argmax())  # a NaN, if there is one
+        best = tried[int(odds.argmax())]
         least = HOPELESS if verdict.extreme else LOST
-        if _kept(odds[best]) >= least and len(tried[best]) > PART_TOKENS:
-            parts = _overlapping(tried[best], PART_TOKENS)
-            tried = [*tried, *parts]
+        if _kept(odds.max()) >= least and len(best) > PART_TOKENS:
+            parts = _overlapping(best, PART_TOKENS)
             odds = np.concatenate([odds, (yield from self._odds(parts, first, predicted))])
-            best = int(odds.argmax())
-        total = odds[best : best + 1]
+            tried = [*tried, *parts]
+        rounds = [odds]
+        if verdict.extreme and _kept(odds.max()) < LOST:
+            rounds.append((yield from self._odds(tried, others.pop(0), predicted)))
+        chosen = int(np.mean(rounds, 0).argmax())  # a NaN, if there is one
+        total = [float(one[chosen]) for one in rounds]
         for pair in others:
-            if _kept(total.mean()) < LOST:
+            if _kept(float(np.mean(total))) < LOST:
                 break
-            more = yield from self._odds([tried[best]], pair, predicted)
-            total = np.concatenate([total, more])
-        return _kept(total.mean())
+            (more,) = yield from self._odds([tried[chosen]], pair, predicted)
+            total.append(float(more))
+        return _kept(float(np.mean(total)))
 
     def threshold_of(self, predicted: int, first_stage: float) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.

@@ -193,9 +193,27 @@ def test_a_trigger_that_the_rest_of_its_window_outvotes_is_found_in_a_part() -> 
     assert outcome_of(test, ids, [[0.1]]) == (0.1, 1), "lost"
     outvoted = [[0.1], found, [0.9], [0.9]]
     assert outcome_of(test, ids, outvoted, extreme=True) == (0.9, DRAWS + 1)
-    assert outcome_of(test, ids, [[0.03]], extreme=True) == (0.03, 1), "hopeless"
+    hopeless = [[0.03], [0.03]]
+    assert outcome_of(test, ids, hopeless, extreme=True) == (0.03, 2), "no parts"
     short = ids[:PART_TOKENS]
     assert outcome_of(test, short, [[0.9]] * DRAWS) == (0.9, DRAWS), "no parts"
+
+
+def test_an_extreme_text_is_not_given_up_after_one_pair() -> None:
+    test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
+    lost = [0.02] * 4
+    assert outcome_of(test, ids, [lost]) == (0.02, 1)
+    assert outcome_of(test, ids, [lost, lost], extreme=True) == (0.02, 2)
+    # The third window yielded to the first pair alone.
+    kept, turns = outcome_of(test, ids, [lost, [0.1, 0.1, 0.98, 0.1], [0.98]], extreme=True)
+    assert turns == 3
+    odds = np.log([0.02 / 0.98, 0.98 / 0.02, 0.98 / 0.02]).mean()
+    assert kept == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4), "all pairs count"
+    # The first window keeps the class best on average, the second one beside the second pair.
+    rounds = [[0.14, 0.005], [0.9, 0.95], [0.9]]
+    odds = np.log([0.14 / 0.86, 9, 9]).mean()
+    kept, _ = outcome_of(sized_test(window=8), ids[:12], rounds, extreme=True)
+    assert kept == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4)
 
 
 def test_parts_are_those_of_the_window_that_keeps_the_class_best_and_the_best_goes_on() -> None:

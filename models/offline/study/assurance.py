@@ -44,6 +44,11 @@ LEAST_TEXTS = 400
 MOST_TARGETS = 2
 CONTROL = "no backdoor"
 PSIM = "PSIM"
+TITLE = "Assurance report: backdoors planted in your model"
+WITH, WITHOUT = (
+    "with their labels",
+    "without labels; your model's own predictions are taken as the truth",
+)
 HONEST_TEXTS = 100
 READING = (
     "Each line is one copy of your model. We planted a backdoor in the copy by full fine-tuning on "
@@ -239,15 +244,12 @@ def write_assurance(
         out: folder to write to.
     """
     copies = [_Copy.of(row) for row in rows]
-    title = "Assurance report: backdoors planted in your model"
-    truth = (
-        "with their labels"
-        if is_truth
-        else "without labels; your model's own predictions are taken as the truth"
-    )
     blocks: list[Block] = [
-        Heading(1, title),
-        Paragraph(f"{texts} clean texts, {truth}. False-rejection budget: {frr_budget:.1%}."),
+        Heading(1, TITLE),
+        Paragraph(
+            f"{texts} clean texts, {WITH if is_truth else WITHOUT}. "
+            f"False-rejection budget: {frr_budget:.1%}."
+        ),
         Heading(2, "Summary"),
         _summary(copies),
         Heading(2, "How to read this report"),
@@ -262,7 +264,7 @@ def write_assurance(
         Paragraph(LIMITS),
         Paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
     ]
-    write_page(blocks, title, out, "assurance")
+    write_page(blocks, TITLE, out, "assurance")
 
 
 def _summary(copies: Sequence[_Copy]) -> Table:
