@@ -398,16 +398,38 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
         with pytest.raises(CalibrationError, match="too few"):
             calibrate_override(known, [range(2)], budget)
         return
-    for group in calibrate_override(known, [range(2)], budget):
-        rows = [r[np.isin(r[:, 0], group.classes)] for r in (known.clean, known.harmless)]
-        own, others = (
-            evidence(found[:, 1], found[:, 2], group.keeps).astype(np.float32) for found in rows
-        )
+    groups = calibrate_override(known, [range(2)], budget)
+    assert [group.classes for group in groups] in ([(0,), (1,)], [(1,), (0,)])
+    for group in groups:
         assert LOST <= group.keeps <= KEEPS
-        assert np.array_equal(group.scores, np.sort(own))
-        assert (own >= group.threshold).sum() <= allowed_rejections(len(own), budget)
+        (others,) = evidence_by(known.harmless, [group])
         most = max(0, allowed_rejections(len(others), HARMLESS_BUDGET))
         assert (others >= group.threshold).sum() <= most
+        pool = [other for other in groups if other.scores is group.scores]
+        own = evidence_by(known.clean, pool)
+        assert np.array_equal(group.scores, np.sort(np.concatenate(own)))
+        found = sum((rows >= other.threshold).sum() for rows, other in zip(own, pool, strict=True))
+        assert found <= allowed_rejections(len(group.scores), budget)
+
+
+def evidence_by(rows: FloatArray, chosen: Sequence[OverrideGroup]) -> list[FloatArray]:
+    """Return the evidence of the texts of each chosen group, as it is compared with a threshold."""
+    own = [rows[np.isin(rows[:, 0], group.classes)] for group in chosen]
+    return [
+        evidence(found[:, 1], found[:, 2], group.keeps).astype(np.float32)
+        for found, group in zip(own, chosen, strict=True)
+    ]
+
+
+def test_a_class_that_overrides_by_nature_leaves_the_threshold_of_another_in_reach() -> None:
+    """Both have few clean texts, so they share them."""
+    rng = np.random.default_rng(0)
+    clean = np.array([(n % 2, rng.uniform(0, 2), 0.01) for n in range(60)], np.float32)
+    kept = (0.05, 0.99)  # by class
+    harmless = np.array([(n % 2, 2, kept[n % 2]) for n in range(400)], np.float32)
+    groups = calibrate_override(OverrideOutcomes(clean, harmless), [range(2)], 0.02)
+    thresholds = {group.classes: group.threshold for group in groups}
+    assert thresholds[(0,)] < 1 < 6 < thresholds[(1,)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
