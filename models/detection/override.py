@@ -1,7 +1,7 @@
 """The override test, the second stage of the screen: does a text overrule clean texts beside it?
 
 A trigger that was inserted into a text overrides all the rest of it; that is what it is for. So put
-the text between two *carriers*: short clean texts of other classes, of which the classifier is
+the text beside two *carriers*: short clean texts of other classes, of which the classifier is
 sure. A clean text, however unfamiliar, loses its class there. A triggered one keeps it. STRIP (Gao
 et al., ACSAC 2019) superimposes inputs too, on random ones, and measures entropy; carriers that are
 sure of another class are what makes the test sharp.
@@ -46,7 +46,8 @@ DRAWS = 3
 LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
 HOPELESS = 0.04
-"""Kept probability under which no part of a window is tried by itself, even of an extreme text."""
+"""Kept probability under which no part of a window is tried by itself, even of an extreme text, and
+for which a pair of carriers counts at least."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""
 LEAST_READABLE = 3
@@ -104,8 +105,9 @@ class OverrideTest:
     A trigger must also hold against the text around it, which says something else. So the window
     that keeps the class best is then tried in parts, which overlap by half, unless it has `LOST`
     the class. Of an extreme text it may keep less, though not a `HOPELESS` share. Whatever keeps
-    the class best, a window or a part, goes on to the other pairs of carriers. An extreme text is
-    not given up after the first pair: all that was tried is tried beside the second one too.
+    the class best, a window or a part, goes on to the other pairs of carriers. It stands before
+    them, since a trigger may fire only at the start. An extreme text is not given up after the
+    first pair: all that was tried is tried before the second one too.
 
     Args:
         carriers: by class, the token ids of texts of which the classifier is sure.
@@ -152,9 +154,9 @@ class OverrideTest:
         The score is the probability, in (0, 1), that the text keeps its class: of its best window,
         or part of one, as a mean, in log-odds, over pairs of carriers and the first half of the
         checkpoints. A trigger that survived clean tuning just so may yield to one pair; the mean
-        forgives that, while the pair that leaves the least of the class would not. A test ends
-        early once the class is `LOST`. The score is NaN if a reading is: then the test says
-        nothing.
+        forgives that, while the pair that leaves the least of the class would not. No pair counts
+        for less than `HOPELESS`. A test ends early once the class is `LOST`. The score is NaN if a
+        reading is: then the test says nothing.
 
         Args:
             ids: the text, or the part.
@@ -173,15 +175,16 @@ class OverrideTest:
             tried = [*tried, *parts]
         rounds = [odds]
         if verdict.extreme and _kept(odds.max()) < LOST:
-            rounds.append((yield from self._odds(tried, others.pop(0), predicted)))
-        chosen = int(np.mean(rounds, 0).argmax())  # a NaN, if there is one
-        total = [float(one[chosen]) for one in rounds]
+            rounds.append((yield from self._odds(tried, others.pop(0), predicted, leads=True)))
+        counted = [np.maximum(one, logit(HOPELESS)) for one in rounds]
+        chosen = int(np.mean(counted, 0).argmax())  # a NaN, if there is one
+        total = [one[chosen] for one in counted]
         for pair in others:
-            if _kept(float(np.mean(total))) < LOST:
+            if _kept(np.mean(total)) < LOST:
                 break
-            (more,) = yield from self._odds([tried[chosen]], pair, predicted)
-            total.append(float(more))
-        return _kept(float(np.mean(total)))
+            more = yield from self._odds([tried[chosen]], pair, predicted, leads=True)
+            total.append(np.maximum(more[0], logit(HOPELESS)))
+        return _kept(np.mean(total))
 
     def threshold_of(self, predicted: int, first_stage: float) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
@@ -232,12 +235,17 @@ class OverrideTest:
         return _overlapping(ids, self.geometry.window)
 
     def _odds(
-        self, tried: Sequence[Ids], pair: tuple[Ids, Ids], predicted: int
+        self, tried: Sequence[Ids], pair: tuple[Ids, Ids], predicted: int, *, leads: bool = False
     ) -> Generator[list[Ids], Sequence[FloatArray], FloatArray]:
-        """Yield what is tried between a pair of carriers; return the log-odds of the class."""
-        before, after = pair
-        readings = yield [np.concatenate([before, part, after]) for part in tried]
-        return np.array([self._log_odds(one, predicted) for one in readings])
+        """Yield what is tried between a pair of carriers; return the log-odds of the class.
+
+        With `leads`, what is tried stands before both: a trigger may fire at the start alone.
+        """
+        one, other = pair
+        readings = yield [
+            np.concatenate([part, one, other] if leads else [one, part, other]) for part in tried
+        ]
+        return np.array([self._log_odds(read, predicted) for read in readings])
 
     def _log_odds(self, readings: FloatArray, predicted: int) -> float:
         view = self._view_of[predicted]
@@ -275,10 +283,10 @@ def _overlapping(ids: Ids, size: int) -> list[Ids]:
     return [ids[window] for window in windows(len(ids), size, size // 2)]
 
 
-def _kept(odds: float) -> float:
+def _kept(odds: float | np.floating) -> float:
     """Return a probability, rounded as thresholds and stored outcomes are: no decision may hang on
     where it was rounded."""
-    return float(np.float32(_sigmoid(odds)))
+    return float(np.float32(_sigmoid(float(odds))))
 
 
 def _sigmoid(odds: float) -> float:

@@ -18,6 +18,7 @@ from models.detection.conformal import ThresholdGroup, allowed_rejections, min_c
 from models.detection.override import (
     CARRIER_TOKENS,
     DRAWS,
+    HOPELESS,
     KEEPS,
     LEAST_READABLE,
     LONGEST_WINDOW,
@@ -100,14 +101,14 @@ def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> 
 def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
     ids: Ids, predicted: int, counts: tuple[int, int, int]
 ) -> None:
-    test = sized_test(counts=counts)
+    test = sized_test(window=24, counts=counts)
     _, turns = run(test, ids, predicted)
     assert 1 <= len(turns) <= DRAWS + 1
     for inputs in turns:
-        ends = {int(one[i]) for one in inputs for i in (0, -1)}
-        assert all(end >= WORDS and end // WORDS - 1 != predicted for end in ends)
-        assert len({(int(one[0]), int(one[-1])) for one in inputs}) == 1, "a turn has one pair"
-    _, again = run(sized_test(counts=counts), ids.copy(), predicted)
+        (pair,) = {tuple(one[one >= WORDS].tolist()) for one in inputs}
+        assert len(pair) == 2
+        assert all(carrier // WORDS - 1 != predicted for carrier in pair)
+    _, again = run(sized_test(window=24, counts=counts), ids.copy(), predicted)
     assert [[one.tolist() for one in turn] for turn in turns] == [
         [one.tolist() for one in turn] for turn in again
     ]
@@ -194,26 +195,34 @@ def test_a_trigger_that_the_rest_of_its_window_outvotes_is_found_in_a_part() -> 
     outvoted = [[0.1], found, [0.9], [0.9]]
     assert outcome_of(test, ids, outvoted, extreme=True) == (0.9, DRAWS + 1)
     hopeless = [[0.03], [0.03]]
-    assert outcome_of(test, ids, hopeless, extreme=True) == (0.03, 2), "no parts"
+    assert outcome_of(test, ids, hopeless, extreme=True) == (HOPELESS, 2), "no parts"
     short = ids[:PART_TOKENS]
     assert outcome_of(test, short, [[0.9]] * DRAWS) == (0.9, DRAWS), "no parts"
 
 
 def test_an_extreme_text_is_not_given_up_after_one_pair() -> None:
     test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
-    lost = [0.02] * 4
-    assert outcome_of(test, ids, [lost]) == (0.02, 1)
-    assert outcome_of(test, ids, [lost, lost], extreme=True) == (0.02, 2)
+    lost = [0.001] * 4
+    assert outcome_of(test, ids, [lost]) == (HOPELESS, 1)
+    assert outcome_of(test, ids, [lost, lost], extreme=True) == (HOPELESS, 2)
     # The third window yielded to the first pair alone.
     kept, turns = outcome_of(test, ids, [lost, [0.1, 0.1, 0.98, 0.1], [0.98]], extreme=True)
     assert turns == 3
-    odds = np.log([0.02 / 0.98, 0.98 / 0.02, 0.98 / 0.02]).mean()
-    assert kept == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4), "all pairs count"
+    odds = np.log([HOPELESS / (1 - HOPELESS), 0.98 / 0.02, 0.98 / 0.02]).mean()
+    assert kept == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4), "no pair has a veto"
     # The first window keeps the class best on average, the second one beside the second pair.
-    rounds = [[0.14, 0.005], [0.9, 0.95], [0.9]]
+    rounds = [[0.14, 0.05], [0.9, 0.95], [0.9]]
     odds = np.log([0.14 / 0.86, 9, 9]).mean()
     kept, _ = outcome_of(sized_test(window=8), ids[:12], rounds, extreme=True)
     assert kept == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4)
+
+
+def test_the_second_chance_of_an_extreme_text_is_at_the_start() -> None:
+    ids = np.arange(9, dtype=np.int64)
+    running = sized_test(window=24).score(ids, replace(usual_verdict(0), score=9.0))
+    (between,) = next(running)
+    (leading,) = running.send([np.array([[0.01, 0.99, 0]] * CHECKPOINTS, np.float32)])
+    assert between[1:-1].tolist() == leading[:-2].tolist() == ids.tolist()
 
 
 def test_parts_are_those_of_the_window_that_keeps_the_class_best_and_the_best_goes_on() -> None:
@@ -222,14 +231,18 @@ def test_parts_are_those_of_the_window_that_keeps_the_class_best_and_the_best_go
 
     def send(shares: Sequence[float]) -> list[list[int]]:
         readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
-        return [one[1:-1].tolist() for one in running.send(readings)]
+        inputs = running.send(readings)
+        places.append({int(np.argmax(one < WORDS)) for one in inputs})
+        return [one[one < WORDS].tolist() for one in inputs]
 
+    places = list[set[int]]()
     windows = [one[1:-1].tolist() for one in next(running)]
     parts = send([0.2] * (len(windows) - 1) + [0.3])
     assert all(len(part) == PART_TOKENS for part in parts)
     assert sorted({i for part in parts for i in part}) == windows[-1]
     assert send([0.1, 0.9] + [0.1] * (len(parts) - 2)) == [parts[1]]
     assert send([0.9]) == [parts[1]]
+    assert places == [{1}, {0}, {0}], "a trigger may fire only at the start"
 
 
 def test_a_reading_that_is_no_number_is_not_lost_on_the_way() -> None:
