@@ -98,9 +98,8 @@ def _psim(cache: StepCache, reference: Reference, defence: PsimDefence) -> Itera
     source = experiment.victim if defence.on == "victim" else experiment.published
     settings = defence.model_dump(exclude={"name", "rules", "frr_budget"})
     # The key `case` is an old name of experiments; another one would change the digests of steps.
-    inputs: dict[str, object]
     inputs = {"case": experiment.inputs, "source": source.key, "defence": settings}
-    inputs |= experiment.honest_inputs
+    inputs = {**inputs, **experiment.honest_inputs}
     step = cache.step("psim", inputs, lambda folder: _fit_psim(folder, experiment, source, defence))
     readings = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(cache.root))}
@@ -248,9 +247,11 @@ def _baseline(
     """Fit a baseline, run it on all test texts, and measure it."""
     experiment = reference.experiment
     groups = experiment.groups
-    inputs = {"case": experiment.inputs, "defence": settings, **experiment.honest_inputs}
+    inputs: dict[str, object] = {"case": experiment.inputs, "defence": settings}
     if kind == "onion":  # rejects nothing, and would read honest texts for minutes
         groups = {key: groups[key] for key in (CLEAN, POISONED)}
+    else:
+        inputs |= experiment.honest_inputs
     step = cache.step(kind, inputs, lambda folder: _run_baseline(folder, experiment, groups, fit()))
     scores = load_scores(step.folder / SCORES)
     defended = {

@@ -15,7 +15,7 @@ from models.engines.pytorch import TorchEngine, collate, special_tokens
 from models.network.adapters import transformer_of
 from models.offline.evaluation.metrics import Classes, DefendedPredictions, classes_of
 from models.offline.io.inference import predict
-from models.offline.io.samples import Sample
+from models.offline.io.samples import Sample, require_labels
 from models.offline.study.defences.threshold import require_enough, threshold_of
 
 WORD = "cf"
@@ -49,7 +49,11 @@ class Rap:
             trainer: the victim in float32; its weights stay as they are.
             known: clean texts with labels.
             labels: the victim's classes, in order.
+
+        Raises:
+            DataError: a text has no label or an unknown one, or all texts have the same label.
         """
+        require_labels(known, labels)
         trainer.guarded.requires_grad_(False)
         truth = classes_of(known, labels)
         vectors = [
