@@ -277,8 +277,7 @@ def test_rap_lowers_clean_texts_and_finds_what_holds_its_class(
         -candidate.scores(texts, predict(victim, victim.encode(texts), classifier=True), victim)
         for candidate in (rap, Rap(np.stack([whole[token].cpu().numpy()] * len(labels)), 0.0))
     )
-    assert np.median(trained) > LEAST_DROP / 2
-    assert np.median(trained) > 2 * np.median(untrained)
+    assert trained.mean() > max(LEAST_DROP / 2, 2 * untrained.mean())
     held_back = [s.text for s in clean.held_back]
     rap = rap.calibrated(victim, held_back, BUDGET)
     flagged = rap.defend(held_back, victim).flagged
