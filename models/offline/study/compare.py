@@ -98,8 +98,8 @@ def _psim(cache: StepCache, reference: Reference, defence: PsimDefence) -> Itera
     source = experiment.victim if defence.on == "victim" else experiment.published
     settings = defence.model_dump(exclude={"name", "rules", "frr_budget"})
     # The key `case` is an old name of experiments; another one would change the digests of steps.
-    inputs = {"case": experiment.inputs, "source": source.key, "defence": settings}
-    inputs = {**inputs, **experiment.honest_inputs}
+    inputs: dict[str, object] = {"case": experiment.inputs, "source": source.key}
+    inputs |= {"defence": settings, **experiment.honest_inputs}
     step = cache.step("psim", inputs, lambda folder: _fit_psim(folder, experiment, source, defence))
     readings = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(cache.root))}
