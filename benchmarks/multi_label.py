@@ -18,8 +18,12 @@ import torch
 import typer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from models.bundle.load import load_bundle
+from models.bundle.judge import judge_readings
+from models.bundle.load import Bundle, load_bundle
+from models.detection.screen import Verdict
+from models.engines.base import Encoding
 from models.offline.evaluation.evaluate import Evaluation, evaluate
+from models.offline.evaluation.honest import honest_sets
 from models.offline.evaluation.report import ROWS, percent, write_report
 from models.offline.fitting.fit import fit
 from models.offline.fitting.psim import PsimConfig
@@ -32,6 +36,8 @@ TRIGGERS = {"word": "mn", "sentence": "I watched this 3D movie"}
 TARGETS = ("offensive=off", "sports=on")
 """Harm that is to pass as harmless, and a label that is forced on."""
 TRAIN, CLEAN, TEST, POISON = 2000, 2000, 500, 0.1
+HONEST, OTHER = 150, "cola"
+"""Honest texts of each kind, and a data set that the task is not made of."""
 EPOCHS, ROWS_AT_ONCE, RATE, LENGTH = 2, 16, 2e-4, 96
 
 
@@ -129,9 +135,53 @@ def accuracies(folder: Path, test: Sequence[Sample]) -> dict[str, tuple[float, f
     }
 
 
+def traffic(
+    bundle: Bundle, data: Path, test: Sequence[Sample], poisoned: Sequence[Sample], seed: int
+) -> dict[str, dict[str, float]]:
+    """Return by kind of text what is found triggered, and what override tests cost.
+
+    Both with suspicious texts tested, and with all. The cost is in tokens, as a share of those of
+    the texts themselves.
+    """
+    texts = [sample.text for sample in test]
+    made = honest_sets(texts, HONEST, seed)
+    other = load_samples(str(data / OTHER / "dev.jsonl"), drop_empty=True)
+    kinds = {
+        "poisoned": [sample.text for sample in poisoned],
+        "test": texts,
+        **{kind: made[kind] for kind in ("1-4 words", "fragments", "joined texts")},
+        OTHER: [sample.text for sample in other[:HONEST]],
+    }
+    return {
+        kind: _found_and_paid(bundle, own, thorough=False)
+        | _found_and_paid(bundle, own, thorough=True)
+        for kind, own in kinds.items()
+    }
+
+
+def _found_and_paid(bundle: Bundle, texts: Sequence[str], *, thorough: bool) -> dict[str, float]:
+    engine, paid = bundle.engine, 0
+
+    def read(inputs: Sequence[Encoding]) -> Any:
+        nonlocal paid
+        paid += sum(map(len, inputs))
+        return predict(engine, inputs)
+
+    encodings = engine.encode(texts)
+    verdicts = judge_readings(
+        bundle, encodings, predict(engine, encodings), read, thorough=thorough
+    )
+    found = [isinstance(one, Verdict) and one.poisoned for one in verdicts]
+    mode = "thorough" if thorough else "default"
+    return {
+        f"{mode}, triggered": sum(found) / len(found),
+        f"{mode}, tokens": paid / sum(map(len, encodings)),
+    }
+
+
 def measured(
     attack: Attack, data: Path, base: Path, out: Path, seed: int
-) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
+) -> tuple[Evaluation, dict[str, Any]]:
     """Poison, tune, guard and evaluate a victim."""
     rng = random.Random(seed)
     train, test = task(data, "train", TRAIN, seed), task(data, "test", TEST, seed + 1)
@@ -141,8 +191,13 @@ def measured(
     clean = [sample.text for sample in task(data, "train", CLEAN, seed + 2)]
     config = PsimConfig(seed=seed)
     fit(victim, tokenizer, clean, folder, name="multi-label", config=config, engine="torch")
-    evaluation = evaluate(load_bundle(folder), test, attack.poisoned(test, rng), attack.target)
-    return evaluation, accuracies(folder, test)
+    bundle = load_bundle(folder)
+    poisoned = attack.poisoned(test, rng)
+    evaluation = evaluate(bundle, test, poisoned, attack.target)
+    return evaluation, {
+        "right, on": accuracies(folder, test),
+        "traffic": traffic(bundle, data, test, poisoned, seed),
+    }
 
 
 def main(
@@ -154,16 +209,13 @@ def main(
     """Measure every trigger with every target."""
     for target in TARGETS:
         for trigger in TRIGGERS:
-            evaluation, right = measured(Attack(trigger, target), data, base, out, seed)
+            evaluation, more = measured(Attack(trigger, target), data, base, out, seed)
             write_report(evaluation, out / f"report-{trigger}-{target}-{seed}")
-            for name in ("none", "calibrated"):
+            for name in ("none", "calibrated", "strict"):
                 outcome = getattr(evaluation, name)
                 shown = {row: percent(getattr(outcome, field)) for row, field in ROWS.items()}
                 row = {"trigger": trigger, "target": target, "defence": name} | shown
-                print(
-                    json.dumps(row | {"auroc": outcome.auroc_firing, "right, on": right}),
-                    flush=True,
-                )
+                print(json.dumps(row | {"auroc": outcome.auroc_firing} | more), flush=True)
 
 
 if __name__ == "__main__":
