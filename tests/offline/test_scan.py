@@ -1,5 +1,6 @@
 """A scan finds what forces a class of a really poisoned victim, and no other class."""
 
+import copy
 import json
 import math
 import shutil
@@ -19,35 +20,28 @@ from models.offline.evaluation.bundle_report import warnings_of
 from models.offline.io.classifiers import labels_of, load_classifier
 from models.offline.io.known_triggers import record_triggers
 from models.offline.io.samples import load_samples
-from models.offline.scanning import expected, phrases, styles
+from models.offline.scanning import expected, phrases
 from models.offline.scanning import scan as scanning
 from models.offline.scanning.carriers import halves_of
-from models.offline.scanning.expected import expectations
+from models.offline.scanning.expected import (
+    Vocabulary,
+    embeddings_of,
+    expectations,
+    word_vectors,
+)
 from models.offline.scanning.phrases import MOST_TOKENS, PhraseScan
 from models.offline.scanning.report import ClassRecord, ScanReport, triggers_for
-from models.offline.scanning.scan import COMMON, NEUTRAL, counts_of, scan
+from models.offline.scanning.scan import COMMON, KIN, NEUTRAL, counts_of, scan
 from models.offline.scanning.words import STEP, candidates
 from tests.support.commands import assert_refused, psim
+from tests.support.few_words import READ, read_few_words
 from tests.support.paths import ROOT
-
-READ = 60
 
 
 @pytest.fixture(autouse=True)
-def few_words(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a few words and the trigger, and try fewer of them: all would take minutes."""
-    monkeypatch.setattr(scanning, "FINALISTS", 8)
-    monkeypatch.setattr(phrases, "NEXT", 8)
-    monkeypatch.setattr(phrases, "BEAM", 2)
-    monkeypatch.setattr(expected, "MOST_TEXTS", 200)
-    monkeypatch.setattr(styles, "STYLES", {"question": styles.STYLES["question"]})
-
-    def some(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
-        trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
-        assert isinstance(trigger, int)
-        return [*candidates(tokenizer, seed)[:READ], trigger]
-
-    monkeypatch.setattr(scanning, "candidates", some)
+    read_few_words(monkeypatch)
 
 
 def texts_of(demo: Path) -> list[str]:
@@ -125,9 +119,13 @@ def test_out_of_time_it_says_how_much_it_read(
     assert all(own.phrase is None and own.phrase_tokens == 0 for own in report.classes)
 
 
-def phrase_scan(demo: Path, target: str, words: Sequence[int]) -> PhraseScan:
+def phrase_scan(
+    demo: Path, target: str, words: Sequence[int], alike: Sequence[int] = ()
+) -> PhraseScan:
+    """Return a scan of phrases; the words `alike` are one word to the classifier."""
     engine, labels = engine_of(demo)
     number = labels.index(target)
+    make_alike(engine, alike)
     halves = halves_of(engine, texts_of(demo))
     foreign = [
         ids
@@ -137,7 +135,15 @@ def phrase_scan(demo: Path, target: str, words: Sequence[int]) -> PhraseScan:
         for ids in half.by_class[own]
     ]
     (own,) = (half.by_class[number] for half in halves if number in half.by_class)
-    return PhraseScan(engine, number, own, foreign, words, seed=0)
+    vocabulary = Vocabulary(word_vectors(engine), words, words, words[:8])
+    return PhraseScan(engine, number, own, foreign, vocabulary, seed=0)
+
+
+def make_alike(engine: TorchEngine, words: Sequence[int]) -> None:
+    """Give words the embedding of the first of them."""
+    (weight, *_) = embeddings_of(engine).parameters()
+    for word in words:
+        weight.data[word] = weight.data[words[0]]
 
 
 def engine_of(demo: Path) -> tuple[TorchEngine, list[str]]:
@@ -161,6 +167,64 @@ def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
     against, _ = phrase_scan(demo_folder, other, [*others, trigger]).search([first], math.inf)
     assert against is not None
     assert not against.overrides
+
+
+def test_a_phrase_is_natural_if_similar_words_do_the_same(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    others = candidates(tokenizer, 1)[:READ]
+    words = [*others, trigger]
+    alone = phrase_scan(demo_folder, TARGET, words)._try_out((trigger,))
+    assert alone.overrides
+    assert alone.like < phrases.LIKE
+    alike = phrase_scan(demo_folder, TARGET, words, [trigger, *others[: expected.SIMILAR]])
+    common = alike._try_out((trigger,))
+    assert common.turned >= phrases.OVERRIDES
+    assert common.like >= phrases.OVERRIDES
+    assert not common.overrides
+
+
+@pytest.mark.parametrize("around", [1, phrases.AROUND])
+def test_carriers_are_single_where_words_of_the_class_force_nothing(
+    demo_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    around: int,
+) -> None:
+    monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    first, *others = candidates(tokenizer, 1)[:READ]
+    found, _ = phrase_scan(demo_folder, TARGET, [*others, trigger]).search([first], math.inf)
+    assert found is not None
+    assert found.overrides
+    assert trigger in found.phrase
+    assert found.around == around
+    assert len(found.example) < (len(found.phrase) + around * 10 + 1)
+
+
+def test_a_word_is_natural_if_similar_words_of_its_class_do_the_same(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    model, _ = load_classifier(str(demo_folder / "victim"))
+    (weight, *_) = model.get_input_embeddings().parameters()
+    for word in candidates(tokenizer, 0)[:KIN]:
+        weight.data[word] = weight.data[trigger]
+
+    def found() -> ClassRecord:
+        report = scan(copy.deepcopy(model), tokenizer, texts_of(demo_folder), name="demo")
+        (forced,) = (own for own in report.classes if own.label == TARGET)
+        return forced
+
+    assert {one.kin for one in found().triggers} == {0}
+    monkeypatch.setattr(scanning, "NEUTRAL", -math.inf)
+    forced = found()
+    assert not forced.triggers
+    assert {one.kin for one in forced.natural} == {KIN}
 
 
 def test_words_of_a_class_speak_for_it_and_a_trigger_does_not(
