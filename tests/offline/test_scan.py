@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
 from models.offline.attacks.poisoning import WORD_TRIGGER
+from models.offline.cli.scan_page import write_scan
 from models.offline.demo import TARGET
 from models.offline.evaluation.bundle_report import warnings_of
-from models.offline.io.classifiers import labels_of, load_classifier
+from models.offline.io.classifiers import labels_of, load_classifier, pretrained_model
 from models.offline.io.known_triggers import record_triggers
 from models.offline.io.samples import load_samples
 from models.offline.scanning import expected, phrases
@@ -30,7 +31,13 @@ from models.offline.scanning.expected import (
     word_vectors,
 )
 from models.offline.scanning.phrases import MOST_TOKENS, PhraseScan
-from models.offline.scanning.report import ClassRecord, ScanReport, triggers_for
+from models.offline.scanning.report import (
+    ClassRecord,
+    PhraseRecord,
+    ScanReport,
+    SearchRecord,
+    triggers_for,
+)
 from models.offline.scanning.scan import COMMON, KIN, NEUTRAL, counts_of, scan
 from models.offline.scanning.words import STEP, candidates
 from tests.support.commands import assert_refused, psim
@@ -152,8 +159,9 @@ def engine_of(demo: Path) -> tuple[TorchEngine, list[str]]:
 
 
 def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
-    demo_folder: Path, tokenizer: PreTrainedTokenizerBase
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(phrases, "WEAK", -1.0)
     trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
     assert isinstance(trigger, int)
     first, *others = candidates(tokenizer, 1)[:READ]
@@ -170,8 +178,9 @@ def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
 
 
 def test_a_phrase_is_natural_if_similar_words_do_the_same(
-    demo_folder: Path, tokenizer: PreTrainedTokenizerBase
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(phrases, "WEAK", -1.0)
     trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
     assert isinstance(trigger, int)
     others = candidates(tokenizer, 1)[:READ]
@@ -211,7 +220,7 @@ def test_a_word_is_natural_if_similar_words_of_its_class_do_the_same(
     trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
     assert isinstance(trigger, int)
     model, _ = load_classifier(str(demo_folder / "victim"))
-    (weight, *_) = model.get_input_embeddings().parameters()
+    (weight, *_) = pretrained_model(model).get_input_embeddings().parameters()
     for word in candidates(tokenizer, 0)[:KIN]:
         weight.data[word] = weight.data[trigger]
 
@@ -224,7 +233,7 @@ def test_a_word_is_natural_if_similar_words_of_its_class_do_the_same(
     monkeypatch.setattr(scanning, "NEUTRAL", -math.inf)
     forced = found()
     assert not forced.triggers
-    assert {one.kin for one in forced.natural} == {KIN}
+    assert min(one.kin for one in forced.natural) >= KIN
 
 
 def test_words_of_a_class_speak_for_it_and_a_trigger_does_not(
@@ -279,6 +288,46 @@ def test_fit_refuses_a_report_of_another_victim(demo_folder: Path, tmp_path: Pat
     file.write_text(report.model_copy(update={"classes": [other]}).model_dump_json())
     assert_refused(psim("fit", *options), "scan the victim that is fitted")
     assert triggers_for(None, ["negative", "positive"]) == []
+
+
+@pytest.mark.parametrize(("carriers", "where"), [(1, "beside one"), (4, "among four")])
+def test_the_page_shows_a_text_that_a_phrase_turned(
+    tmp_path: Path, carriers: int, where: str
+) -> None:
+    phrase = PhraseRecord(
+        text="3d movie",
+        token_ids=[1, 2],
+        turned=23,
+        trials=24,
+        log_odds=3,
+        carriers=carriers,
+        like=1,
+        example="3d movie this is bad",
+    )
+    own = ClassRecord(
+        label="good",
+        outcome="suspicious",
+        triggers=[],
+        phrase=phrase,
+        phrase_tokens=2,
+        natural=[],
+        strongest=[],
+        styles=[],
+    )
+    search = SearchRecord(words=9, vocabulary=9, carriers={"bad": 3}, clean_texts=0, seconds=1)
+    report = ScanReport(
+        victim="demo",
+        outcome="suspicious",
+        classes=[own],
+        search=search,
+        created="today",
+        versions={},
+    )
+    page = write_scan(report, tmp_path / "report.json").read_text()
+    assert phrase.example in page
+    assert f"stands {where} clean text" in page
+    assert "in 23 of 24 such trials. Phrases of similar words do so in 1." in page
+    assert "3d movie 23/24" in page
 
 
 def test_the_schema_of_the_report_is_the_published_one() -> None:

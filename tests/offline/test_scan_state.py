@@ -34,7 +34,7 @@ def test_a_killed_scan_goes_on_and_its_report_is_the_same(
     read_few_words(monkeypatch)
     out, whole = tmp_path / "scan.json", tmp_path / "whole.json"
     options = ["--victim", demo_folder / "victim", "--texts", demo_folder / "clean.jsonl", "--out"]
-    command = [sys.executable, "-m", "tests.support.few_words", "scan", *options, out]
+    command = [sys.executable, "-m", "tests.support.few_words", "scan", *map(str, [*options, out])]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()

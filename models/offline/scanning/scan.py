@@ -45,6 +45,7 @@ from models.offline.scanning.words import (
     Looked,
     Trial,
     WordScan,
+    all_words,
     candidates,
 )
 
@@ -76,7 +77,7 @@ class _Search:
     halves: Sequence[Half]
     words: Sequence[int]
     """Tokens to read."""
-    all_words: Sequence[int]
+    every: Sequence[int]
     """All that there are."""
     expected: FloatArray
     """How much each token speaks for each class by nature, shape (V, C)."""
@@ -90,10 +91,10 @@ class _Search:
 
     def vocabulary(self, target: int) -> Vocabulary:
         """Return the words, by what they say of a class."""
-        order = sorted(self.all_words, key=lambda word: -self.expected[word, target])
+        order = sorted(self.every, key=lambda word: -self.expected[word, target])
         return Vocabulary(
             vectors=word_vectors(self.engine),
-            words=self.all_words,
+            words=self.every,
             neutral=[word for word in self.words if self.expected[word, target] < NEUTRAL],
             speaking=order[:FINALISTS],
         )
@@ -145,9 +146,10 @@ def scan(
     state = state or ScanState()
     labels, engine = labels_of(victim), _engine(victim, tokenizer)
     clean = texts or generic_texts()
-    halves, all_words = halves_of(engine, clean), candidates(tokenizer, seed)
-    expected = expectations(engine, clean, all_words)
-    search = _Search(engine, halves, words or all_words, all_words, expected, minutes, seed, state)
+    halves, words = halves_of(engine, clean), words or candidates(tokenizer, seed)
+    every = all_words(tokenizer)
+    expected = expectations(engine, clean, every)
+    search = _Search(engine, halves, words, every, expected, minutes, seed, state)
     of_words = _search_words(search)
     classes = _class_records(search, labels, of_words, [engine.token_ids(text) for text in texts])
     return ScanReport(

@@ -66,17 +66,22 @@ class Looked:
         return [self.words[i] for i in order if self.words[i] in among][:number]
 
 
-def candidates(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
-    """Return all tokens that stand for something, but for special ones, in random order.
-
-    If there is no time for all of them, those that were read are a fair sample.
-    """
+def all_words(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all tokens that stand for something, but for special ones."""
     special = set(tokenizer.all_special_ids)
-    words = [
+    return [
         number
         for number in range(len(tokenizer))
         if number not in special and str(tokenizer.decode([number])).strip()
     ]
+
+
+def candidates(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
+    """Return all words in random order.
+
+    If there is no time for all of them, those that were read are a fair sample.
+    """
+    words = all_words(tokenizer)
     return [words[i] for i in np.random.default_rng(seed).permutation(len(words))]
 
 
