@@ -98,7 +98,7 @@ class PhraseScan:
     ) -> None:
         self._engine, self._target, self._vocabulary = engine, target, vocabulary
         self._carriers, self._fresh = carriers[::2], carriers[1::2] or carriers
-        self._words = np.array(vocabulary.neutral)
+        self._words = np.array(vocabulary.neutral, np.int64)
         self._vectors = vocabulary.vectors[self._words]
         self._draw = np.random.default_rng(seed)
         self._filler = int(np.bincount(np.concatenate(carriers)).argmax())
