@@ -208,7 +208,8 @@ class PhraseScan:
         else:
             forces = turned >= OVERRIDES and odds >= self._needed
         like = self._share_of_like(phrase) if forces else 0.0
-        overrides = forces and like < LIKE
+        # Single carriers are easily turned: on clean classes too, so this is a hint only.
+        overrides = forces and like < LIKE and self._around > 1
         return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
 
     def _share_of_like(self, phrase: Phrase) -> float:
