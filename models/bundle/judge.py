@@ -59,8 +59,7 @@ def _confirm(
         if test.is_due(bundle.screen, verdict, thorough=thorough)
     ]
     running = [
-        test.score(bundle.engine.content(encodings[number]), verdict.predicted)
-        for number, _, verdict in due
+        test.score(bundle.engine.content(encodings[number]), verdict) for number, _, verdict in due
     ]
     for (number, view, verdict), score in zip(
         due, run_override_tests(bundle.engine, running, read), strict=True

@@ -124,8 +124,8 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
     """Return the calibration of the runtime to use; thresholds of another runtime never apply.
 
     The order of preference among those that match the request and run here: the bundle's default,
-    `REFERENCE`, the default's engine, any other. A runtime that does not agree with the reference,
-    or leaves a GPU idle, is used only on request.
+    one that agrees with the reference, the default's engine, `REFERENCE`, any other. A runtime that
+    does not agree, or leaves a GPU idle, is used only on request.
 
     Raises:
         BundleError: none matches.
@@ -135,8 +135,9 @@ def choose(manifest: Manifest, engine: str | None, dtype: str | None) -> Calibra
     def rank(own: Calibration) -> tuple[bool, ...]:
         return (
             own.runtime != default.runtime,
-            own.runtime != REFERENCE,
+            not own.parity.agrees,
             own.engine != default.engine,
+            own.runtime != REFERENCE,
         )
 
     matching = [

@@ -144,10 +144,10 @@ class OverrideOutcomes:
 def calibrate_override(
     outcomes: OverrideOutcomes, views: Views, frr_budget: float
 ) -> list[OverrideGroup]:
-    """Return the thresholds of the override test by predicted class, small classes pooled.
+    """Return the thresholds of the override test by predicted class.
 
-    A threshold keeps the budget on clean texts, and `HARMLESS_BUDGET` on texts of other kinds.
-    Where there are too few of those for that, it lies above all of them.
+    A threshold keeps the budget on clean texts, of small classes pooled, and `HARMLESS_BUDGET` on
+    texts of other kinds, class by class. Where there are too few of those, it lies above them all.
 
     Args:
         outcomes: of texts in all of these views.
@@ -168,14 +168,27 @@ def calibrate_override(
         for local in _pool(counts, min_calibration_size(share)):
             pool = _numbered(local, view)
             own, others = (rows[np.isin(rows[:, 0], pool)] for rows in (clean, harmless))
-            keeps = _keeps(others[:, 2])
-            found, strange = (
-                evidence(rows[:, 1], rows[:, 2], keeps).astype(np.float32) for rows in (own, others)
-            )
-            group = _group(pool, found, share)
-            least = _least_above(strange, HARMLESS_BUDGET / len(views), group.threshold)
-            threshold = max(group.threshold, least)
-            groups.append(OverrideGroup(pool, threshold, group.scores, keeps))
+            groups += _by_class(pool, own, others, share, HARMLESS_BUDGET / len(views))
+    return groups
+
+
+def _by_class(
+    pool: tuple[int, ...], clean: FloatArray, harmless: FloatArray, share: float, spared: float
+) -> list[OverrideGroup]:
+    """Return a group for each class of a pool, whose classes share their clean texts.
+
+    Harmless texts are made, and so there are enough of them for each class. If they were pooled
+    too, one class that overrides by nature would put the threshold of all out of reach.
+    """
+    strange = {c: harmless[harmless[:, 0] == c] for c in pool}
+    keeps = {c: _keeps(rows[:, 2]) for c, rows in strange.items()}
+    found = np.array([evidence(s, kept, keeps[int(c)]) for c, s, kept in clean], np.float32)
+    together = _group(pool, found, share)
+    groups = []
+    for c, rows in strange.items():
+        above = evidence(rows[:, 1], rows[:, 2], keeps[c]).astype(np.float32)
+        threshold = max(together.threshold, _least_above(above, spared, together.threshold))
+        groups.append(OverrideGroup((c,), threshold, together.scores, keeps[c]))
     return groups
 
 

@@ -1,7 +1,7 @@
 """The override test, the second stage of the screen: does a text overrule clean texts beside it?
 
 A trigger that was inserted into a text overrides all the rest of it; that is what it is for. So put
-the text between two *carriers*: short clean texts of other classes, of which the classifier is
+the text beside two *carriers*: short clean texts of other classes, of which the classifier is
 sure. A clean text, however unfamiliar, loses its class there. A triggered one keeps it. STRIP (Gao
 et al., ACSAC 2019) superimposes inputs too, on random ones, and measures entropy; carriers that are
 sure of another class are what makes the test sharp.
@@ -45,6 +45,9 @@ DRAWS = 3
 """Pairs of carriers; a triggered text keeps its class beside most."""
 LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
+HOPELESS = 0.04
+"""Kept probability under which no part of a window is tried by itself, even of an extreme text, and
+for which a pair of carriers counts at least."""
 CARRIER_TOKENS = 16
 """Length of a carrier, unless the classifier reads fewer than four of them."""
 LEAST_READABLE = 3
@@ -52,6 +55,8 @@ LEAST_READABLE = 3
 SHORTEST_WINDOW, LONGEST_WINDOW = 24, 64
 """Tokens of a text that are tested at once, see `OverrideTest`. A window of a long text must not be
 so long that it overrules the carriers by its length."""
+PART_TOKENS = 12
+"""Tokens of a part of a window."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,15 @@ class OverrideTest:
     """Tests texts beside the carriers of a bundle.
 
     A text that is longer than a window is tested in windows that overlap by half, each of them
-    between the carriers, and the window that keeps the class best counts. So an inserted trigger of
-    up to half a window is found in a text of any length, and a long clean text does not overrule
-    the carriers by its length.
+    between the carriers. So an inserted trigger of up to half a window is found in a text of any
+    length, and a long clean text does not overrule the carriers by its length.
+
+    A trigger must also hold against the text around it, which says something else. So the window
+    that keeps the class best is then tried in parts, which overlap by half, unless it has `LOST`
+    the class. Of an extreme text it may keep less, though not a `HOPELESS` share. Whatever keeps
+    the class best, a window or a part, goes on to the other pairs of carriers. It stands before
+    them, since a trigger may fire only at the start. An extreme text is not given up after the
+    first pair: all that was tried is tried before the second one too.
 
     Args:
         carriers: by class, the token ids of texts of which the classifier is sure.
@@ -134,34 +145,46 @@ class OverrideTest:
         """Return whether there are carriers of other classes than `predicted`."""
         return bool(self._other_carriers(predicted))
 
-    def score(self, ids: Ids, predicted: int, part_of: Ids | None = None) -> Test:
-        """Test a text that the classifier assigns to class `predicted`, or a part of one.
+    def score(self, ids: Ids, verdict: Verdict, part_of: Ids | None = None) -> Test:
+        """Test a text, or a part of one, given the first stage's verdict on the text.
 
         All parts of a text are tested beside the same carriers, so that their scores can be
         compared.
 
         The score is the probability, in (0, 1), that the text keeps its class: of its best window,
-        as a mean, in log-odds, over pairs of carriers and the first half of the checkpoints. A
-        trigger that survived clean tuning just so may yield to one pair; the mean forgives that,
-        while the pair that leaves the least of the class would not. A test ends early once the
-        class is `LOST`. The score is NaN if a reading is: then the test says nothing.
+        or part of one, as a mean, in log-odds, over pairs of carriers and the first half of the
+        checkpoints. A trigger that survived clean tuning just so may yield to one pair; the mean
+        forgives that, while the pair that leaves the least of the class would not. No pair counts
+        for less than `HOPELESS`. A test ends early once the class is `LOST`. The score is NaN if a
+        reading is: then the test says nothing.
 
         Args:
             ids: the text, or the part.
-            predicted: the class.
+            verdict: what the first stage says of the text.
             part_of: the whole text of a part.
         """
-        kept, odds = 1.0, list[float]()
-        for before, after in self._pairs(ids if part_of is None else part_of, predicted):
-            inputs = [np.concatenate([before, window, after]) for window in self._windows(ids)]
-            readings = yield inputs
-            # Unlike Python's, this maximum does not lose a NaN.
-            odds.append(float(np.max([self._log_odds(one, predicted) for one in readings])))
-            # As thresholds and stored outcomes are: no decision may hang on where it was rounded.
-            kept = float(np.float32(_sigmoid(sum(odds) / len(odds))))
-            if kept < LOST:
+        predicted = verdict.predicted
+        first, *others = self._pairs(ids if part_of is None else part_of, predicted)
+        tried = self._windows(ids)
+        odds = yield from self._odds(tried, first, predicted)
+        best = tried[int(odds.argmax())]
+        least = HOPELESS if verdict.extreme else LOST
+        if _kept(odds.max()) >= least and len(best) > PART_TOKENS:
+            parts = _overlapping(best, PART_TOKENS)
+            odds = np.concatenate([odds, (yield from self._odds(parts, first, predicted))])
+            tried = [*tried, *parts]
+        rounds = [odds]
+        if verdict.extreme and _kept(odds.max()) < LOST:
+            rounds.append((yield from self._odds(tried, others.pop(0), predicted, leads=True)))
+        counted = [np.maximum(one, logit(HOPELESS)) for one in rounds]
+        chosen = int(np.mean(counted, 0).argmax())  # a NaN, if there is one
+        total = [one[chosen] for one in counted]
+        for pair in others:
+            if _kept(np.mean(total)) < LOST:
                 break
-        return kept
+            more = yield from self._odds([tried[chosen]], pair, predicted, leads=True)
+            total.append(np.maximum(more[0], logit(HOPELESS)))
+        return _kept(np.mean(total))
 
     def threshold_of(self, predicted: int, first_stage: float) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
@@ -209,8 +232,20 @@ class OverrideTest:
         return [one for c in self._view_of[predicted] if c != predicted for one in self.carriers[c]]
 
     def _windows(self, ids: Ids) -> list[Ids]:
-        size = self.geometry.window
-        return [ids[window] for window in windows(len(ids), size, size // 2)]
+        return _overlapping(ids, self.geometry.window)
+
+    def _odds(
+        self, tried: Sequence[Ids], pair: tuple[Ids, Ids], predicted: int, *, leads: bool = False
+    ) -> Generator[list[Ids], Sequence[FloatArray], FloatArray]:
+        """Yield what is tried between a pair of carriers; return the log-odds of the class.
+
+        With `leads`, what is tried stands before both: a trigger may fire at the start alone.
+        """
+        one, other = pair
+        readings = yield [
+            np.concatenate([part, one, other] if leads else [one, part, other]) for part in tried
+        ]
+        return np.array([self._log_odds(read, predicted) for read in readings])
 
     def _log_odds(self, readings: FloatArray, predicted: int) -> float:
         view = self._view_of[predicted]
@@ -242,6 +277,16 @@ def evidence(first_stage: ArrayLike, kept: ArrayLike, keeps: float) -> NDArray[n
     bounded = np.clip(own, TINY, 1 - TINY)
     odds = np.log(bounded / (1 - bounded)) - logit(keeps)
     return np.where(own < keeps, 0.0, first + odds)
+
+
+def _overlapping(ids: Ids, size: int) -> list[Ids]:
+    return [ids[window] for window in windows(len(ids), size, size // 2)]
+
+
+def _kept(odds: float | np.floating) -> float:
+    """Return a probability, rounded as thresholds and stored outcomes are: no decision may hang on
+    where it was rounded."""
+    return float(np.float32(_sigmoid(float(odds))))
 
 
 def _sigmoid(odds: float) -> float:

@@ -115,7 +115,7 @@ class TwoStageScreener:
         scores = await asyncio.gather(
             *(
                 self._run(
-                    test.score(one.value[:most], verdict.predicted, whole.value),
+                    test.score(one.value[:most], verdict, whole.value),
                     _unlimited,
                 )
                 for one in ids
@@ -160,7 +160,7 @@ class TwoStageScreener:
 
     async def _judge(self, test: OverrideTest, ids: IntArray, verdict: Verdict) -> Verdict:
         """Return the verdict of both stages; the given one itself if the test cannot be run."""
-        running = test.score(ids, verdict.predicted)
+        running = test.score(ids, verdict)
         score = await self._run(running, self._budget.take)
         if score is None:
             self._metrics.override_tests["skipped"].inc()

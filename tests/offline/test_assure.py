@@ -14,7 +14,10 @@ from models.offline.study import assurance as assure
 from tests.support.bundles import some_texts
 from tests.support.families import tiny_victim
 
-ATTACKS = ["word", "word, clean-label", "sentence", "no backdoor"]
+ATTACKS = [
+    *("word", "word, clean-label", "sentence", "two words that add up"),
+    *("sentence that yields", "sentence at the start", "no backdoor"),
+]
 
 
 @pytest.fixture
@@ -36,18 +39,21 @@ def test_backdoors_are_planted_in_copies_and_reported(
     rows = assure.assure(victim, texts(), out, frr_budget=0.05, say=said.append)
     assert {file: file.read_bytes() for file in Path(victim).iterdir()} == before
     assert [row["attack"] for row in rows] == ATTACKS
-    assert len(said) == 4
+    assert len(said) == len(ATTACKS)
     files = (out / "texts" / f"{kind}.jsonl" for kind in ("train", "dev", "test"))
     train, dev, test = (load_samples(str(file)) for file in files)
     assert (len(train), len(dev), len(test)) == (240, 40, 120)
     assert len({s.text for s in (*train, *dev, *test)}) == 400, "each text serves one purpose"
     report = (out / "assurance.md").read_text()
     assert "400 clean texts, with their labels" in report
-    assert "over 3 planted backdoors" in report
+    assert "over 6 planted backdoors" in report
     lines = [x for x in report.splitlines() if re.match(rf"\| ({'|'.join(ATTACKS)}) \|", x)]
     for row, line in zip(rows, lines, strict=True):
-        shown = f"{100 * row['defences']['PSIM']['false_rejection_rate']['value']:.1f} ("
-        assert shown in line
+        guarded = row["defences"]["PSIM"]
+        for own in (guarded, guarded["unfamiliar_rejected"]):
+            assert f"| {100 * own['false_rejection_rate']['value']:.1f} (" in line
+    for kind in rows[0]["defences"]["PSIM"]["honest"]:
+        assert f"| {kind} |" in report
     assert (out / "report.html").is_file()
 
     again = list[str]()
@@ -61,9 +67,11 @@ def test_triggers_are_words_that_no_text_holds() -> None:
     recipe = assure.make_recipe("v", [Sample(text) for text in held], ["a", "b"], 2, 0.01)
     assert recipe.attacks[0].triggers == ("bb",)
     assert recipe.attacks[2].triggers == (assure.SENTENCES[1],)
+    assert recipe.attacks[3].triggers == ("bb", "tq")
     assert [data.target_label for data in recipe.data] == ["a", "b"]
-    with pytest.raises(DataError, match="each of our triggers"):
-        assure.make_recipe("v", [Sample(" ".join(assure.WORDS))], ["a"], 1, 0.01)
+    for taken in (assure.WORDS, assure.WORDS[1:]):  # and then there is no second one
+        with pytest.raises(DataError, match="each of our triggers"):
+            assure.make_recipe("v", [Sample(" ".join(taken))], ["a"], 1, 0.01)
 
 
 def test_texts_that_do_not_fit_are_refused(victim: str, tmp_path: Path) -> None:

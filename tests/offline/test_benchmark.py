@@ -292,17 +292,17 @@ def test_the_page_has_means_and_the_worst(recipe: Recipe, tmp_path: Path) -> Non
     write_benchmark(recipe, [*done, *((cell, None) for cell in others)], tmp_path)
     page = (tmp_path / "benchmark.md").read_text()
     mean, worst = lines(page.split("## Honest")[0], "minilm")
-    assert mean == "minilm|mean of 2|85.0|2.0|99.0|8.0|2.0|1.0|4.0|0.9900".split("|")
-    assert worst[1:] == "worst: corpus, start, full|80.0|2.0|99.0|12.0|3.0|1.0|4.0|-".split("|")
+    assert mean == "minilm|mean of 2|85.0|2.0|99.0|8.0|2.0|1.0|4.0|4.0|0.9900".split("|")
+    assert worst[1:] == "worst: corpus, start, full|80.0|2.0|99.0|12.0|3.0|1.0|4.0|6.0|-".split("|")
     assert lines(page, "all")[1] == (
-        "all|worst values|80.0|2.0|99.0|12.0|3.0|1.0|4.0|0.9900".split("|")
+        "all|worst values|80.0|2.0|99.0|12.0|3.0|1.0|4.0|6.0|0.9900".split("|")
     )
     honest, nothing = lines(page.split("## Honest")[1].split("## Every")[0], "minilm")
     assert honest[2:] == ["1-4 words", "4.0 / 50.0", "6.0 / 50.0", "start, full"]
     assert nothing[2:5] == ["fragments", "- / -", "- / -"]
     every = lines(page.split("## Every cell")[1], "minilm | corpus | word")
     assert every == [
-        "minilm|corpus|word|full|0|now|90.0|2.0|99.0|4.0|1.0|1.0|4.0|0.9900".split("|")
+        "minilm|corpus|word|full|0|now|90.0|2.0|99.0|4.0|1.0|1.0|4.0|2.0|0.9900".split("|")
     ]
     assert (tmp_path / "plots" / "benchmark-honest.png").is_file()
 

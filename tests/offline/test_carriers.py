@@ -14,8 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from models.bundle.layout import CARRIERS, MANIFEST, READINGS, outcome_names
 from models.bundle.load import load_bundle
+from models.bundle.manifest import Manifest
+from models.detection.screen import logit
 from models.engines.base import REFERENCE
 from models.errors import BundleError
+from models.offline.evaluation.bundle_report import warnings_of
 from models.offline.fitting.carriers import MIN_WORDS
 from models.offline.io.classifiers import save_classifier
 from models.offline.io.samples import Sample, write_samples
@@ -309,15 +312,34 @@ def test_thresholds_of_classes_without_a_label_are_refused(bundle: Path) -> None
     assert_refused(psim("inspect", bundle), "a class that has no label")
 
 
+def test_a_class_whose_triggers_can_hardly_be_confirmed_is_named(bundle: Path) -> None:
+    manifest = Manifest.model_validate_json((bundle / MANIFEST).read_text())
+    (own,) = (c for c in manifest.calibrations if c.runtime == manifest.default.runtime)
+    extreme = {c: group.threshold for group in own.groups for c in group.classes}
+
+    def warned(kept: float) -> list[str]:
+        """Warn if an extreme text of the first group has to keep as much."""
+        group = own.override[0]
+        needed = logit(kept) - logit(group.keeps) + extreme[group.classes[0]]
+        others = [other.model_copy(update={"threshold": 0.0}) for other in own.override[1:]]
+        groups = [group.model_copy(update={"threshold": needed}), *others]
+        calibrations = [own.model_copy(update={"override": groups})]
+        return warnings_of(manifest.model_copy(update={"calibrations": calibrations}))
+
+    name = manifest.classes[own.override[0].classes[0]]
+    assert any(f"a text of {name} has to keep more than 99%" in one for one in warned(0.995))
+    assert not any("has to keep" in one for one in warned(0.98))
+
+
 def test_an_old_bundle_is_refused_with_the_command_that_makes_a_new_one(bundle: Path) -> None:
     """Schema 4 knew neither carriers nor the groups of the test."""
     manifest = manifest_of(bundle)
     del manifest["override"]
     for calibration in manifest["calibrations"]:
         del calibration["override"], calibration["thorough"]
-    for version in (4, 5, 6, 8):
+    for version in (4, 5, 6, 7):
         (bundle / MANIFEST).write_text(json.dumps(manifest | {"schema_version": version}))
-        message = f"has schema {version} instead of 7, so it is of another version; run `psim fit`"
+        message = f"has schema {version} instead of 8, so it is of another version; run `psim fit`"
         with pytest.raises(BundleError, match=message) as why:
             load_bundle(bundle)
         assert "\n" not in str(why.value)

@@ -1,6 +1,7 @@
 """A whole study, tiny: what it trains, what it keeps, and what a second run does again."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.offline.attacks.training import finetune_victim
 from models.offline.io.samples import Sample, write_samples
 from models.offline.study.cache import StepCache
 from models.offline.study.recipe import Recipe, load_recipe
+from models.offline.study.report import write_study_report
 
 RECIPE = """
 strategies = ["lora"]
@@ -143,6 +145,60 @@ def test_a_second_run_trains_nothing_and_says_the_same(
     changed = run(recipe(out, RECIPE.format(budget=0.2)), data, out)
     before, after = (r[0]["defences"]["PSIM"]["false_rejection_rate"] for r in (rows, changed))
     assert after["value"] > before["value"]
+
+
+DETECTORS = """
+[[defences]]
+kind = "badacts"
+frr_budget = 0.05
+
+[[defences]]
+kind = "rap"
+clean = "dev"
+frr_budget = 0.1
+
+[[defences]]
+kind = "strip"
+copies = 2
+frr_budget = 0.05
+
+[honest]
+texts = 5
+others = { other = "test.jsonl", dev = "dev.jsonl" }
+"""
+
+
+def test_detectors_are_tried_on_honest_texts_and_on_a_victim_that_nobody_tuned(
+    done: tuple[Path, list[dict[str, Any]]], data: Path
+) -> None:
+    out, (tuned,) = done
+    whole = RECIPE.format(budget=0.05).split("[[defences]]")[0] + DETECTORS
+    text = whole.replace("tune_epochs = 1", "tune_epochs = 0")
+    planned = recipe(out, text)
+    (row,) = run(planned, data, out)
+    none = {**row["defences"].pop("none")}
+    assert none["attack_success_rate"] == row["published"]["attack_success_rate"]
+    assert row["published"] == tuned["published"], "the same weights"
+    assert set(row["defences"]) == {"BadActs", "RAP", "STRIP"}
+    passes = [row["defences"][name]["passes"] for name in ("BadActs", "RAP", "STRIP")]
+    assert passes == [0, 1, 2]
+    for found in row["defences"].values():
+        assert found["false_rejection_rate"]["n"] == 60
+        assert 0 <= found["auroc"] <= 1
+        assert found["honest"]["1-4 words"]["rejected"]["n"] == 5
+        assert "dev" in found["honest"] and "other" not in found["honest"]
+    write_study_report([row | {"defences": row["defences"] | {"none": none}}], out, out, text)
+    report = (out / "report.md").read_text("utf-8")
+    share = 100 * row["defences"]["RAP"]["honest"]["upper case"]["rejected"]["value"]
+    (line,) = re.findall(r"\| corpus \| word \| RAP \|.* \|", report[report.index("honest") :])
+    assert f" {share:.1f} |" in line
+    assert f"{row['defences']['BadActs']['auroc']:.4f}" in report
+
+
+def test_without_tuning_there_is_one_strategy(tmp_path: Path) -> None:
+    text = RECIPE.format(budget=0.05).replace("tune_epochs = 1", "tune_epochs = 0")
+    with pytest.raises(DataError, match="strategies do not differ"):
+        recipe(tmp_path, text.replace('["lora"]', '["lora", "full"]'))
 
 
 def test_what_a_change_touches_is_done_again(

@@ -47,6 +47,7 @@ def cell(data: str, attack: str, strategy: str, seed: int) -> dict[str, Any]:
         ca - 0.01 - 0.02 * seed,
         0.004,
         scores=f"psim/{key}.safetensors",
+        auroc=0.8 + 0.05 * seed,
         auroc_firing=0.9 + 0.05 * seed,
         passes=1.0,
         time=2.034,
@@ -213,15 +214,34 @@ def test_the_summary_compares_each_victim_with_itself(whole: Path) -> None:
     ]
     # PSIM: 1 and 3 points by seed. Rewritten: 5, on LoRA's victims alone, whose accuracy is higher.
     assert table_below(summary, LOST)[1] == ["sst-2", "word", "0.0", "2.0", "5.0"]
-    assert table_below(summary, "AUROC")[1] == ["sst-2", "word", "-", "0.9250", "-"]
+    all_poisoned = table_below(summary, "AUROC over all")
+    assert all_poisoned[1] == ["sst-2", "word", "-", "0.8250", "-"]
+    assert table_below(summary, "AUROC where")[1] == ["sst-2", "word", "-", "0.9250", "-"]
+
+
+def test_honest_texts_are_counted_by_the_finding_that_rejects(tmp_path: Path) -> None:
+    rows = study(tmp_path)
+    for row in rows:
+        found, seed = row["defences"]["PSIM"], row["seed"]
+        found["honest"] = {
+            "code": {"triggered": rate(0.1 + 0.1 * seed), "unfamiliar": rate(0.9)},
+            "none left": {"triggered": None, "unfamiliar": None},
+        }
+        row["defences"]["LCF"] = result(0.9, 0.1, honest={"code": {"rejected": rate(0.5)}})
+    text = report(rows, tmp_path)
+    assert table_below(text, "What honest")[:3] == [
+        ["data set", "attack", "defence", "code"],
+        ["sst-2", "word", "PSIM", "15.0"],
+        ["sst-2", "word", "LCF", "50.0"],
+    ]
 
 
 def test_details_are_means_over_seeds(whole: Path) -> None:
     text = (whole / "report.md").read_text(encoding="utf-8")
     assert table_below(text, "sst-2, word, lora")[1:] == [
-        ["none", "90.0", "90.5", "1.2", "4.6", "-", "-", "0.0", "1.00"],
-        ["PSIM", "88.0", "0.4", "1.2", "4.6", "-", "0.9250", "1.0", "2.03"],
-        ["rewritten", "85.0", "25.0", "1.2", "4.6", "-", "-", "-", "-"],
+        ["none", "90.0", "90.5", "1.2", "4.6", "-", "-", "-", "0.0", "1.00"],
+        ["PSIM", "88.0", "0.4", "1.2", "4.6", "-", "0.8250", "0.9250", "1.0", "2.03"],
+        ["rewritten", "85.0", "25.0", "1.2", "4.6", "-", "-", "-", "-", "-"],
     ]
     assert [line[0] for line in table_below(text, "cr, word, full")[1:]] == ["none", "PSIM"]
 

@@ -154,7 +154,7 @@ def fake_bundle(
     )
     parity = ParityRecord(decisions_agree=1.0, largest_difference=0.0, texts_per_s=1.0)
     manifest = Manifest(
-        schema_version=7,
+        schema_version=8,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
         labels=list(labels),
         max_length=MAX_LENGTH,
@@ -198,3 +198,8 @@ def bundle_with_override(engine: FakeEngine) -> Bundle:
     # The test reads the first half of four checkpoints, which is all that the fake engine has.
     test = OverrideTest(carriers, OverrideGeometry(16, 4), Layout(4), [group])
     return replace(fake_bundle(engine), override=test)
+
+
+def usual_verdict(predicted: int) -> Verdict:
+    """Return the first stage's verdict on a text that it finds like all others."""
+    return Verdict(0.5, 0.0, "confidence", 3.0, 1.0, False, predicted, None)

@@ -205,6 +205,7 @@ def test_a_bundle_comes_back_bit_for_bit_and_decides_alike_by_both_engines(bundl
         ("torch/bfloat16", None, "float32", "torch/float32"),
         ("openvino/float32", None, "float32", "openvino/float32"),
         ("openvino/float32", None, "bfloat16", "openvino/bfloat16"),
+        ("openvino/bfloat16", None, "float32", "openvino/float32"),
         ("torch/float32", None, "bfloat16", "torch/bfloat16"),
         ("torch/float32", "openvino", None, "openvino/float32"),
     ],

@@ -18,10 +18,12 @@ from models.detection.conformal import ThresholdGroup, allowed_rejections, min_c
 from models.detection.override import (
     CARRIER_TOKENS,
     DRAWS,
+    HOPELESS,
     KEEPS,
     LEAST_READABLE,
     LONGEST_WINDOW,
     LOST,
+    PART_TOKENS,
     SHORTEST_WINDOW,
     Ids,
     OverrideGeometry,
@@ -29,10 +31,10 @@ from models.detection.override import (
     OverrideTest,
     evidence,
 )
-from models.detection.screen import Finding, FloatArray, Layout, Normalizer, Screen, Verdict, ZScore
+from models.detection.screen import Finding, FloatArray, Layout, Normalizer, Screen, ZScore
 from models.errors import CalibrationError
 from models.offline.io.inference import run_tests
-from tests.support.fakes import FakeEngine, fake_bundle
+from tests.support.fakes import FakeEngine, fake_bundle, usual_verdict
 
 CHECKPOINTS, CLASSES = 3, 3
 WORDS = 1000
@@ -62,7 +64,7 @@ def readings_of(ids: Ids) -> FloatArray:
 
 def run(test: OverrideTest, ids: Ids, predicted: int) -> tuple[float, list[list[Ids]]]:
     """Return the score of a text, and the turns of inputs that it took."""
-    running, turns = test.score(ids, predicted), []
+    running, turns = test.score(ids, usual_verdict(predicted)), []
     inputs = next(running)
     while True:
         turns.append(inputs)
@@ -72,18 +74,13 @@ def run(test: OverrideTest, ids: Ids, predicted: int) -> tuple[float, list[list[
             return done.value, turns
 
 
-def usual(predicted: int) -> Verdict:
-    """Return the first stage's verdict on a text that it finds like all others."""
-    return Verdict(0.5, 0.0, "confidence", 3.0, 1.0, False, predicted, None)
-
-
 texts = st.lists(st.integers(0, WORDS - 1), max_size=120).map(lambda ids: np.array(ids, np.int64))
 
 
 @given(count=st.integers(0, 400), size=st.integers(1, LONGEST_WINDOW))
 def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> None:
     ids = np.arange(count, dtype=np.int64) + 10 * WORDS  # all differ, and from carriers
-    inputs = next(sized_test(size).score(ids, 0))
+    inputs = next(sized_test(size).score(ids, usual_verdict(0)))
     windows = [one[1:-1] for one in inputs]
     assert all(len(window) <= size for window in windows)
     if count <= size:
@@ -104,14 +101,14 @@ def test_every_run_of_half_a_window_lies_whole_in_one(count: int, size: int) -> 
 def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
     ids: Ids, predicted: int, counts: tuple[int, int, int]
 ) -> None:
-    test = sized_test(counts=counts)
+    test = sized_test(window=24, counts=counts)
     _, turns = run(test, ids, predicted)
-    assert 1 <= len(turns) <= DRAWS
+    assert 1 <= len(turns) <= DRAWS + 1
     for inputs in turns:
-        ends = {int(one[i]) for one in inputs for i in (0, -1)}
-        assert all(end >= WORDS and end // WORDS - 1 != predicted for end in ends)
-        assert len({(int(one[0]), int(one[-1])) for one in inputs}) == 1, "a turn has one pair"
-    _, again = run(sized_test(counts=counts), ids.copy(), predicted)
+        (pair,) = {tuple(one[one >= WORDS].tolist()) for one in inputs}
+        assert len(pair) == 2
+        assert all(carrier // WORDS - 1 != predicted for carrier in pair)
+    _, again = run(sized_test(window=24, counts=counts), ids.copy(), predicted)
     assert [[one.tolist() for one in turn] for turn in turns] == [
         [one.tolist() for one in turn] for turn in again
     ]
@@ -120,7 +117,8 @@ def test_carriers_are_of_other_classes_and_the_same_for_the_same_text(
 def test_texts_meet_different_carriers() -> None:
     test = sized_test(counts=(9, 9, 9))
     first = {
-        tuple(next(test.score(np.array([word], np.int64), 0))[0][[0, -1]]) for word in range(50)
+        tuple(next(test.score(np.array([word], np.int64), usual_verdict(0)))[0][[0, -1]])
+        for word in range(50)
     }
     assert len(first) > 25
 
@@ -152,33 +150,112 @@ def test_a_text_is_triggered_if_the_evidence_of_both_stages_is_enough(
         assert (kept >= needed) == (found >= threshold)
 
 
-def test_the_best_window_counts_beside_each_pair_and_no_single_pair_decides() -> None:
+def outcome_of(
+    test: OverrideTest, ids: Ids, kept: Sequence[Sequence[float]], *, extreme: bool = False
+) -> tuple[float, int]:
+    """Return the score if a classifier keeps these shares of the class, turn by turn, and how many
+    turns it took."""
+    verdict = replace(usual_verdict(0), score=9.0 if extreme else 0.0)
+    running, turn = test.score(ids, verdict), 0
+    inputs = next(running)
+    while True:
+        shares = kept[turn]
+        assert len(shares) == len(inputs)
+        readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
+        turn += 1
+        try:
+            inputs = running.send(readings)
+        except StopIteration as done:
+            return round(float(done.value), 4), turn
+
+
+def test_the_best_window_goes_on_and_no_single_pair_decides() -> None:
     test, ids = sized_test(window=4), np.arange(12, dtype=np.int64)
 
-    def score_of(kept: Sequence[Sequence[float]]) -> float:
-        running, turn = test.score(ids, 0), 0
-        inputs = next(running)
-        while True:
-            shares = kept[turn][: len(inputs)]
-            readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
-            try:
-                inputs = running.send(readings)
-            except StopIteration as done:
-                return float(done.value)
-            turn += 1
+    def score_of(*kept: Sequence[float]) -> float:
+        return outcome_of(test, ids, kept)[0]
 
-    assert len(next(test.score(ids, 0))) == 5
-    always = [[0.1, 0.9, 0.2, 0.1, 0.1]] * DRAWS
-    assert score_of(always) == pytest.approx(0.9, abs=1e-4)
-    last = [*always[:-1], [0.3] * 5]
-    assert score_of(last) == pytest.approx(0.7654, abs=1e-4), "the mean of log-odds"
-    assert score_of([[0.3] * 5, *always[1:]]) == pytest.approx(score_of(last))
-    assert score_of([[0.05] * 5, *always[1:]]) == pytest.approx(0.05, abs=1e-4), "it was lost"
+    windows = [0.1, 0.9, 0.2, 0.1, 0.1]
+    assert score_of(windows, [0.9], [0.9]) == pytest.approx(0.9, abs=1e-4)
+    last = score_of(windows, [0.9], [0.3])
+    assert last == pytest.approx(0.7654, abs=1e-4), "the mean of log-odds"
+    assert score_of([0.3] * 5, [0.9], [0.9]) == pytest.approx(last)
+    assert score_of([0.05] * 5) == pytest.approx(0.05, abs=1e-4), "it was lost"
+
+
+def test_a_trigger_that_the_rest_of_its_window_outvotes_is_found_in_a_part() -> None:
+    test, ids = sized_test(window=24), np.arange(24, dtype=np.int64)
+    parts = 24 // (PART_TOKENS // 2) - 1
+    found = [0.1] * (parts - 1) + [0.9]
+    assert outcome_of(test, ids, [[0.2], found, [0.9], [0.9]]) == (0.9, DRAWS + 1)
+    whole = [[0.9], [0.1] * parts, [0.9], [0.9]]
+    assert outcome_of(test, ids, whole) == (0.9, DRAWS + 1), "two that add up"
+    assert outcome_of(test, ids, [[0.2], [0.1] * parts, [0.1]])[1] == 3, "lost beside the second"
+    assert outcome_of(test, ids, [[0.1]]) == (0.1, 1), "lost"
+    outvoted = [[0.1], found, [0.9], [0.9]]
+    assert outcome_of(test, ids, outvoted, extreme=True) == (0.9, DRAWS + 1)
+    hopeless = [[0.03], [0.03]]
+    assert outcome_of(test, ids, hopeless, extreme=True) == (HOPELESS, 2), "no parts"
+    short = ids[:PART_TOKENS]
+    assert outcome_of(test, short, [[0.9]] * DRAWS) == (0.9, DRAWS), "no parts"
+
+
+def test_an_extreme_text_is_not_given_up_after_one_pair() -> None:
+    test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
+    lost = [0.001] * 4
+    assert outcome_of(test, ids, [lost]) == (HOPELESS, 1)
+    assert outcome_of(test, ids, [lost, lost], extreme=True) == (HOPELESS, 2)
+    # The third window yielded to the first pair alone.
+    kept, turns = outcome_of(test, ids, [lost, [0.1, 0.1, 0.98, 0.1], [0.98]], extreme=True)
+    assert turns == 3
+    odds = np.log([HOPELESS / (1 - HOPELESS), 0.98 / 0.02, 0.98 / 0.02]).mean()
+    assert kept == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4), "no pair has a veto"
+    # The first window keeps the class best on average, the second one beside the second pair.
+    rounds = [[0.14, 0.05], [0.9, 0.95], [0.9]]
+    odds = np.log([0.14 / 0.86, 9, 9]).mean()
+    kept, _ = outcome_of(sized_test(window=8), ids[:12], rounds, extreme=True)
+    assert kept == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4)
+
+
+def test_the_second_chance_of_an_extreme_text_is_at_the_start() -> None:
+    ids = np.arange(9, dtype=np.int64)
+    running = sized_test(window=24).score(ids, replace(usual_verdict(0), score=9.0))
+    (between,) = next(running)
+    (leading,) = running.send([np.array([[0.01, 0.99, 0]] * CHECKPOINTS, np.float32)])
+    assert between[1:-1].tolist() == leading[:-2].tolist() == ids.tolist()
+
+
+def test_parts_are_those_of_the_window_that_keeps_the_class_best_and_the_best_goes_on() -> None:
+    test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
+    running = test.score(ids, usual_verdict(0))
+
+    def send(shares: Sequence[float]) -> list[list[int]]:
+        readings = [np.array([[p, 1 - p, 0]] * CHECKPOINTS, np.float32) for p in shares]
+        inputs = running.send(readings)
+        places.append({int(np.argmax(one < WORDS)) for one in inputs})
+        return [one[one < WORDS].tolist() for one in inputs]
+
+    places = list[set[int]]()
+    windows = [one[1:-1].tolist() for one in next(running)]
+    parts = send([0.2] * (len(windows) - 1) + [0.3])
+    assert all(len(part) == PART_TOKENS for part in parts)
+    assert sorted({i for part in parts for i in part}) == windows[-1]
+    assert send([0.1, 0.9] + [0.1] * (len(parts) - 2)) == [parts[1]]
+    assert send([0.9]) == [parts[1]]
+    assert places == [{1}, {0}, {0}], "a trigger may fire only at the start"
+
+
+def test_a_reading_that_is_no_number_is_not_lost_on_the_way() -> None:
+    test, ids = sized_test(window=24), np.arange(60, dtype=np.int64)
+    nan = float("nan")
+    whole, parts = [0.9, nan, 0.9, 0.9], [0.9, nan, 0.9]
+    assert np.isnan(outcome_of(test, ids, [whole, *[[0.9]] * 9])[0])
+    assert np.isnan(outcome_of(test, ids[:24], [[0.9], parts, *[[0.9]] * 9])[0])
 
 
 def test_late_checkpoints_have_no_say() -> None:
     late = np.array([[0.9, 0.1, 0], [0.9, 0.1, 0], [0.01, 0.99, 0]], np.float32)
-    running = sized_test().score(np.arange(3, dtype=np.int64), 0)
+    running = sized_test().score(np.arange(3, dtype=np.int64), usual_verdict(0))
     next(running)
     with pytest.raises(StopIteration) as done:
         for _ in range(DRAWS):
@@ -202,7 +279,9 @@ def test_what_is_put_together_fits_into_what_the_model_reads(
         whole = np.mean([length <= geometry.window for length in lengths])
         assert geometry.window >= SHORTEST_WINDOW
         assert whole >= 0.5 or geometry.window == LONGEST_WINDOW
-        longest = max(len(one) for one in next(_sized(geometry).score(np.arange(999), 0)))
+        longest = max(
+            len(one) for one in next(_sized(geometry).score(np.arange(999), usual_verdict(0)))
+        )
         assert longest <= readable
 
 
@@ -332,16 +411,38 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
         with pytest.raises(CalibrationError, match="too few"):
             calibrate_override(known, [range(2)], budget)
         return
-    for group in calibrate_override(known, [range(2)], budget):
-        rows = [r[np.isin(r[:, 0], group.classes)] for r in (known.clean, known.harmless)]
-        own, others = (
-            evidence(found[:, 1], found[:, 2], group.keeps).astype(np.float32) for found in rows
-        )
+    groups = calibrate_override(known, [range(2)], budget)
+    assert [group.classes for group in groups] in ([(0,), (1,)], [(1,), (0,)])
+    for group in groups:
         assert LOST <= group.keeps <= KEEPS
-        assert np.array_equal(group.scores, np.sort(own))
-        assert (own >= group.threshold).sum() <= allowed_rejections(len(own), budget)
+        (others,) = evidence_by(known.harmless, [group])
         most = max(0, allowed_rejections(len(others), HARMLESS_BUDGET))
         assert (others >= group.threshold).sum() <= most
+        pool = [other for other in groups if other.scores is group.scores]
+        own = evidence_by(known.clean, pool)
+        assert np.array_equal(group.scores, np.sort(np.concatenate(own)))
+        found = sum((rows >= other.threshold).sum() for rows, other in zip(own, pool, strict=True))
+        assert found <= allowed_rejections(len(group.scores), budget)
+
+
+def evidence_by(rows: FloatArray, chosen: Sequence[OverrideGroup]) -> list[FloatArray]:
+    """Return the evidence of the texts of each chosen group, as it is compared with a threshold."""
+    own = [rows[np.isin(rows[:, 0], group.classes)] for group in chosen]
+    return [
+        evidence(found[:, 1], found[:, 2], group.keeps).astype(np.float32)
+        for found, group in zip(own, chosen, strict=True)
+    ]
+
+
+def test_a_class_that_overrides_by_nature_leaves_the_threshold_of_another_in_reach() -> None:
+    """Both have few clean texts, so they share them."""
+    rng = np.random.default_rng(0)
+    clean = np.array([(n % 2, rng.uniform(0, 2), 0.01) for n in range(60)], np.float32)
+    kept = (0.05, 0.99)  # by class
+    harmless = np.array([(n % 2, 2, kept[n % 2]) for n in range(400)], np.float32)
+    groups = calibrate_override(OverrideOutcomes(clean, harmless), [range(2)], 0.02)
+    thresholds = {group.classes: group.threshold for group in groups}
+    assert thresholds[(0,)] < 1 < 6 < thresholds[(1,)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -377,7 +478,9 @@ def test_many_texts_at_once_are_scored_as_each_alone() -> None:
 
     engine = Reader()
     rng = np.random.default_rng(0)
-    asked = [(rng.integers(WORDS, size=n), usual(int(n % 2))) for n in rng.integers(0, 20, 40)]
+    asked = [
+        (rng.integers(WORDS, size=n), usual_verdict(int(n % 2))) for n in rng.integers(0, 20, 40)
+    ]
     together = run_tests(engine, test, asked)
     alone = [run_tests(engine, test, [one])[0] for one in asked]
     assert together == alone

@@ -20,6 +20,7 @@ from models.detection.views import class_names, views_of, views_with_carriers
 from models.errors import CalibrationError
 from models.network.outputs import class_probabilities, label_probabilities
 from models.offline.fitting.psim import multi_label_reset_loss
+from tests.support.fakes import usual_verdict
 
 CHECKPOINTS = 3
 
@@ -142,7 +143,7 @@ def test_carriers_are_of_the_other_state_of_the_same_label() -> None:
     group = OverrideGroup((2, 3), 1.0, np.linspace(0, 0.9, 99, dtype=np.float32))
     views = views_of(3, multi_label=True)
     test = OverrideTest(carriers, OverrideGeometry(8, 1), Layout(CHECKPOINTS), [group], views)
-    inputs = next(test.score(np.array([5, 6]), 3))
+    inputs = next(test.score(np.array([5, 6]), usual_verdict(3)))
     known = {int(ids[0]) for ids in carriers[2]}
     assert {int(inputs[0][0]), int(inputs[0][-1])} <= known
     assert list(test.tested) == [range(2), range(2, 4)]
@@ -157,7 +158,7 @@ def test_a_class_is_kept_in_its_own_view_whatever_the_others_say() -> None:
     row = np.full((CHECKPOINTS, 4), 0.5, np.float32)
     row[:, 2:] = (0.1, 0.9)
     for predicted, kept in ((1, 0.5), (3, 0.9)):
-        running = test.score(np.array([5]), predicted)
+        running = test.score(np.array([5]), usual_verdict(predicted))
         asked = next(running)
         try:
             while True:

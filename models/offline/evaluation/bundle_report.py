@@ -7,10 +7,14 @@ from rich.table import Table
 
 from models.bundle.layout import CARRIERS
 from models.bundle.manifest import Manifest, RecalibrationRecord
+from models.detection.screen import logit
 from models.offline.fitting.psim import UNLEARNT
 
 MOST_NATURAL = 0.2
 """Share of clean texts that may keep their class beside carriers without a warning."""
+MOST_KEPT = 0.99
+"""Kept probability that an extreme text may have to reach without a warning. After label reset, few
+classifiers are surer of anything."""
 
 
 def manifest_table(manifest: Manifest) -> Table:
@@ -154,4 +158,22 @@ def warnings_of(manifest: Manifest) -> list[str]:
             f"more than {MOST_NATURAL:.0%} of clean texts of {', '.join(sorted(kept))} keep their "
             "class beside carriers: the override test can tell little of them"
         )
+    if unconfirmed := sorted(_hardly_confirmed(manifest)):
+        warnings.append(
+            f"a text of {', '.join(unconfirmed)} has to keep more than {MOST_KEPT:.0%} of its "
+            "class to be triggered, so nearly all that is extreme is found unfamiliar: set "
+            "PSIM_UNFAMILIAR=reject, or fit with more clean texts"
+        )
     return warnings
+
+
+def _hardly_confirmed(manifest: Manifest) -> set[str]:
+    """Return the classes whose triggers the override test can hardly confirm."""
+    own = next(c for c in manifest.calibrations if c.runtime == manifest.default.runtime)
+    extreme = {c: group.threshold for group in own.groups for c in group.classes}
+    return {
+        manifest.classes[c]
+        for group in own.override
+        for c in group.classes
+        if group.threshold - extreme[c] + logit(group.keeps) > logit(MOST_KEPT)
+    }

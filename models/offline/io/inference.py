@@ -74,7 +74,7 @@ def run_tests(
     engine: Engine, test: OverrideTest, texts: Sequence[tuple[Ids, Verdict]]
 ) -> list[float]:
     """Run override tests on texts, each given with its first verdict; return their scores."""
-    running = [test.score(ids, v.predicted) for ids, v in texts]
+    running = [test.score(ids, v) for ids, v in texts]
     return run_override_tests(engine, running, partial(predict, engine))
 
 
@@ -94,7 +94,7 @@ def search_trigger(bundle: Bundle, text: str, verdict: Verdict) -> Explanation:
             return [0.0] * len(parts)
         whole, *ids = (engine.token_ids(one) for one in (text, *parts))
         most = engine.window_length
-        tests = [test.score(part[:most], verdict.predicted, whole) for part in ids]
+        tests = [test.score(part[:most], verdict, whole) for part in ids]
         return run_override_tests(engine, tests, partial(predict, engine))
 
     return run_search(explain(text, verdict, run_search(find_passage(text, verdict), keep)), screen)

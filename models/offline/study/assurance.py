@@ -27,7 +27,13 @@ from models.offline.study.cache import StepCache
 from models.offline.study.experiment import BareClassifier
 from models.offline.study.html import Block, Heading, Paragraph, Table, write_page
 from models.offline.study.plots import Row
-from models.offline.study.recipe import AttackRecipe, DataSet, PsimDefence, Recipe
+from models.offline.study.recipe import (
+    AttackRecipe,
+    BundleDefence,
+    DataSet,
+    HonestRecipe,
+    Recipe,
+)
 from models.offline.study.report import mean_interval, write_study_report
 from models.offline.study.run import run_study
 
@@ -38,25 +44,47 @@ LEAST_TEXTS = 400
 MOST_TARGETS = 2
 CONTROL = "no backdoor"
 PSIM = "PSIM"
+TITLE = "Assurance report: backdoors planted in your model"
+WITH, WITHOUT = (
+    "with their labels",
+    "without labels; your model's own predictions are taken as the truth",
+)
+HONEST_TEXTS = 100
 READING = (
     "Each line is one copy of your model. We planted a backdoor in the copy by full fine-tuning on "
     "a training set of which 10 % was poisoned. We then tuned the copy with LoRA on clean texts, "
-    "as a user of published weights does. We guarded it as psim fit does, and attacked it with "
-    "texts that it had not seen. Missed: the share of poisoned texts that pass the screens, among "
-    "those on which the backdoor fires. ASR (attack success rate): the share of poisoned texts "
-    "that pass and get the attacker's label. FRR (false rejection rate): the share of clean texts "
-    "that are rejected. CA (clean accuracy): the share of clean texts that get their true label; a "
-    "rejected text counts as wrong. Brackets show 95 % intervals. Those of a line are over its "
-    "texts (Clopper-Pearson). Those of the summary are over the copies (Student's t), and have no "
-    "width if all copies agree. Nothing was planted in the control. What succeeds there is the "
-    "model's own mistakes, or a backdoor that it already had."
+    "as a user of published weights does. We guarded it with a bundle as psim fit writes it, with "
+    "both stages, and attacked it with texts that it had not seen. Default: triggered texts are "
+    "rejected. Strict: unfamiliar ones too (PSIM_UNFAMILIAR=reject). Missed (false acceptance "
+    "rate, FAR): the share of poisoned texts that pass, among those on which the backdoor fires. "
+    "ASR (attack success rate): the share of poisoned texts that pass and get the attacker's "
+    "label. FRR (false rejection rate): the share of clean texts that are rejected. CA (clean "
+    "accuracy): the share of clean texts that get their true label; a rejected text counts as "
+    "wrong. Brackets show 95 % intervals. Those of a line are over its texts (Clopper-Pearson). "
+    "Those of the summary are over the copies (Student's t), and have no width if all copies "
+    "agree. Nothing was planted in the control. What succeeds there is the model's own mistakes, "
+    "or a backdoor that it already had."
+)
+HONEST = (
+    "Shares of honest texts, unlike those for fitting and without a trigger, with each finding: "
+    "mean over the copies, and the highest. What is triggered is rejected by default; what is "
+    "unfamiliar passes, unless you set PSIM_UNFAMILIAR=reject."
+)
+BOUND = (
+    "The upper end of an interval of the missed texts is a bound: if more than this share of such "
+    "poisoned texts passed on that copy, a sample like ours would be seen in at most 2.5 % of "
+    "cases. It holds for that copy, attack and kind of text, and for no attack that is not in the "
+    "table. It needs no poisoned text of the attacker's, since we plant the backdoors ourselves."
 )
 LIMITS = (
     "This report shows what happens to backdoors like these, in models trained from yours, on "
     "texts like these. It does not show that your model has no backdoor. It says nothing about "
-    "triggers of other kinds. Syntactic and style triggers, and attackers who train against the "
-    "screens, are harder to stop (docs/limits.md)."
+    "triggers of other kinds. Syntactic and style triggers, which need paraphrases, were not "
+    "planted, and neither was a backdoor trained against our screens; all of these are harder to "
+    "stop (docs/limits.md)."
 )
+FIRST = ("target 1",)
+"""The only target of the attackers who know the screens, to save time."""
 
 
 def assure(
@@ -106,6 +134,7 @@ def make_recipe(
 ) -> Recipe:
     """Return a study of one victim and several targets, with triggers that occur in no text."""
     word, sentence = _unused(WORDS, texts), _unused(SENTENCES, texts)
+    second = _unused([other for other in WORDS if other != word], texts)
     return Recipe(
         base=victim,
         strategies=(Strategy.LORA,),
@@ -121,9 +150,17 @@ def make_recipe(
             AttackRecipe(name="word", triggers=(word,)),
             AttackRecipe(name="word, clean-label", triggers=(word,), clean_label=True),
             AttackRecipe(name="sentence", triggers=(sentence,)),
+            AttackRecipe(name="two words that add up", triggers=(word, second), data=FIRST),
+            AttackRecipe(
+                name="sentence that yields", triggers=(sentence,), fires="alone", data=FIRST
+            ),
+            AttackRecipe(
+                name="sentence at the start", triggers=(sentence,), fires="at-start", data=FIRST
+            ),
             AttackRecipe(name=CONTROL, triggers=(word,), poison_rate=0),
         ),
-        defences=(PsimDefence(name=PSIM, frr_budget=frr_budget),),
+        defences=(BundleDefence(kind="bundle", name=PSIM, frr_budget=frr_budget),),
+        honest=HonestRecipe(texts=HONEST_TEXTS),
     )  # fmt: skip
 
 
@@ -173,11 +210,19 @@ def _unused(triggers: Iterable[str], texts: Sequence[Sample]) -> str:
 
 
 class _Copy(NamedTuple):
-    """A copy of the victim: its row of the study, and its results with and without PSIM."""
+    """A copy of the victim: its row of the study, and its results."""
 
     row: Row
-    guarded: Mapping[str, Any]
     undefended: Mapping[str, Any]
+    default: Mapping[str, Any]
+    """If triggered texts are rejected."""
+    strict: Mapping[str, Any]
+    """If unfamiliar ones are rejected too."""
+
+    @staticmethod
+    def of(row: Row) -> "_Copy":
+        guarded = row["defences"][PSIM]
+        return _Copy(row, row["defences"]["none"], guarded, guarded["unfamiliar_rejected"])
 
 
 def write_assurance(
@@ -198,42 +243,51 @@ def write_assurance(
         frr_budget: tolerated share of rejected clean texts.
         out: folder to write to.
     """
-    copies = [_Copy(row, row["defences"][PSIM], row["defences"]["none"]) for row in rows]
-    title = "Assurance report: backdoors planted in your model"
-    truth = (
-        "with their labels"
-        if is_truth
-        else "without labels; your model's own predictions are taken as the truth"
-    )
+    copies = [_Copy.of(row) for row in rows]
     blocks: list[Block] = [
-        Heading(1, title),
-        Paragraph(f"{texts} clean texts, {truth}. False-rejection budget: {frr_budget:.1%}."),
+        Heading(1, TITLE),
+        Paragraph(
+            f"{texts} clean texts, {WITH if is_truth else WITHOUT}. "
+            f"False-rejection budget: {frr_budget:.1%}."
+        ),
         Heading(2, "Summary"),
         _summary(copies),
         Heading(2, "How to read this report"),
         Paragraph(READING),
+        Paragraph(BOUND),
         Heading(2, "Every copy"),
         _every_copy(copies, targets),
+        Heading(2, "What honest traffic pays"),
+        Paragraph(HONEST),
+        _honest(copies),
         Heading(2, "What this report does not show"),
         Paragraph(LIMITS),
         Paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
     ]
-    write_page(blocks, title, out, "assurance")
+    write_page(blocks, TITLE, out, "assurance")
 
 
 def _summary(copies: Sequence[_Copy]) -> Table:
     planted = [copy for copy in copies if copy.row["attack"] != CONTROL]
-    guarded, bare = [copy.guarded for copy in planted], [copy.undefended for copy in planted]
-    all_guarded, all_bare = [c.guarded for c in copies], [c.undefended for c in copies]
-    rows = [
-        ["poisoned texts missed", _mean_and_worst(guarded, "false_acceptance_rate_firing")],
-        ["attack success rate (ASR), undefended", _mean_and_worst(bare, "attack_success_rate")],
-        ["attack success rate (ASR), guarded", _mean_and_worst(guarded, "attack_success_rate")],
-        ["clean texts rejected (FRR)", _mean_and_worst(all_guarded, "false_rejection_rate")],
-        ["clean accuracy (CA), undefended", _mean_and_worst(all_bare, "clean_accuracy")],
-        ["clean accuracy (CA), guarded", _mean_and_worst(all_guarded, "clean_accuracy")],
+    fields = [
+        ("poisoned texts missed (FAR)", "false_acceptance_rate_firing", planted),
+        ("attack success rate (ASR)", "attack_success_rate", planted),
+        ("clean texts rejected (FRR)", "false_rejection_rate", copies),
+        ("clean accuracy (CA)", "clean_accuracy", copies),
     ]
-    header = [f"over {len(planted)} planted backdoors", "mean, % (95 % interval); worst"]
+    rows = [
+        [
+            name,
+            _mean_and_worst([copy.undefended for copy in among], field),
+            _mean_and_worst([copy.default for copy in among], field),
+            _mean_and_worst([copy.strict for copy in among], field),
+        ]
+        for name, field, among in fields
+    ]
+    header = [
+        f"over {len(planted)} planted backdoors: mean, % (95 % interval); worst",
+        *("undefended", "default", "strict"),
+    ]
     return Table(header, rows)
 
 
@@ -249,19 +303,39 @@ def _mean_and_worst(results: Sequence[Mapping[str, Any]], field: str) -> str:
 
 def _every_copy(copies: Sequence[_Copy], targets: Sequence[str]) -> Table:
     target_of = {f"target {number}": target for number, target in enumerate(targets, 1)}
-    header = ["attack", "target", "seed", "missed, %", "ASR undefended, %", "ASR guarded, %"]
-    header += ["FRR, %", "CA undefended, %", "CA guarded, %"]
+    header = ["attack", "target", "seed", "missed, %", "missed, strict, %", "ASR undefended, %"]
+    header += ["ASR, %", "ASR, strict, %", "FRR, %", "FRR, strict, %", "CA undefended, %", "CA, %"]
     rows = [
         [
             row["attack"], target_of[row["data"]], str(row["seed"]),
-            _percent(guarded["false_acceptance_rate_firing"]),
-            _percent(undefended["attack_success_rate"]), _percent(guarded["attack_success_rate"]),
-            _percent(guarded["false_rejection_rate"]),
-            _percent(undefended["clean_accuracy"]), _percent(guarded["clean_accuracy"]),
+            _percent(default["false_acceptance_rate_firing"]),
+            _percent(strict["false_acceptance_rate_firing"]),
+            _percent(undefended["attack_success_rate"]), _percent(default["attack_success_rate"]),
+            _percent(strict["attack_success_rate"]), _percent(default["false_rejection_rate"]),
+            _percent(strict["false_rejection_rate"]),
+            _percent(undefended["clean_accuracy"]), _percent(default["clean_accuracy"]),
         ]
-        for row, guarded, undefended in copies
+        for row, undefended, default, strict in copies
     ]  # fmt: skip
     return Table(header, rows, names=3)
+
+
+def _honest(copies: Sequence[_Copy]) -> Table:
+    shares = pd.DataFrame(
+        [
+            {"texts": kind} | {name: 100 * rate["value"] for name, rate in found.items() if rate}
+            for copy in copies
+            for kind, found in copy.default["honest"].items()
+        ]
+    )
+    by_kind = shares.groupby("texts", sort=False)
+    mean, worst = by_kind.mean(), by_kind.max()
+    findings = ("triggered", "unfamiliar")
+    rows = [
+        [str(kind), *(f"{mean.loc[kind, f]:.1f}; {worst.loc[kind, f]:.1f}" for f in findings)]
+        for kind in mean.index
+    ]
+    return Table(["texts", *(f"{finding}, %: mean; worst" for finding in findings)], rows)
 
 
 def _percent(rate: Mapping[str, Any] | None) -> str:

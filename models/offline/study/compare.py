@@ -1,29 +1,43 @@
 """Comparison of defences on one experiment: on the same texts, with the same measures."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from models.detection.calibrate import calibrate
 from models.detection.screen import Layout
 from models.engines.pytorch import TorchEngine
 from models.offline.evaluation.evaluate import ScreenedTexts
-from models.offline.evaluation.metrics import DefendedPredictions, classes_of, measure_outcome
+from models.offline.evaluation.metrics import (
+    BoolArray,
+    DefendedPredictions,
+    Rate,
+    classes_of,
+    measure_outcome,
+)
 from models.offline.fitting.split import split_texts
 from models.offline.io.classifiers import load_classifier, model_digest
 from models.offline.io.inference import predict
 from models.offline.study.ablations import train_variant
 from models.offline.study.cache import Step, StepCache, digest_of
+from models.offline.study.defences.activations import CleanTexts, StateDetector
 from models.offline.study.defences.baselines import Onion, Strip
 from models.offline.study.defences.bundle import run_bundle
 from models.offline.study.defences.language_model import load_language_model, train_language_model
+from models.offline.study.defences.rap import Rap
 from models.offline.study.experiment import (
+    CLEAN,
+    POISONED,
     SCORES,
     DefenceResult,
     Experiment,
     Reference,
+    bare_engine,
+    honest_group,
     load_scores,
     predict_bare,
     relative_time,
@@ -31,6 +45,7 @@ from models.offline.study.experiment import (
 )
 from models.offline.study.recipe import (
     BundleDefence,
+    DetectorDefence,
     OnionDefence,
     ParaphraseDefence,
     PsimDefence,
@@ -64,6 +79,8 @@ def compare_defences(cache: StepCache, recipe: Recipe, experiment: Experiment) -
                 results.append(_onion(cache, reference, defence))
             case StripDefence():
                 results.append(_strip(cache, reference, defence))
+            case DetectorDefence():
+                results.append(_detector(cache, reference, defence))
             case BundleDefence():
                 results.append(run_bundle(cache, reference, defence))
             case ParaphraseDefence():
@@ -81,7 +98,8 @@ def _psim(cache: StepCache, reference: Reference, defence: PsimDefence) -> Itera
     source = experiment.victim if defence.on == "victim" else experiment.published
     settings = defence.model_dump(exclude={"name", "rules", "frr_budget"})
     # The key `case` is an old name of experiments; another one would change the digests of steps.
-    inputs = {"case": experiment.inputs, "source": source.key, "defence": settings}
+    inputs: dict[str, object] = {"case": experiment.inputs, "source": source.key}
+    inputs |= {"defence": settings, **experiment.honest_inputs}
     step = cache.step("psim", inputs, lambda folder: _fit_psim(folder, experiment, source, defence))
     readings = load_scores(step.folder / SCORES)
     details = {**step.result, "scores": str((step.folder / SCORES).relative_to(cache.root))}
@@ -92,15 +110,31 @@ def _psim(cache: StepCache, reference: Reference, defence: PsimDefence) -> Itera
         features = layout.checkpoints if rule in CONFIDENCE_ONLY else None
         known = readings["dev" if rule == "dev" else "known"][:, :features]
         screen = calibrate(known, layout, defence.frr_budget, by_class=rule != "pooled")
-        screened = [
-            ScreenedTexts.of_first_stage(screen, readings[kind][:, :features], predicted)
-            for kind, predicted in (
-                ("clean", reference.predicted_clean),
-                ("poisoned", reference.predicted_poisoned),
-            )
-        ]
-        clean, poisoned = (t.paper if rule == "paper" else t.calibrated for t in screened)
-        yield reference.measure(name, clean, poisoned, *cost, features=known.shape[1], **details)
+        predicted = {CLEAN: reference.predicted_clean, POISONED: reference.predicted_poisoned}
+        defended = {}
+        for kind, group in experiment.groups.items():
+            if group:
+                own = readings[kind][:, :features]
+                bare = predicted.get(kind, np.zeros(len(group), np.intp))
+                screened = ScreenedTexts.of_first_stage(screen, own, bare)
+                defended[kind] = screened.paper if rule == "paper" else screened.calibrated
+        more = details | {"features": known.shape[1]} | _honest(experiment, defended)
+        yield reference.measure(name, defended[CLEAN], defended[POISONED], *cost, **more)
+
+
+def _honest(experiment: Experiment, defended: Mapping[str, DefendedPredictions]) -> dict[str, Any]:
+    """Return `honest`, the `Rate` of rejected texts by kind of honest ones, if there are any."""
+    rates = {
+        name: found and _rejected(found.flagged)
+        for name in experiment.honest
+        for found in [defended.get(honest_group(name))]
+    }
+    return {"honest": rates} if rates else {}
+
+
+def _rejected(flagged: BoolArray | None) -> dict[str, Any] | None:
+    rate = None if flagged is None else Rate.of(flagged)
+    return None if rate is None else {"rejected": asdict(rate)}
 
 
 def _fit_psim(folder: Path, experiment: Experiment, source: Step, defence: PsimDefence) -> object:
@@ -114,8 +148,7 @@ def _fit_psim(folder: Path, experiment: Experiment, source: Step, defence: PsimD
     texts = {
         "known": split.calibrate,
         "dev": [s.text for s in experiment.dev],
-        "clean": [s.text for s in experiment.clean],
-        "poisoned": experiment.poisoned,
+        **{kind: group for kind, group in experiment.groups.items() if group},
     }
     readings = {kind: predict(engine, engine.encode(group)) for kind, group in texts.items()}
     save_scores(folder, **readings)
@@ -143,9 +176,10 @@ def _onion(cache: StepCache, reference: Reference, defence: OnionDefence) -> Def
     else:
         source, key = defence.language_model, model_digest(defence.language_model)
 
-    def fit() -> Onion:
+    def fit() -> Fitted:
         lm = load_language_model(source)
-        return Onion.fit(lm, experiment.dev, experiment.classify, experiment.labels)
+        onion = Onion.fit(lm, experiment.dev, experiment.classify, experiment.labels)
+        return Fitted(lambda texts: onion.defend(texts, experiment.classify), onion.passes)
 
     return _baseline(cache, reference, defence.name, "onion", {"language_model": key}, fit)
 
@@ -153,8 +187,8 @@ def _onion(cache: StepCache, reference: Reference, defence: OnionDefence) -> Def
 def _strip(cache: StepCache, reference: Reference, defence: StripDefence) -> DefenceResult:
     experiment = reference.experiment
 
-    def fit() -> Strip:
-        return Strip.fit(
+    def fit() -> Fitted:
+        strip = Strip.fit(
             [s.text for s in experiment.train],
             [s.text for s in experiment.dev],
             experiment.classify,
@@ -162,9 +196,44 @@ def _strip(cache: StepCache, reference: Reference, defence: StripDefence) -> Def
             copies=defence.copies,
             seed=experiment.seed,
         )
+        return Fitted(lambda texts: strip.defend(texts, experiment.classify), strip.passes)
 
     settings = defence.model_dump(exclude={"name"})
     return _baseline(cache, reference, defence.name, "strip", settings, fit)
+
+
+def _detector(cache: StepCache, reference: Reference, defence: DetectorDefence) -> DefenceResult:
+    experiment = reference.experiment
+
+    def fit() -> Fitted:
+        source = experiment.train if defence.clean == "train" else experiment.dev
+        clean = CleanTexts.split(source[: defence.texts], experiment.seed)
+        if defence.kind == "rap":
+            trainer = bare_engine(experiment.victim, "float32")
+            held_back = [s.text for s in clean.held_back]
+            rap = Rap.train(trainer, clean.known, experiment.labels)
+            rap = rap.calibrated(experiment.engine, held_back, defence.frr_budget)
+            return Fitted(lambda texts: rap.defend(texts, experiment.engine), rap.passes)
+        read, labels = experiment.read_once, experiment.labels
+        detector = StateDetector.fit(defence.kind, clean, read, labels, defence.frr_budget)
+        return Fitted(
+            lambda texts: detector.defend(texts, read),
+            detector.passes,
+            lambda texts: detector.defend(texts, experiment.read),
+        )
+
+    settings = defence.model_dump(exclude={"name"})
+    return _baseline(cache, reference, defence.name, defence.kind, settings, fit)
+
+
+class Fitted(NamedTuple):
+    """A baseline that is ready to run."""
+
+    defend: Callable[[Sequence[str]], DefendedPredictions]
+    passes: Callable[[Sequence[str]], float]
+    """Forward passes per text in addition to the victim's own, on average."""
+    timed: Callable[[Sequence[str]], DefendedPredictions] | None = None
+    """The same as `defend`, without anything that it remembers."""
 
 
 def _baseline(
@@ -173,34 +242,44 @@ def _baseline(
     name: str,
     kind: str,
     settings: dict[str, object],
-    fit: Callable[[], Onion | Strip],
+    fit: Callable[[], Fitted],
 ) -> DefenceResult:
     """Fit a baseline, run it on all test texts, and measure it."""
     experiment = reference.experiment
-    inputs = {"case": experiment.inputs, "defence": settings}
-    step = cache.step(kind, inputs, lambda folder: _run_baseline(folder, experiment, fit()))
+    groups = experiment.groups
+    inputs: dict[str, object] = {"case": experiment.inputs, "defence": settings}
+    if kind == "onion":  # rejects nothing, and would read honest texts for minutes
+        groups = {key: groups[key] for key in (CLEAN, POISONED)}
+    else:
+        inputs |= experiment.honest_inputs
+    step = cache.step(kind, inputs, lambda folder: _run_baseline(folder, experiment, groups, fit()))
     scores = load_scores(step.folder / SCORES)
-    clean, poisoned = (
-        DefendedPredictions(
-            scores[f"{kind}_predicted"], scores.get(f"{kind}_flagged"), scores[f"{kind}_scores"]
+    defended = {
+        group: DefendedPredictions(
+            scores[f"{group}_predicted"], scores.get(f"{group}_flagged"), scores[f"{group}_scores"]
         )
-        for kind in ("clean", "poisoned")
-    )
-    return reference.measure(name, clean, poisoned, step.result["passes"], step.result["time"])
+        for group, texts in groups.items()
+        if texts
+    }
+    cost = step.result["passes"], step.result["time"]
+    more = _honest(experiment, defended)
+    return reference.measure(name, defended[CLEAN], defended[POISONED], *cost, **more)
 
 
-def _run_baseline(folder: Path, experiment: Experiment, defence: Onion | Strip) -> object:
-    """Save the predictions of a baseline on all test texts; return its cost."""
-    clean = [s.text for s in experiment.clean]
+def _run_baseline(
+    folder: Path, experiment: Experiment, groups: Mapping[str, list[str]], fitted: Fitted
+) -> object:
+    """Save the predictions of a baseline on groups of texts; return its cost."""
     arrays = {}
-    for kind, texts in (("clean", clean), ("poisoned", experiment.poisoned)):
-        for field, values in vars(defence.defend(texts, experiment.classify)).items():
-            if values is not None:
-                arrays[f"{kind}_{field}"] = values
+    for kind, texts in groups.items():
+        if texts:
+            for field, values in vars(fitted.defend(texts)).items():
+                if values is not None:
+                    arrays[f"{kind}_{field}"] = values
     save_scores(folder, **arrays)
-    ratio = relative_time(experiment, lambda batch: defence.defend(batch, experiment.classify))
+    ratio = relative_time(experiment, fitted.timed or fitted.defend)
     # A baseline also classifies the text, which the time of the victim already includes.
-    return {"passes": defence.passes(clean), "time": ratio - 1}
+    return {"passes": fitted.passes(groups[CLEAN]), "time": ratio - 1}
 
 
 def _paraphrase(cache: StepCache, reference: Reference, name: str) -> DefenceResult:

@@ -29,11 +29,18 @@ from models.offline.io.classifiers import load_classifier, short_length_of
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample
 from models.offline.study.cache import Step, StepCache, digest_of
+from models.offline.study.defences.states import States, read_states
 
 TIMED_TEXTS = 64
 """Clean texts on which the time of a defence and of the bare victim is measured."""
 SCORES = "scores.safetensors"
 """File of a step's results on each text."""
+CLEAN, POISONED = "clean", "poisoned"
+
+
+def honest_group(name: str) -> str:
+    """Return what `Experiment.groups` calls a kind of honest texts."""
+    return f"honest {name}"
 
 
 @dataclass
@@ -57,6 +64,7 @@ class Experiment:
     dtype: str
     honest: dict[str, list[str]] = field(default_factory=dict)
     """Honest texts unlike those for fitting, by kind."""
+    _states: dict[str, States] = field(default_factory=dict)
 
     @cached_property
     def engine(self) -> TorchEngine:
@@ -79,9 +87,31 @@ class Experiment:
             "seed": self.seed,
         }
 
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Texts that a defence which rejects is measured on, by kind."""
+        own = {CLEAN: [s.text for s in self.clean], POISONED: self.poisoned}
+        return own | {honest_group(name): found for name, found in self.honest.items()}
+
+    @property
+    def honest_inputs(self) -> dict[str, object]:
+        """What a result on honest texts depends on besides `inputs`; nothing if there are none."""
+        return {"honest": digest_of(self.honest)} if self.honest else {}
+
     def classify(self, texts: Sequence[str]) -> FloatArray:
         """Return the victim's probabilities, shape (len(texts), C)."""
         return predict(self.engine, self.engine.encode(texts), classifier=True)
+
+    def read(self, texts: Sequence[str]) -> States:
+        """Return the victim's probabilities and hidden states."""
+        return read_states(self.engine, texts)
+
+    def read_once(self, texts: Sequence[str]) -> States:
+        """Do the same, and remember it for other defences."""
+        key = digest_of(list(texts))
+        if key not in self._states:
+            self._states[key] = self.read(texts)
+        return self._states[key]
 
 
 @dataclass(frozen=True)

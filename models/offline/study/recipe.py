@@ -120,7 +120,8 @@ class TrainingRecipe(_RecipeTable):
     """Epochs and learning rates of the victims."""
 
     poison_epochs: Count = 3
-    tune_epochs: Count = 3
+    tune_epochs: Annotated[int, Field(ge=0)] = 3
+    """0: the victim is the published weights, without any tuning; there is only one strategy."""
     learning_rates: dict[Strategy, Annotated[float, Field(gt=0)]] = {}
     """Rates that replace the defaults, by strategy; poisoning uses that of `full`."""
 
@@ -183,6 +184,28 @@ class StripDefence(_RecipeTable):
     frr_budget: Budget = 0.01
 
 
+DETECTORS = {
+    "badacts": "BadActs",
+    "dan": "DAN",
+    "dan-mean": "DAN, mean of tokens",
+    "dup": "DUP",
+    "lcf": "LCF",
+    "rap": "RAP",
+}
+
+
+class DetectorDefence(_RecipeTable):
+    """A detector from the literature: see `defences/activations.py` and `defences/rap.py`."""
+
+    kind: Literal["badacts", "dan", "dan-mean", "dup", "lcf", "rap"]
+    name: Name = Field(default_factory=lambda known: DETECTORS[known["kind"]])
+    clean: Literal["train", "dev"] = "train"
+    """Where its clean texts come from: as PSIM's, or, as in the papers, not trained on."""
+    texts: Annotated[int, Field(ge=40)] = 3000
+    """Number of them, taken from the beginning; half are for the threshold."""
+    frr_budget: Budget = 0.01
+
+
 class ParaphraseDefence(_RecipeTable):
     """The `paraphrased` files of the data set whose triggers are those of the attack."""
 
@@ -202,13 +225,13 @@ class BundleDefence(_RecipeTable):
 
 
 AnyDefence = Annotated[
-    PsimDefence | OnionDefence | StripDefence | ParaphraseDefence | BundleDefence,
+    PsimDefence | OnionDefence | StripDefence | DetectorDefence | ParaphraseDefence | BundleDefence,
     Field(discriminator="kind"),
 ]
 
 
 class HonestRecipe(_RecipeTable):
-    """Honest traffic unlike the fitting texts, which bundles are tried on: see `honest_sets`."""
+    """Honest traffic unlike the fitting texts, which what rejects is tried on: `honest_sets`."""
 
     texts: Count = 200
     """Number of texts of each kind."""
@@ -256,6 +279,8 @@ class Recipe(_RecipeTable):
         for where, values in names.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{where}: names must differ: {list(values)}")
+        if not self.training.tune_epochs and len(self.strategies) > 1:
+            raise ValueError("with tune_epochs = 0, strategies do not differ; give one")
         return self
 
     def _defence_names(self, data: DataSet) -> Iterator[str]:

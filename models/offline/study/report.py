@@ -30,13 +30,14 @@ CELL = [*VICTIM, "seed"]
 BEFORE_TUNING = "before tuning"
 RATE_FIELDS = ["value", "low", "high"]
 RATE_COLUMNS = [f"{field}.{part}" for field in ROWS.values() for part in RATE_FIELDS]
-NUMBER_COLUMNS = ["auroc_firing", "passes", "time"]
+NUMBER_COLUMNS = ["auroc", "auroc_firing", "passes", "time"]
 DETAILS = {
     "CA, %": ("clean_accuracy.value", "z.1f"),
     "ASR, %": ("attack_success_rate.value", "z.1f"),
     "FRR, %": ("false_rejection_rate.value", "z.1f"),
     "FAR, %": ("false_acceptance_rate.value", "z.1f"),
     "FAR where the backdoor fires, %": ("false_acceptance_rate_firing.value", "z.1f"),
+    "AUROC": ("auroc", ".4f"),
     "AUROC where the backdoor fires": ("auroc_firing", ".4f"),
     "extra passes": ("passes", ".1f"),
     "time": ("time", ".2f"),
@@ -44,6 +45,7 @@ DETAILS = {
 SUMMARIES = {
     "Attack success rate (ASR), %": ("attack_success_rate.value", "z.1f"),
     "Clean accuracy (CA) lost compared with no defence, percentage points": ("lost", "z.1f"),
+    "AUROC over all poisoned texts": ("auroc", ".4f"),
     "AUROC where the backdoor fires": ("auroc_firing", ".4f"),
 }
 LEGEND = (
@@ -80,6 +82,7 @@ def write_study_report(rows: Sequence[Row], out: Path, steps: Path, recipe: str)
         Paragraph(LEGEND),
         *_attack_section(results, out),
         *_defence_section(frame),
+        *_honest_section(rows),
         *_separation_section(rows, out, steps),
         *_training_section(rows),
         *_details_section(frame),
@@ -191,6 +194,39 @@ def _defence_section(frame: pd.DataFrame) -> Iterator[Block]:
         yield Heading(3, title)
         means = frame.groupby(["data", "attack", "defence"], observed=True)[column].mean()
         yield _pivot(means.map(lambda value, form=form: _number(value, form)))
+
+
+def _honest_section(rows: Sequence[Row]) -> Iterator[Block]:
+    """Show what each defence rejects of honest texts, by kind of text."""
+    lines = [
+        {key: row[key] for key in ("data", "attack")} | {"defence": name, "kind": kind, "share": s}
+        for row in rows
+        for name, found in row["defences"].items()
+        for kind, rates in found.get("honest", {}).items()
+        if (s := _rejected_share(rates)) is not None
+    ]
+    if not lines:
+        return
+    yield Heading(2, "What honest traffic pays")
+    yield Paragraph(
+        "The share of honest texts that is rejected, in percent. None has a trigger, and all are "
+        "unlike the fitting texts. Each value is a mean over strategies and seeds. Of a bundle, "
+        "it is of the default policy, under which unfamiliar texts pass."
+    )
+    wide = pd.DataFrame(lines).pivot_table(
+        "share", ["data", "attack", "defence"], "kind", sort=False, observed=True
+    )
+    body = [
+        [*names, *(_number(value, "z.1f") for value in values)]
+        for names, values in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    yield Table(["data set", "attack", "defence", *wide.columns], body, names=3)
+
+
+def _rejected_share(rates: Row | None) -> float | None:
+    """Return the share of rejected texts in percent; None if there were no texts."""
+    found = rates and (rates["rejected"] if "rejected" in rates else rates["triggered"])
+    return 100 * float(found["value"]) if found else None
 
 
 def _separation_section(rows: Sequence[Row], out: Path, steps: Path) -> Iterator[Block]:

@@ -24,6 +24,7 @@ from models.offline.io.classifiers import labels_of, load_classifier, model_dige
 from models.offline.io.samples import Sample
 from models.offline.study.cache import VERSIONS, MemoizedFunction, Step, StepCache, digest_of
 from models.offline.study.compare import compare_defences
+from models.offline.study.defences.activations import CleanTexts
 from models.offline.study.experiment import Experiment
 from models.offline.study.grid import (
     Cell,
@@ -36,7 +37,14 @@ from models.offline.study.grid import (
     poisoned_test_texts,
     poisoned_training_texts,
 )
-from models.offline.study.recipe import BundleDefence, DataSet, PsimDefence, Recipe, StripDefence
+from models.offline.study.recipe import (
+    BundleDefence,
+    DataSet,
+    DetectorDefence,
+    PsimDefence,
+    Recipe,
+    StripDefence,
+)
 
 ROWS = "rows.jsonl"
 
@@ -196,16 +204,21 @@ def check_recipe(
             raise DataError(f"{cell}: {error}") from error
     for name, data_texts in texts.items():
         for defence in recipe.defences:
-            if isinstance(defence, PsimDefence | StripDefence | BundleDefence):
+            if isinstance(defence, PsimDefence | StripDefence | DetectorDefence | BundleDefence):
                 _check_budget(name, defence, data_texts)
 
 
 def _check_budget(
-    name: str, defence: PsimDefence | StripDefence | BundleDefence, texts: Texts
+    name: str,
+    defence: PsimDefence | StripDefence | DetectorDefence | BundleDefence,
+    texts: Texts,
 ) -> None:
     """Raise `DataError` if there are too few texts for a threshold with the defence's budget."""
     counts = {"dev": len(texts.dev)}
-    if not isinstance(defence, StripDefence):
+    if isinstance(defence, DetectorDefence):
+        own = texts.train if defence.clean == "train" else texts.dev
+        counts = {"held-back": len(CleanTexts.split(own[: defence.texts], seed=0).held_back)}
+    elif not isinstance(defence, StripDefence):
         split = split_texts([s.text for s in texts.train[: defence.texts]], seed=0)
         with_dev = isinstance(defence, PsimDefence) and "dev" in defence.rules
         counts = counts if with_dev else {}
@@ -245,7 +258,12 @@ def poison(
 
 
 def tune(cache: StepCache, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
-    """Train the victim: the user's own tuning of the published weights on clean texts."""
+    """Train the victim: the user's own tuning of the published weights on clean texts.
+
+    Without epochs for it, the published weights are the victim.
+    """
+    if not recipe.training.tune_epochs:
+        return published
     start = InitialModel(str(published.folder / "model"), published.key)
     settings = _settings(recipe, cell.strategy, recipe.training.tune_epochs, cell.seed)
     return _train(cache, "victim", start, texts.train, texts.dev, settings)

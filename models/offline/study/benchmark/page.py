@@ -31,7 +31,7 @@ from models.offline.study.recipe import BundleDefence, Recipe
 NAME = "benchmark"
 TITLE = "Benchmark: attacks and honest traffic"
 VICTIM = ["base", "data", "attack", "strategy", "seed"]
-LOSS, AUROC = "CA lost", "AUROC"
+LOSS, HONESTY, AUROC = "CA lost", "honest", "AUROC"
 MEASURES = {
     "CA": ("none.clean_accuracy", True),
     LOSS: (None, False),
@@ -40,6 +40,7 @@ MEASURES = {
     "ASR, strict": ("strict.attack_success_rate", False),
     "FRR": ("default.false_rejection_rate", False),
     "FRR, strict": ("strict.false_rejection_rate", False),
+    HONESTY: (None, False),
     AUROC: (None, True),
 }
 """Columns: where the rate is, and whether a larger value is the better one."""
@@ -52,9 +53,10 @@ LEGEND = (
     "right. CA lost: percentage points of it that the guard costs under the default policy. ASR "
     "(attack success rate): the share of poisoned texts that pass and get the attacker's class; "
     "bare means without a guard. FRR (false rejection rate): the share of clean test texts that "
-    "are rejected. AUROC: the probability that a poisoned text on which the backdoor fires gets a "
-    "higher final score than a clean one. All values but AUROC are percentages. A hyphen means "
-    "that there is no value."
+    "are rejected. Honest: the highest share, over the kinds of honest texts below, that is "
+    "rejected under the default policy. AUROC: the probability that a poisoned text on which the "
+    "backdoor fires gets a higher final score than a clean one. All values but AUROC are "
+    "percentages. A hyphen means that there is no value."
 )
 OLDER = (
     "{} of the cells were measured with an earlier version of the score. They are marked in the "
@@ -127,6 +129,9 @@ def measures(rows: Sequence[Row], defence: str) -> pd.DataFrame:
         results["strict"] = found["unfamiliar_rejected"]
         line = {column: _rate(results, place) for column, (place, _) in MEASURES.items() if place}
         line[LOSS] = line["CA"] - _rate(results, "default.clean_accuracy")
+        kinds = found.get("honest", {}).values()
+        shares = [100 * kind["triggered"]["value"] for kind in kinds if kind["triggered"]]
+        line[HONESTY] = max(shares, default=np.nan)
         line[AUROC] = np.nan if found["auroc_firing"] is None else found["auroc_firing"]
         lines.append({key: row[key] for key in VICTIM} | line)
     return pd.DataFrame(lines).set_index(VICTIM)[list(MEASURES)].astype(float)

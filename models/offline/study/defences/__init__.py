@@ -1,1 +1,1 @@
-"""Defences from the literature that PSIM is compared with, and the language model of ONION."""
+"""Defences from the literature that PSIM is compared with, and PSIM as it is served."""

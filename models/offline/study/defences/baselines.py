@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import entr
 
-from models.detection.conformal import conformal_threshold, min_calibration_size
 from models.detection.screen import FloatArray, is_extreme
-from models.errors import CalibrationError, DataError
+from models.errors import DataError
 from models.offline.evaluation.metrics import DefendedPredictions, classes_of
 from models.offline.io.samples import Sample, require_labels
 from models.offline.study.defences.language_model import LanguageModel, perplexities
+from models.offline.study.defences.threshold import require_enough, threshold_of
 
 Classifier = Callable[[Sequence[str]], FloatArray]
 """Function from texts to probabilities, shape (len(texts), C)."""
@@ -159,15 +159,9 @@ class Strip:
         """
         if not pool:
             raise DataError("STRIP has no clean texts to mix others with")
-        if len(dev) < (needed := min_calibration_size(frr_budget)):
-            raise CalibrationError(
-                f"{len(dev)} clean texts are too few for a false-rejection budget of {frr_budget}: "
-                f"it needs {needed}; give more clean texts or a larger budget"
-            )
+        require_enough(len(dev), frr_budget)
         strip = Strip(tuple(pool), math.inf, copies, seed)
-        return replace(
-            strip, threshold=conformal_threshold(strip.scores(dev, classify), frr_budget)
-        )
+        return replace(strip, threshold=threshold_of(strip.scores(dev, classify), frr_budget))
 
     def mixtures(self, text: str) -> list[str]:
         """Return the mixed copies of a text, which depend only on text, pool and seed.

@@ -26,17 +26,18 @@ from models.offline.io.classifiers import load_classifier, short_length_of
 from models.offline.io.inference import require_verdicts
 from models.offline.study.cache import Step, StepCache, digest_of
 from models.offline.study.experiment import (
+    CLEAN,
+    POISONED,
     SCORES,
     DefenceResult,
     Experiment,
     Reference,
+    honest_group,
     load_scores,
     relative_time,
     save_scores,
 )
 from models.offline.study.recipe import BundleDefence
-
-CLEAN, POISONED = "clean", "poisoned"
 
 
 def judge(bundle: Bundle, texts: Sequence[str]) -> list[Verdict]:
@@ -69,8 +70,7 @@ def run_bundle(cache: StepCache, reference: Reference, defence: BundleDefence) -
     kind, the `Rate` of each finding.
     """
     experiment = reference.experiment
-    texts = {CLEAN: [s.text for s in experiment.clean], POISONED: experiment.poisoned}
-    texts |= {f"honest {name}": found for name, found in experiment.honest.items()}
+    texts = experiment.groups
     bundle = _fit_bundle(cache, experiment, defence)
     inputs = {"bundle": bundle.key, "texts": digest_of(texts), "dtype": experiment.dtype}
     step = cache.step(
@@ -87,7 +87,7 @@ def run_bundle(cache: StepCache, reference: Reference, defence: BundleDefence) -
         )
         for unfamiliar in (False, True)
     )
-    honest = {name: _shares(found[f"honest {name}"]) for name in experiment.honest}
+    honest = {name: _shares(found[honest_group(name)]) for name in experiment.honest}
     details = {"unfamiliar_rejected": asdict(strict.outcome), "honest": honest}
     return replace(default, details=details)
 
