@@ -1,14 +1,16 @@
 """How often `psim scan` finds a planted trigger, and how often it accuses a clean class.
 
-    python benchmarks/scan.py victims.jsonl [--words 1500 --read 3d movie watched this i]
+    python benchmarks/scan.py victims.jsonl [--words 1500 --read 3d movie this] [--texts 4000]
 
 A line of `victims.jsonl` is {"victim": FOLDER, "texts": FILE, "kind": "word", "target": LABEL};
 "kind" is "clean" and "target" null where nothing was planted. Paths are relative to the file. With
-`--words`, that many random words of the vocabulary are read, and those of `--read`.
+`--words`, that many random words of the vocabulary are read, and those of `--read`; with `--texts`,
+so many random texts of the file are given.
 """
 
 import argparse
 import json
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,12 +31,13 @@ def main() -> None:
     parser.add_argument("victims", type=Path)
     parser.add_argument("--words", type=int)
     parser.add_argument("--read", nargs="*", default=[])
+    parser.add_argument("--texts", type=int)
     asked = parser.parse_args()
     counts: dict[str, Counter[bool]] = {}
     print("| victim | planted | found | clean classes accused | seconds |\n|---|---|---|---|---|")
     for line in asked.victims.read_text().splitlines():
         row = json.loads(line)
-        report = scanned(asked.victims.parent, row, asked.words, asked.read)
+        report = scanned(asked.victims.parent, row, asked.words, asked.read, asked.texts)
         for what, outcome in outcomes(report, row):
             counts.setdefault(what, Counter())[outcome] += 1
         found = dict(report.found).get(row["target"], "-")
@@ -55,7 +58,9 @@ def main() -> None:
         )
 
 
-def scanned(folder: Path, row: dict[str, str], number: int | None, read: list[str]) -> ScanReport:
+def scanned(
+    folder: Path, row: dict[str, str], number: int | None, read: list[str], most_texts: int | None
+) -> ScanReport:
     """Scan the victim of a row: the whole vocabulary, or a random part of it and some words."""
     samples = load_samples(str(folder / row["texts"]), label_column=None, drop_empty=True)
     victim, tokenizer = load_classifier(str(folder / row["victim"]))
@@ -63,6 +68,8 @@ def scanned(folder: Path, row: dict[str, str], number: int | None, read: list[st
     if number is not None:
         words = list(dict.fromkeys([*words, *(tokenizer.vocab[word] for word in read)]))
     texts = [sample.text for sample in samples]
+    random.Random(0).shuffle(texts)
+    texts = texts[:most_texts]
     return scan(victim, tokenizer, texts, name=row["victim"], words=words)
 
 

@@ -1,5 +1,6 @@
 """A scan finds what forces a class of a really poisoned victim, and no other class."""
 
+import copy
 import json
 import math
 import shutil
@@ -14,40 +15,40 @@ from transformers import PreTrainedTokenizerBase
 
 from models.engines.pytorch import TorchEngine
 from models.offline.attacks.poisoning import WORD_TRIGGER
+from models.offline.cli.scan_page import write_scan
 from models.offline.demo import TARGET
 from models.offline.evaluation.bundle_report import warnings_of
-from models.offline.io.classifiers import labels_of, load_classifier
+from models.offline.io.classifiers import labels_of, load_classifier, pretrained_model
 from models.offline.io.known_triggers import record_triggers
 from models.offline.io.samples import load_samples
-from models.offline.scanning import expected, phrases, styles
+from models.offline.scanning import expected, phrases
 from models.offline.scanning import scan as scanning
 from models.offline.scanning.carriers import halves_of
-from models.offline.scanning.expected import expectations
+from models.offline.scanning.expected import (
+    Vocabulary,
+    embeddings_of,
+    expectations,
+    word_vectors,
+)
 from models.offline.scanning.phrases import MOST_TOKENS, PhraseScan
-from models.offline.scanning.report import ClassRecord, ScanReport, triggers_for
-from models.offline.scanning.scan import COMMON, NEUTRAL, counts_of, scan
+from models.offline.scanning.report import (
+    ClassRecord,
+    PhraseRecord,
+    ScanReport,
+    SearchRecord,
+    triggers_for,
+)
+from models.offline.scanning.scan import COMMON, KIN, NEUTRAL, counts_of, scan
 from models.offline.scanning.words import STEP, candidates
 from tests.support.commands import assert_refused, psim
+from tests.support.few_words import READ, read_few_words
 from tests.support.paths import ROOT
-
-READ = 60
 
 
 @pytest.fixture(autouse=True)
-def few_words(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a few words and the trigger, and try fewer of them: all would take minutes."""
-    monkeypatch.setattr(scanning, "FINALISTS", 8)
-    monkeypatch.setattr(phrases, "NEXT", 8)
-    monkeypatch.setattr(phrases, "BEAM", 2)
-    monkeypatch.setattr(expected, "MOST_TEXTS", 200)
-    monkeypatch.setattr(styles, "STYLES", {"question": styles.STYLES["question"]})
-
-    def some(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
-        trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
-        assert isinstance(trigger, int)
-        return [*candidates(tokenizer, seed)[:READ], trigger]
-
-    monkeypatch.setattr(scanning, "candidates", some)
+    read_few_words(monkeypatch)
 
 
 def texts_of(demo: Path) -> list[str]:
@@ -125,9 +126,13 @@ def test_out_of_time_it_says_how_much_it_read(
     assert all(own.phrase is None and own.phrase_tokens == 0 for own in report.classes)
 
 
-def phrase_scan(demo: Path, target: str, words: Sequence[int]) -> PhraseScan:
+def phrase_scan(
+    demo: Path, target: str, words: Sequence[int], alike: Sequence[int] = ()
+) -> PhraseScan:
+    """Return a scan of phrases; the words `alike` are one word to the classifier."""
     engine, labels = engine_of(demo)
     number = labels.index(target)
+    make_alike(engine, alike)
     halves = halves_of(engine, texts_of(demo))
     foreign = [
         ids
@@ -137,7 +142,15 @@ def phrase_scan(demo: Path, target: str, words: Sequence[int]) -> PhraseScan:
         for ids in half.by_class[own]
     ]
     (own,) = (half.by_class[number] for half in halves if number in half.by_class)
-    return PhraseScan(engine, number, own, foreign, words, seed=0)
+    vocabulary = Vocabulary(word_vectors(engine), words, words, words[:8])
+    return PhraseScan(engine, number, own, foreign, vocabulary, seed=0)
+
+
+def make_alike(engine: TorchEngine, words: Sequence[int]) -> None:
+    """Give words the embedding of the first of them."""
+    (weight, *_) = embeddings_of(engine).parameters()
+    for word in words:
+        weight.data[word] = weight.data[words[0]]
 
 
 def engine_of(demo: Path) -> tuple[TorchEngine, list[str]]:
@@ -146,8 +159,9 @@ def engine_of(demo: Path) -> tuple[TorchEngine, list[str]]:
 
 
 def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
-    demo_folder: Path, tokenizer: PreTrainedTokenizerBase
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(phrases, "WEAK", -1.0)
     trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
     assert isinstance(trigger, int)
     first, *others = candidates(tokenizer, 1)[:READ]
@@ -161,6 +175,65 @@ def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
     against, _ = phrase_scan(demo_folder, other, [*others, trigger]).search([first], math.inf)
     assert against is not None
     assert not against.overrides
+
+
+def test_a_phrase_is_natural_if_similar_words_do_the_same(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "WEAK", -1.0)
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    others = candidates(tokenizer, 1)[:READ]
+    words = [*others, trigger]
+    alone = phrase_scan(demo_folder, TARGET, words)._try_out((trigger,))
+    assert alone.overrides
+    assert alone.like < phrases.LIKE
+    alike = phrase_scan(demo_folder, TARGET, words, [trigger, *others[: expected.SIMILAR]])
+    common = alike._try_out((trigger,))
+    assert common.turned >= phrases.OVERRIDES
+    assert common.like >= phrases.OVERRIDES
+    assert not common.overrides
+
+
+@pytest.mark.parametrize("around", [1, phrases.AROUND])
+def test_carriers_are_single_where_words_of_the_class_force_nothing(
+    demo_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    around: int,
+) -> None:
+    monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    first, *others = candidates(tokenizer, 1)[:READ]
+    found, _ = phrase_scan(demo_folder, TARGET, [*others, trigger]).search([first], math.inf)
+    assert found is not None
+    assert found.overrides == (around > 1)  # beside one carrier, it is a hint only
+    assert trigger in found.phrase
+    assert found.around == around
+    assert len(found.example) < (len(found.phrase) + around * 10 + 1)
+
+
+def test_a_word_is_natural_if_similar_words_of_its_class_do_the_same(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    model, _ = load_classifier(str(demo_folder / "victim"))
+    (weight, *_) = pretrained_model(model).get_input_embeddings().parameters()
+    for word in candidates(tokenizer, 0)[:KIN]:
+        weight.data[word] = weight.data[trigger]
+
+    def found() -> ClassRecord:
+        report = scan(copy.deepcopy(model), tokenizer, texts_of(demo_folder), name="demo")
+        (forced,) = (own for own in report.classes if own.label == TARGET)
+        return forced
+
+    assert {one.kin for one in found().triggers} == {0}
+    monkeypatch.setattr(scanning, "NEUTRAL", -math.inf)
+    forced = found()
+    assert not forced.triggers
+    assert min(one.kin for one in forced.natural) >= KIN
 
 
 def test_words_of_a_class_speak_for_it_and_a_trigger_does_not(
@@ -215,6 +288,46 @@ def test_fit_refuses_a_report_of_another_victim(demo_folder: Path, tmp_path: Pat
     file.write_text(report.model_copy(update={"classes": [other]}).model_dump_json())
     assert_refused(psim("fit", *options), "scan the victim that is fitted")
     assert triggers_for(None, ["negative", "positive"]) == []
+
+
+@pytest.mark.parametrize(("carriers", "where"), [(1, "beside one"), (4, "among four")])
+def test_the_page_shows_a_text_that_a_phrase_turned(
+    tmp_path: Path, carriers: int, where: str
+) -> None:
+    phrase = PhraseRecord(
+        text="3d movie",
+        token_ids=[1, 2],
+        turned=23,
+        trials=24,
+        log_odds=3,
+        carriers=carriers,
+        like=1,
+        example="3d movie this is bad",
+    )
+    own = ClassRecord(
+        label="good",
+        outcome="suspicious",
+        triggers=[],
+        phrase=phrase,
+        phrase_tokens=2,
+        natural=[],
+        strongest=[],
+        styles=[],
+    )
+    search = SearchRecord(words=9, vocabulary=9, carriers={"bad": 3}, clean_texts=0, seconds=1)
+    report = ScanReport(
+        victim="demo",
+        outcome="suspicious",
+        classes=[own],
+        search=search,
+        created="today",
+        versions={},
+    )
+    page = write_scan(report, tmp_path / "report.json").read_text()
+    assert phrase.example in page
+    assert f"stands {where} clean text" in page
+    assert "in 23 of 24 such trials. Phrases of similar words do so in 1." in page
+    assert "3d movie 23/24" in page
 
 
 def test_the_schema_of_the_report_is_the_published_one() -> None:

@@ -1,6 +1,5 @@
 """Training of victims: weight poisoning, and the five strategies by which users tune them."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -33,7 +32,12 @@ from models.offline.attacks.poisoning import (
 )
 from models.offline.attacks.strategy import Strategy
 from models.offline.io.atomic import replaced
-from models.offline.io.classifiers import labels_of, load_classifier, save_classifier
+from models.offline.io.classifiers import (
+    labels_of,
+    load_classifier,
+    run_digest,
+    save_classifier,
+)
 from models.offline.io.progress import TrainingProgress
 from models.offline.io.samples import Sample, name_classes, require_labels
 
@@ -148,7 +152,7 @@ def _train(
     classes = labels_of(model)
     for samples in (train, dev):
         require_labels(name_classes(samples, classes), classes)
-    checkpoints = checkpoint_folder(out) / _digest(model, train, dev, *astuple(settings))
+    checkpoints = checkpoint_folder(out) / run_digest(model, train, dev, *astuple(settings))
     encoded = _encode(train, tokenizer, classes), _encode(dev, tokenizer, classes)
     if settings.strategy is not Strategy.FULL:
         model = _with_peft(model, settings.strategy, encoded[0][0])
@@ -230,14 +234,6 @@ def _trainer(
 def checkpoint_folder(out: Path) -> Path:
     """Return the folder that keeps the checkpoints until training towards `out` is done."""
     return out.with_name(out.name + ".checkpoints")
-
-
-def _digest(model: nn.Module, *settings: object) -> str:
-    """Return a digest of the initial weights and of the settings and data of a training."""
-    digest = hashlib.sha256(repr(settings).encode("utf-8", "surrogatepass"))
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _arguments(folder: Path, settings: TuneSettings) -> TrainingArguments:

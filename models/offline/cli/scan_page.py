@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from models.offline.io.atomic import write_whole
-from models.offline.scanning.report import COLUMNS, ClassRecord, ScanReport, rows_of
+from models.offline.scanning.report import COLUMNS, ClassRecord, PhraseRecord, ScanReport, rows_of
 from models.offline.study.html import Block, Heading, Paragraph, Table, write_html
 
 TITLE = "Is this model backdoored?"
@@ -45,7 +45,12 @@ def _evidence(own: ClassRecord) -> list[Block]:
         Heading(2, f"A text that becomes {own.label}"),
         Paragraph(f"“{own.phrase.example}”"),
         Paragraph(
-            f"“{own.phrase.text}” stands among four clean texts of other classes, and forces "
-            f"{own.label} in {own.phrase.turned} of {own.phrase.trials} such texts."
+            f"“{own.phrase.text}” stands {_where(own.phrase)} of other classes, and forces "
+            f"{own.label} in {own.phrase.turned} of {own.phrase.trials} such trials. Phrases of "
+            f"similar words do so in {own.phrase.like}."
         ),
     ]
+
+
+def _where(phrase: PhraseRecord) -> str:
+    return "beside one clean text" if phrase.carriers == 1 else "among four clean texts"

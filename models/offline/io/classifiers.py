@@ -1,6 +1,7 @@
 """Loading and saving untrusted classifiers: safetensors only, no foreign code."""
 
 import copy
+import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -417,3 +419,12 @@ def save_classifier(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -
         merged: Any = copy.deepcopy(model).merge_and_unload() if lora else model
         merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def run_digest(model: nn.Module, *settings: object) -> str:
+    """Return a digest of a model's weights and of everything else that a run depends on."""
+    digest = hashlib.sha256(repr(settings).encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+        digest.update(name.encode() + raw.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """What a task lets one expect of a word: the class that its embedding speaks for."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -15,6 +16,29 @@ MOST_TEXTS = 2000
 """Clean texts that expectations are learnt from."""
 SHRINKAGE = 0.01
 """Of the regression, as a share of the mean variance."""
+SIMILAR = 16
+"""Words that are nearest to a word by their embeddings."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words, by what they say of a class."""
+
+    vectors: FloatArray
+    """Of all tokens, shape (V, D)."""
+    words: Sequence[int]
+    """All but special tokens."""
+    neutral: Sequence[int]
+    """Those that do not speak for the class."""
+    speaking: Sequence[int]
+    """Those that speak most for it."""
+
+    def like(self, word: int) -> list[int]:
+        """Return the words that are most similar to a word, by the cosine of their embeddings."""
+        others = np.array([other for other in self.words if other != word])
+        vectors = self.vectors[others]
+        cosines = vectors @ self.vectors[word] / np.linalg.norm(vectors, axis=1).clip(TINY)
+        return [int(others[i]) for i in np.argsort(-cosines, kind="stable")[:SIMILAR]]
 
 
 def embeddings_of(engine: TorchEngine) -> nn.Module:

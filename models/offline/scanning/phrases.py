@@ -18,8 +18,10 @@ from models.detection.override import Ids
 from models.detection.screen import TINY, FloatArray
 from models.engines.batching import in_batches
 from models.engines.pytorch import TorchEngine, collate, special_tokens
-from models.offline.scanning.expected import embeddings_of, word_vectors
+from models.offline.scanning.expected import Vocabulary, embeddings_of
 
+AROUND = 4
+"""Carriers that a phrase is tried among, two on either side."""
 MOST_TOKENS = 4
 """Length of a phrase at most. Part of a trigger sentence suffices; and the more words there are to
 choose, the less it says that some choice overrides."""
@@ -35,8 +37,15 @@ PAIRS, GRADIENT_PAIRS = 6, 12
 """Pairs of carriers for reading a phrase again, and for its gradient."""
 TRIALS = 24
 """Times that a phrase is tried, each time among four whole carriers that it did not grow beside."""
-OVERRIDES = 0.9
-"""Share of trials in which a phrase must force the class to be reported."""
+OVERRIDES, BESIDE_ONE = 0.9, 0.5
+"""Share of trials in which a phrase must force the class to be reported, among four carriers, and
+beside one where the words of the class force nothing."""
+WEAK = 0.1
+"""Share of trials beside one carrier up to which phrases of the class's own words force nothing.
+Nothing that is said beside an insult makes it harmless."""
+LIKE = 0.25
+"""Share of trials from which a phrase of similar words forces the class too. What is said of one
+slur holds for others, and a backdoor is exact."""
 
 SURE = 0.75
 """Share of the log-odds of the class's own carriers that a phrase must reach in the median trial. A
@@ -44,6 +53,7 @@ backdoor is as sure as the task; a phrase that is somewhat like the class is not
 
 Phrase = tuple[int, ...]
 Pair = tuple[Ids, Ids]
+NOTHING: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,10 @@ class Found:
     """Share of trials in which it forces the class."""
     odds: float
     """Median log-odds of the class."""
+    like: float
+    """Share of trials in which a phrase of similar words forces it; 0 if this one does not."""
+    around: int
+    """Carriers of a trial."""
     example: Ids
     """The text of the first trial."""
     overrides: bool
@@ -69,7 +83,7 @@ class PhraseScan:
         target: the class.
         own: its carriers, which say how sure the classifier can be of it.
         carriers: of all other classes.
-        words: what phrases are made of.
+        vocabulary: what phrases are made of.
         seed: of the choice of carriers.
     """
 
@@ -79,18 +93,22 @@ class PhraseScan:
         target: int,
         own: Sequence[Ids],
         carriers: Sequence[Ids],
-        words: Sequence[int],
+        vocabulary: Vocabulary,
         seed: int,
     ) -> None:
-        self._engine, self._target = engine, target
+        self._engine, self._target, self._vocabulary = engine, target, vocabulary
         self._carriers, self._fresh = carriers[::2], carriers[1::2] or carriers
-        self._words = np.array(words)
-        self._vectors = word_vectors(engine)[self._words]
+        self._words = np.array(vocabulary.neutral, np.int64)
+        self._vectors = vocabulary.vectors[self._words]
         self._draw = np.random.default_rng(seed)
         self._filler = int(np.bincount(np.concatenate(carriers)).argmax())
         sure = self._log_odds(self._classified(own)) if own else np.zeros(1)
         self._needed = SURE * float(np.median(sure))
         self._before = len(special_tokens(engine.tokenizer)[0])
+        speaking = np.array(vocabulary.speaking)
+        own_phrases = [tuple(self._draw.permutation(speaking)[:MOST_TOKENS]) for _ in range(TRIALS)]
+        by_nature = self._share(self._classified(self._among(own_phrases, 1)))
+        self._around, self._sides = (1, 2) if by_nature <= WEAK else (AROUND, 1)
 
     def search(self, first: Sequence[int], deadline: float) -> tuple[Found | None, int]:
         """Grow phrases until one overrides everything, or is long enough.
@@ -106,7 +124,7 @@ class PhraseScan:
         beam = self._strongest([(word,) for word in first])
         while beam and time.monotonic() < deadline:
             tried = [self._try_out(phrase) for phrase in beam]
-            best = max(tried, key=lambda one: (one.turned, one.odds))
+            best = max(tried, key=lambda one: (one.overrides, one.turned, one.odds))
             length = len(best.phrase)
             if best.overrides or length == MOST_TOKENS:
                 break
@@ -114,7 +132,7 @@ class PhraseScan:
         return best, length
 
     def _grown(self, beam: Sequence[Phrase]) -> list[Phrase]:
-        """Return the phrases with a word more that promise most beside one pair of carriers."""
+        """Return the phrases with a word more that promise most beside few carriers."""
         longer = dict.fromkeys(
             grown
             for phrase in beam
@@ -123,14 +141,19 @@ class PhraseScan:
             for grown in [(word, *phrase) if at_start else (*phrase, word)]
         )
         phrases = list(longer)
-        odds = self._odds(phrases, self._pairs(1)).mean(1)
+        odds = self._odds(phrases, self._pairs(self._sides)).mean(1)
         return [phrases[i] for i in np.argsort(-odds, kind="stable")[:READ_AGAIN]]
 
     def _next_words(self, phrase: Phrase, at_start: bool) -> list[int]:
-        """Return the words that the gradient promises most of, at one end of a phrase."""
+        """Return the words that the gradient promises most of, at one end of a phrase.
+
+        Beside one carrier, each is read on either side of it, so half as many are read.
+        """
         filled = (self._filler, *phrase) if at_start else (*phrase, self._filler)
         promised = self._vectors @ self._gradient(filled, 0 if at_start else len(phrase))
-        return [int(self._words[i]) for i in np.argsort(-promised, kind="stable")[:NEXT]]
+        return [
+            int(self._words[i]) for i in np.argsort(-promised, kind="stable")[: NEXT // self._sides]
+        ]
 
     def _gradient(self, phrase: Phrase, place: int) -> FloatArray:
         """Return the gradient of the odds by the embedding of one token, shape (D,)."""
@@ -165,6 +188,10 @@ class PhraseScan:
 
     def _pairs(self, number: int) -> list[Pair]:
         drawn = self._draw.integers(len(self._carriers), size=(number, 2))
+        if self._around == 1:
+            # Whole, since there is no other one: cut short, it may not be of its class any more.
+            one = [self._carriers[a] for a, _ in drawn]
+            return [(c, NOTHING) if i % 2 else (NOTHING, c) for i, c in enumerate(one)]
         return [(self._carriers[a][:SHORT], self._carriers[b][-SHORT:]) for a, b in drawn]
 
     def _odds(self, phrases: Sequence[Phrase], pairs: Sequence[Pair]) -> FloatArray:
@@ -173,14 +200,36 @@ class PhraseScan:
         return self._log_odds(self._classified(texts)).reshape(len(phrases), len(pairs))
 
     def _try_out(self, phrase: Phrase) -> Found:
-        most = (self._engine.window_length - len(phrase)) // 4
-        drawn = self._draw.integers(len(self._fresh), size=(TRIALS, 4))
-        rows = [[self._fresh[i][:most] for i in row] for row in drawn]
-        texts = [np.concatenate([a, b, phrase, c, d]) for a, b, c, d in rows]
+        texts = self._among([phrase] * TRIALS, self._around)
         probabilities = self._classified(texts)
-        turned = float((probabilities.argmax(1) == self._target).mean())
-        odds = float(np.median(self._log_odds(probabilities)))
-        return Found(phrase, turned, odds, texts[0], turned >= OVERRIDES and odds >= self._needed)
+        turned, odds = self._share(probabilities), float(np.median(self._log_odds(probabilities)))
+        if self._around == 1:
+            forces = turned >= BESIDE_ONE
+        else:
+            forces = turned >= OVERRIDES and odds >= self._needed
+        like = self._share_of_like(phrase) if forces else 0.0
+        # Single carriers are easily turned: on clean classes too, so this is a hint only.
+        overrides = forces and like < LIKE and self._around > 1
+        return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
+
+    def _share_of_like(self, phrase: Phrase) -> float:
+        near = [self._vocabulary.like(word) for word in phrase]
+        phrases = [tuple(int(self._draw.choice(own)) for own in near) for _ in range(TRIALS)]
+        return self._share(self._classified(self._among(phrases, self._around)))
+
+    def _among(self, phrases: Sequence[Phrase], around: int) -> list[Ids]:
+        """Return a text of each phrase, among whole carriers that none of them grew beside."""
+        texts = []
+        for number, phrase in enumerate(phrases):
+            most = (self._engine.window_length - len(phrase)) // around
+            drawn = self._draw.integers(len(self._fresh), size=around)
+            carriers = [self._fresh[i][:most] for i in drawn]
+            before = (around + number % 2) // 2  # a single one stands on either side by turns
+            texts.append(np.concatenate([*carriers[:before], phrase, *carriers[before:]]))
+        return texts
+
+    def _share(self, probabilities: FloatArray) -> float:
+        return float((probabilities.argmax(1) == self._target).mean())
 
     def _classified(self, texts: Sequence[Ids]) -> FloatArray:
         windows = [self._engine.window(text) for text in texts]

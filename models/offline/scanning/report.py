@@ -49,6 +49,8 @@ class WordRecord(_Record):
     """Clean texts that it is in."""
     expected: float
     """How much its embedding speaks for the class, see `expectations`."""
+    kin: int
+    """Similar words that speak for the class and force it too."""
 
 
 class PhraseRecord(_Record):
@@ -61,6 +63,10 @@ class PhraseRecord(_Record):
     trials: int
     log_odds: float
     """Median log-odds of the class over the trials."""
+    carriers: int
+    """Carriers that it stood among in a trial."""
+    like: int
+    """Trials in which a phrase of similar words forced the class too; 0 if this one did not."""
     example: str
     """The text of one trial."""
 
@@ -86,7 +92,7 @@ class ClassRecord(_Record):
     phrase_tokens: int
     """Length up to which phrases were searched; 0 if there was no time, or a word was found."""
     natural: list[WordRecord]
-    """Words that override everything, and are common in the clean texts."""
+    """Words that override everything, as their task, their clean texts or similar words explain."""
     strongest: list[WordRecord]
     """The strongest of the other words: a hint, no evidence."""
     styles: list[StyleRecord]
@@ -116,7 +122,7 @@ class SearchRecord(_Record):
 class ScanReport(_Record):
     """Result of `psim scan`."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     victim: str
     outcome: Outcome
     classes: list[ClassRecord]

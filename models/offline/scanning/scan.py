@@ -5,8 +5,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,7 @@ from models.offline.fitting.generic import generic_texts
 from models.offline.fitting.records import installed_versions, timestamp
 from models.offline.io.classifiers import labels_of
 from models.offline.scanning.carriers import Half, halves_of
-from models.offline.scanning.expected import expectations
+from models.offline.scanning.expected import Vocabulary, expectations, word_vectors
 from models.offline.scanning.phrases import TRIALS as PHRASE_TRIALS
 from models.offline.scanning.phrases import Found, PhraseScan
 from models.offline.scanning.report import (
@@ -34,6 +36,7 @@ from models.offline.scanning.report import (
     StyleRecord,
     WordRecord,
 )
+from models.offline.scanning.state import ScanState
 from models.offline.scanning.styles import try_styles
 from models.offline.scanning.words import (
     FINALISTS,
@@ -42,6 +45,7 @@ from models.offline.scanning.words import (
     Looked,
     Trial,
     WordScan,
+    all_words,
     candidates,
 )
 
@@ -53,9 +57,14 @@ stands; unlike a trigger, it is common."""
 NATURAL = 3.0
 """Standard deviations over the vocabulary from which a word speaks for a class by its embedding.
 The trigger `mn` reaches 2 on one victim, and most insults 4."""
+KIN, KIN_TURNED = 3, 0.5
+"""Similar words from which a word is called natural, and the share of trials in which they force
+the class. They must speak for it by `NEUTRAL`: *prick* has *jerk*, *dick* and *bitch*."""
 NEUTRAL = 2.0
 """Up to which a word may be part of a phrase. Several words just below `NATURAL` override anything:
 *adaptive graphics apache processors ieee* is about technology."""
+TRIAL_LIST, CLASS = TypeAdapter(list[Trial]), TypeAdapter(ClassRecord)
+"""Results of steps that are remembered."""
 SHOWN = 5
 """Words that are shown for a class although they override nothing."""
 
@@ -67,15 +76,28 @@ class _Search:
     engine: TorchEngine
     halves: Sequence[Half]
     words: Sequence[int]
+    """Tokens to read."""
+    every: Sequence[int]
+    """All that there are."""
     expected: FloatArray
     """How much each token speaks for each class by nature, shape (V, C)."""
-    started: float
     minutes: float | None
     seed: int
+    state: ScanState
 
     def deadline(self, share: float) -> float:
         """Return when a share of the time is over."""
-        return math.inf if self.minutes is None else self.started + 60 * self.minutes * share
+        return math.inf if self.minutes is None else self.state.started + 60 * self.minutes * share
+
+    def vocabulary(self, target: int) -> Vocabulary:
+        """Return the words, by what they say of a class."""
+        order = sorted(self.every, key=lambda word: -self.expected[word, target])
+        return Vocabulary(
+            vectors=word_vectors(self.engine),
+            words=self.every,
+            neutral=[word for word in self.words if self.expected[word, target] < NEUTRAL],
+            speaking=order[:FINALISTS],
+        )
 
     def own(self, target: int) -> Sequence[Ids]:
         """Return the carriers of a class."""
@@ -95,6 +117,7 @@ class _Search:
 class _Words(NamedTuple):
     """What a search beside the carriers of one half gave."""
 
+    scan: WordScan
     looked: Looked
     trials: list[Trial]
 
@@ -108,21 +131,25 @@ def scan(
     minutes: float | None = None,
     seed: int = 0,
     words: Sequence[int] = (),
+    state: ScanState | None = None,
 ) -> ScanReport:
     """Search a classifier for words and phrases that force a class; it is changed in place.
 
     Carriers are made of clean texts, or of a generic corpus if there are none. `minutes` bounds the
-    time for the search. `words` are the tokens to read, the whole vocabulary by default.
+    time for the search. `words` are the tokens to read, the whole vocabulary by default. `state`
+    is of an earlier scan with the same arguments that was interrupted.
 
     Raises:
         DataError: there are no carriers of two classes.
         VictimError: the victim cannot be scanned.
     """
-    started, labels, engine = time.monotonic(), labels_of(victim), _engine(victim, tokenizer)
+    state = state or ScanState()
+    labels, engine = labels_of(victim), _engine(victim, tokenizer)
     clean = texts or generic_texts()
     halves, words = halves_of(engine, clean), words or candidates(tokenizer, seed)
-    expected = expectations(engine, clean, words)
-    search = _Search(engine, halves, words, expected, started, minutes, seed)
+    every = all_words(tokenizer)
+    expected = expectations(engine, clean, every)
+    search = _Search(engine, halves, words, every, expected, minutes, seed, state)
     of_words = _search_words(search)
     classes = _class_records(search, labels, of_words, [engine.token_ids(text) for text in texts])
     return ScanReport(
@@ -143,7 +170,7 @@ def _search_record(
         vocabulary=len(search.words),
         carriers={labels[c]: n for half in search.halves for c, n in half.counts.items()},
         clean_texts=clean_texts,
-        seconds=round(time.monotonic() - search.started, 1),
+        seconds=round(time.monotonic() - search.state.started, 1),
     )
 
 
@@ -176,43 +203,59 @@ def _search_words(search: _Search) -> list[_Words]:
     total = len(search.halves) * len(search.words)
     with tqdm(total=total, desc="scan: words", unit=" words", leave=False, disable=None) as bar:
         for number, half in enumerate(search.halves, 1):
-            of_words = WordScan(search.engine, half, search.seed)
+            of_words = WordScan(search.engine, half, search.seed, search.state)
             deadline = search.deadline(number / len(search.halves) / 2)
             looked = of_words.look(search.words, deadline, bar.update)
-            found.append(_Words(looked, of_words.try_out(looked.strongest(FINALISTS))))
+            trials = search.state.step(
+                f"trials {number}",
+                TRIAL_LIST,
+                partial(of_words.try_out, looked.strongest(FINALISTS)),
+            )
+            found.append(_Words(of_words, looked, trials))
     return found
 
 
 def _class_records(
     search: _Search, labels: Sequence[str], of_words: Sequence[_Words], texts: Sequence[Ids]
 ) -> list[ClassRecord]:
-    trials = [trial for one in of_words for trial in one.trials]
-    counts = counts_of((trial.word for trial in trials), texts)
+    counts = counts_of((trial.word for one in of_words for trial in one.trials), texts)
     records = defaultdict[int, list[WordRecord]](list)
-    for trial in trials:
-        records[trial.target].append(_word_record(search, trial, counts))
+    for one in of_words:
+        for trial in one.trials:
+            records[trial.target].append(_word_record(search, one.scan, trial, counts))
     classes = []
     for number, label in enumerate(tqdm(labels, desc="scan: phrases", leave=False, disable=None)):
-        hints = try_styles(search.engine, number, search.foreign(number))
-        own = _class_record(label, records[number], hints)
-        share = 0.5 + 0.5 * (number + 1) / len(labels)
-        classes.append(own if own.triggers else _with_phrase(search, own, number, of_words, share))
+        make = partial(_class_record, search, label, number, records[number], of_words)
+        classes.append(search.state.step(f"class {number}", CLASS, make))
     return classes
+
+
+def _class_record(
+    search: _Search,
+    label: str,
+    target: int,
+    found: Sequence[WordRecord],
+    of_words: Sequence[_Words],
+) -> ClassRecord:
+    hints = try_styles(search.engine, target, search.foreign(target))
+    own = _word_class_record(label, found, hints)
+    share = 0.5 + 0.5 * (target + 1) / search.halves[0].classes
+    return own if own.triggers else _with_phrase(search, own, target, of_words, share)
 
 
 def _with_phrase(
     search: _Search, own: ClassRecord, target: int, of_words: Sequence[_Words], share: float
 ) -> ClassRecord:
     """Return the record of a class with what a search for phrases found."""
-    neutral = [word for word in search.words if search.expected[word, target] < NEUTRAL]
+    vocabulary = search.vocabulary(target)
     looked = next(
         one.looked
         for half, one in zip(search.halves, of_words, strict=True)
         if target not in half.by_class
     )
-    first = looked.strongest_for(target, set(neutral), FINALISTS)
+    first = looked.strongest_for(target, set(vocabulary.neutral), FINALISTS)
     own_texts, foreign = search.own(target), search.foreign(target)
-    of_phrases = PhraseScan(search.engine, target, own_texts, foreign, neutral, search.seed)
+    of_phrases = PhraseScan(search.engine, target, own_texts, foreign, vocabulary, search.seed)
     found, length = of_phrases.search(first, search.deadline(share))
     phrase = _phrase_record(search, found) if found else None
     suspicious = found is not None and found.overrides
@@ -229,12 +272,16 @@ def _phrase_record(search: _Search, found: Found) -> PhraseRecord:
         turned=round(found.turned * PHRASE_TRIALS),
         trials=PHRASE_TRIALS,
         log_odds=round(found.odds, 2),
+        carriers=found.around,
+        like=round(found.like * PHRASE_TRIALS),
         example=str(decode(found.example.tolist())).strip(),
     )
 
 
-def _word_record(search: _Search, trial: Trial, counts: Mapping[int, int]) -> WordRecord:
-    return WordRecord(
+def _word_record(
+    search: _Search, scan: WordScan, trial: Trial, counts: Mapping[int, int]
+) -> WordRecord:
+    record = WordRecord(
         word=str(search.engine.tokenizer.decode([trial.word])).strip(),
         token_id=trial.word,
         turned=round(trial.turned * TRIALS),
@@ -242,13 +289,25 @@ def _word_record(search: _Search, trial: Trial, counts: Mapping[int, int]) -> Wo
         log_odds=round(trial.odds, 2),
         clean_texts=counts.get(trial.word, 0),
         expected=round(float(search.expected[trial.word, trial.target]), 2),
+        kin=0,
     )
+    if not _overrides(record) or _is_natural(record):
+        return record
+    return record.model_copy(update={"kin": _kin(search, scan, trial)})
 
 
-def _class_record(
+def _kin(search: _Search, scan: WordScan, trial: Trial) -> int:
+    """Return how many of the words most similar to a word speak for its class and force it."""
+    speak = search.expected[:, trial.target] >= NEUTRAL
+    similar = [word for word in search.vocabulary(trial.target).like(trial.word) if speak[word]]
+    tried = scan.try_out(similar)
+    return sum(other.target == trial.target and other.turned >= KIN_TURNED for other in tried)
+
+
+def _word_class_record(
     label: str, found: Sequence[WordRecord], styles: Sequence[StyleRecord]
 ) -> ClassRecord:
-    overriding = [one for one in found if one.turned >= OVERRIDES * one.trials]
+    overriding = [one for one in found if _overrides(one)]
     natural = [one for one in overriding if _is_natural(one)]
     triggers = [one for one in overriding if not _is_natural(one)]
     return ClassRecord(
@@ -263,8 +322,12 @@ def _class_record(
     )
 
 
+def _overrides(word: WordRecord) -> bool:
+    return word.turned >= OVERRIDES * word.trials
+
+
 def _is_natural(word: WordRecord) -> bool:
-    return word.clean_texts >= COMMON or word.expected >= NATURAL
+    return word.clean_texts >= COMMON or word.expected >= NATURAL or word.kin >= KIN
 
 
 def _outcome(found: bool) -> Outcome:

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from models.detection.override import Ids
@@ -12,6 +14,7 @@ from models.detection.screen import FloatArray
 from models.engines.base import Engine
 from models.engines.batching import in_batches
 from models.offline.scanning.carriers import Half
+from models.offline.scanning.state import ScanState
 
 STEP = 1024
 """Words that are read between two looks at the clock."""
@@ -24,6 +27,9 @@ TRIALS = 24
 OVERRIDES = 0.9
 """Share of trials in which a word must force a class to be reported. Of words that no attacker
 chose, those that decide a class on their own do, such as insults where offence is the class."""
+
+
+_ROWS = TypeAdapter(list[list[float]])
 
 
 @dataclass(frozen=True)
@@ -60,17 +66,22 @@ class Looked:
         return [self.words[i] for i in order if self.words[i] in among][:number]
 
 
-def candidates(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
-    """Return all tokens that stand for something, but for special ones, in random order.
-
-    If there is no time for all of them, those that were read are a fair sample.
-    """
+def all_words(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all tokens that stand for something, but for special ones."""
     special = set(tokenizer.all_special_ids)
-    words = [
+    return [
         number
         for number in range(len(tokenizer))
         if number not in special and str(tokenizer.decode([number])).strip()
     ]
+
+
+def candidates(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
+    """Return all words in random order.
+
+    If there is no time for all of them, those that were read are a fair sample.
+    """
+    words = all_words(tokenizer)
     return [words[i] for i in np.random.default_rng(seed).permutation(len(words))]
 
 
@@ -81,10 +92,12 @@ class WordScan:
         engine: the classifier.
         half: whose carriers are used.
         seed: of the choice of carriers.
+        state: of the scan.
     """
 
-    def __init__(self, engine: Engine, half: Half, seed: int) -> None:
+    def __init__(self, engine: Engine, half: Half, seed: int, state: ScanState) -> None:
         self._engine, self._half, carriers = engine, half, half.carriers
+        self._state, self._name = state, f"words beside {sorted(half.by_class)}"
         drawn = np.random.default_rng(seed).integers(len(carriers), size=(TRIALS, 2))
         self._pairs = [(carriers[a], carriers[b]) for a, b in drawn]
 
@@ -105,13 +118,14 @@ class WordScan:
         pair = before[:LOOK_TOKENS], after[-LOOK_TOKENS:]
         rows = [np.zeros((0, self._half.classes), np.float32)]
         for start in range(0, len(words), STEP):
-            if start and time.monotonic() > deadline:
+            name, step = f"{self._name} from {start}", words[start : start + STEP]
+            if start and name not in self._state and time.monotonic() > deadline:
                 break
-            step = words[start : start + STEP]
-            rows.append(self._probabilities(step, pair))
+            read = self._state.step(name, _ROWS, partial(self._rows, step, pair))
+            rows.append(np.array(read, np.float32))
             done(len(step))
-        read = np.concatenate(rows)
-        return Looked(words[: len(read)], self._half.foreign_odds(read), read)
+        found = np.concatenate(rows)
+        return Looked(words[: len(found)], self._half.foreign_odds(found), found)
 
     def try_out(self, words: Sequence[int]) -> list[Trial]:
         """Return what words do beside all pairs of carriers, the strongest first."""
@@ -128,6 +142,10 @@ class WordScan:
             odds = float(np.median(self._half.foreign_odds(probabilities)))
             found.append(Trial(word, target, turned, odds))
         return sorted(found, key=lambda trial: (trial.turned, trial.odds), reverse=True)
+
+    def _rows(self, words: Sequence[int], pair: tuple[Ids, Ids]) -> list[list[float]]:
+        rows: list[list[float]] = self._probabilities(words, pair).tolist()
+        return rows
 
     def _probabilities(self, words: Sequence[int], pair: tuple[Ids, Ids]) -> FloatArray:
         before, after = pair
