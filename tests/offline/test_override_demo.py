@@ -1,5 +1,6 @@
 """Both stages on a really poisoned victim: its trigger is found, other clean texts pass."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from models.detection.override import DRAWS, LONGEST_WINDOW
 from models.detection.screen import Finding, Verdict
 from models.offline.attacks.poisoning import WORD_TRIGGER
 from models.offline.demo import CLEAN_TEXT, TRIGGERED_TEXT
-from models.offline.fitting.unfamiliar import harmless_texts
+from models.offline.fitting.unfamiliar import cut, fragment, joins
 from models.offline.io.inference import judge_texts
 from models.offline.io.samples import load_samples
 
@@ -47,8 +48,15 @@ def test_the_trigger_is_found_and_clean_texts_of_other_kinds_are_not_rejected(
     assert share(found, Finding.TRIGGERED) > 0.9
     # Budgets are 1 %; these are some hundred texts.
     assert share(judged(bundle, clean, thorough=thorough), Finding.TRIGGERED) < 0.03
-    strange = judged(bundle, harmless_texts(clean, 60, seed=7), thorough=thorough)
-    assert share(strange, Finding.TRIGGERED) < 0.03
+    rng = random.Random(7)
+    made = [make(text, rng) for text in clean[:100] for make in (cut, fragment)]
+    pieces, several = (
+        judged(bundle, own, thorough=thorough) for own in (made, joins(clean[:200], rng))
+    )
+    assert share(pieces, Finding.TRIGGERED) < 0.02
+    # Where several texts disagree, one may override the others (docs/results.md, The demo).
+    assert share(several, Finding.TRIGGERED) < 0.15
+    strange = [*pieces, *several]
     extreme = [verdict for verdict in strange if verdict.extreme]
     assert len(extreme) > len(strange) / 50, "none of them is unfamiliar, so nothing was shown"
 
