@@ -180,14 +180,17 @@ def _by_class(
     Harmless texts are made, and so there are enough of them for each class. If they were pooled
     too, one class that overrides by nature would put the threshold of all out of reach.
     """
-    strange = {c: harmless[harmless[:, 0] == c] for c in pool}
-    keeps = {c: _keeps(rows[:, 2]) for c, rows in strange.items()}
-    found = np.array([evidence(s, kept, keeps[int(c)]) for c, s, kept in clean], np.float32)
-    together = _group(pool, found, share)
+    keeps = {c: _keeps(harmless[harmless[:, 0] == c, 2]) for c in pool}
+
+    def evidence_of(texts: FloatArray, c: int) -> FloatArray:
+        rows = texts[texts[:, 0] == c]
+        return evidence(rows[:, 1], rows[:, 2], keeps[c]).astype(np.float32)
+
+    together = _group(pool, np.concatenate([evidence_of(clean, c) for c in pool]), share)
     groups = []
-    for c, rows in strange.items():
-        above = evidence(rows[:, 1], rows[:, 2], keeps[c]).astype(np.float32)
-        threshold = max(together.threshold, _least_above(above, spared, together.threshold))
+    for c in pool:
+        least = _least_above(evidence_of(harmless, c), spared, together.threshold)
+        threshold = max(together.threshold, least)
         groups.append(OverrideGroup((c,), threshold, together.scores, keeps[c]))
     return groups
 
