@@ -167,8 +167,7 @@ def calibrate_override(
         _check_enough(sum(counts), frr_budget, len(views))
         for local in _pool(counts, min_calibration_size(share)):
             pool = _numbered(local, view)
-            own, others = (rows[np.isin(rows[:, 0], pool)] for rows in (clean, harmless))
-            groups += _by_class(pool, own, others, share, HARMLESS_BUDGET / len(views))
+            groups += _by_class(pool, clean, harmless, share, HARMLESS_BUDGET / len(views))
     return groups
 
 

@@ -23,6 +23,7 @@ from models.offline.io.classifiers import labels_of, load_classifier, short_leng
 from models.offline.io.files import shown
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample, name_classes, write_samples
+from models.offline.study.benchmark.page import FINDINGS, honest_shares
 from models.offline.study.cache import StepCache
 from models.offline.study.experiment import BareClassifier
 from models.offline.study.html import Block, Heading, Paragraph, Table, write_page
@@ -259,7 +260,7 @@ def write_assurance(
         _every_copy(copies, targets),
         Heading(2, "What honest traffic pays"),
         Paragraph(HONEST),
-        _honest(copies),
+        _honest(rows),
         Heading(2, "What this report does not show"),
         Paragraph(LIMITS),
         Paragraph(", ".join(f"{package} {version(package)}" for package in PACKAGES)),
@@ -320,22 +321,14 @@ def _every_copy(copies: Sequence[_Copy], targets: Sequence[str]) -> Table:
     return Table(header, rows, names=3)
 
 
-def _honest(copies: Sequence[_Copy]) -> Table:
-    shares = pd.DataFrame(
-        [
-            {"texts": kind} | {name: 100 * rate["value"] for name, rate in found.items() if rate}
-            for copy in copies
-            for kind, found in copy.default["honest"].items()
-        ]
-    )
-    by_kind = shares.groupby("texts", sort=False)
+def _honest(rows: Sequence[Row]) -> Table:
+    by_kind = honest_shares(rows, PSIM).groupby("kind", sort=False)[[*FINDINGS]]
     mean, worst = by_kind.mean(), by_kind.max()
-    findings = ("triggered", "unfamiliar")
-    rows = [
-        [str(kind), *(f"{mean.loc[kind, f]:.1f}; {worst.loc[kind, f]:.1f}" for f in findings)]
+    lines = [
+        [str(kind), *(f"{mean.loc[kind, f]:.1f}; {worst.loc[kind, f]:.1f}" for f in FINDINGS)]
         for kind in mean.index
     ]
-    return Table(["texts", *(f"{finding}, %: mean; worst" for finding in findings)], rows)
+    return Table(["texts", *(f"{finding}, %: mean; worst" for finding in FINDINGS)], lines)
 
 
 def _percent(rate: Mapping[str, Any] | None) -> str:
