@@ -5,7 +5,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -89,15 +89,19 @@ class _Search:
         """Return when a share of the time is over."""
         return math.inf if self.minutes is None else self.state.started + 60 * self.minutes * share
 
-    def vocabulary(self, target: int) -> Vocabulary:
-        """Return the words, by what they say of a class."""
-        order = sorted(self.every, key=lambda word: -self.expected[word, target])
-        return Vocabulary(
-            vectors=word_vectors(self.engine),
-            words=self.every,
-            neutral=[word for word in self.words if self.expected[word, target] < NEUTRAL],
-            speaking=order[:FINALISTS],
-        )
+    @cached_property
+    def vocabularies(self) -> list[Vocabulary]:
+        """The words, by what they say of each class."""
+        vectors = word_vectors(self.engine)
+        return [
+            Vocabulary(
+                vectors=vectors,
+                words=self.every,
+                neutral=[word for word in self.words if said[word] < NEUTRAL],
+                speaking=sorted(self.every, key=lambda word: -said[word])[:FINALISTS],
+            )
+            for said in self.expected.T
+        ]
 
     def own(self, target: int) -> Sequence[Ids]:
         """Return the carriers of a class."""
@@ -247,7 +251,7 @@ def _with_phrase(
     search: _Search, own: ClassRecord, target: int, of_words: Sequence[_Words], share: float
 ) -> ClassRecord:
     """Return the record of a class with what a search for phrases found."""
-    vocabulary = search.vocabulary(target)
+    vocabulary = search.vocabularies[target]
     looked = next(
         one.looked
         for half, one in zip(search.halves, of_words, strict=True)
@@ -299,7 +303,7 @@ def _word_record(
 def _kin(search: _Search, scan: WordScan, trial: Trial) -> int:
     """Return how many of the words most similar to a word speak for its class and force it."""
     speak = search.expected[:, trial.target] >= NEUTRAL
-    similar = [word for word in search.vocabulary(trial.target).like(trial.word) if speak[word]]
+    similar = [word for word in search.vocabularies[trial.target].like(trial.word) if speak[word]]
     tried = scan.try_out(similar)
     return sum(other.target == trial.target and other.turned >= KIN_TURNED for other in tried)
 
