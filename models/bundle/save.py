@@ -27,6 +27,7 @@ from models.engines.base import Runtime
 from models.network.activations import Activations
 from models.network.adapters import adapter_weights
 from models.network.guarded import Guarded
+from models.network.unrolled import rolled_name
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
@@ -63,8 +64,8 @@ def save_weights(
 def _save_without_lora(model: PreTrainedModel, folder: Path) -> None:
     """Save a transformer as it was before PEFT injected layers and wrapped the head."""
     weights = {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        rolled_name(model, name.replace(".base_layer.", ".").replace(".original_module.", ".")): own
+        for name, own in model.state_dict().items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
     # Models with custom code on the Hub carry this setting; our code is that of transformers.

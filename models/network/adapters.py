@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from models.errors import VictimError
+from models.network.unrolled import unroll
 
 # Names of query and value projections across families, and of those that fuse them with the key.
 QUERIES = {
@@ -46,7 +47,7 @@ def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
     """Configure LoRA on query and value projections of the victim's last `layers` layers.
 
     The classifier head is left out: trained along, it fails on poisoned texts too. Scaling alpha is
-    2 * rank (Zhao et al., section 5.1).
+    2 * rank (Zhao et al., section 5.1). Layers that run several times are unrolled first, in place.
 
     Raises:
         VictimError: the victim has no such projections, or fewer layers, or two stacks of them.
@@ -56,6 +57,7 @@ def lora_config(victim: nn.Module, layers: int, rank: int = 8) -> LoraConfig:
         raise VictimError(
             "the victim has an encoder and a decoder; PSIM guards models of one stack"
         )
+    unroll(model)
     names = query_and_value_names(model)
     depths = sorted({layer_number(name) for name in names})
     if not 1 <= layers <= len(depths):
@@ -128,8 +130,8 @@ def _word_embeddings(model: PreTrainedModel) -> nn.Module | None:
 def layer_stack(model: nn.Module) -> list[nn.Module]:
     """Return the layers that a text goes through, each once and one after the other.
 
-    Empty where the projections do not show such a stack: layers that are used again (ALBERT) or in
-    blocks that shorten the text (Funnel), several stacks in a row (Canine), layers whose parts are
+    Empty where the projections do not show such a stack: layers in blocks that shorten the text
+    (Funnel), several stacks in a row (Canine), layers whose parts are
     in lists of their own (XLM), or convolutions, between which tokens come last (SqueezeBERT).
     """
     names = _text_projections(model)

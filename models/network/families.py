@@ -25,6 +25,7 @@ def last_layer_of(model: Any) -> LastLayer | None:
     if family in LLAMA_LIKE:
         return _llama(model)
     own = {
+        "albert": _albert,
         "deberta-v2": _deberta,
         "distilbert": _distilbert,
         "gpt2": _gpt2,
@@ -64,6 +65,24 @@ def _bert(model: Any) -> LastLayer:
         return logits
 
     own = attention.self
+    projections = separate(own.query, own.key, own.value)
+    return LastLayer(*projections, own.num_attention_heads, nn.Identity(), after, head)
+
+
+def _albert(model: Any) -> LastLayer:
+    body = model.base_model
+    layer = body.encoder.albert_layer_groups[-1]  # unrolled
+    own = layer.attention
+
+    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        between = own.LayerNorm(own.dense(attended) + residual)
+        output: torch.Tensor = layer.full_layer_layer_norm(layer.ff_chunk(between) + between)
+        return output
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.classifier(body.pooler_activation(body.pooler(rows)))
+        return logits
+
     projections = separate(own.query, own.key, own.value)
     return LastLayer(*projections, own.num_attention_heads, nn.Identity(), after, head)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaConfig,
@@ -50,6 +51,7 @@ _AS_V3: dict[str, Any] = _RELATIVE | {
     "conv_kernel_size": 3,
 }
 FAMILIES: dict[str, PretrainedConfig] = {
+    "albert": AlbertConfig(**_SIZE, embedding_size=16),
     "bert": BertConfig(**_SIZE),
     "roberta": RobertaConfig(**_SIZE, max_position_embeddings=130),
     "distilbert": DistilBertConfig(**_SIZE | {"dim": 32, "hidden_dim": 64}),
@@ -80,6 +82,12 @@ def tiny_victim(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 _VARIANTS: dict[str, PretrainedConfig] = {
+    "albert, in groups": AlbertConfig(
+        **_SIZE | {"num_hidden_layers": 4},
+        embedding_size=16,
+        num_hidden_groups=2,
+        inner_group_num=2,
+    ),
     "gpt2, scaled": GPT2Config(**_SIZE, scale_attn_by_inverse_layer_idx=True),
     "deberta-v2, as v3": DebertaV2Config(**_SIZE, **_AS_V3),
     "deberta-v2, near": DebertaV2Config(

@@ -17,6 +17,7 @@ from models.engines.pytorch import TorchEngine, collate
 from models.network.adapters import lora_config
 from models.network.attention import LEAST
 from models.network.guarded import Guarded, guard
+from models.network.unrolled import rolled_name
 from models.offline.study.ablations import PsimVariant, with_variant
 from tests.support.families import TAILED, VOCABULARY, guarded_victim, tiny_victim, trained
 
@@ -31,8 +32,12 @@ def eager_of(family: str) -> Any:
     """Return the victim of `guarded_of`, without adapters, which tells its attention."""
     victim: Any = tiny_victim(family)
     victim.set_attn_implementation("eager")
-    bare = guarded_of(family).psim.get_base_model().state_dict()
-    kept = {n.replace(".base_layer", ""): w for n, w in bare.items() if ".lora_" not in n}
+    bare: Any = guarded_of(family).psim.get_base_model()
+    kept = {
+        rolled_name(bare, name.replace(".base_layer", "")): weights
+        for name, weights in bare.state_dict().items()
+        if ".lora_" not in name
+    }
     victim.load_state_dict(kept)
     return victim
 
