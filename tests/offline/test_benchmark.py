@@ -175,6 +175,21 @@ def test_a_second_run_does_nothing_again(
     assert rows_of(out) == before
 
 
+def test_rows_may_be_kept_apart_from_what_took_long(
+    command: Command, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a repository, while the weights in `out` are lost with the machine."""
+    command()
+    monkeypatch.setattr(study, "finetune_victim", None)
+    kept, elsewhere, page = tmp_path / "kept", tmp_path / "elsewhere", tmp_path / "page.md"
+    command("--cells", str(kept), "--only", "*/word/*")
+    (file,) = kept.iterdir()
+    assert json.loads(file.read_text()) == rows_of(out)[0]
+    written = "--cells", str(kept), "--out", str(elsewhere), "--no-run", "--page", str(page)
+    command(*written)
+    assert "1 of the 4 cells of its recipe are done" in page.read_text()
+
+
 def test_unfamiliar_texts_count_under_the_strict_policy_only(
     data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

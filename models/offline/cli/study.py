@@ -1,5 +1,6 @@
 """Subcommands that repeat experiments: `psim study` and `psim assure`."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,8 @@ from models.offline.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from models.offline.study.grid import Cell
+    from models.offline.study.plots import Row
     from models.offline.study.recipe import Recipe
 
 app = typer.Typer()
@@ -31,6 +34,9 @@ def study_command(
     data: Annotated[Path, typer.Option(help="Folder that the recipe's paths start from.")] = Path(),
     steps: Annotated[
         Path | None, typer.Option(help="Folder for what studies can share; OUT/steps by default.")
+    ] = None,
+    cells: Annotated[
+        Path | None, typer.Option(help="Folder for the rows of done cells; OUT/cells by default.")
     ] = None,
     base: Annotated[
         list[str] | None, typer.Option(help="Base to run, in place of the recipe's; repeatable.")
@@ -47,9 +53,9 @@ def study_command(
     check_results(out)
     from models.offline.study.cache import StepCache
     from models.offline.study.recipe import load_recipe
-    from models.offline.study.run import run_study
+    from models.offline.study.run import CELLS, done_cells, run_study
 
-    store = StepCache(steps or out / "steps")
+    store, kept = StepCache(steps or out / "steps"), cells or out / CELLS
     loaded = load_recipe(recipe)
     chosen = loaded.with_bases(base) if base else loaded
     whole = loaded.with_bases([*loaded.all_bases, *(base or ())])
@@ -57,12 +63,13 @@ def study_command(
         raise DataError(f"--page {page}: the recipe has no defence of kind bundle to report on")
     try:
         if run:
-            for _ in run_study(chosen, data, out, store, say, only):
+            for _ in run_study(chosen, data, out, store, say, only, kept):
                 pass
     finally:  # what is done can be read, whatever comes
         taken = timedelta(seconds=round(sum(store.seconds.values())))
         say(f"{len(store.seconds)} steps, which took {taken} when they were done")
-        report_study(whole, out, store.root, recipe.read_text(encoding="utf-8"), page)
+        text = recipe.read_text(encoding="utf-8")
+        report_study(whole, done_cells(whole, kept), out, store.root, text, page)
 
 
 def has_page(recipe: "Recipe") -> bool:
@@ -70,13 +77,18 @@ def has_page(recipe: "Recipe") -> bool:
     return any(defence.kind == "bundle" for defence in recipe.defences)
 
 
-def report_study(recipe: "Recipe", out: Path, steps: Path, text: str, page: Path | None) -> None:
+def report_study(
+    recipe: "Recipe",
+    done: "Sequence[tuple[Cell, Row | None]]",
+    out: Path,
+    steps: Path,
+    text: str,
+    page: Path | None,
+) -> None:
     """Write the reports on all cells that are done, in this run or an earlier one."""
     from models.offline.study.benchmark.page import write_benchmark
     from models.offline.study.report import write_study_report
-    from models.offline.study.run import done_cells
 
-    done = done_cells(recipe, out)
     if not (rows := [row for _, row in done if row is not None]):
         say("no cell of the recipe is done: there is nothing to report on")
         return

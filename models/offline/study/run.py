@@ -46,7 +46,7 @@ from models.offline.study.recipe import (
     StripDefence,
 )
 
-ROWS = "rows.jsonl"
+ROWS, CELLS = "rows.jsonl", "cells"
 
 
 class InitialModel(NamedTuple):
@@ -64,16 +64,18 @@ def run_study(
     cache: StepCache,
     say: Callable[[str], object],
     only: str = "*",
+    kept: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Run a study; yield a row for each cell as soon as it is done, and keep it in `out`.
+    """Run a study; yield a row for each cell as soon as it is done, and keep it.
 
     Args:
         recipe: the bases, data sets, attacks, strategies, seeds and defences.
         root: folder that the paths of the recipe are relative to.
-        out: folder of `rows.jsonl`, which has the rows of earlier runs too, and of `cells`.
+        out: folder of `rows.jsonl`, which has the rows of earlier runs too.
         cache: steps of this study, and of others that may share some.
         say: called with a line whenever a cell begins, and for a base that is left out.
         only: pattern, as of a shell, for the names of the cells to run.
+        kept: folder of the rows of all cells that are done; `cells` in `out` by default.
 
     Raises:
         DataError: the recipe does not fit the data sets, or leaves nothing to do.
@@ -81,6 +83,7 @@ def run_study(
         VictimError: a model cannot be loaded or trained.
         CalibrationError: there are too few texts for a threshold.
     """
+    kept = kept or out / CELLS
     chosen = _chosen_cells(recipe, only)
     starts = _initial_models([cell.base for cell in chosen], say)
     planned = [cell for cell in chosen if cell.base in starts]
@@ -93,13 +96,13 @@ def run_study(
         own, start = texts[cell.data.name], starts[cell.base]
         honest = honest_texts(recipe, cell, own, others)
         row = _run_cell(cache, recipe, cell, own, honest, start, load_paraphraser)
-        _keep(row, _cell_file(recipe, cell, out))
-        _write_rows(out / ROWS, [done for _, done in done_cells(recipe, out) if done])
+        _keep(row, _cell_file(recipe, cell, kept))
+        _write_rows(out / ROWS, [done for _, done in done_cells(recipe, kept) if done])
         yield row
 
 
-def done_cells(recipe: Recipe, out: Path) -> list[tuple[Cell, dict[str, Any] | None]]:
-    """Return the cells of a recipe, each with its row, from any run into `out`; None if not done.
+def done_cells(recipe: Recipe, kept: Path) -> list[tuple[Cell, dict[str, Any] | None]]:
+    """Return the cells of a recipe, each with its row from a folder of rows; None if not done.
 
     A row is known by everything in the recipe that it depends on. Files that changed under the same
     name are noticed only when the cell is run again. Its `versions` are the `VERSIONS` of the code
@@ -107,20 +110,20 @@ def done_cells(recipe: Recipe, out: Path) -> list[tuple[Cell, dict[str, Any] | N
     """
     done = []
     for cell in cells(recipe):
-        file = _cell_file(recipe, cell, out)
+        file = _cell_file(recipe, cell, kept)
         done.append((cell, json.loads(file.read_text("utf-8")) if file.exists() else None))
     return done
 
 
-def _cell_file(recipe: Recipe, cell: Cell, out: Path) -> Path:
+def _cell_file(recipe: Recipe, cell: Cell, kept: Path) -> Path:
     shared = recipe.training, recipe.dtype, recipe.defences, recipe.honest
     settings = cell.base, cell.data, cell.attack, cell.strategy, cell.seed, shared
-    return out / "cells" / f"{digest_of(settings)}.json"
+    return kept / f"{digest_of(settings)}.json"
 
 
 def _keep(row: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(row))
+    write_whole(file, json.dumps(row, indent=1) + "\n")
 
 
 def _chosen_cells(recipe: Recipe, only: str) -> list[Cell]:
