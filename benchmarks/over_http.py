@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from guarded_pass import TEXTS, guarded, load_engine, rates_of
 from harness import Result, Setup, pin
-from servers import PEERS, CannotRunError, Peer, Running, load, python_of, running, version_of
+from servers import (
+    ANSWERED,
+    PEERS,
+    CannotRunError,
+    Peer,
+    Running,
+    load,
+    python_of,
+    running,
+    version_of,
+)
 from tqdm import tqdm
 
 from models.engines.base import Engine
 
-ANSWERED = {200, 403}
-"""403 is how the gateway answers a text that it rejects."""
 WARM_UP_S, OPEN_CONNECTIONS, SHARE = 0.5, 128, 0.7
 
 
@@ -33,7 +42,7 @@ def summary(level: dict[str, Any]) -> Result:
         "per_second": level["per_second"],
         "p50_ms": float(p50),
         "p99_ms": float(p99),
-        "requests": len(level["ms"]),
+        "requests": len(level["statuses"]),
         "errors": {str(s): n for s, n in statuses.items() if s not in ANSWERED},
     }
 
@@ -72,6 +81,8 @@ def measure(setup: Setup) -> Result:
     """Return start-up time, memory, and what load did, by peer, dtype and round."""
     locust = python_of(setup, "locust")
     peers = [p for p in PEERS if not setup.peers or p.name in setup.peers]
+    # An engine keeps the number of threads that it is loaded with.
+    torch.set_num_threads(setup.threads)
     engines = {dtype: load_engine(setup, dtype) for dtype in setup.dtypes}
     pythons: dict[str, Path] = {}
     missing: dict[str, str] = {}

@@ -19,6 +19,8 @@ import psutil
 from harness import Setup
 
 HERE = Path(__file__).parent
+ANSWERED = {200, 403}
+"""403 is how the gateway answers a text that it rejects. Others are refusals and failures."""
 START_S, STOP_S = 180, 3
 Body = dict[str, Any]
 
@@ -256,6 +258,7 @@ def load(
         "path": "/classify",
         "bodies": [peer.body(setup, text) for text in setup.texts],
         "levels": levels,
+        "answered": sorted(ANSWERED),
     }
     with subprocess.Popen(
         [str(locust), str(HERE / "locust_load.py")],
