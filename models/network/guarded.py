@@ -22,9 +22,8 @@ from models.network.adapters import (
     transformer_of,
     with_adapters,
 )
-from models.network.attention import attention_peak
 from models.network.families import last_layer_of
-from models.network.last_layer import LastLayer, LayerOutput
+from models.network.last_layer import LastLayer, LayerOutput, attention_peak
 from models.network.last_token import fix_last_token, reads_last_token
 from models.network.outputs import is_multi_label, label_probabilities
 from models.network.trunk import Inputs, Trunk

@@ -15,8 +15,8 @@ from transformers import (
 from models.engines.base import Encoding, Withheld
 from models.engines.pytorch import TorchEngine, collate
 from models.network.adapters import lora_config
-from models.network.attention import LEAST
 from models.network.guarded import Guarded, guard
+from models.network.last_layer import LEAST_PEAK
 from models.network.unrolled import rolled_name
 from models.offline.study.ablations import PsimVariant, with_variant
 from tests.support.families import TAILED, VOCABULARY, guarded_victim, tiny_victim, trained
@@ -117,7 +117,7 @@ def test_the_peak_is_that_of_the_victims_own_attention(family: str, texts: list[
     for number, text in enumerate(texts):
         read = len(text) if guarded.trunk.reads_last else 0
         inner = attention[number, read, 1 : len(text)].tolist()
-        expected = max(max(inner, default=0) * max(len(inner), 1) ** 0.25, LEAST)
+        expected = max(max(inner, default=0) * max(len(inner), 1) ** 0.25, LEAST_PEAK)
         assert peaks[number, 0].item() == pytest.approx(expected, abs=1e-5)
 
 
