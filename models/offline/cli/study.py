@@ -20,6 +20,7 @@ from models.offline.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from models.offline.study.cache import StepCache
     from models.offline.study.grid import Cell
     from models.offline.study.plots import Row
     from models.offline.study.recipe import Recipe
@@ -66,10 +67,13 @@ def study_command(
             for _ in run_study(chosen, data, out, store, say, only, kept):
                 pass
     finally:  # what is done can be read, whatever comes
-        taken = timedelta(seconds=round(sum(store.seconds.values())))
-        say(f"{len(store.seconds)} steps, which took {taken} when they were done")
-        text = recipe.read_text(encoding="utf-8")
-        report_study(whole, done_cells(whole, kept), out, store.root, text, page)
+        _say_cost(store)
+        report_study(whole, done_cells(whole, kept), out, store.root, recipe, page)
+
+
+def _say_cost(store: "StepCache") -> None:
+    taken = timedelta(seconds=round(sum(store.seconds.values())))
+    say(f"{len(store.seconds)} steps, which took {taken} when they were done")
 
 
 def has_page(recipe: "Recipe") -> bool:
@@ -82,7 +86,7 @@ def report_study(
     done: "Sequence[tuple[Cell, Row | None]]",
     out: Path,
     steps: Path,
-    text: str,
+    file: Path,
     page: Path | None,
 ) -> None:
     """Write the reports on all cells that are done, in this run or an earlier one."""
@@ -92,7 +96,7 @@ def report_study(
     if not (rows := [row for _, row in done if row is not None]):
         say("no cell of the recipe is done: there is nothing to report on")
         return
-    write_study_report(rows, out, steps, text)
+    write_study_report(rows, out, steps, file.read_text(encoding="utf-8"))
     say(f"wrote {out}/report.html, report.md and rows.jsonl")
     if has_page(recipe):
         write_benchmark(recipe, done, out, page)

@@ -84,9 +84,7 @@ def run_study(
         CalibrationError: there are too few texts for a threshold.
     """
     kept = kept or out / CELLS
-    chosen = _chosen_cells(recipe, only)
-    starts = _initial_models([cell.base for cell in chosen], say)
-    planned = [cell for cell in chosen if cell.base in starts]
+    starts, planned = _planned_cells(recipe, only, say)
     texts = {name: Texts.load(data, root, say) for name, data in _data_sets(planned).items()}
     others = load_others(recipe, root)
     load_paraphraser = _memoized_paraphrasers(cache)
@@ -124,6 +122,15 @@ def _cell_file(recipe: Recipe, cell: Cell, kept: Path) -> Path:
 def _keep(row: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(row, indent=1) + "\n")
+
+
+def _planned_cells(
+    recipe: Recipe, only: str, say: Callable[[str], object]
+) -> tuple[dict[str, InitialModel], list[Cell]]:
+    """Return the models to start from, and the chosen cells for which there is one."""
+    chosen = _chosen_cells(recipe, only)
+    starts = _initial_models([cell.base for cell in chosen], say)
+    return starts, [cell for cell in chosen if cell.base in starts]
 
 
 def _chosen_cells(recipe: Recipe, only: str) -> list[Cell]:
