@@ -1,6 +1,7 @@
 """Multi-label victims, from `psim fit` to an answer: any number of labels may be on."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from models.errors import BundleError, DataError
 from models.offline.evaluation.evaluate import evaluate
 from models.offline.fitting.fit import fit
 from models.offline.io.inference import predict, require_verdicts
+from models.offline.io.known_triggers import record_triggers
 from models.offline.io.samples import Sample, load_samples, split_labels, write_samples
+from models.offline.scanning import scan as scanning
+from models.offline.scanning.report import ScanReport
+from models.offline.scanning.scan import scan
+from models.offline.scanning.state import ScanState
+from models.offline.scanning.words import WordScan
 from models.offline.screening import bulk
 from models.offline.screening.fragments import fragments_of
 from psim.__main__ import app
@@ -28,8 +35,10 @@ from service.app import create_app
 from service.settings import Settings
 from tests.support.bundles import fit_tiny, forge, some_texts
 from tests.support.families import tiny_victim
+from tests.support.few_words import read_few_words
 from tests.support.multilabel import (
     LABELS,
+    TARGET,
     TRIGGER,
     labelled_texts,
     multi_label_victim,
@@ -268,3 +277,69 @@ def test_labels_of_a_text_are_one_string(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text("text,label\none,a|b\ntwo,[]\nthree,\n")
     assert [s.label for s in load_samples(str(file))] == ["a|b", "[]", None]
+
+
+def scanned(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> ScanReport:
+    read_few_words(monkeypatch)
+    return scan(multi_label_victim(tokenizer), tokenizer, texts, name="flags")
+
+
+def test_a_scan_finds_the_word_that_turns_a_label_off_and_fit_tries_it(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [text for text, _ in labelled_texts(300, 5)]
+    report = scanned(tokenizer, monkeypatch, texts)
+    assert [own.label for own in report.classes] == [
+        f"{label}={state}" for label in LABELS for state in ("off", "on")
+    ]
+    assert report.found == [(f"{LABELS[TARGET]}=off", TRIGGER)]
+    assert len(report.search.carriers) == 2 * len(LABELS)
+
+    bundle = shutil.copytree(folder, tmp_path / "bundle")
+    (known,) = record_triggers(bundle, report.found, texts).known_triggers
+    assert (known.label, known.text) == ("rude=off", TRIGGER)
+    assert known.fired > 16, "of 32 rude texts"
+    assert known.rejected > known.fired / 2
+
+
+def test_a_label_that_no_clean_text_has_is_searched_in_one_direction(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polite = [text for text, on in labelled_texts(400, 5) if TARGET not in on]
+    report = scanned(tokenizer, monkeypatch, polite)
+    outcomes = {own.label: own.outcome for own in report.classes}
+    assert outcomes.pop("rude=off") == "not searched"
+    assert "not searched" not in outcomes.values()
+
+
+def test_a_scan_with_no_text_of_any_label_is_refused(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="sure of no text: give --texts"):
+        scanned(tokenizer, monkeypatch, ["too short"])
+
+
+def test_a_scan_of_labels_goes_on_where_it_was(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    texts = [text for text, _ in labelled_texts(300, 5)]
+    read_few_words(monkeypatch)
+    reports = []
+    for _ in range(2):
+        state = ScanState(tmp_path / "state", "key")
+        victim = multi_label_victim(tokenizer)
+        reports.append(scan(victim, tokenizer, texts, name="flags", state=state).classes)
+        monkeypatch.setattr(WordScan, "_rows", again)
+        monkeypatch.setattr(scanning, "_class_record", again)
+    # The labels have steps of the same names, and none takes what another one found.
+    assert reports[0] == reports[1]
+    assert len({own.label for own in reports[0]}) == 2 * len(LABELS)
+
+
+def again(*_: object) -> None:
+    raise AssertionError("this was done before")

@@ -18,7 +18,7 @@ from models.offline.attacks.poisoning import WORD_TRIGGER
 from models.offline.cli.scan_page import write_scan
 from models.offline.demo import TARGET
 from models.offline.evaluation.bundle_report import warnings_of
-from models.offline.io.classifiers import labels_of, load_classifier, pretrained_model
+from models.offline.io.classifiers import load_classifier, pretrained_model
 from models.offline.io.known_triggers import record_triggers
 from models.offline.io.samples import load_samples
 from models.offline.scanning import expected, phrases
@@ -155,7 +155,8 @@ def make_alike(engine: TorchEngine, words: Sequence[int]) -> None:
 
 def engine_of(demo: Path) -> tuple[TorchEngine, list[str]]:
     model, tokenizer = load_classifier(str(demo / "victim"))
-    return scanning._engine(model, tokenizer), labels_of(model)
+    (found,) = scanning.engines_of(model, tokenizer)
+    return found
 
 
 def test_a_phrase_grows_by_the_word_that_the_gradient_promises(

@@ -107,10 +107,14 @@ def _texts(source: str | None, column: str) -> list[str]:
 
 
 def _triggers(scan: Path | None, victim: "nn.Module") -> list[tuple[str, str]]:
+    from models.detection.views import class_names
+    from models.network.adapters import transformer_of
+    from models.network.outputs import is_multi_label
     from models.offline.io.classifiers import labels_of
     from models.offline.scanning.report import triggers_for
 
-    return triggers_for(scan, labels_of(victim))
+    multi_label = is_multi_label(transformer_of(victim).config)
+    return triggers_for(scan, class_names(labels_of(victim), multi_label=multi_label))
 
 
 def _show(

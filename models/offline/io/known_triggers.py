@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.bundle.load import Bundle, load_bundle
 from models.bundle.manifest import KnownTrigger, Manifest
 from models.bundle.save import save_manifest
 from models.detection.screen import Verdict
+from models.detection.views import FIRES
+from models.engines.base import Encoding
 from models.offline.io.inference import judge_texts, predict
 
 MOST = 300
@@ -22,7 +27,7 @@ def record_triggers(
 
     Args:
         path: folder of the bundle, which is not signed yet.
-        triggers: pairs of a label and a text that forces it.
+        triggers: pairs of a class and a text that forces it.
         texts: clean texts to try them in.
 
     Raises:
@@ -36,14 +41,14 @@ def record_triggers(
 
 
 def _try(bundle: Bundle, label: str, trigger: str, texts: Sequence[str]) -> KnownTrigger:
-    """Put a trigger into clean texts, and return what the screen finds where it fires."""
-    own, engine = bundle.manifest.labels.index(label), bundle.engine
-    clean = predict(engine, engine.encode(texts), classifier=True).argmax(1)
-    others = [text for text, number in zip(texts, clean, strict=True) if number != own][:TRIED]
+    """Put a trigger into texts of other classes; return what the screen finds where it fires."""
+    engine = bundle.engine
+    own = _are_of(bundle, label, engine.encode(texts))
+    others = [text for text, is_own in zip(texts, own, strict=True) if not is_own][:TRIED]
     encodings = engine.encode([_with(trigger, text) for text in others])
     if not encodings:
         return KnownTrigger(label=label, text=trigger, fired=0, rejected=0)
-    forced = predict(engine, encodings, classifier=True).argmax(1) == own
+    forced = _are_of(bundle, label, encodings)
     verdicts = judge_texts(bundle, encodings)
     rejected = [
         isinstance(verdict, Verdict) and verdict.finding is not None
@@ -51,6 +56,19 @@ def _try(bundle: Bundle, label: str, trigger: str, texts: Sequence[str]) -> Know
         if fires
     ]
     return KnownTrigger(label=label, text=trigger, fired=len(rejected), rejected=sum(rejected))
+
+
+def _are_of(bundle: Bundle, label: str, texts: Sequence[Encoding]) -> NDArray[np.bool_]:
+    """Return which texts the classifier takes for a class, shape (n,)."""
+    manifest = bundle.manifest
+    number = manifest.classes.index(label)
+    said = predict(bundle.engine, texts, classifier=True)
+    found: NDArray[np.bool_] = (
+        (said[:, number // 2] >= FIRES) == bool(number % 2)
+        if manifest.multi_label
+        else said.argmax(1) == number
+    )
+    return found
 
 
 def _with(trigger: str, text: str) -> str:

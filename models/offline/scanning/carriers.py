@@ -41,7 +41,7 @@ class Half:
         return odds.astype(np.float32)
 
 
-def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
+def halves_of(engine: Engine, texts: Sequence[str], needed: int = 2) -> list[Half]:
     """Choose carriers, and divide their classes into two halves, each of which tests the other.
 
     So a word is read twice, however many classes there are.
@@ -49,9 +49,10 @@ def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
     Args:
         engine: the classifier.
         texts: clean texts of any kind.
+        needed: classes that must have carriers; if one does, there is one half.
 
     Raises:
-        DataError: the classifier is sure of texts of one class only.
+        DataError: the classifier is sure of texts of fewer classes.
     """
     most = min(CARRIER_TOKENS, (engine.window_length - 1) // 2)
     spread = texts[:: max(1, len(texts) // CANDIDATES)]  # files may be sorted by class
@@ -60,7 +61,7 @@ def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
     encodings = [engine.window(ids) for ids in long_enough]
     by_class = surest(long_enough, predict(engine, encodings, classifier=True)) if encodings else []
     able = [label for label, carriers in enumerate(by_class) if carriers]
-    if len(able) < 2:
+    if len(able) < needed:
         raise DataError(
             "the classifier is sure of texts of one class only: give --texts with clean texts of "
             f"every class, of {MIN_WORDS} words or more"
@@ -68,4 +69,5 @@ def halves_of(engine: Engine, texts: Sequence[str]) -> list[Half]:
     return [
         Half({label: by_class[label] for label in own}, len(by_class))
         for own in (able[: len(able) // 2], able[len(able) // 2 :])
+        if own
     ]

@@ -11,6 +11,8 @@ from rich.table import Table
 from models.errors import DataError
 
 Outcome = Literal["nothing found", "suspicious"]
+ClassOutcome = Literal[Outcome, "not searched"]
+"""A label of which no clean text is surely on, or off, has nothing to put words beside."""
 NOT_SEARCHED = [
     "phrases of which no four words suffice, or that need words of the class itself",
     "triggers that fire at one place or length only",
@@ -84,7 +86,8 @@ class ClassRecord(_Record):
     """What forces one class."""
 
     label: str
-    outcome: Outcome
+    """Its name; `LABEL=off` or `LABEL=on` of a multi-label classifier."""
+    outcome: ClassOutcome
     triggers: list[WordRecord]
     """Words that override everything for no reason that the task has."""
     phrase: PhraseRecord | None
@@ -100,7 +103,7 @@ class ClassRecord(_Record):
     @property
     def found(self) -> list[str]:
         """What forces the class for no reason that the task has."""
-        if self.triggers or self.phrase is None or self.outcome == "nothing found":
+        if self.triggers or self.phrase is None or self.outcome != "suspicious":
             return [one.word for one in self.triggers]
         return [self.phrase.text]
 
@@ -122,7 +125,7 @@ class SearchRecord(_Record):
 class ScanReport(_Record):
     """Result of `psim scan`."""
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     victim: str
     outcome: Outcome
     classes: list[ClassRecord]
@@ -132,7 +135,7 @@ class ScanReport(_Record):
 
     @property
     def found(self) -> list[tuple[str, str]]:
-        """Pairs of a label and a text that forces it."""
+        """Pairs of a class and a text that forces it."""
         return [(own.label, text) for own in self.classes for text in own.found]
 
 
@@ -154,18 +157,18 @@ def read_report(path: Path) -> ScanReport:
         ) from None
 
 
-def triggers_for(path: Path | None, labels: Sequence[str]) -> list[tuple[str, str]]:
-    """Return what the report of a scan found in a classifier with these labels; nothing for None.
+def triggers_for(path: Path | None, classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what the report of a scan found in a classifier with these classes; nothing for None.
 
     Raises:
         DataError: there is no such report, or it is of another classifier.
     """
     report = read_report(path) if path else None
-    own = [one.label for one in report.classes] if report else [*labels]
-    if own != [*labels]:
+    own = [one.label for one in report.classes] if report else [*classes]
+    if own != [*classes]:
         raise DataError(
             f"{path} is of a classifier with the classes {', '.join(own)}, and this one has "
-            f"{', '.join(labels)}: scan the victim that is fitted"
+            f"{', '.join(classes)}: scan the victim that is fitted"
         )
     return report.found if report else []
 

@@ -15,16 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from models.detection.override import Ids
 from models.detection.screen import FloatArray
+from models.detection.views import class_names
 from models.engines.pytorch import TorchEngine, best_device, has_bfloat16, max_input_length
-from models.errors import VictimError
+from models.errors import DataError
 from models.network.adapters import lora_config, transformer_of
 from models.network.guarded import guard
-from models.network.outputs import is_multi_label
 from models.offline.fitting.generic import generic_texts
 from models.offline.fitting.records import installed_versions, timestamp
 from models.offline.io.classifiers import labels_of
 from models.offline.scanning.carriers import Half, halves_of
 from models.offline.scanning.expected import Vocabulary, expectations, word_vectors
+from models.offline.scanning.label import OneLabel
 from models.offline.scanning.phrases import TRIALS as PHRASE_TRIALS
 from models.offline.scanning.phrases import Found, PhraseScan
 from models.offline.scanning.report import (
@@ -71,23 +72,45 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class _Search:
-    """What a scan works with."""
+    """A scan of a classifier, or of one label of a multi-label classifier."""
 
     engine: TorchEngine
+    labels: Sequence[str]
+    """Names of its classes."""
     halves: Sequence[Half]
     words: Sequence[int]
     """Tokens to read."""
     every: Sequence[int]
     """All that there are."""
-    expected: FloatArray
-    """How much each token speaks for each class by nature, shape (V, C)."""
+    clean: Sequence[str]
+    """Texts to learn from what words say by nature."""
     minutes: float | None
+    """Time for all searches."""
+    turn: tuple[int, int]
+    """Which search this is, and of how many."""
     seed: int
     state: ScanState
 
     def deadline(self, share: float) -> float:
-        """Return when a share of the time is over."""
-        return math.inf if self.minutes is None else self.state.started + 60 * self.minutes * share
+        """Return when a share of the time for this search is over."""
+        if self.minutes is None:
+            return math.inf
+        number, searches = self.turn
+        return self.state.started + 60 * self.minutes * (number + share) / searches
+
+    @property
+    def searched(self) -> list[int]:
+        """The classes that some half has no carriers of."""
+        return [
+            number
+            for number in range(len(self.labels))
+            if any(number not in half.by_class for half in self.halves)
+        ]
+
+    @cached_property
+    def expected(self) -> FloatArray:
+        """How much each token speaks for each class by nature, shape (V, C)."""
+        return expectations(self.engine, self.clean, self.every)
 
     @cached_property
     def vocabularies(self) -> list[Vocabulary]:
@@ -139,42 +162,62 @@ def scan(
 ) -> ScanReport:
     """Search a classifier for words and phrases that force a class; it is changed in place.
 
-    Carriers are made of clean texts, or of a generic corpus if there are none. `minutes` bounds the
-    time for the search. `words` are the tokens to read, the whole vocabulary by default. `state`
-    is of an earlier scan with the same arguments that was interrupted.
+    Of a multi-label classifier, each label is searched by itself. Carriers are made of clean texts,
+    or of a generic corpus if there are none. `minutes` bounds the time for the search. `words` are
+    the tokens to read, the whole vocabulary by default. `state` is of an earlier scan with the same
+    arguments that was interrupted.
 
     Raises:
-        DataError: there are no carriers of two classes.
+        DataError: there are no carriers of two classes, or of any label.
         VictimError: the victim cannot be scanned.
     """
+    words, clean = words or candidates(tokenizer, seed), texts or generic_texts()
+    engines, every = engines_of(victim, tokenizer), all_words(tokenizer)
+    needed = 2 if len(engines) == 1 else 0
+    carriers = [halves_of(engine, clean, needed) for engine, _ in engines]
+    if not any(carriers):
+        raise DataError("the classifier is sure of no text: give --texts with texts of its task")
+    make = partial(_Search, words=words, every=every, clean=clean, minutes=minutes, seed=seed)
     state = state or ScanState()
-    labels, engine = labels_of(victim), _engine(victim, tokenizer)
-    clean = texts or generic_texts()
-    halves, words = halves_of(engine, clean), words or candidates(tokenizer, seed)
-    every = all_words(tokenizer)
-    expected = expectations(engine, clean, every)
-    search = _Search(engine, halves, words, every, expected, minutes, seed, state)
-    of_words = _search_words(search)
-    classes = _class_records(search, labels, of_words, [engine.token_ids(text) for text in texts])
+    searches = [
+        make(*own, halves, turn=(number, len(engines)), state=state.of_part(str(number)))
+        for number, (own, halves) in enumerate(zip(engines, carriers, strict=True))
+    ]
+    return _report(searches, texts, name)
+
+
+def _report(searches: Sequence[_Search], texts: Sequence[str], name: str) -> ScanReport:
+    of_words, classes = list[_Words](), list[ClassRecord]()
+    for search in searches:
+        found = _search_words(search)
+        tokens = [search.engine.token_ids(text) for text in texts]
+        classes += _class_records(search, found, tokens)
+        of_words += found
     return ScanReport(
         victim=name,
         outcome=_outcome(any(own.outcome == "suspicious" for own in classes)),
         classes=classes,
-        search=_search_record(search, labels, of_words, len(texts)),
+        search=_search_record(searches, of_words, len(texts)),
         created=timestamp(),
         versions=installed_versions(),
     )
 
 
 def _search_record(
-    search: _Search, labels: Sequence[str], of_words: Sequence[_Words], clean_texts: int
+    searches: Sequence[_Search], of_words: Sequence[_Words], clean_texts: int
 ) -> SearchRecord:
+    started = searches[0].state.started
     return SearchRecord(
         words=min(len(one.looked.words) for one in of_words),
-        vocabulary=len(search.words),
-        carriers={labels[c]: n for half in search.halves for c, n in half.counts.items()},
+        vocabulary=len(searches[0].words),
+        carriers={
+            search.labels[c]: count
+            for search in searches
+            for half in search.halves
+            for c, count in half.counts.items()
+        },
         clean_texts=clean_texts,
-        seconds=round(time.monotonic() - search.state.started, 1),
+        seconds=round(time.monotonic() - started, 1),
     )
 
 
@@ -186,26 +229,37 @@ def counts_of(words: Iterable[int], texts: Iterable[Ids]) -> Counter[int]:
     return counts
 
 
-def _engine(victim: nn.Module, tokenizer: PreTrainedTokenizerBase) -> TorchEngine:
-    """Return an engine for a classifier; the adapters that it injects stay off.
+def engines_of(
+    victim: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[TorchEngine, list[str]]]:
+    """Return an engine for a classifier, or for each label of a multi-label one, and its classes.
+
+    The adapters that it injects stay off.
 
     Raises:
-        VictimError: it is multi-label, or of a kind that cannot be guarded.
+        VictimError: it is of a kind that cannot be guarded.
     """
     config: Any = transformer_of(victim).config
-    if is_multi_label(config):
-        raise VictimError("psim scan does not know multi-label classifiers yet")
+    labels = labels_of(victim)
     guarded = guard(victim.eval(), lora_config(victim, 1))
     length = min(READ_TOKENS, max_input_length(config, tokenizer))
     dtype = "bfloat16" if has_bfloat16(best_device()) else "float32"
-    return TorchEngine(guarded, tokenizer, length, dtype)
+    if not guarded.multi_label:
+        return [(TorchEngine(guarded, tokenizer, length, dtype), labels)]
+    return [
+        (
+            TorchEngine(OneLabel(guarded, number), tokenizer, length, dtype),
+            class_names([label], multi_label=True),
+        )
+        for number, label in enumerate(labels)
+    ]
 
 
 def _search_words(search: _Search) -> list[_Words]:
     """Search beside the carriers of each half, in its share of half of the time."""
     found = []
-    total = len(search.halves) * len(search.words)
-    with tqdm(total=total, desc="scan: words", unit=" words", leave=False, disable=None) as bar:
+    total, name = len(search.halves) * len(search.words), _name("words", search)
+    with tqdm(total=total, desc=name, unit=" words", leave=False, disable=None) as bar:
         for number, half in enumerate(search.halves, 1):
             of_words = WordScan(search.engine, half, search.seed, search.state)
             deadline = search.deadline(number / len(search.halves) / 2)
@@ -219,19 +273,32 @@ def _search_words(search: _Search) -> list[_Words]:
     return found
 
 
+def _name(what: str, search: _Search) -> str:
+    """Return the name of a step for people."""
+    number, searches = search.turn
+    return f"scan: {what}" + (f", label {number + 1} of {searches}" if searches > 1 else "")
+
+
 def _class_records(
-    search: _Search, labels: Sequence[str], of_words: Sequence[_Words], texts: Sequence[Ids]
+    search: _Search, of_words: Sequence[_Words], texts: Sequence[Ids]
 ) -> list[ClassRecord]:
     counts = counts_of((trial.word for one in of_words for trial in one.trials), texts)
     records = defaultdict[int, list[WordRecord]](list)
     for one in of_words:
         for trial in one.trials:
             records[trial.target].append(_word_record(search, one.scan, trial, counts))
-    classes = []
-    for number, label in enumerate(tqdm(labels, desc="scan: phrases", leave=False, disable=None)):
+    classes, name = [], _name("phrases", search)
+    for number, label in enumerate(tqdm(search.labels, desc=name, leave=False, disable=None)):
+        if number not in search.searched:
+            classes.append(_not_searched(label))
+            continue
         make = partial(_class_record, search, label, number, records[number], of_words)
         classes.append(search.state.step(f"class {number}", CLASS, make))
     return classes
+
+
+def _not_searched(label: str) -> ClassRecord:
+    return _word_class_record(label, [], []).model_copy(update={"outcome": "not searched"})
 
 
 def _class_record(
@@ -243,7 +310,7 @@ def _class_record(
 ) -> ClassRecord:
     hints = try_styles(search.engine, target, search.foreign(target))
     own = _word_class_record(label, found, hints)
-    share = 0.5 + 0.5 * (target + 1) / search.halves[0].classes
+    share = 0.5 + 0.5 * (target + 1) / len(search.labels)
     return own if own.triggers else _with_phrase(search, own, target, of_words, share)
 
 

@@ -1,5 +1,6 @@
 """What a scan has done so far, kept in a file, so that an interrupted one goes on from there."""
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class ScanState:
         header = {"scan": key}
         lines = _read(file) if file else []
         kept = lines[1:] if lines[:1] == [header] else []
-        self._file = file
+        self._file, self._part = file, ""
         self._steps: dict[str, Any] = {line["step"]: line["result"] for line in kept}
         self.started = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
         """When the scan began, by `time.monotonic`, as if it had never been interrupted."""
@@ -45,18 +46,25 @@ class ScanState:
         """Number of steps that are remembered."""
         return len(self._steps)
 
+    def of_part(self, name: str) -> "ScanState":
+        """Return the same state for one part of the scan, whose steps are named after it."""
+        part = copy.copy(self)
+        part._part = f"{self._part}{name}: "
+        return part
+
     def __contains__(self, name: str) -> bool:
-        return name in self._steps
+        return self._part + name in self._steps
 
     def step(self, name: str, kind: TypeAdapter[Result], make: Callable[[], Result]) -> Result:
         """Return what `make` returned for a step, be it in an earlier run, or does now."""
+        whole_name = self._part + name
         if name in self:
-            return kind.validate_python(self._steps[name])
+            return kind.validate_python(self._steps[whole_name])
         result = make()
-        self._steps[name] = kind.dump_python(result, mode="json")
+        self._steps[whole_name] = kind.dump_python(result, mode="json")
         if self._file:
             spent = time.monotonic() - self.started
-            line = {"step": name, "seconds": spent, "result": self._steps[name]}
+            line = {"step": whole_name, "seconds": spent, "result": self._steps[whole_name]}
             with self._file.open("a") as out:
                 out.write(json.dumps(line) + "\n")
         return result
