@@ -26,7 +26,7 @@ from models.errors import EngineError
 from models.offline.fitting.unfamiliar import harmless_texts
 from models.offline.io.inference import predict, run_tests, texts_per_second
 
-TESTED, HARMLESS = 400, 150
+TESTED, HARMLESS = 400, 300
 """Clean calibration texts that go through the override test, unless a small budget needs more, and
 harmless texts of each kind."""
 AUTO = "auto"
