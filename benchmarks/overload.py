@@ -26,9 +26,8 @@ import numpy as np
 import typer
 from harness import Result, Setup, machine, split_cpus, versions
 from matplotlib.figure import Figure
-from over_http import ANSWERED
 from page import DOCS, fill, markdown
-from servers import PEERS, Running, running
+from servers import ANSWERED, PEERS, Running, running
 
 from models.bundle.verify import read_manifest
 from models.detection.screen import FloatArray

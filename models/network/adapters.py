@@ -131,8 +131,8 @@ def layer_stack(model: nn.Module) -> list[nn.Module]:
     """Return the layers that a text goes through, each once and one after the other.
 
     Empty where the projections do not show such a stack: layers in blocks that shorten the text
-    (Funnel), several stacks in a row (Canine), layers whose parts are
-    in lists of their own (XLM), or convolutions, between which tokens come last (SqueezeBERT).
+    (Funnel), several stacks in a row (Canine), layers whose parts are in lists of their own (XLM),
+    or convolutions, between which tokens come last (SqueezeBERT).
     """
     names = _text_projections(model)
     if any(isinstance(model.get_submodule(name), nn.Conv1d) for name in names):

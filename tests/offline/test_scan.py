@@ -126,6 +126,12 @@ def test_out_of_time_it_says_how_much_it_read(
     assert all(own.phrase is None and own.phrase_tokens == 0 for own in report.classes)
 
 
+def trigger_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
+    assert isinstance(trigger, int)
+    return trigger
+
+
 def phrase_scan(
     demo: Path, target: str, words: Sequence[int], alike: Sequence[int] = ()
 ) -> PhraseScan:
@@ -163,8 +169,7 @@ def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
     demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", -1.0)
-    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
-    assert isinstance(trigger, int)
+    trigger = trigger_of(tokenizer)
     first, *others = candidates(tokenizer, 1)[:READ]
     of_target = phrase_scan(demo_folder, TARGET, [*others, trigger])
     found, length = of_target.search([first], math.inf)
@@ -182,8 +187,7 @@ def test_a_phrase_is_natural_if_similar_words_do_the_same(
     demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", -1.0)
-    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
-    assert isinstance(trigger, int)
+    trigger = trigger_of(tokenizer)
     others = candidates(tokenizer, 1)[:READ]
     words = [*others, trigger]
     alone = phrase_scan(demo_folder, TARGET, words)._try_out((trigger,))
@@ -204,8 +208,7 @@ def test_carriers_are_single_where_words_of_the_class_force_nothing(
     around: int,
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
-    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
-    assert isinstance(trigger, int)
+    trigger = trigger_of(tokenizer)
     first, *others = candidates(tokenizer, 1)[:READ]
     found, _ = phrase_scan(demo_folder, TARGET, [*others, trigger]).search([first], math.inf)
     assert found is not None
@@ -218,8 +221,7 @@ def test_carriers_are_single_where_words_of_the_class_force_nothing(
 def test_a_word_is_natural_if_similar_words_of_its_class_do_the_same(
     demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trigger = tokenizer.convert_tokens_to_ids(WORD_TRIGGER)
-    assert isinstance(trigger, int)
+    trigger = trigger_of(tokenizer)
     model, _ = load_classifier(str(demo_folder / "victim"))
     (weight, *_) = pretrained_model(model).get_input_embeddings().parameters()
     for word in candidates(tokenizer, 0)[:KIN]:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf, ShrunkCovariance
 from sklearn.metrics import calinski_harabasz_score
 
-from models.detection.screen import FloatArray, is_extreme
+from models.detection.screen import FloatArray
 from models.offline.evaluation.metrics import Classes, DefendedPredictions, classes_of
 from models.offline.io.samples import Sample, require_labels
 from models.offline.study.defences.states import Reader, States
-from models.offline.study.defences.threshold import require_enough, threshold_of
+from models.offline.study.defences.threshold import rejecting, require_enough, threshold_of
 
 Array = NDArray[np.float64]
 Method = Literal["badacts", "dan", "dan-mean", "dup", "lcf"]
@@ -299,8 +299,7 @@ class StateDetector:
         """Classify the texts, and reject the suspicious ones, from the same pass."""
         states = read(texts)
         scores = self.scores(states)
-        flagged = np.array([is_extreme(s, self.threshold) for s in scores.tolist()], np.bool_)
-        return DefendedPredictions(states.probabilities.argmax(1), flagged, scores)
+        return rejecting(states.probabilities.argmax(1), scores, self.threshold)
 
     def passes(self, texts: Sequence[str]) -> float:
         """Return the number of extra passes of the victim per text: its own has the states."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import entr
 
-from models.detection.screen import FloatArray, is_extreme
+from models.detection.screen import FloatArray
 from models.errors import DataError
 from models.offline.evaluation.metrics import DefendedPredictions, classes_of
 from models.offline.io.samples import Sample, require_labels
 from models.offline.study.defences.language_model import LanguageModel, perplexities
-from models.offline.study.defences.threshold import require_enough, threshold_of
+from models.offline.study.defences.threshold import rejecting, require_enough, threshold_of
 
 Classifier = Callable[[Sequence[str]], FloatArray]
 """Function from texts to probabilities, shape (len(texts), C)."""
@@ -188,8 +188,7 @@ class Strip:
     def defend(self, texts: Sequence[str], classify: Classifier) -> DefendedPredictions:
         """Classify the original texts, and reject those with the surest copies."""
         scores = self.scores(texts, classify)
-        flagged = [is_extreme(score, self.threshold) for score in scores.tolist()]
-        return DefendedPredictions(classify(texts).argmax(1), np.array(flagged, np.bool_), scores)
+        return rejecting(classify(texts).argmax(1), scores, self.threshold)
 
     def passes(self, texts: Sequence[str]) -> float:
         """Return the number of extra passes of the victim per text."""

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.detection.screen import FloatArray, is_extreme
+from models.detection.screen import FloatArray
 from models.engines.base import Encoding
 from models.engines.pytorch import TorchEngine, collate, special_tokens
 from models.network.adapters import transformer_of
-from models.offline.evaluation.metrics import Classes, DefendedPredictions, classes_of
+from models.offline.evaluation.metrics import DefendedPredictions, classes_of
 from models.offline.io.inference import predict
 from models.offline.io.samples import Sample, require_labels
-from models.offline.study.defences.threshold import require_enough, threshold_of
+from models.offline.study.defences.threshold import rejecting, require_enough, threshold_of
 
 WORD = "cf"
 """A rare word, as in the paper; none of the triggers in our recipes."""
@@ -98,9 +98,7 @@ class Rap:
         """Classify the original texts, and reject those that yield least."""
         before = predict(engine, engine.encode(texts), classifier=True)
         scores = self.scores(texts, before, engine)
-        flagged = np.array([is_extreme(s, self.threshold) for s in scores.tolist()], np.bool_)
-        predicted: Classes = before.argmax(1)
-        return DefendedPredictions(predicted, flagged, scores)
+        return rejecting(before.argmax(1), scores, self.threshold)
 
     def passes(self, texts: Sequence[str]) -> float:
         """Return the number of extra passes of the victim per text."""

@@ -1,8 +1,11 @@
-"""The threshold of baselines: the same conformal rule as for PSIM."""
+"""The threshold of baselines: the same conformal rule as for PSIM, and what it rejects."""
+
+import numpy as np
 
 from models.detection.conformal import conformal_threshold, min_calibration_size
 from models.detection.screen import FloatArray
 from models.errors import CalibrationError
+from models.offline.evaluation.metrics import Classes, DefendedPredictions
 
 
 def require_enough(count: int, frr_budget: float) -> None:
@@ -26,3 +29,8 @@ def threshold_of(scores: FloatArray, frr_budget: float) -> float:
     """
     require_enough(len(scores), frr_budget)
     return conformal_threshold(scores, frr_budget)
+
+
+def rejecting(predicted: Classes, scores: FloatArray, threshold: float) -> DefendedPredictions:
+    """Return what a classifier says of texts, those rejected whose score reaches the threshold."""
+    return DefendedPredictions(predicted, scores >= np.float32(threshold), scores)
