@@ -1,7 +1,7 @@
 """Bulk screening on Ray Data: whether every row is there once, in how much memory, how fast.
 
     python benchmarks/bulk.py count OUT [--bundle BUNDLE]       # 1,000,000 generated texts
-    python benchmarks/bulk.py compare BUNDLE TEXTS.jsonl OUT    # beside the local path, and the engine
+    python benchmarks/bulk.py compare BUNDLE TEXTS.jsonl OUT    # beside local path and engine
 
 `count` kills the command once half of the parts are there (SIGKILL), and starts it again. Memory is
 the sum of the proportional set sizes of all its processes, Ray's own and shared memory among them.
