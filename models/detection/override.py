@@ -61,7 +61,7 @@ PART_TOKENS = 12
 
 @dataclass(frozen=True)
 class OverrideGroup(ThresholdGroup):
-    """The threshold on the evidence for one class, or for several pooled ones."""
+    """The threshold on the evidence for one class; small classes share their clean texts."""
 
     keeps: float = KEEPS
     """Kept probability from which a text keeps its class."""
