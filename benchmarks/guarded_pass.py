@@ -26,7 +26,11 @@ Run = Callable[[Sequence[Encoding]], object]
 
 
 def load_engine(setup: Setup, dtype: str, name: str | None = None) -> Any:
-    """Return an engine of the bundle, by default the one that is measured."""
+    """Return an engine of the bundle, by default the one that is measured.
+
+    An engine keeps the number of threads that it is loaded with: here, that of servers.
+    """
+    torch.set_num_threads(setup.threads)
     return load_bundle(setup.bundle, dtype, name or setup.engine).engine
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from guarded_pass import TEXTS, guarded, load_engine, rates_of
 from harness import Result, Setup, pin
 from servers import (
@@ -81,8 +80,6 @@ def measure(setup: Setup) -> Result:
     """Return start-up time, memory, and what load did, by peer, dtype and round."""
     locust = python_of(setup, "locust")
     peers = [p for p in PEERS if not setup.peers or p.name in setup.peers]
-    # An engine keeps the number of threads that it is loaded with.
-    torch.set_num_threads(setup.threads)
     engines = {dtype: load_engine(setup, dtype) for dtype in setup.dtypes}
     pythons: dict[str, Path] = {}
     missing: dict[str, str] = {}

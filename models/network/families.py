@@ -1,5 +1,6 @@
 """The last layers and heads of the families that run in one pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,21 @@ def fused(module: nn.Module) -> tuple[Projection, Projection, Projection]:
     return Projection(module, 0, 3), Projection(module, 1, 3), Projection(module, 2, 3)
 
 
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _norms_after(
+    project: Step, norm: Step, feed_forward: Step, last_norm: Step
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return `LastLayer.after` of a layer that adds the residual and then norms, twice."""
+
+    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        between = norm(project(attended) + residual)
+        return last_norm(feed_forward(between) + between)
+
+    return after
+
+
 def _bert(model: Any) -> LastLayer:
     body = model.base_model
     layer = body.encoder.layer[-1]
@@ -73,11 +89,7 @@ def _albert(model: Any) -> LastLayer:
     body = model.base_model
     layer = body.encoder.albert_layer_groups[-1]  # unrolled
     own = layer.attention
-
-    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        between = own.LayerNorm(own.dense(attended) + residual)
-        output: torch.Tensor = layer.full_layer_layer_norm(layer.ff_chunk(between) + between)
-        return output
+    after = _norms_after(own.dense, own.LayerNorm, layer.ff_chunk, layer.full_layer_layer_norm)
 
     def head(rows: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = model.classifier(body.pooler_activation(body.pooler(rows)))
@@ -113,11 +125,7 @@ def _mpnet(model: Any) -> LastLayer:
 def _distilbert(model: Any) -> LastLayer:
     layer = model.base_model.transformer.layer[-1]
     own = layer.attention
-
-    def after(attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        between = layer.sa_layer_norm(own.out_lin(attended) + residual)
-        output: torch.Tensor = layer.output_layer_norm(layer.ffn(between) + between)
-        return output
+    after = _norms_after(own.out_lin, layer.sa_layer_norm, layer.ffn, layer.output_layer_norm)
 
     def head(rows: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = model.classifier(model.pre_classifier(rows).relu())

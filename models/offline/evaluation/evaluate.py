@@ -8,7 +8,7 @@ import numpy as np
 from models.bundle.load import Bundle
 from models.bundle.manifest import Manifest
 from models.detection.screen import FloatArray, Screen, Verdict
-from models.detection.views import FIRES
+from models.detection.views import predicted_in
 from models.errors import DataError
 from models.offline.evaluation.metrics import (
     AttackOutcome,
@@ -114,10 +114,7 @@ class ScreenedTexts:
         """
         encodings = bundle.engine.encode(texts)
         said = predict(bundle.engine, encodings, classifier=True)
-        if bundle.manifest.multi_label:
-            predicted = (said[:, view.start // len(view)] >= FIRES).astype(np.intp)
-        else:
-            predicted = said.argmax(1)
+        predicted = predicted_in(view, said, multi_label=bundle.manifest.multi_label)
         return ScreenedTexts(
             require_verdicts(bundle, encodings),
             _last_confidence(bundle.screen, predict(bundle.engine, encodings), view),

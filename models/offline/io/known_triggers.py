@@ -10,7 +10,7 @@ from models.bundle.load import Bundle, load_bundle
 from models.bundle.manifest import KnownTrigger, Manifest
 from models.bundle.save import save_manifest
 from models.detection.screen import Verdict
-from models.detection.views import FIRES
+from models.detection.views import predicted_in
 from models.engines.base import Encoding
 from models.offline.io.inference import judge_texts, predict
 
@@ -62,13 +62,10 @@ def _are_of(bundle: Bundle, label: str, texts: Sequence[Encoding]) -> NDArray[np
     """Return which texts the classifier takes for a class, shape (n,)."""
     manifest = bundle.manifest
     number = manifest.classes.index(label)
+    view = next(own for own in manifest.views if number in own)
     said = predict(bundle.engine, texts, classifier=True)
-    found: NDArray[np.bool_] = (
-        (said[:, number // 2] >= FIRES) == bool(number % 2)
-        if manifest.multi_label
-        else said.argmax(1) == number
-    )
-    return found
+    predicted = predicted_in(view, said, multi_label=manifest.multi_label)
+    return np.equal(predicted, number - view.start)
 
 
 def _with(trigger: str, text: str) -> str:

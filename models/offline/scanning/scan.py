@@ -188,9 +188,9 @@ def scan(
 
 def _report(searches: Sequence[_Search], texts: Sequence[str], name: str) -> ScanReport:
     of_words, classes = list[_Words](), list[ClassRecord]()
+    tokens = [searches[0].engine.token_ids(text) for text in texts]
     for search in searches:
         found = _search_words(search)
-        tokens = [search.engine.token_ids(text) for text in texts]
         classes += _class_records(search, found, tokens)
         of_words += found
     return ScanReport(
