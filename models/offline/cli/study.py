@@ -46,7 +46,7 @@ def study_command(
         str, typer.Option(help="Pattern for the cells to run: 'mpnet/sst-2/*/lora'.")
     ] = "*",
     page: Annotated[
-        Path | None, typer.Option(help="Markdown file to write a benchmark's page to as well.")
+        Path | None, typer.Option(help="Markdown file for the page of a benchmark, or of scans.")
     ] = None,
     run: Annotated[bool, typer.Option(help="Run cells, or only report on those done.")] = True,
 ) -> None:
@@ -61,7 +61,7 @@ def study_command(
     chosen = loaded.with_bases(base) if base else loaded
     whole = loaded.with_bases([*loaded.all_bases, *(base or ())])
     if page is not None and not has_page(whole):
-        raise DataError(f"--page {page}: the recipe has no defence of kind bundle to report on")
+        raise DataError(f"--page {page}: the recipe has no scan, and no defence of kind bundle")
     try:
         if run:
             for _ in run_study(chosen, data, out, store, say, only, kept):
@@ -77,7 +77,12 @@ def _say_cost(store: "StepCache") -> None:
 
 
 def has_page(recipe: "Recipe") -> bool:
-    """Return whether a recipe is a benchmark, which has a page of its own."""
+    """Return whether a recipe is a benchmark or scans victims, which have pages of their own."""
+    return is_benchmark(recipe) or recipe.scan is not None
+
+
+def is_benchmark(recipe: "Recipe") -> bool:
+    """Return whether a recipe has a bundle to report on."""
     return any(defence.kind == "bundle" for defence in recipe.defences)
 
 
@@ -91,6 +96,7 @@ def report_study(
 ) -> None:
     """Write the reports on all cells that are done, in this run or an earlier one."""
     from models.offline.study.benchmark.page import write_benchmark
+    from models.offline.study.benchmark.scans import write_scans
     from models.offline.study.report import write_study_report
 
     if not (rows := [row for _, row in done if row is not None]):
@@ -98,7 +104,10 @@ def report_study(
         return
     write_study_report(rows, out, steps, file.read_text(encoding="utf-8"))
     say(f"wrote {out}/report.html, report.md and rows.jsonl")
-    if has_page(recipe):
+    if recipe.scan:
+        write_scans(done, out, page)
+        say(f"wrote {out}/scans.html and scans.md{f', and {page}' if page else ''}")
+    elif is_benchmark(recipe):
         write_benchmark(recipe, done, out, page)
         say(f"wrote {out}/benchmark.html and benchmark.md{f', and {page}' if page else ''}")
 

@@ -13,9 +13,14 @@ from pydantic_core import to_jsonable_python
 
 from models.offline.io.atomic import write_whole
 
-VERSIONS = {"psim": 7, "bundle": 12, "verdicts": 8}
+VERSIONS = {"psim": 7, "bundle": 12, "verdicts": 8, "scan": 1}
 """Version of each kind of step, 1 if not listed. It is part of a step's key. Raise it with a change
 of code that changes the results of that kind."""
+
+
+def is_current(row: Mapping[str, Any]) -> bool:
+    """Return whether the row of a cell is of this version of everything that it holds."""
+    return all(VERSIONS.get(kind) == version for kind, version in row["versions"].items())
 
 
 @dataclass(frozen=True)

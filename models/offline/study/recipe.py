@@ -239,6 +239,15 @@ class HonestRecipe(_RecipeTable):
     """Files of clean texts of other tasks, by name; that of the victim's own task is left out."""
 
 
+class ScanRecipe(_RecipeTable):
+    """A scan of every victim for what forces a class, as `psim scan` does it."""
+
+    texts: Annotated[int, Field(ge=20)] = 3000
+    """Clean texts that it gets: the first so many of the training texts."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Time for the search; by default, as much as it takes."""
+
+
 class Recipe(_RecipeTable):
     """A study: every base x data set x attack x strategy x seed, and all defences on each."""
 
@@ -255,6 +264,7 @@ class Recipe(_RecipeTable):
     attacks: Annotated[tuple[AttackRecipe, ...], Field(min_length=1)]
     defences: tuple[AnyDefence, ...] = (PsimDefence(),)
     honest: HonestRecipe | None = None
+    scan: ScanRecipe | None = None
 
     @property
     def all_bases(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from models.offline.io.atomic import write_whole
 from models.offline.io.bases import BASES, MissingBaseError, base_folder
 from models.offline.io.classifiers import labels_of, load_classifier, model_digest
 from models.offline.io.samples import Sample
+from models.offline.study.benchmark.scans import scan_victim
 from models.offline.study.cache import VERSIONS, MemoizedFunction, Step, StepCache, digest_of
 from models.offline.study.compare import compare_defences
 from models.offline.study.defences.activations import CleanTexts
@@ -47,6 +48,8 @@ from models.offline.study.recipe import (
 )
 
 ROWS, CELLS = "rows.jsonl", "cells"
+DEFENDED = ("psim", "bundle", "verdicts")
+"""Kinds of steps whose versions the results of defences depend on."""
 
 
 class InitialModel(NamedTuple):
@@ -114,7 +117,9 @@ def done_cells(recipe: Recipe, kept: Path) -> list[tuple[Cell, dict[str, Any] | 
 
 
 def _cell_file(recipe: Recipe, cell: Cell, kept: Path) -> Path:
-    shared = recipe.training, recipe.dtype, recipe.defences, recipe.honest
+    shared: list[object] = [recipe.training, recipe.dtype, recipe.defences, recipe.honest]
+    if recipe.scan:  # the rows of recipes without one keep their names
+        shared.append(recipe.scan)
     settings = cell.base, cell.data, cell.attack, cell.strategy, cell.seed, shared
     return kept / f"{digest_of(settings)}.json"
 
@@ -183,13 +188,21 @@ def _run_cell(
         "seed": cell.seed,
         "base": cell.base,
         "dtype": recipe.dtype,
-        "versions": dict(VERSIONS),
+        "versions": _versions_of(recipe),
         "attack_settings": cell.attack.model_dump(mode="json", exclude_defaults=True),
         "labels": victim.result["labels"],
         "published_dev_accuracy": published.result["clean_accuracy"],
         "victim_dev_accuracy": victim.result["clean_accuracy"],
         **compare_defences(cache, recipe, experiment),
+        **({"scan": scan_victim(cache, recipe.scan, experiment)} if recipe.scan else {}),
     }
+
+
+def _versions_of(recipe: Recipe) -> dict[str, int]:
+    """Return the versions of what the rows of a recipe hold."""
+    scan = ["scan"] if recipe.scan else []
+    kinds = [*scan, *(DEFENDED if recipe.defences else ())]
+    return {kind: VERSIONS[kind] for kind in kinds}
 
 
 def check_recipe(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from models.offline.fitting.records import PACKAGES
 from models.offline.io.bases import BASES, missing_packages
-from models.offline.study.cache import VERSIONS
+from models.offline.study.cache import is_current
 from models.offline.study.grid import Cell
 from models.offline.study.html import (
     Block,
@@ -102,7 +102,7 @@ def _blocks(
     )
     if rows:
         yield Paragraph(LEGEND)
-        if older := sum(row["versions"] != VERSIONS for row in rows):
+        if older := sum(not is_current(row) for row in rows):
             yield Paragraph(OLDER.format(older))
         frame = measures(rows, defence)
         yield from _summary(frame)
@@ -117,7 +117,7 @@ def _blocks(
 
 def _victim(row: Row) -> list[str]:
     """Return what names a cell in the last table, and which version of the score it is of."""
-    return [*(str(row[key]) for key in VICTIM), "now" if row["versions"] == VERSIONS else "earlier"]
+    return [*(str(row[key]) for key in VICTIM), "now" if is_current(row) else "earlier"]
 
 
 def measures(rows: Sequence[Row], defence: str) -> pd.DataFrame:
