@@ -4,8 +4,9 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import peft
@@ -25,6 +26,7 @@ from models.offline.scanning import expected, phrases
 from models.offline.scanning import scan as scanning
 from models.offline.scanning.carriers import halves_of
 from models.offline.scanning.expected import (
+    NEUTRAL,
     Vocabulary,
     embeddings_of,
     expectations,
@@ -38,11 +40,14 @@ from models.offline.scanning.report import (
     SearchRecord,
     triggers_for,
 )
-from models.offline.scanning.scan import COMMON, KIN, NEUTRAL, counts_of, scan
+from models.offline.scanning.scan import COMMON, KIN, counts_of, scan
 from models.offline.scanning.words import STEP, candidates
 from tests.support.commands import assert_refused, psim
 from tests.support.few_words import READ, read_few_words
 from tests.support.paths import ROOT
+
+NEEDED = 1.0
+"""Log-odds that a phrase must reach."""
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +97,17 @@ def test_carriers_are_of_all_classes_even_if_a_large_file_is_sorted(demo_folder:
     assert all(number > 1 for number in report.search.carriers.values())
 
 
+def test_a_trigger_is_as_sure_as_its_class(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "SURE", 3.0)
+    report, forced, _ = scanned(demo_folder, texts_of(demo_folder))
+    assert report.outcome == "nothing found"
+    (unsure,) = (one for one in forced.strongest if one.word == WORD_TRIGGER)
+    assert unsure.turned == unsure.trials
+    assert unsure.log_odds < forced.needed
+
+
 def test_words_are_counted_once_a_text() -> None:
     texts = [np.array(ids) for ids in ([5, 5, 6], [6], [7])]
     assert counts_of([5, 6, 8], texts) == {5: 1, 6: 2}
@@ -133,9 +149,16 @@ def trigger_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def phrase_scan(
-    demo: Path, target: str, words: Sequence[int], alike: Sequence[int] = ()
+    demo: Path,
+    target: str,
+    words: Sequence[int],
+    alike: Sequence[int] = (),
+    said: Mapping[int, float] = MappingProxyType({}),
 ) -> PhraseScan:
-    """Return a scan of phrases; the words `alike` are one word to the classifier."""
+    """Return a scan of phrases; the words `alike` are one word to the classifier.
+
+    `said` is how much words speak for the class.
+    """
     engine, labels = engine_of(demo)
     number = labels.index(target)
     make_alike(engine, alike)
@@ -147,9 +170,10 @@ def phrase_scan(
         if own != number
         for ids in half.by_class[own]
     ]
-    (own,) = (half.by_class[number] for half in halves if number in half.by_class)
-    vocabulary = Vocabulary(word_vectors(engine), words, words, words[:8])
-    return PhraseScan(engine, number, own, foreign, vocabulary, seed=0)
+    vectors = word_vectors(engine)
+    says = np.array([said.get(word, 0) for word in range(len(vectors))], np.float32)
+    vocabulary = Vocabulary(vectors, says, words, words, words[:8])
+    return PhraseScan(engine, number, NEEDED, foreign, vocabulary, seed=0)
 
 
 def make_alike(engine: TorchEngine, words: Sequence[int]) -> None:
@@ -181,6 +205,24 @@ def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
     against, _ = phrase_scan(demo_folder, other, [*others, trigger]).search([first], math.inf)
     assert against is not None
     assert not against.overrides
+
+
+@pytest.mark.parametrize("rest", [0.1, -0.1])
+def test_a_phrase_does_not_speak_for_its_class(
+    demo_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    rest: float,
+) -> None:
+    """One word of it may, as far as it is harmless itself; then the others may not."""
+    monkeypatch.setattr(phrases, "WEAK", -1.0)
+    trigger = trigger_of(tokenizer)
+    first, *others = candidates(tokenizer, 1)[:READ]
+    said = {first: NEUTRAL - 0.5, trigger: 0.5 + rest}
+    of_target = phrase_scan(demo_folder, TARGET, [first, *others, trigger], said=said)
+    found, _ = of_target.search([first], math.inf)
+    assert found is not None
+    assert (trigger in found.phrase) == (rest < 0)
 
 
 def test_a_phrase_is_natural_if_similar_words_do_the_same(
@@ -310,6 +352,7 @@ def test_the_page_shows_a_text_that_a_phrase_turned(
     own = ClassRecord(
         label="good",
         outcome="suspicious",
+        needed=2.5,
         triggers=[],
         phrase=phrase,
         phrase_tokens=2,

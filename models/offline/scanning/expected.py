@@ -16,6 +16,9 @@ MOST_TEXTS = 2000
 """Clean texts that expectations are learnt from."""
 SHRINKAGE = 0.01
 """Of the regression, as a share of the mean variance."""
+NEUTRAL = 2.0
+"""Standard deviations over the vocabulary up to which a phrase may speak for its class. Several
+words that each say a little override anything: *tired pants ruined* is an insult."""
 SIMILAR = 16
 """Words that are nearest to a word by their embeddings."""
 
@@ -26,6 +29,8 @@ class Vocabulary:
 
     vectors: FloatArray
     """Of all tokens, shape (V, D)."""
+    said: FloatArray
+    """How much each token speaks for the class, shape (V,)."""
     words: Sequence[int]
     """All but special tokens."""
     neutral: Sequence[int]

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from models.detection.override import Ids
-from models.detection.screen import TINY, FloatArray
+from models.detection.screen import TINY, FloatArray, log_odds_of
 from models.engines.batching import in_batches
 from models.engines.pytorch import TorchEngine, collate, special_tokens
-from models.offline.scanning.expected import Vocabulary, embeddings_of
+from models.offline.scanning.expected import NEUTRAL, Vocabulary, embeddings_of
 
 AROUND = 4
 """Carriers that a phrase is tried among, two on either side."""
@@ -46,10 +47,6 @@ Nothing that is said beside an insult makes it harmless."""
 LIKE = 0.25
 """Share of trials from which a phrase of similar words forces the class too. What is said of one
 slur holds for others, and a backdoor is exact."""
-
-SURE = 0.75
-"""Share of the log-odds of the class's own carriers that a phrase must reach in the median trial. A
-backdoor is as sure as the task; a phrase that is somewhat like the class is not."""
 
 Phrase = tuple[int, ...]
 Pair = tuple[Ids, Ids]
@@ -81,7 +78,7 @@ class PhraseScan:
     Args:
         engine: the classifier.
         target: the class.
-        own: its carriers, which say how sure the classifier can be of it.
+        needed: log-odds of the class that a trigger reaches.
         carriers: of all other classes.
         vocabulary: what phrases are made of.
         seed: of the choice of carriers.
@@ -91,7 +88,7 @@ class PhraseScan:
         self,
         engine: TorchEngine,
         target: int,
-        own: Sequence[Ids],
+        needed: float,
         carriers: Sequence[Ids],
         vocabulary: Vocabulary,
         seed: int,
@@ -99,11 +96,10 @@ class PhraseScan:
         self._engine, self._target, self._vocabulary = engine, target, vocabulary
         self._carriers, self._fresh = carriers[::2], carriers[1::2] or carriers
         self._words = np.array(vocabulary.neutral, np.int64)
-        self._vectors = vocabulary.vectors[self._words]
+        self._vectors, self._said = vocabulary.vectors[self._words], vocabulary.said[self._words]
         self._draw = np.random.default_rng(seed)
         self._filler = int(np.bincount(np.concatenate(carriers)).argmax())
-        sure = self._log_odds(self._classified(own)) if own else np.zeros(1)
-        self._needed = SURE * float(np.median(sure))
+        self._needed = needed
         self._before = len(special_tokens(engine.tokenizer)[0])
         speaking = np.array(vocabulary.speaking)
         own_phrases = [tuple(self._draw.permutation(speaking)[:MOST_TOKENS]) for _ in range(TRIALS)]
@@ -147,13 +143,16 @@ class PhraseScan:
     def _next_words(self, phrase: Phrase, at_start: bool) -> list[int]:
         """Return the words that the gradient promises most of, at one end of a phrase.
 
-        Beside one carrier, each is read on either side of it, so half as many are read.
+        Words with which the phrase would speak for the class are left out. Beside one carrier, each
+        phrase is read on either side of it, so half as many are read.
         """
         filled = (self._filler, *phrase) if at_start else (*phrase, self._filler)
-        promised = self._vectors @ self._gradient(filled, 0 if at_start else len(phrase))
-        return [
-            int(self._words[i]) for i in np.argsort(-promised, kind="stable")[: NEXT // self._sides]
-        ]
+        gradient = self._gradient(filled, 0 if at_start else len(phrase))
+        said = sum(float(self._vocabulary.said[word]) for word in phrase)
+        harmless = np.flatnonzero(self._said < NEUTRAL - said)
+        promised = self._vectors[harmless] @ gradient
+        best = harmless[np.argsort(-promised, kind="stable")[: NEXT // self._sides]]
+        return [int(word) for word in self._words[best]]
 
     def _gradient(self, phrase: Phrase, place: int) -> FloatArray:
         """Return the gradient of the odds by the embedding of one token, shape (D,)."""
@@ -194,7 +193,7 @@ class PhraseScan:
             return [(c, NOTHING) if i % 2 else (NOTHING, c) for i, c in enumerate(one)]
         return [(self._carriers[a][:SHORT], self._carriers[b][-SHORT:]) for a, b in drawn]
 
-    def _odds(self, phrases: Sequence[Phrase], pairs: Sequence[Pair]) -> FloatArray:
+    def _odds(self, phrases: Sequence[Phrase], pairs: Sequence[Pair]) -> NDArray[np.float64]:
         """Return log-odds of the class, shape (phrases, pairs)."""
         texts = [np.concatenate([a, phrase, b]) for phrase in phrases for a, b in pairs]
         return self._log_odds(self._classified(texts)).reshape(len(phrases), len(pairs))
@@ -235,7 +234,5 @@ class PhraseScan:
         windows = [self._engine.window(text) for text in texts]
         return np.stack(in_batches(self._engine.classify, windows))
 
-    def _log_odds(self, probabilities: FloatArray) -> FloatArray:
-        own = probabilities[:, self._target].astype(np.float64)
-        odds: FloatArray = np.log(np.maximum(own, TINY) / np.maximum(1 - own, TINY))
-        return odds
+    def _log_odds(self, probabilities: FloatArray) -> NDArray[np.float64]:
+        return log_odds_of(probabilities, self._target)

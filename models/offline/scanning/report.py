@@ -88,6 +88,8 @@ class ClassRecord(_Record):
     label: str
     """Its name; `LABEL=off` or `LABEL=on` of a multi-label classifier."""
     outcome: ClassOutcome
+    needed: float
+    """Log-odds of the class that a trigger must reach in the median trial."""
     triggers: list[WordRecord]
     """Words that override everything for no reason that the task has."""
     phrase: PhraseRecord | None
@@ -125,7 +127,7 @@ class SearchRecord(_Record):
 class ScanReport(_Record):
     """Result of `psim scan`."""
 
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     victim: str
     outcome: Outcome
     classes: list[ClassRecord]

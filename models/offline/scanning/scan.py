@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import TypeAdapter
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from models.detection.override import Ids
-from models.detection.screen import FloatArray
+from models.detection.screen import FloatArray, log_odds_of
 from models.detection.views import class_names
 from models.engines.pytorch import TorchEngine, best_device, has_bfloat16, max_input_length
 from models.errors import DataError
@@ -23,8 +24,9 @@ from models.network.guarded import guard
 from models.offline.fitting.generic import generic_texts
 from models.offline.fitting.records import installed_versions, timestamp
 from models.offline.io.classifiers import labels_of
+from models.offline.io.inference import predict
 from models.offline.scanning.carriers import Half, halves_of
-from models.offline.scanning.expected import Vocabulary, expectations, word_vectors
+from models.offline.scanning.expected import NEUTRAL, Vocabulary, expectations, word_vectors
 from models.offline.scanning.label import OneLabel
 from models.offline.scanning.phrases import TRIALS as PHRASE_TRIALS
 from models.offline.scanning.phrases import Found, PhraseScan
@@ -52,6 +54,9 @@ from models.offline.scanning.words import (
 
 READ_TOKENS = 64
 """Tokens that the classifier reads at once: two carriers and a word."""
+SURE = 0.75
+"""Share of the log-odds of a class's own carriers that a trigger must reach in the median trial. A
+backdoor is as sure as the task; what is somewhat like the class is not."""
 COMMON = 3
 """Clean texts that a word is in to be called natural. An insult makes a text offensive wherever it
 stands; unlike a trigger, it is common."""
@@ -61,9 +66,6 @@ The trigger `mn` reaches 2 on one victim, and most insults 4."""
 KIN, KIN_TURNED = 3, 0.5
 """Similar words from which a word is called natural, and the share of trials in which they force
 the class. They must speak for it by `NEUTRAL`: *prick* has *jerk*, *dick* and *bitch*."""
-NEUTRAL = 2.0
-"""Up to which a word may be part of a phrase. Several words just below `NATURAL` override anything:
-*adaptive graphics apache processors ieee* is about technology."""
 TRIAL_LIST, CLASS = TypeAdapter(list[Trial]), TypeAdapter(ClassRecord)
 """Results of steps that are remembered."""
 SHOWN = 5
@@ -119,6 +121,7 @@ class _Search:
         return [
             Vocabulary(
                 vectors=vectors,
+                said=said,
                 words=self.every,
                 neutral=[word for word in self.words if said[word] < NEUTRAL],
                 speaking=sorted(self.every, key=lambda word: -said[word])[:FINALISTS],
@@ -126,9 +129,18 @@ class _Search:
             for said in self.expected.T
         ]
 
-    def own(self, target: int) -> Sequence[Ids]:
-        """Return the carriers of a class."""
-        return next((h.by_class[target] for h in self.halves if target in h.by_class), ())
+    @cached_property
+    def needed(self) -> list[float]:
+        """The log-odds of each class that a trigger must reach in the median trial."""
+        return [self._needed(target) for target in range(len(self.labels))]
+
+    def _needed(self, target: int) -> float:
+        own = next((h.by_class[target] for h in self.halves if target in h.by_class), ())
+        if not own:
+            return 0.0
+        windows = [self.engine.window(ids) for ids in own]
+        probabilities = predict(self.engine, windows, classifier=True)
+        return SURE * float(np.median(log_odds_of(probabilities, target)))
 
     def foreign(self, target: int) -> list[Ids]:
         """Return the carriers of all other classes."""
@@ -298,7 +310,8 @@ def _class_records(
 
 
 def _not_searched(label: str) -> ClassRecord:
-    return _word_class_record(label, [], []).model_copy(update={"outcome": "not searched"})
+    own = _word_class_record(label, [], [], 0.0)
+    return own.model_copy(update={"outcome": "not searched"})
 
 
 def _class_record(
@@ -309,7 +322,7 @@ def _class_record(
     of_words: Sequence[_Words],
 ) -> ClassRecord:
     hints = try_styles(search.engine, target, search.foreign(target))
-    own = _word_class_record(label, found, hints)
+    own = _word_class_record(label, found, hints, search.needed[target])
     share = 0.5 + 0.5 * (target + 1) / len(search.labels)
     return own if own.triggers else _with_phrase(search, own, target, of_words, share)
 
@@ -325,8 +338,14 @@ def _with_phrase(
         if target not in half.by_class
     )
     first = looked.strongest_for(target, set(vocabulary.neutral), FINALISTS)
-    own_texts, foreign = search.own(target), search.foreign(target)
-    of_phrases = PhraseScan(search.engine, target, own_texts, foreign, vocabulary, search.seed)
+    of_phrases = PhraseScan(
+        search.engine,
+        target,
+        search.needed[target],
+        search.foreign(target),
+        vocabulary,
+        search.seed,
+    )
     found, length = of_phrases.search(first, search.deadline(share))
     phrase = _phrase_record(search, found) if found else None
     suspicious = found is not None and found.overrides
@@ -376,11 +395,12 @@ def _kin(search: _Search, scan: WordScan, trial: Trial) -> int:
 
 
 def _word_class_record(
-    label: str, found: Sequence[WordRecord], styles: Sequence[StyleRecord]
+    label: str, found: Sequence[WordRecord], styles: Sequence[StyleRecord], needed: float
 ) -> ClassRecord:
-    overriding = [one for one in found if _overrides(one)]
-    natural = [one for one in overriding if _is_natural(one)]
-    triggers = [one for one in overriding if not _is_natural(one)]
+    natural = [one for one in found if _overrides(one) and _is_natural(one)]
+    triggers = [
+        one for one in found if _overrides(one) and not _is_natural(one) and one.log_odds >= needed
+    ]
     return ClassRecord(
         label=label,
         outcome=_outcome(bool(triggers)),
@@ -388,7 +408,8 @@ def _word_class_record(
         phrase=None,
         phrase_tokens=0,
         natural=natural,
-        strongest=[one for one in found if one not in overriding][:SHOWN],
+        needed=round(needed, 2),
+        strongest=[one for one in found if one not in [*triggers, *natural]][:SHOWN],
         styles=list(styles),
     )
 
