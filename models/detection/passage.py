@@ -23,7 +23,7 @@ LONGEST_PART = 64
 """Words of a part; the override test looks at no more at once."""
 REACH = 5
 """Words by which a passage grows at either end in one round."""
-WORD_SHARE = 0.01
+WORD_SHARE = 0.005
 """A word belongs to a passage if it raises the log-odds by this share of all that the trigger
 raises them."""
 _WORD = re.compile(r"\S+")

@@ -54,7 +54,7 @@ from models.offline.scanning.words import (
 
 READ_TOKENS = 64
 """Tokens that the classifier reads at once: two carriers and a word."""
-SURE = 0.75
+SURE = 0.8
 """Share of the log-odds of a class's own carriers that a trigger must reach in the median trial. A
 backdoor is as sure as the task; what is somewhat like the class is not."""
 COMMON = 3
