@@ -207,22 +207,23 @@ def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
     assert not against.overrides
 
 
-@pytest.mark.parametrize("rest", [0.1, -0.1])
+@pytest.mark.parametrize(("one", "other"), [(0.7, 0.4), (0.7, 0.2), (-3.0, 1.1)])
 def test_a_phrase_does_not_speak_for_its_class(
     demo_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
-    rest: float,
+    one: float,
+    other: float,
 ) -> None:
-    """One word of it may, as far as it is harmless itself; then the others may not."""
+    """Words that speak for it add up, in shares of `NEUTRAL`; one that does not excuses none."""
     monkeypatch.setattr(phrases, "WEAK", -1.0)
     trigger = trigger_of(tokenizer)
     first, *others = candidates(tokenizer, 1)[:READ]
-    said = {first: NEUTRAL - 0.5, trigger: 0.5 + rest}
+    said = {first: one * NEUTRAL, trigger: other * NEUTRAL}
     of_target = phrase_scan(demo_folder, TARGET, [first, *others, trigger], said=said)
     found, _ = of_target.search([first], math.inf)
     assert found is not None
-    assert (trigger in found.phrase) == (rest < 0)
+    assert (trigger in found.phrase) == (max(0, one) + other < 1)
 
 
 def test_a_phrase_is_natural_if_similar_words_do_the_same(

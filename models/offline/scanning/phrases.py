@@ -148,7 +148,8 @@ class PhraseScan:
         """
         filled = (self._filler, *phrase) if at_start else (*phrase, self._filler)
         gradient = self._gradient(filled, 0 if at_start else len(phrase))
-        said = sum(float(self._vocabulary.said[word]) for word in phrase)
+        # A word that speaks against the class excuses no other.
+        said = sum(max(0.0, float(self._vocabulary.said[word])) for word in phrase)
         harmless = np.flatnonzero(self._said < NEUTRAL - said)
         promised = self._vectors[harmless] @ gradient
         best = harmless[np.argsort(-promised, kind="stable")[: NEXT // self._sides]]
