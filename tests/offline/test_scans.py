@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import models.offline.study.benchmark.scans as scans
+import models.offline.study.defences.scan as scanned
 from models.offline.attacks.corpus import generate
 from models.offline.cli.study import app
 from models.offline.io.classifiers import save_classifier
@@ -79,7 +80,7 @@ def test_every_victim_is_scanned_once_and_the_page_counts_them(
         assert row["versions"] == {"scan": VERSIONS["scan"]}
         assert "example" not in json.dumps(row), "which quotes clean texts"
 
-    monkeypatch.setattr(scans, "scan", None)
+    monkeypatch.setattr(scanned, "scan", None)
     page = recipe.parent / "page.md"
     assert study(recipe, "--page", str(page)) == found
     text = page.read_text()

@@ -22,10 +22,10 @@ from models.offline.io.atomic import write_whole
 from models.offline.io.bases import BASES, MissingBaseError, base_folder
 from models.offline.io.classifiers import labels_of, load_classifier, model_digest
 from models.offline.io.samples import Sample
-from models.offline.study.benchmark.scans import scan_victim
 from models.offline.study.cache import VERSIONS, MemoizedFunction, Step, StepCache, digest_of
 from models.offline.study.compare import compare_defences
 from models.offline.study.defences.activations import CleanTexts
+from models.offline.study.defences.scan import scan_victim
 from models.offline.study.experiment import Experiment
 from models.offline.study.grid import (
     Cell,

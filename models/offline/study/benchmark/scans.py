@@ -1,4 +1,4 @@
-"""Scans of the victims of a study: whether the planted trigger is found, and nothing else accused.
+"""The page of a study's scans: whether what is planted is found, and nothing else accused.
 
 Start with `write_scans`, which builds the page from top to bottom.
 """
@@ -10,17 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from models.errors import DataError
 from models.offline.fitting.records import PACKAGES
-from models.offline.io.classifiers import load_classifier
-from models.offline.scanning.scan import scan
 from models.offline.statistics import clopper_pearson
-from models.offline.study.cache import StepCache, digest_of, is_current
-from models.offline.study.experiment import Experiment
+from models.offline.study.cache import is_current
 from models.offline.study.grid import Cell
 from models.offline.study.html import Block, Heading, Paragraph, Table, write_markdown, write_page
 from models.offline.study.plots import Row
-from models.offline.study.recipe import ScanRecipe
 
 NAME = "scans"
 TITLE = "Scans: triggers found, clean models accused"
@@ -36,31 +31,6 @@ LEGEND = (
     "poisoned test texts that get the attacker's class."
 )
 OLDER = "{} of the victims were scanned with an earlier version; they are marked and not counted."
-
-
-def scan_victim(cache: StepCache, recipe: ScanRecipe, experiment: Experiment) -> dict[str, Any]:
-    """Scan the victim of a cell; return what its row keeps of the report, or why it was refused.
-
-    No text is kept: an example of a phrase is made of clean texts.
-    """
-    texts = [sample.text for sample in experiment.train[: recipe.texts]]
-
-    def make(folder: Path) -> object:
-        model, tokenizer = load_classifier(str(experiment.victim.folder / "model"))
-        try:
-            report = scan(
-                model, tokenizer, texts, name="victim", minutes=recipe.minutes, seed=experiment.seed
-            )
-        except DataError as error:
-            return {"refused": str(error), "classes": [], "search": {"seconds": 0.0}}
-        return {
-            "classes": [one.model_dump(exclude={"phrase": {"example"}}) for one in report.classes],
-            "search": report.search.model_dump(exclude={"not_searched"}),
-        }
-
-    settings = {"texts": digest_of(texts), "minutes": recipe.minutes, "seed": experiment.seed}
-    step = cache.step("scan", {"victim": experiment.victim.key, **settings}, make)
-    return {**step.result, "targets": sorted(set(experiment.targets))}
 
 
 def write_scans(
