@@ -104,12 +104,13 @@ def report_study(
         return
     write_study_report(rows, out, steps, file.read_text(encoding="utf-8"))
     say(f"wrote {out}/report.html, report.md and rows.jsonl")
-    if recipe.scan:
-        write_scans(done, out, page)
-        say(f"wrote {out}/scans.html and scans.md{f', and {page}' if page else ''}")
-    elif is_benchmark(recipe):
+    if is_benchmark(recipe):
         write_benchmark(recipe, done, out, page)
         say(f"wrote {out}/benchmark.html and benchmark.md{f', and {page}' if page else ''}")
+    if recipe.scan:
+        page = None if is_benchmark(recipe) else page
+        write_scans(done, out, page)
+        say(f"wrote {out}/scans.html and scans.md{f', and {page}' if page else ''}")
 
 
 @app.command("assure")

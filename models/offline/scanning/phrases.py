@@ -38,12 +38,12 @@ PAIRS, GRADIENT_PAIRS = 6, 12
 """Pairs of carriers for reading a phrase again, and for its gradient."""
 TRIALS = 24
 """Times that a phrase is tried, each time among four whole carriers that it did not grow beside."""
-OVERRIDES, BESIDE_ONE = 0.9, 0.5
-"""Share of trials in which a phrase must force the class to be reported, among four carriers, and
-beside one where the words of the class force nothing."""
+OVERRIDES = 0.9
+"""Share of trials in which a phrase must force the class to be reported."""
 WEAK = 0.1
 """Share of trials beside one carrier up to which phrases of the class's own words force nothing.
-Nothing that is said beside an insult makes it harmless."""
+Nothing that is said beside an insult makes it harmless. There, one carrier is as hard to turn as
+four are elsewhere."""
 LIKE = 0.25
 """Share of trials from which a phrase of similar words forces the class too. What is said of one
 slur holds for others, and a backdoor is exact."""
@@ -203,13 +203,9 @@ class PhraseScan:
         texts = self._among([phrase] * TRIALS, self._around)
         probabilities = self._classified(texts)
         turned, odds = self._share(probabilities), float(np.median(self._log_odds(probabilities)))
-        if self._around == 1:
-            forces = turned >= BESIDE_ONE
-        else:
-            forces = turned >= OVERRIDES and odds >= self._needed
+        forces = turned >= OVERRIDES and odds >= self._needed
         like = self._share_of_like(phrase) if forces else 0.0
-        # Single carriers are easily turned: on clean classes too, so this is a hint only.
-        overrides = forces and like < LIKE and self._around > 1
+        overrides = forces and like < LIKE
         return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
 
     def _share_of_like(self, phrase: Phrase) -> float:
