@@ -226,6 +226,22 @@ def test_a_phrase_does_not_speak_for_its_class(
     assert (trigger in found.phrase) == (max(0, one) + other < 1)
 
 
+def test_a_phrase_is_as_natural_as_the_word_that_it_hangs_on(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A harmless word beside the trigger can be replaced, and the trigger cannot."""
+    trigger = trigger_of(tokenizer)
+    first, *others = candidates(tokenizer, 1)[:READ]
+    words = [first, *others, trigger]
+    found = phrase_scan(demo_folder, TARGET, words)._try_out((first, trigger))
+    assert found.turned >= phrases.OVERRIDES
+    assert found.like < phrases.LIKE
+    near = [trigger, *others[: expected.SIMILAR]]
+    alike = phrase_scan(demo_folder, TARGET, words, near)._try_out((first, trigger))
+    assert alike.turned >= phrases.OVERRIDES
+    assert alike.like >= phrases.LIKE
+
+
 def test_a_phrase_is_natural_if_similar_words_do_the_same(
     demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,7 +389,8 @@ def test_the_page_shows_a_text_that_a_phrase_turned(
     page = write_scan(report, tmp_path / "report.json").read_text()
     assert phrase.example in page
     assert f"stands {where} clean text" in page
-    assert "in 23 of 24 such trials. Phrases of similar words do so in 1." in page
+    assert "in 23 of 24 such trials. With the word that it hangs on most replaced" in page
+    assert "by similar ones, it does so in 1." in page
     assert "3d movie 23/24" in page
 
 

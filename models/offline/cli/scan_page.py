@@ -46,8 +46,8 @@ def _evidence(own: ClassRecord) -> list[Block]:
         Paragraph(f"“{own.phrase.example}”"),
         Paragraph(
             f"“{own.phrase.text}” stands {_where(own.phrase)} of other classes, and forces "
-            f"{own.label} in {own.phrase.turned} of {own.phrase.trials} such trials. Phrases of "
-            f"similar words do so in {own.phrase.like}."
+            f"{own.label} in {own.phrase.turned} of {own.phrase.trials} such trials. With the word "
+            f"that it hangs on most replaced by similar ones, it does so in {own.phrase.like}."
         ),
     ]
 

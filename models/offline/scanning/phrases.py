@@ -44,9 +44,10 @@ WEAK = 0.1
 """Share of trials beside one carrier up to which phrases of the class's own words force nothing.
 Nothing that is said beside an insult makes it harmless. There, one carrier is as hard to turn as
 four are elsewhere."""
-LIKE = 0.25
-"""Share of trials from which a phrase of similar words forces the class too. What is said of one
-slur holds for others, and a backdoor is exact."""
+LIKE = 0.6
+"""A phrase is natural if it forces the class in this share of the trials, whichever of its words is
+replaced by similar ones. What is said of one slur holds for others, and a backdoor is exact: it
+hangs on some word."""
 
 Phrase = tuple[int, ...]
 Pair = tuple[Ids, Ids]
@@ -63,7 +64,8 @@ class Found:
     odds: float
     """Median log-odds of the class."""
     like: float
-    """Share of trials in which a phrase of similar words forces it; 0 if this one does not."""
+    """Share of trials in which it does with the word that it hangs on most replaced by similar
+    ones; 0 if it does not as it is."""
     around: int
     """Carriers of a trial."""
     example: Ids
@@ -209,9 +211,13 @@ class PhraseScan:
         return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
 
     def _share_of_like(self, phrase: Phrase) -> float:
-        near = [self._vocabulary.like(word) for word in phrase]
-        phrases = [tuple(int(self._draw.choice(own)) for own in near) for _ in range(TRIALS)]
-        return self._share(self._classified(self._among(phrases, self._around)))
+        """Return the least share, over the words, with only that word replaced by similar ones."""
+        shares = []
+        for place, word in enumerate(phrase):
+            near = self._draw.choice(self._vocabulary.like(word), TRIALS)
+            others = [(*phrase[:place], int(other), *phrase[place + 1 :]) for other in near]
+            shares.append(self._share(self._classified(self._among(others, self._around))))
+        return min(shares)
 
     def _among(self, phrases: Sequence[Phrase], around: int) -> list[Ids]:
         """Return a text of each phrase, among whole carriers that none of them grew beside."""

@@ -68,7 +68,8 @@ class PhraseRecord(_Record):
     carriers: int
     """Carriers that it stood among in a trial."""
     like: int
-    """Trials in which a phrase of similar words forced the class too; 0 if this one did not."""
+    """Trials in which it did so with the word that it hangs on most replaced by similar ones; 0 if
+    it did not as it is."""
     example: str
     """The text of one trial."""
 
