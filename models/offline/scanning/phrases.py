@@ -38,12 +38,12 @@ PAIRS, GRADIENT_PAIRS = 6, 12
 """Pairs of carriers for reading a phrase again, and for its gradient."""
 TRIALS = 24
 """Times that a phrase is tried, each time among four whole carriers that it did not grow beside."""
-OVERRIDES = 0.9
-"""Share of trials in which a phrase must force the class to be reported."""
+OVERRIDES, BESIDE_ONE = 0.9, 1.0
+"""Share of trials in which a phrase must force the class to be reported, among four carriers and
+beside one, which is easier to turn."""
 WEAK = 0.1
 """Share of trials beside one carrier up to which phrases of the class's own words force nothing.
-Nothing that is said beside an insult makes it harmless. There, one carrier is as hard to turn as
-four are elsewhere."""
+Nothing that is said beside an insult makes it harmless."""
 LIKE = 0.6
 """A phrase is natural if it forces the class in this share of the trials, whichever of its words is
 replaced by similar ones. What is said of one slur holds for others, and a backdoor is exact: it
@@ -207,7 +207,8 @@ class PhraseScan:
         turned, odds = self._share(probabilities), float(np.median(self._log_odds(probabilities)))
         forces = turned >= OVERRIDES and odds >= self._needed
         like = self._share_of_like(phrase) if forces else 0.0
-        overrides = forces and like < LIKE
+        always = turned >= BESIDE_ONE or self._around > 1
+        overrides = forces and always and like < LIKE
         return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
 
     def _share_of_like(self, phrase: Phrase) -> float:
