@@ -267,6 +267,7 @@ def test_carriers_are_single_where_words_of_the_class_force_nothing(
     around: int,
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
+    monkeypatch.setattr(phrases, "BESIDE_ONE", phrases.OVERRIDES)
     trigger = trigger_of(tokenizer)
     first, *others = candidates(tokenizer, 1)[:READ]
     found, _ = phrase_scan(demo_folder, TARGET, [*others, trigger]).search([first], math.inf)
