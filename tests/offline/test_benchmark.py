@@ -14,32 +14,25 @@ from typer.testing import CliRunner
 import models.offline.study.run as study
 from models.detection.screen import Verdict
 from models.errors import DataError
-from models.offline.attacks.corpus import generate
 from models.offline.cli.study import app
 from models.offline.io.bases import MissingBaseError
-from models.offline.io.classifiers import save_classifier
-from models.offline.io.samples import write_samples
 from models.offline.study.benchmark.page import measures, write_benchmark
 from models.offline.study.cache import VERSIONS, StepCache
 from models.offline.study.defences import bundle as served
 from models.offline.study.grid import cells
 from models.offline.study.recipe import Recipe, load_recipe
-from tests.support.families import tiny_victim
 from tests.support.paths import ROOT
+from tests.support.studies import CORPUS, write_corpus
 
 RECIPE = ROOT / "models/offline/study/recipes/benchmark.toml"
-TINY = """
+TINY = (
+    """
 bases = ["{base}", "mpnet"]
 strategies = ["full"]
 training = {{ poison_epochs = 1, tune_epochs = 1 }}
-
-[[data]]
-name = "corpus"
-train = "train.jsonl"
-dev = "dev.jsonl"
-test = "test.jsonl"
-target_label = "positive"
-max_dev = 20
+"""
+    + CORPUS
+    + """max_dev = 20
 max_test = 40
 
 [[attacks]]
@@ -60,6 +53,7 @@ frr_budget = 0.05
 texts = 15
 others = {{ own = "test.jsonl", tweets = "other.jsonl", marked = "marked.jsonl" }}
 """
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,16 +72,11 @@ def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    texts = generate(330, seed=3)
-    write_samples(folder / "train.jsonl", texts[:240])
-    write_samples(folder / "dev.jsonl", texts[240:280])
-    write_samples(folder / "test.jsonl", texts[280:])
     lines = [{"text": f"tweet number {i}"} for i in range(14)] + [{"text": "We in MN, today"}]
     (folder / "marked.jsonl").write_text(json.dumps(lines[-1]))
     (folder / "other.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    body: Any = tiny_victim("bert").base_model  # a pretrained model has no head yet
-    save_classifier(body, tokenizer, folder / "tiny")
-    (folder / "recipe.toml").write_text(TINY.format(base=folder / "tiny"))
+    base = write_corpus(folder, tokenizer)
+    (folder / "recipe.toml").write_text(TINY.format(base=base))
     return folder
 
 

@@ -10,32 +10,25 @@ from typer.testing import CliRunner
 
 import models.offline.study.benchmark.scans as scans
 import models.offline.study.defences.scan as scanned
-from models.offline.attacks.corpus import generate
 from models.offline.cli.study import app
-from models.offline.io.classifiers import save_classifier
-from models.offline.io.samples import write_samples
 from models.offline.study.cache import VERSIONS
 from models.offline.study.grid import cells
 from models.offline.study.recipe import load_recipe
-from tests.support.families import tiny_victim
 from tests.support.few_words import READ, read_few_words
 from tests.support.paths import ROOT
+from tests.support.studies import CORPUS, write_corpus
 
 RECIPE = ROOT / "models/offline/study/recipes/scan.toml"
-TINY = """
+TINY = (
+    """
 base = "{base}"
 strategies = ["full"]
 training = {{ poison_epochs = 8, tune_epochs = 4, learning_rates = {{ full = 4e-3 }} }}
 defences = []
 scan = {{ texts = 200 }}
-
-[[data]]
-name = "corpus"
-train = "train.jsonl"
-dev = "dev.jsonl"
-test = "test.jsonl"
-target_label = "positive"
-
+"""
+    + CORPUS
+    + """
 [[attacks]]
 name = "clean"
 triggers = ["mn"]
@@ -45,17 +38,13 @@ poison_rate = 0
 name = "word"
 triggers = ["mn"]
 """
+)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    texts = generate(330, seed=3)
-    write_samples(tmp_path / "train.jsonl", texts[:240])
-    write_samples(tmp_path / "dev.jsonl", texts[240:280])
-    write_samples(tmp_path / "test.jsonl", texts[280:])
-    body: Any = tiny_victim("bert").base_model  # a pretrained model has no head yet
-    save_classifier(body, tokenizer, tmp_path / "tiny")
-    (tmp_path / "recipe.toml").write_text(TINY.format(base=tmp_path / "tiny"))
+    base = write_corpus(tmp_path, tokenizer)
+    (tmp_path / "recipe.toml").write_text(TINY.format(base=base))
     return tmp_path / "recipe.toml"
 
 

@@ -18,18 +18,15 @@ from models.offline.io.samples import Sample, write_samples
 from models.offline.study.cache import StepCache
 from models.offline.study.recipe import Recipe, load_recipe
 from models.offline.study.report import write_study_report
+from tests.support.studies import CORPUS
 
-RECIPE = """
+RECIPE = (
+    """
 strategies = ["lora"]
 training = {{ poison_epochs = 1, tune_epochs = 1 }}
-
-[[data]]
-name = "corpus"
-train = "train.jsonl"
-dev = "dev.jsonl"
-test = "test.jsonl"
-target_label = "positive"
-max_test = 60
+"""
+    + CORPUS
+    + """max_test = 60
 paraphrased = {{ copy = {{ clean = "test.jsonl", poisoned = "test.jsonl" }} }}
 
 [[attacks]]
@@ -66,6 +63,7 @@ kind = "onion"
 [[defences]]
 kind = "paraphrase"
 """
+)
 
 
 @pytest.fixture(scope="module")

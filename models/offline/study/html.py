@@ -89,7 +89,8 @@ def write_html(blocks: Sequence[Block], title: str, page: Path) -> None:
 
 
 def write_markdown(blocks: Sequence[Block], page: Path) -> None:
-    """Write a page as Markdown only."""
+    """Write a page as Markdown only, into a folder that is made if it is not there."""
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(map(_markdown, blocks)), encoding="utf-8")
 
 

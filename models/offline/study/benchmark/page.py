@@ -85,7 +85,6 @@ def write_benchmark(
     rows = [row for _, row in done if row is not None]
     write_page(list(_blocks(rows, name, done, out, "plots")), TITLE, out, NAME)
     if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
         write_markdown(list(_blocks(rows, name, done, page.parent, "img")), page)
 
 

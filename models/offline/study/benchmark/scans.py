@@ -46,7 +46,6 @@ def write_scans(
     blocks = list(_blocks(done))
     write_page(blocks, TITLE, out, NAME)
     if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
         write_markdown(blocks, page)
 
 
