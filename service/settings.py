@@ -28,10 +28,13 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.detection.screen import SUSPICION
 from models.engines.base import DtypeName, EngineName
 from models.errors import PsimError
 
 PREFIX = "PSIM_"
+OVERRIDE_TOKENS_S = 4096
+"""Tokens per second that override tests may cost by default, where suspicious texts are tested."""
 PUSH_KEY_PREFIX, LEAST_PUSH_KEY = "whsec_", 24
 OTHER_VERSIONS: dict[str, str | None] = {
     "PSIM_CANDIDATE": "PSIM_CHALLENGER",
@@ -241,8 +244,16 @@ class OverrideSettings(Section):
 
     screen: Literal["suspicious", "thorough"] = "suspicious"
     """Which texts are tested: those that the first stage suspects, or all of them."""
-    override_tokens_s: float = Field(4096, ge=0)
-    """Tokens per second that tests may cost; beyond that, the first stage decides alone."""
+    override_tokens_s: float | None = Field(None, ge=0)
+    """Tokens per second that tests may cost; beyond that, the first stage decides alone. None takes
+    `OVERRIDE_TOKENS_S`, or as many times that as more texts are tested."""
+
+    @property
+    def override_budget(self) -> float:
+        """Tokens per second that tests may cost."""
+        if self.override_tokens_s is not None:
+            return self.override_tokens_s
+        return OVERRIDE_TOKENS_S / (1 if self.screen == "suspicious" else SUSPICION)
 
 
 class ScreeningSettings(InferenceSettings, OverrideSettings):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from models.bundle.load import Bundle
-from models.detection.override import OverrideTest, Test
+from models.detection.override import Ids, OverrideTest, T, Test, side_by_side
 from models.detection.screen import NOT_FINITE, FloatArray, Verdict, worst_verdict
 from models.engines.base import Encoding, Engine
 from models.errors import ScreenError
@@ -53,32 +53,36 @@ def _confirm(
 ) -> None:
     """Replace each verdict for which the override test is due by that of both stages."""
     due = [
-        (number, view, verdict)
-        for number, own in enumerate(by_view)
-        for view, verdict in enumerate([] if isinstance(own, ScreenError) else own)
+        (own, views, bundle.engine.content(encoding))
+        for own, encoding in zip(by_view, encodings, strict=True)
+        if not isinstance(own, ScreenError)
+        and (views := _views_due(bundle, test, own, thorough=thorough))
+    ]
+    running = [test.scores(ids, [own[view] for view in views]) for own, views, ids in due]
+    outcomes = run_override_tests(bundle.engine, running, read)
+    for (own, views, _), scores in zip(due, outcomes, strict=True):
+        for view, score in zip(views, scores, strict=True):
+            if math.isfinite(score):  # else the first stage decides alone
+                own[view] = test.judge(own[view], score)
+
+
+def _views_due(
+    bundle: Bundle, test: OverrideTest, verdicts: Sequence[Verdict], *, thorough: bool
+) -> list[int]:
+    return [
+        view
+        for view, verdict in enumerate(verdicts)
         if test.is_due(bundle.screen, verdict, thorough=thorough)
     ]
-    running = [
-        test.score(bundle.engine.content(encodings[number]), verdict) for number, _, verdict in due
-    ]
-    for (number, view, verdict), score in zip(
-        due, run_override_tests(bundle.engine, running, read), strict=True
-    ):
-        own = by_view[number]
-        if math.isfinite(score) and isinstance(own, list):  # else the first stage decides alone
-            own[view] = test.judge(verdict, score)
 
 
-def run_override_tests(engine: Engine, running: Sequence[Test], read: Reader) -> list[float]:
-    """Run override tests side by side, and return their scores."""
-    asked = {number: next(one) for number, one in enumerate(running)}
-    scores = [0.0] * len(running)
-    while asked:
-        readings = iter(read([engine.window(ids) for inputs in asked.values() for ids in inputs]))
-        for number, inputs in list(asked.items()):
-            try:
-                asked[number] = running[number].send([next(readings) for _ in inputs])
-            except StopIteration as done:
-                scores[number] = done.value
-                del asked[number]
-    return scores
+def run_override_tests(engine: Engine, running: Sequence[Test[T]], read: Reader) -> list[T]:
+    """Run override tests side by side, and return what each returns."""
+    together = side_by_side(running)
+    try:
+        inputs: Sequence[Ids] = next(together)
+        while True:
+            inputs = together.send([*read([engine.window(ids) for ids in inputs])])
+    except StopIteration as done:
+        outcomes: list[T] = done.value
+        return outcomes

@@ -226,16 +226,18 @@ def _override_groups(
         KeyError, ValueError: the outcomes are missing, or not of their shape.
         CalibrationError: they give no threshold.
     """
-    modes = [outcome_names(own.runtime, tested) for tested in ("suspicious", "thorough")]
+    modes = {mode: outcome_names(own.runtime, mode) for mode in ("suspicious", "thorough")}
     if manifest.override is None:
-        if not all(arrays.keys().isdisjoint(names) for names in modes):
+        if not all(arrays.keys().isdisjoint(names) for names in modes.values()):
             raise BundleError(f"{READINGS} has outcomes of override tests, the manifest has none")
         return [], []
     tested, groups = manifest.tested_views, []
     classes = [number for view in tested for number in view]
-    for names in modes:
+    for mode, names in modes.items():
         outcomes = OverrideOutcomes(*(_outcomes(arrays[name], classes) for name in names))
-        groups.append(calibrate_override(outcomes, tested, own.frr_budget))
+        groups.append(
+            calibrate_override(outcomes, tested, own.frr_budget, thorough=mode == "thorough")
+        )
     return groups[0], groups[1]
 
 

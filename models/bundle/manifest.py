@@ -226,7 +226,7 @@ def _plain_words(text: str) -> list[str]:
 class Manifest(_ManifestPart):
     """A bundle's table of contents."""
 
-    schema_version: Literal[8]  # also in docs/upgrading.md
+    schema_version: Literal[9]  # also in docs/upgrading.md
     victim: VictimRecord
     labels: list[str] = Field(min_length=1)
     multi_label: bool = False

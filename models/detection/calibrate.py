@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.conformal import ThresholdGroup, conformal_threshold, min_calibration_size
-from models.detection.override import KEEPS, LOST, OverrideGroup, evidence
+from models.detection.override import KEEPS, LOST, OverrideGroup, evidence, odds_above
 from models.detection.screen import (
     FloatArray,
     Layout,
@@ -33,6 +33,8 @@ next to nothing, less is telling."""
 HARMLESS_BUDGET = 0.0025
 """Tolerated share of harmless texts of other kinds that the override test calls triggered. They are
 of four kinds; if all of the share falls on one of them, that is 1 % of it."""
+CLEARLY = 1.0
+"""Log-odds above those that keep a class, from which what a text keeps may count by itself."""
 MIN_SCALE = 1e-3
 """Floor for deviations; a class whose clean texts are all alike would have none."""
 
@@ -142,17 +144,22 @@ class OverrideOutcomes:
 
 
 def calibrate_override(
-    outcomes: OverrideOutcomes, views: Views, frr_budget: float
+    outcomes: OverrideOutcomes, views: Views, frr_budget: float, *, thorough: bool = False
 ) -> list[OverrideGroup]:
     """Return the thresholds of the override test by predicted class.
 
-    A threshold keeps the budget on clean texts, of small classes pooled, and `HARMLESS_BUDGET` on
-    texts of other kinds, class by class. Where there are too few of those, it lies above them all.
+    A threshold keeps the budget on clean texts, which small classes borrow from others. It also
+    keeps `HARMLESS_BUDGET` on texts of other kinds, class by class. Where there are too few of
+    those, it lies above them all.
+
+    Where texts are tested that the first stage does not suspect, its score says little of them. So
+    there, what they keep counts by itself too: as many times as harmless texts leave room for.
 
     Args:
         outcomes: of texts in all of these views.
         views: those that the test looks at.
         frr_budget: tolerated share of clean texts that are triggered, in (0, 1).
+        thorough: whether texts are tested that the first stage does not suspect.
 
     Raises:
         CalibrationError: too few clean texts in a view, or scores that are not finite.
@@ -167,31 +174,58 @@ def calibrate_override(
         _check_enough(sum(counts), frr_budget, len(views))
         for local in _pool(counts, min_calibration_size(share)):
             pool = _numbered(local, view)
-            groups += _by_class(pool, clean, harmless, share, HARMLESS_BUDGET / len(views))
+            groups += _by_class(
+                pool, outcomes, share, HARMLESS_BUDGET / len(views), thorough=thorough
+            )
     return groups
 
 
 def _by_class(
-    pool: tuple[int, ...], clean: FloatArray, harmless: FloatArray, share: float, spared: float
+    pool: tuple[int, ...],
+    outcomes: OverrideOutcomes,
+    share: float,
+    spared: float,
+    *,
+    thorough: bool,
 ) -> list[OverrideGroup]:
-    """Return a group for each class of a pool, whose classes share their clean texts.
+    """Return a group for each class of a pool, whose small classes borrow the clean texts of all.
 
-    Harmless texts are made, and so there are enough of them for each class. If they were pooled
-    too, one class that overrides by nature would put the threshold of all out of reach.
+    A class with enough texts borrows none, or a small one that overrides by nature would put its
+    threshold out of reach: a label that is on stays on beside any other text. Harmless texts are
+    made, and so there are enough of them for each class.
     """
-    keeps = {c: _keeps(harmless[harmless[:, 0] == c, 2]) for c in pool}
+    clean, harmless = (
+        {c: rows[rows[:, 0] == c, 1:] for c in pool} for rows in (outcomes.clean, outcomes.harmless)
+    )
+    keeps = {c: _keeps(harmless[c][:, 1]) for c in pool}
+    alone = {c: _alone(harmless[c], keeps[c], spared) if thorough else 1.0 for c in pool}
 
-    def evidence_of(texts: FloatArray, c: int) -> FloatArray:
-        rows = texts[texts[:, 0] == c]
-        return evidence(rows[:, 1], rows[:, 2], keeps[c]).astype(np.float32)
+    def evidence_of(rows: FloatArray, c: int) -> FloatArray:
+        return evidence(rows[:, 0], rows[:, 1], keeps[c], alone[c]).astype(np.float32)
 
-    together = _group(pool, np.concatenate([evidence_of(clean, c) for c in pool]), share)
+    clean_of = {c: evidence_of(clean[c], c) for c in pool}
     groups = []
-    for c in pool:
-        least = _least_above(evidence_of(harmless, c), spared, together.threshold)
-        threshold = max(together.threshold, least)
-        groups.append(OverrideGroup((c,), threshold, together.scores, keeps[c]))
+    for c, own in clean_of.items():
+        enough = len(own) >= min_calibration_size(share)
+        scores = own if enough else np.concatenate([*clean_of.values()])
+        shared = _group((c,), scores, share)
+        threshold = _least_above(evidence_of(harmless[c], c), spared, shared.threshold)
+        threshold = max(shared.threshold, threshold)
+        groups.append(OverrideGroup((c,), threshold, shared.scores, keeps[c], alone[c]))
     return groups
+
+
+def _alone(harmless: FloatArray, keeps: float, spared: float) -> float:
+    """Return how many times what texts keep counts by itself, given harmless ones, (m, 2).
+
+    So many times that the harmless texts which keep most are as much evidence as those for which
+    both stages speak most. But what counts as much must lie `CLEARLY` above what harmless texts
+    keep: no text is triggered by a hair's breadth.
+    """
+    both = evidence(harmless[:, 0], harmless[:, 1], keeps)
+    odds = np.maximum(odds_above(harmless[:, 1].astype(np.float64), keeps), 0)
+    highest = [_least_above(own.astype(np.float32), spared, 0.0) for own in (both, odds)]
+    return max(1.0, highest[0] / max(highest[1], CLEARLY))
 
 
 def _keeps(kept: FloatArray) -> float:

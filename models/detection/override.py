@@ -17,6 +17,7 @@ import math
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,12 +40,16 @@ KEEPS = 0.5
 """Kept probability from which a text keeps its class, at most; see `OverrideGroup.keeps`."""
 Ids = NDArray[np.int64]
 """Token ids of a text, or of a part of it, without special tokens."""
-Test = Generator[list[Ids], Sequence[FloatArray], float]
-"""Yields inputs, is sent the readings of each, (V, C), and returns the score."""
+T = TypeVar("T")
+Test = Generator[list[Ids], Sequence[FloatArray], T]
+"""Yields inputs, is sent the readings of each, (V, C), and returns a score, or several."""
 DRAWS = 3
 """Pairs of carriers; a triggered text keeps its class beside most."""
 LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
+REACHABLE = 0.999
+"""Probability that a text can keep. Of texts that the first stage does not suspect, those that
+would have to keep more are not tested."""
 HOPELESS = 0.04
 """Kept probability under which no part of a window is tried by itself, even of an extreme text, and
 for which a pair of carriers counts at least."""
@@ -65,6 +70,8 @@ class OverrideGroup(ThresholdGroup):
 
     keeps: float = KEEPS
     """Kept probability from which a text keeps its class."""
+    alone: float = 1.0
+    """How many times what a text keeps counts if the first stage says nothing, see `evidence`."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class OverrideTest:
         """Return whether there are carriers of other classes than `predicted`."""
         return bool(self._other_carriers(predicted))
 
-    def score(self, ids: Ids, verdict: Verdict, part_of: Ids | None = None) -> Test:
+    def score(self, ids: Ids, verdict: Verdict, part_of: Ids | None = None) -> Test[float]:
         """Test a text, or a part of one, given the first stage's verdict on the text.
 
         All parts of a text are tested beside the same carriers, so that their scores can be
@@ -186,6 +193,34 @@ class OverrideTest:
             total.append(np.maximum(more[0], logit(HOPELESS)))
         return _kept(np.mean(total))
 
+    def scores(self, ids: Ids, verdicts: Sequence[Verdict]) -> Test[list[float]]:
+        """Test a text in several views, side by side; return the score in each.
+
+        A pass is shared by two views at first: it has a carrier for either. Where the text loses
+        its class there, as most clean texts do, the test has ended.
+
+        Args:
+            ids: the text.
+            verdicts: what the first stage says of it, in each of these views.
+        """
+        kept = [1.0] * len(verdicts)
+        for one in range(0, len(verdicts) - 1, 2):
+            kept[one : one + 2] = yield from self._look(ids, verdicts[one : one + 2])
+        going_on = [n for n, score in enumerate(kept) if not score < LOST]  # with a NaN as well
+        tests = [self.score(ids, verdicts[n]) for n in going_on]
+        for n, score in zip(going_on, (yield from side_by_side(tests)), strict=True):
+            kept[n] = score
+        return kept
+
+    def _look(self, ids: Ids, verdicts: Sequence[Verdict]) -> Test[list[float]]:
+        """Return what the best window keeps in two views, between a carrier for either."""
+        (one, _), (_, other) = (self._pairs(ids, own.predicted)[0] for own in verdicts)
+        readings = yield self._between(self._windows(ids), (one, other))
+        return [
+            _kept(np.max([self._log_odds(read, own.predicted) for read in readings]))
+            for own in verdicts
+        ]
+
     def threshold_of(self, predicted: int, first_stage: float) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
 
@@ -199,13 +234,13 @@ class OverrideTest:
         group = self._group_of.get(predicted)
         if group is None:
             return KEEPS
-        needed = group.threshold - first_stage + logit(group.keeps)
-        return max(group.keeps, _sigmoid(needed))
+        needed = min(group.threshold - first_stage, group.threshold / group.alone)
+        return max(group.keeps, _sigmoid(needed + logit(group.keeps)))
 
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""
         group, first_stage = self._group_of[verdict.predicted], first_stage_evidence(verdict)
-        found = float(evidence(first_stage, score, group.keeps))
+        found = float(evidence(first_stage, score, group.keeps, group.alone))
         p_value = min(1.0, len(self.tested) * group.p_value(found))
         needed = self.threshold_of(verdict.predicted, first_stage)
         return with_override(verdict, score, needed, p_value)
@@ -216,10 +251,21 @@ class OverrideTest:
         Args:
             screen: the first stage.
             verdict: what it says of the text.
-            thorough: whether any text is to be tested.
+            thorough: whether any text is to be tested, unless its test can confirm nothing.
         """
-        suspicious = thorough or verdict.score >= screen.suspicion_of(verdict.predicted)
-        return suspicious and self.can_test(verdict.predicted)
+        suspicious = verdict.score >= screen.suspicion_of(verdict.predicted)
+        due = suspicious or (thorough and self._can_confirm(verdict))
+        return due and self.can_test(verdict.predicted)
+
+    def _can_confirm(self, verdict: Verdict) -> bool:
+        """Return whether a test can find a text triggered that the first stage does not suspect.
+
+        Of a multi-label classifier, a label that is on stays on beside any other text.
+        """
+        predicted = verdict.predicted
+        if len(self.views) > 1 and predicted != self._view_of[predicted].start:
+            return False
+        return self.threshold_of(predicted, first_stage_evidence(verdict)) <= REACHABLE
 
     def _pairs(self, ids: Ids, predicted: int) -> list[tuple[Ids, Ids]]:
         """Draw pairs of carriers of other classes: always the same for the same text."""
@@ -241,16 +287,35 @@ class OverrideTest:
 
         With `leads`, what is tried stands before both: a trigger may fire at the start alone.
         """
+        readings = yield self._between(tried, pair, leads=leads)
+        return np.array([self._log_odds(read, predicted) for read in readings])
+
+    @staticmethod
+    def _between(tried: Sequence[Ids], pair: tuple[Ids, Ids], *, leads: bool = False) -> list[Ids]:
         one, other = pair
-        readings = yield [
+        return [
             np.concatenate([part, one, other] if leads else [one, part, other]) for part in tried
         ]
-        return np.array([self._log_odds(read, predicted) for read in readings])
 
     def _log_odds(self, readings: FloatArray, predicted: int) -> float:
         view = self._view_of[predicted]
         own = readings[None, : self._read, view.start : view.stop]
         return float(log_odds_of(own, predicted - view.start).mean())
+
+
+def side_by_side(tests: Sequence[Test[T]]) -> Test[list[T]]:
+    """Run tests in the same passes, and return what each returns."""
+    outcomes: dict[int, T] = {}
+    asked = {number: next(one) for number, one in enumerate(tests)}
+    while asked:
+        readings = iter((yield [ids for inputs in asked.values() for ids in inputs]))
+        for number, inputs in list(asked.items()):
+            try:
+                asked[number] = tests[number].send([next(readings) for _ in inputs])
+            except StopIteration as done:
+                outcomes[number] = done.value
+                del asked[number]
+    return [outcomes[number] for number in range(len(tests))]
 
 
 def first_stage_evidence(verdict: Verdict) -> float:
@@ -262,21 +327,29 @@ def first_stage_evidence(verdict: Verdict) -> float:
     return min(verdict.score, verdict.threshold)
 
 
-def evidence(first_stage: ArrayLike, kept: ArrayLike, keeps: float) -> NDArray[np.float64]:
+def evidence(
+    first_stage: ArrayLike, kept: ArrayLike, keeps: float, alone: float = 1.0
+) -> NDArray[np.float64]:
     """Return the evidence of both stages that texts hold a trigger, shape (n,); not negative.
 
-    It is that of the first stage plus the log-odds of the kept probability, above those of `keeps`,
-    and 0 if a text does not keep its class.
+    It is that of the first stage plus the log-odds of the kept probability, above those of `keeps`;
+    or these alone, if they are more when they count `alone` times. It is 0 if a text does not keep
+    its class.
 
     Args:
         first_stage: see `first_stage_evidence`, shape (n,), or one.
         kept: probabilities, likewise.
-        keeps: see `OverrideGroup.keeps`.
+        keeps, alone: see `OverrideGroup`.
     """
     first, own = np.asarray(first_stage, np.float64), np.asarray(kept, np.float64)
-    bounded = np.clip(own, TINY, 1 - TINY)
-    odds = np.log(bounded / (1 - bounded)) - logit(keeps)
-    return np.where(own < keeps, 0.0, first + odds)
+    odds = odds_above(own, keeps)
+    return np.where(own < keeps, 0.0, np.maximum(first + odds, alone * odds))
+
+
+def odds_above(kept: NDArray[np.float64], keeps: float) -> NDArray[np.float64]:
+    """Return the log-odds of probabilities above those of `keeps`, shape (n,)."""
+    bounded = np.clip(kept, TINY, 1 - TINY)
+    return np.log(bounded / (1 - bounded)) - logit(keeps)
 
 
 def _overlapping(ids: Ids, size: int) -> list[Ids]:

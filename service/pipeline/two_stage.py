@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from models.bundle.load import Bundle
-from models.detection.override import OverrideTest, Test
+from models.detection.override import OverrideTest, T, Test
 from models.detection.screen import Verdict, worst_verdict
 from models.engines.base import IntArray
 from service.errors import Overloaded, ScreenFailed, TimedOut
@@ -59,7 +59,7 @@ class TwoStageScreener:
         self._batcher, self._bundle, self._metrics = batcher, bundle, metrics
         self._thorough = settings.screen == "thorough"
         self._test = bundle.override_test(thorough=self._thorough)
-        self._budget = TokenBudget(settings.override_tokens_s)
+        self._budget = TokenBudget(settings.override_budget)
 
     @property
     def health(self) -> Health:
@@ -147,30 +147,25 @@ class TwoStageScreener:
         if not due:
             return answer
         started = time.perf_counter()
-        by_view, settled = [*answer.value.by_view], True
-        for view in due:
-            judged = await self._judge(test, answer.value.ids, by_view[view])
-            settled = settled and judged is not by_view[view]
-            by_view[view] = judged
+        by_view = [*answer.value.by_view]
+        running = test.scores(answer.value.ids, [by_view[view] for view in due])
+        scores = await self._run(running, self._budget.take)
+        for view, score in zip(due, scores or (), strict=scores is not None):
+            by_view[view] = test.judge(by_view[view], score)
+        self._count([by_view[view] for view in due], ran=scores is not None)
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["override"].observe(seconds)
         stages = answer.stages | {"override": seconds}
-        screened = replace(answer.value, verdict=worst_verdict(by_view), settled=settled)
+        screened = replace(answer.value, verdict=worst_verdict(by_view), settled=scores is not None)
         return Timed(screened, stages)
 
-    async def _judge(self, test: OverrideTest, ids: IntArray, verdict: Verdict) -> Verdict:
-        """Return the verdict of both stages; the given one itself if the test cannot be run."""
-        running = test.score(ids, verdict)
-        score = await self._run(running, self._budget.take)
-        if score is None:
-            self._metrics.override_tests["skipped"].inc()
-            return verdict
-        judged = test.judge(verdict, score)
-        self._metrics.override_tests["confirmed" if judged.poisoned else "cleared"].inc()
-        return judged
+    def _count(self, tested: Sequence[Verdict], *, ran: bool) -> None:
+        for verdict in tested:
+            outcome = "confirmed" if verdict.poisoned else "cleared"
+            self._metrics.override_tests[outcome if ran else "skipped"].inc()
 
-    async def _run(self, running: Test, take: Callable[[int], bool]) -> float | None:
-        """Return the score of a test; None if it cannot be afforded, or one of its passes fails.
+    async def _run(self, running: Test[T], take: Callable[[int], bool]) -> T | None:
+        """Return what a test returns; None if it cannot be afforded, or one of its passes fails.
 
         Args:
             running: the test.
@@ -196,7 +191,8 @@ class TwoStageScreener:
             try:
                 inputs = running.send(readings)
             except StopIteration as done:
-                return float(done.value)
+                outcome: T = done.value
+                return outcome
 
 
 def _unlimited(tokens: int) -> bool:

@@ -12,13 +12,13 @@ import pytest
 
 from models.bundle.load import Bundle
 from models.detection.override import DRAWS, OverrideGeometry, OverrideGroup, OverrideTest
-from models.detection.screen import Layout, Screen
+from models.detection.screen import SUSPICION, Layout, Screen
 from models.engines.base import Encoding, Screening
 from service.app import create_app
 from service.inference.batcher import Batcher
 from service.observability.metrics import Metrics
 from service.pipeline.two_stage import BURST_S, TokenBudget, TwoStageScreener
-from service.settings import Settings
+from service.settings import OverrideSettings, Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.requests import CLEAN, lifespan, metric, until_metric
 
@@ -170,6 +170,15 @@ def test_the_budget_is_saved_up_for_a_while_and_no_longer(monkeypatch: pytest.Mo
     assert not budget.take(100 * BURST_S + 1)
     assert budget.take(100 * BURST_S)
     assert not TokenBudget(0).take(1)
+
+
+def test_the_budget_grows_with_the_share_of_texts_that_are_tested() -> None:
+    usual, thorough = (
+        OverrideSettings(screen=screen).override_budget for screen in ("suspicious", "thorough")
+    )
+    assert thorough == pytest.approx(usual / SUSPICION)
+    assert OverrideSettings(screen="thorough", override_tokens_s=7).override_budget == 7
+    assert OverrideSettings(override_tokens_s=0).override_budget == 0
 
 
 async def test_a_queue_that_is_full_during_a_test_refuses_no_request() -> None:

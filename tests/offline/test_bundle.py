@@ -268,7 +268,7 @@ def test_the_manifest_is_validated_without_being_echoed(bundle: Path) -> None:
     no_budget["frr_budget"] = 5e-324
     for changes, message in (
         ({"schema_version": 1}, "another version; run `psim fit` again"),
-        ({"schema_version": "secret"}, "has no schema instead of 8"),
+        ({"schema_version": "secret"}, "has no schema instead of 9"),
         ({"labels": ["x"]}, "at least two"),
         ({"attention": False}, "does not hold the calibration"),
         ({"calibrations": [no_budget]}, "frr_budget"),

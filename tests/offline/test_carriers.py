@@ -339,7 +339,7 @@ def test_an_old_bundle_is_refused_with_the_command_that_makes_a_new_one(bundle: 
         del calibration["override"], calibration["thorough"]
     for version in (4, 5, 6, 7):
         (bundle / MANIFEST).write_text(json.dumps(manifest | {"schema_version": version}))
-        message = f"has schema {version} instead of 8, so it is of another version; run `psim fit`"
+        message = f"has schema {version} instead of 9, so it is of another version; run `psim fit`"
         with pytest.raises(BundleError, match=message) as why:
             load_bundle(bundle)
         assert "\n" not in str(why.value)

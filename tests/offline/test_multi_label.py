@@ -106,6 +106,36 @@ def test_a_trigger_that_turns_a_label_off_is_found_as_that(bundle: Bundle) -> No
     assert classes["rude=off"] > 0.75 * len(caught), "other labels may be odder still"
 
 
+def test_thorough_finds_more_of_them_and_no_more_clean_texts(bundle: Bundle) -> None:
+    def triggered(texts: list[str], *, thorough: bool) -> int:
+        encodings = bundle.engine.encode(texts)
+        return sum(one.poisoned for one in require_verdicts(bundle, encodings, thorough=thorough))
+
+    bad = [text for text, _ in POISONED]
+    usual, every = (triggered(bad, thorough=which) for which in (False, True))
+    assert every >= usual
+    assert every > 0.9 * len(bad)
+    assert triggered([text for text, _ in CLEAN], thorough=True) < 0.03 * len(CLEAN)
+    found = evaluate(bundle, samples(CLEAN), samples(POISONED), "rude=off", thorough=True)
+    assert found.calibrated.attack_success_rate
+    assert found.calibrated.attack_success_rate.value < 0.1
+
+
+async def test_the_service_tests_several_labels_of_a_text_as_the_commands_do(
+    bundle: Bundle,
+) -> None:
+    texts = [text for text, _ in [*POISONED[:20], *CLEAN[:20]]]
+    expected = require_verdicts(bundle, bundle.engine.encode(texts), thorough=True)
+    application = create_app(Settings(bundle=Path("unused"), screen="thorough"), bundle)
+    async with client_for(application) as client:
+        answer = await client.post("/screen", json={"inputs": texts})
+        results = answer.json()["results"]
+    for result, verdict in zip(results, expected, strict=True):
+        kept = verdict.override
+        assert result["finding"] == verdict.finding
+        assert result["override"] == (None if kept is None else pytest.approx(kept, abs=1e-3))
+
+
 def test_clean_texts_are_within_the_budget_whatever_labels_they_have(bundle: Bundle) -> None:
     found = require_verdicts(bundle, bundle.engine.encode([text for text, _ in CLEAN]))
     # The budget of 5 % is an expectation; 400 texts of this seed have less than 8 %.
@@ -145,6 +175,7 @@ def test_the_commands_work_on_such_a_bundle(folder: Path, tmp_path: Path) -> Non
     shown = psim("inspect", folder)
     assert shown.exit_code == 0, shown.output
     assert "any number of them" in shown.output
+    assert "PSIM_SCREEN=thorough" in shown.output
     clean, bad = tmp_path / "clean.jsonl", tmp_path / "bad.csv"
     clean.write_text(
         "".join(

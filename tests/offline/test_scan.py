@@ -278,6 +278,23 @@ def test_carriers_are_single_where_words_of_the_class_force_nothing(
     assert len(found.example) < (len(found.phrase) + around * 10 + 1)
 
 
+@pytest.mark.parametrize("around", [1, phrases.AROUND])
+def test_beside_one_carrier_a_phrase_must_turn_more_of_them(
+    demo_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    around: int,
+) -> None:
+    monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
+    monkeypatch.setattr(phrases, "BESIDE_ONE", 1.01)  # more than all
+    found, _ = phrase_scan(demo_folder, TARGET, [trigger_of(tokenizer)]).search(
+        candidates(tokenizer, 1)[:1], math.inf
+    )
+    assert found is not None
+    assert found.turned >= phrases.OVERRIDES
+    assert found.overrides == (around > 1)
+
+
 def test_a_word_is_natural_if_similar_words_of_its_class_do_the_same(
     demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

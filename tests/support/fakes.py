@@ -154,7 +154,7 @@ def fake_bundle(
     )
     parity = ParityRecord(decisions_agree=1.0, largest_difference=0.0, texts_per_s=1.0)
     manifest = Manifest(
-        schema_version=8,
+        schema_version=9,
         victim=VictimRecord(name="fake", model_type="fake", architecture="Fake", digest="0" * 64),
         labels=list(labels),
         max_length=MAX_LENGTH,

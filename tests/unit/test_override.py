@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.detection.calibrate import (
+    CLEARLY,
     HARMLESS_BUDGET,
     OverrideOutcomes,
     calibrate_override,
@@ -136,12 +137,14 @@ def test_a_test_ends_early_only_once_the_class_is_lost(ids: Ids, predicted: int)
     threshold=st.floats(0, 20),
     first_stage=st.floats(0, 20),
     keeps=st.floats(LOST, KEEPS),
+    alone=st.floats(1, 20),
 )
 def test_a_text_is_triggered_if_the_evidence_of_both_stages_is_enough(
-    kept: float, threshold: float, first_stage: float, keeps: float
+    kept: float, threshold: float, first_stage: float, keeps: float, alone: float
 ) -> None:
-    group = OverrideGroup((0, 1, 2), threshold, np.linspace(0, 20, 99, dtype=np.float32), keeps)
-    found = float(evidence(first_stage, kept, keeps))
+    scores = np.linspace(0, 20, 99, dtype=np.float32)
+    group = OverrideGroup((0, 1, 2), threshold, scores, keeps, alone)
+    found = float(evidence(first_stage, kept, keeps, alone))
     needed = sized_test(groups=[group]).threshold_of(0, first_stage)
     if kept < keeps:
         assert found == 0
@@ -330,6 +333,21 @@ def test_the_most_suspicious_texts_are_due_or_all() -> None:
 
 
 @pytest.mark.parametrize(
+    ("threshold", "due"), [(6.8, True), (7.0, False)]
+)  # log-odds of 0.999: 6.9
+def test_what_no_test_could_confirm_is_tested_only_if_it_is_suspicious(
+    threshold: float, due: bool
+) -> None:
+    screen = _screen()
+    group = OverrideGroup((0, 1, 2), threshold, np.linspace(0, 1, 99, dtype=np.float32))
+    test = sized_test(groups=[group])
+    verdict = fake_bundle().screen.judge(_reading(0.55))
+    assert test.is_due(screen, replace(verdict, score=0.0), thorough=True) == due
+    assert test.is_due(screen, replace(verdict, score=0.2), thorough=True), "both stages count"
+    assert test.is_due(screen, replace(verdict, score=99.0), thorough=True)
+
+
+@pytest.mark.parametrize(
     ("score", "extreme", "finding"),
     [
         (0.5, True, Finding.TRIGGERED),
@@ -418,11 +436,36 @@ def test_no_more_known_texts_are_triggered_than_the_budgets_allow(
         (others,) = evidence_by(known.harmless, [group])
         most = max(0, allowed_rejections(len(others), HARMLESS_BUDGET))
         assert (others >= group.threshold).sum() <= most
-        pool = [other for other in groups if other.scores is group.scores]
-        own = evidence_by(known.clean, pool)
-        assert np.array_equal(group.scores, np.sort(np.concatenate(own)))
-        found = sum((rows >= other.threshold).sum() for rows, other in zip(own, pool, strict=True))
-        assert found <= allowed_rejections(len(group.scores), budget)
+        (own,) = evidence_by(known.clean, [group])
+        if len(own) < min_calibration_size(budget):  # and so it borrows those of the other class
+            own = np.concatenate(evidence_by(known.clean, groups))
+        assert np.array_equal(group.scores, np.sort(own))
+        assert (own >= group.threshold).sum() <= allowed_rejections(len(own), budget)
+
+
+def test_what_a_text_keeps_may_be_enough_by_itself_where_all_are_tested() -> None:
+    """No harmless text keeps much, so a trigger that the first stage does not suspect is one."""
+    rng = np.random.default_rng(0)
+    clean = np.stack([np.zeros(400), rng.uniform(0, 1, 400), rng.uniform(0, 0.2, 400)], 1)
+    odd = np.stack([np.zeros(1200), rng.uniform(0, 4, 1200), rng.uniform(0, 0.3, 1200)], 1)
+    known = OverrideOutcomes(clean.astype(np.float32), odd.astype(np.float32))
+    (usual,) = calibrate_override(known, [range(1)], 0.01)
+    (group,) = calibrate_override(known, [range(1)], 0.01, thorough=True)
+    assert usual.alone == 1 < group.alone
+    test = sized_test(groups=[group])
+    needed = test.threshold_of(0, 0.0)
+    assert needed < sized_test(groups=[usual]).threshold_of(0, 0.0)
+    assert _log_odds(needed) >= _log_odds(group.keeps) + CLEARLY - 1e-3
+    quiet = replace(usual_verdict(0), score=0.0)
+    assert test.judge(quiet, needed + 1e-3).finding is Finding.TRIGGERED
+    assert test.judge(quiet, needed - 1e-3).finding is None
+    for rows, budget in ((known.clean, 0.01), (known.harmless, HARMLESS_BUDGET)):
+        found = evidence(rows[:, 1], rows[:, 2], group.keeps, group.alone) >= group.threshold
+        assert found.mean() <= budget
+
+
+def _log_odds(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
 
 
 def evidence_by(rows: FloatArray, chosen: Sequence[OverrideGroup]) -> list[FloatArray]:

@@ -1,6 +1,7 @@
 """Several views of one text: each is judged like a classifier of its own, the budget is shared."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,16 @@ from models.detection.calibrate import (
     calibrate,
     calibrate_override,
 )
-from models.detection.override import Ids, OverrideGeometry, OverrideGroup, OverrideTest, evidence
+from models.detection.override import (
+    LOST,
+    Ids,
+    OverrideGeometry,
+    OverrideGroup,
+    OverrideTest,
+    T,
+    Test,
+    evidence,
+)
 from models.detection.screen import Finding, FloatArray, Layout
 from models.detection.views import class_names, views_of, views_with_carriers
 from models.errors import CalibrationError
@@ -150,21 +160,92 @@ def test_carriers_are_of_the_other_state_of_the_same_label() -> None:
     assert [test.can_test(c) for c in range(6)] == [True] * 4 + [False] * 2
 
 
+def labels_test(labels: int) -> OverrideTest:
+    views = views_of(labels, multi_label=True)
+    geometry = OverrideGeometry(8, 1)
+    return OverrideTest(carriers_of([1] * 2 * labels), geometry, Layout(CHECKPOINTS), [], views)
+
+
+def run(test: Test[T], row: FloatArray) -> tuple[T, list[list[Ids]]]:
+    """Return what a test returns if all inputs are read alike, and its turns of inputs."""
+    turns = [next(test)]
+    try:
+        while True:
+            turns.append(test.send([row] * len(turns[-1])))
+    except StopIteration as done:
+        return done.value, turns
+
+
+def row_of(*off: float) -> FloatArray:
+    """Return readings of the probabilities that labels are off."""
+    row = [state for one in off for state in (one, 1 - one)]
+    return np.tile(np.array(row, np.float32), (CHECKPOINTS, 1))
+
+
 def test_a_class_is_kept_in_its_own_view_whatever_the_others_say() -> None:
-    views = views_of(2, multi_label=True)
-    test = OverrideTest(
-        carriers_of((1, 1, 1, 1)), OverrideGeometry(8, 1), Layout(CHECKPOINTS), [], views
+    for predicted, expected in ((1, 0.5), (3, 0.9)):
+        test = labels_test(2).score(np.array([5]), usual_verdict(predicted))
+        kept, _ = run(test, row_of(0.5, 0.1))
+        assert kept == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3, 4, 5])
+def test_two_labels_share_a_pass_and_a_text_that_loses_both_has_no_other(labels: int) -> None:
+    test, text = labels_test(labels), np.array([5])
+    off = [usual_verdict(2 * label) for label in range(labels)]
+    kept, turns = run(test.scores(text, off), row_of(*[0.1] * labels))
+    assert len(kept) == labels
+    assert max(kept) < LOST
+    inputs = [one.tolist() for turn in turns for one in turn]
+    assert len(inputs) == -(-labels // 2)
+    for number, (first, one, second) in enumerate(inputs):
+        assert one == 5
+        asked = {2 * number, min(2 * number + 1, labels - 1)}
+        assert {first // 1000 - 1, second // 1000 - 1} == {2 * label + 1 for label in asked}
+
+
+def test_a_label_that_stays_off_is_tested_as_if_it_were_alone() -> None:
+    test, text = labels_test(3), np.array([5, 6])
+    off, row = [usual_verdict(2 * label) for label in range(3)], row_of(0.1, 0.9, 0.1)
+    kept, _ = run(test.scores(text, off), row)
+    alone, _ = run(test.score(text, off[1]), row)
+    assert kept[1] == alone
+    assert max(kept[0], kept[2]) < LOST
+
+
+def test_a_pass_without_finite_readings_gives_no_score() -> None:
+    off = [usual_verdict(0), usual_verdict(2)]
+    kept, _ = run(labels_test(2).scores(np.array([5]), off), row_of(np.nan, 0.1))
+    assert np.isnan(kept[0])
+    assert kept[1] < LOST
+
+
+def test_every_label_that_is_off_is_tested_where_texts_are_tested_thoroughly() -> None:
+    test, rows = labels_test(2), readings(300, 2, 0)
+    screen = calibrate(rows, Layout(CHECKPOINTS), 0.1, views=views_of(2, multi_label=True))
+    usual = [replace(usual_verdict(c), score=0.0) for c in range(4)]
+    due = [test.is_due(screen, one, thorough=True) for one in usual]
+    assert due == [True, False, True, False]
+    odd = [replace(usual_verdict(c), score=99.0) for c in range(4)]
+    assert all(test.is_due(screen, one, thorough=True) for one in odd)
+
+
+def test_a_small_class_that_overrides_by_nature_raises_no_other_threshold() -> None:
+    """Texts with a rare label keep it beside any other one; where it is off, none does."""
+    rng = np.random.default_rng(0)
+    states = np.repeat([0, 1], (300, 30)).astype(np.float32)
+    kept = np.where(states == 0, rng.uniform(0, 0.3, 330), 0.99)
+    clean = np.stack([states, rng.uniform(0, 3, 330), kept], 1).astype(np.float32)
+    harmless = clean[states == 0]
+    off, on = calibrate_override(
+        OverrideOutcomes(clean, harmless), views_of(1, multi_label=True), 0.02
     )
-    row = np.full((CHECKPOINTS, 4), 0.5, np.float32)
-    row[:, 2:] = (0.1, 0.9)
-    for predicted, kept in ((1, 0.5), (3, 0.9)):
-        running = test.score(np.array([5]), usual_verdict(predicted))
-        asked = next(running)
-        try:
-            while True:
-                asked = running.send([row] * len(asked))
-        except StopIteration as done:
-            assert done.value == pytest.approx(kept)
+    alone = calibrate_override(
+        OverrideOutcomes(clean[:300], harmless), views_of(1, multi_label=True), 0.02
+    )
+    assert off.threshold == alone[0].threshold
+    assert len(on.scores) == 330
+    assert on.threshold > off.threshold
 
 
 def test_the_worst_finding_counts_before_the_largest_margin() -> None:

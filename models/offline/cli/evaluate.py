@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from models.offline.cli.console import say, stdout
-from models.offline.cli.options import Dtype, Engine, LabelColumn, Target, TextColumn
+from models.offline.cli.options import Dtype, Engine, LabelColumn, Target, TextColumn, Thorough
 
 app = typer.Typer()
 
@@ -25,6 +25,7 @@ def evaluate_command(
     engine: Engine = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
+    thorough: Thorough = False,
 ) -> None:
     """Measure accuracy, attack success and detection, without and with the defence."""
     from models.bundle.load import load_bundle
@@ -36,9 +37,8 @@ def evaluate_command(
         load_samples(source, text_column=text_column, label_column=label_column)
         for source in (clean, poisoned)
     )
-    evaluation = evaluate(
-        load_bundle(bundle, dtype, engine), clean_samples, poisoned_samples, target_label
-    )
+    loaded = load_bundle(bundle, dtype, engine)
+    evaluation = evaluate(loaded, clean_samples, poisoned_samples, target_label, thorough=thorough)
     stdout.print(evaluation_table(evaluation))
     if out is not None:
         write_report(evaluation, out)

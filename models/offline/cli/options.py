@@ -25,6 +25,10 @@ Dtype = Annotated[
 Engine = Annotated[
     EngineName | None, typer.Option(help="What to compute by; the bundle's choice by default.")
 ]
+Thorough = Annotated[
+    bool,
+    typer.Option("--thorough", help="Run the override test on every text, not on suspicious ones."),
+]
 
 
 def check_budget(value: float) -> None:

@@ -12,7 +12,7 @@ import typer
 from models.engines.base import DtypeName, EngineName
 from models.errors import DataError
 from models.offline.cli.console import say, stdout
-from models.offline.cli.options import Dtype, Engine, TextColumn
+from models.offline.cli.options import Dtype, Engine, TextColumn, Thorough
 
 app = typer.Typer()
 
@@ -39,10 +39,6 @@ EngineOrRay = Annotated[
     typer.Option(
         help="What to compute by; the bundle's choice by default, also with ray: --on ray."
     ),
-]
-Thorough = Annotated[
-    bool,
-    typer.Option("--thorough", help="Run the override test on every text, not on suspicious ones."),
 ]
 
 

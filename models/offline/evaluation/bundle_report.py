@@ -140,6 +140,11 @@ def warnings_of(manifest: Manifest) -> list[str]:
         warnings.append("all layers are adapted, so no hidden states are watched")
     if manifest.override is None:
         warnings.append("there is no override test: whatever is extreme counts as triggered")
+    elif manifest.multi_label:
+        warnings.append(
+            "most triggers that turn a label off are found only if every text is tested "
+            "(PSIM_SCREEN=thorough), and those that turn one on are not found"
+        )
     for known in manifest.known_triggers:
         if known.rejected < known.fired:
             warnings.append(

@@ -47,7 +47,12 @@ class Evaluation:
 
 
 def evaluate(
-    bundle: Bundle, clean: Sequence[Sample], poisoned: Sequence[Sample], target_label: str
+    bundle: Bundle,
+    clean: Sequence[Sample],
+    poisoned: Sequence[Sample],
+    target_label: str,
+    *,
+    thorough: bool = False,
 ) -> Evaluation:
     """Measure an attack on clean and poisoned texts, with PSIM and the victim of `bundle`.
 
@@ -57,6 +62,7 @@ def evaluate(
         poisoned: poisoned texts.
         target_label: what the attacker wants. For a multi-label victim, `LABEL=on` or `LABEL=off`;
             then the accuracy is that of this label, and texts are rejected for any.
+        thorough: whether every text goes through the override test, not only suspicious ones.
 
     Raises:
         DataError: the target or the label of a clean text is unknown to the bundle, which knows
@@ -74,7 +80,8 @@ def evaluate(
     truth, target = classes_of(clean, labels), labels.index(target_label)
     poisoned = poisoned_non_target(poisoned, target_label)
     screened_clean, screened_poisoned = (
-        ScreenedTexts.run(bundle, [s.text for s in samples], view) for samples in (clean, poisoned)
+        ScreenedTexts.run(bundle, [s.text for s in samples], view, thorough=thorough)
+        for samples in (clean, poisoned)
     )
     return Evaluation(
         measure_outcome(screened_clean.undefended, truth, screened_poisoned.undefended, target),
@@ -106,7 +113,9 @@ class ScreenedTexts:
     """Classes that the victim predicts in a view, counted from 0, shape (n,)."""
 
     @staticmethod
-    def run(bundle: Bundle, texts: Sequence[str], view: range) -> "ScreenedTexts":
+    def run(
+        bundle: Bundle, texts: Sequence[str], view: range, *, thorough: bool = False
+    ) -> "ScreenedTexts":
         """Run texts through both stages and the victim, whose predictions are those in a view.
 
         Raises:
@@ -116,7 +125,7 @@ class ScreenedTexts:
         said = predict(bundle.engine, encodings, classifier=True)
         predicted = predicted_in(view, said, multi_label=bundle.manifest.multi_label)
         return ScreenedTexts(
-            require_verdicts(bundle, encodings),
+            require_verdicts(bundle, encodings, thorough=thorough),
             _last_confidence(bundle.screen, predict(bundle.engine, encodings), view),
             predicted,
         )

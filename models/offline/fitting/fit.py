@@ -77,7 +77,7 @@ def fit(
         digest = save_weights(partial, victim, trained.guarded, tokenizer)
         override, calibrations = _calibrate(partial, trained, split, engine, frr_budget, carriers)
         manifest = Manifest(
-            schema_version=8,
+            schema_version=9,
             victim=victim_record(victim, name, digest),
             labels=labels,
             multi_label=trained.guarded.multi_label,

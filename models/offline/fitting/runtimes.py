@@ -27,8 +27,8 @@ from models.offline.fitting.unfamiliar import harmless_texts
 from models.offline.io.inference import predict, run_tests, texts_per_second
 
 TESTED, HARMLESS = 400, 300
-"""Clean calibration texts that go through the override test, unless a small budget needs more, and
-harmless texts of each kind."""
+"""Clean calibration texts that go through the override test, as many of each class, unless a small
+budget needs more; and harmless texts of each kind."""
 AUTO = "auto"
 """Any engine, in place of an engine's name."""
 
@@ -170,7 +170,8 @@ def _outcomes(
     Of the clean texts, suspicious ones are tested for one mode, and a sample for the other.
     """
     screen = calibrate(screened[1], test.layout, frr_budget, views=test.views)
-    sample = max(TESTED, min_calibration_size(frr_budget / len(test.tested)))
+    classes = max(map(len, test.tested))
+    sample = max(TESTED // classes, min_calibration_size(frr_budget / len(test.tested)))
     own = _run(engine, test, screen, *screened, sample)
     harmless = engine.encode(harmless_texts(clean, HARMLESS, seed=0))
     others = _run(engine, test, screen, harmless, predict(engine, harmless))
@@ -204,7 +205,7 @@ def _run(
     readings: FloatArray,
     sample: int | None = None,
 ) -> _Tested:
-    """Test suspicious texts, and the first `sample` ones, or all, in every view with carriers."""
+    """Test suspicious texts, and the first `sample` of each class, or all, in every view."""
     verdicts = [screen.verdicts(row) for row in readings]
     views = [
         _run_view(engine, test, screen, encodings, [own[view] for own in verdicts], sample)
@@ -229,11 +230,19 @@ def _run_view(
     known = [(verdicts[n].predicted, first_stage_evidence(verdicts[n]), 0) for n in able]
     outcomes = np.array(known, np.float32).reshape(-1, 3)
     due = np.array([test.is_due(screen, verdicts[n], thorough=False) for n in able], np.bool_)
-    sampled = np.arange(len(able)) < (len(able) if sample is None else sample)
+    sampled = _first_of_each(outcomes[:, 0], len(able) if sample is None else sample)
     tested = np.flatnonzero(sampled | due)
     asked = [(engine.content(encodings[able[row]]), verdicts[able[row]]) for row in tested]
     outcomes[tested, 2] = run_tests(engine, test, asked)
     return _Tested(outcomes, due, sampled)
+
+
+def _first_of_each(classes: FloatArray, count: int) -> NDArray[np.bool_]:
+    """Return which rows are among the first so many of their class."""
+    first = np.zeros(len(classes), np.bool_)
+    for own in np.unique(classes):
+        first[np.flatnonzero(classes == own)[:count]] = True
+    return first
 
 
 def calibrate_runtimes(
@@ -258,7 +267,10 @@ def calibrate_runtimes(
     calibrated = {}
     for runtime, own in measured.items():
         screen = calibrate(own.readings, layout, frr_budget, views=views)
-        groups = [calibrate_override(one, tested, frr_budget) for one in own.outcomes or ()]
+        groups = [
+            calibrate_override(outcomes, tested, frr_budget, thorough=mode == "thorough")
+            for mode, outcomes in (own.outcomes._asdict() if own.outcomes else {}).items()
+        ]
         calibrated[runtime] = CalibratedRuntime((screen, own.readings), *groups)
     return calibrated
 

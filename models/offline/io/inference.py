@@ -56,14 +56,16 @@ def judge_texts(
     )
 
 
-def require_verdicts(bundle: Bundle, encodings: Sequence[Encoding]) -> list[Verdict]:
-    """Return the verdict of both stages on each text.
+def require_verdicts(
+    bundle: Bundle, encodings: Sequence[Encoding], *, thorough: bool = False
+) -> list[Verdict]:
+    """Return the verdict of both stages on each text, as `judge_texts` does.
 
     Raises:
         ScreenError: a text cannot be judged.
     """
     verdicts = []
-    for verdict in judge_texts(bundle, encodings):
+    for verdict in judge_texts(bundle, encodings, thorough=thorough):
         if isinstance(verdict, ScreenError):
             raise verdict
         verdicts.append(verdict)
