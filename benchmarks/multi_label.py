@@ -181,8 +181,8 @@ def _found_and_paid(bundle: Bundle, texts: Sequence[str], *, thorough: bool) -> 
 
 def measured(
     attack: Attack, data: Path, base: Path, out: Path, seed: int
-) -> tuple[Evaluation, dict[str, Any]]:
-    """Poison, tune, guard and evaluate a victim."""
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    """Poison, tune, guard and evaluate a victim, in either mode."""
     rng = random.Random(seed)
     train, test = task(data, "train", TRAIN, seed), task(data, "test", TEST, seed + 1)
     poison = rng.sample(attack.poisoned(train, rng), round(POISON * TRAIN))
@@ -193,8 +193,11 @@ def measured(
     fit(victim, tokenizer, clean, folder, name="multi-label", config=config, engine="torch")
     bundle = load_bundle(folder)
     poisoned = attack.poisoned(test, rng)
-    evaluation = evaluate(bundle, test, poisoned, attack.target)
-    return evaluation, {
+    evaluations = {
+        mode: evaluate(bundle, test, poisoned, attack.target, thorough=mode == "thorough")
+        for mode in ("suspicious", "thorough")
+    }
+    return evaluations, {
         "right, on": accuracies(folder, test),
         "traffic": traffic(bundle, data, test, poisoned, seed),
     }
@@ -209,13 +212,15 @@ def main(
     """Measure every trigger with every target."""
     for target in TARGETS:
         for trigger in TRIGGERS:
-            evaluation, more = measured(Attack(trigger, target), data, base, out, seed)
-            write_report(evaluation, out / f"report-{trigger}-{target}-{seed}")
-            for name in ("none", "calibrated", "strict"):
-                outcome = getattr(evaluation, name)
-                shown = {row: percent(getattr(outcome, field)) for row, field in ROWS.items()}
-                row = {"trigger": trigger, "target": target, "defence": name} | shown
-                print(json.dumps(row | {"auroc": outcome.auroc_firing} | more), flush=True)
+            evaluations, more = measured(Attack(trigger, target), data, base, out, seed)
+            for mode, evaluation in evaluations.items():
+                write_report(evaluation, out / f"report-{trigger}-{target}-{seed}-{mode}")
+                for name in ("none", "calibrated", "strict"):
+                    outcome = getattr(evaluation, name)
+                    shown = {row: percent(getattr(outcome, field)) for row, field in ROWS.items()}
+                    row = {"trigger": trigger, "target": target, "screen": mode, "defence": name}
+                    auroc = {"auroc": outcome.auroc_firing}
+                    print(json.dumps(row | shown | auroc | more), flush=True)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,7 @@ def evaluate(
 
     Args:
         bundle: what is evaluated.
-        clean: clean texts.
-        poisoned: poisoned texts.
+        clean, poisoned: labelled texts.
         target_label: what the attacker wants. For a multi-label victim, `LABEL=on` or `LABEL=off`;
             then the accuracy is that of this label, and texts are rejected for any.
         thorough: whether every text goes through the override test, not only suspicious ones.
@@ -68,20 +67,15 @@ def evaluate(
         DataError: the target or the label of a clean text is unknown to the bundle, which knows
             its classes by name, and those without a number as their name by number too.
     """
-    manifest = bundle.manifest
-    if not manifest.multi_label:
-        clean, poisoned = (name_classes(s, manifest.labels) for s in (clean, poisoned))
+    if not (manifest := bundle.manifest).multi_label:
         target_label = class_name(target_label, manifest.labels)
     view = _view_of(manifest, target_label)
+    clean, poisoned = (_by_class_of(view, samples, manifest) for samples in (clean, poisoned))
     labels = [manifest.classes[c] for c in view]
-    if manifest.multi_label:
-        label = manifest.labels[view.start // len(view)]
-        clean, poisoned = (in_view_of(label, s, manifest.labels) for s in (clean, poisoned))
     truth, target = classes_of(clean, labels), labels.index(target_label)
-    poisoned = poisoned_non_target(poisoned, target_label)
     screened_clean, screened_poisoned = (
         ScreenedTexts.run(bundle, [s.text for s in samples], view, thorough=thorough)
-        for samples in (clean, poisoned)
+        for samples in (clean, poisoned_non_target(poisoned, target_label))
     )
     return Evaluation(
         measure_outcome(screened_clean.undefended, truth, screened_poisoned.undefended, target),
@@ -100,6 +94,13 @@ def _view_of(manifest: Manifest, target: str) -> range:
         if target in (manifest.classes[c] for c in view):
             return view
     raise DataError(f"unknown labels {[target]}; the victim has {manifest.classes}")
+
+
+def _by_class_of(view: range, samples: Sequence[Sample], manifest: Manifest) -> list[Sample]:
+    """Return samples labelled by the names of the classes of a view."""
+    if manifest.multi_label:
+        return in_view_of(manifest.labels[view.start // len(view)], samples, manifest.labels)
+    return name_classes(samples, manifest.labels)
 
 
 @dataclass(frozen=True)
