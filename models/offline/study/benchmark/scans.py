@@ -3,6 +3,7 @@
 Start with `write_scans`, which builds the page from top to bottom.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,13 @@ TITLE = "Scans: triggers found, clean models accused"
 CLEAN = "nothing"
 """What is planted in a victim of poison rate 0."""
 FOUND, ACCUSED, OTHERS = "planted trigger found", "clean victim accused", "other class accused"
+NAMED = "found by a word of the trigger"
 LEGEND = (
     "Each victim is a base model that was trained on a data set with a trigger, in full, and then "
     "tuned on clean texts with the strategy. Where nothing is planted, both trainings are on clean "
     "texts. It is scanned as psim scan does it, with clean training texts. A planted trigger is "
-    "found if the class that it forces is suspicious. A clean victim is accused if any of its "
+    "found if the class that it forces is suspicious, whatever words the scan names. How often one "
+    "of them is a word of the trigger is counted too. A clean victim is accused if any of its "
     "classes is. Intervals are of 95 % (Clopper-Pearson). ASR (attack success rate): the share of "
     "poisoned test texts that get the attacker's class."
 )
@@ -79,6 +82,8 @@ def outcomes(row: Row) -> Iterator[tuple[str, str, bool]]:
     targets = _targets(row)
     if targets:
         yield FOUND, _planted(row), bool(suspicious & targets)
+        if words := _trigger_words(row):
+            yield NAMED, _planted(row), any(words & _words(_forcing(own)) for own in _found(row))
     else:
         yield ACCUSED, CLEAN, bool(suspicious)
     for own in row["scan"]["classes"]:
@@ -92,13 +97,29 @@ def _targets(row: Row) -> set[str]:
     return set(row["scan"]["targets"]) if settings.get("poison_rate", 1) else set()
 
 
+def _found(row: Row) -> list[dict[str, Any]]:
+    """Return the suspicious classes that something was planted for."""
+    targets = _targets(row)
+    return [
+        one for one in row["scan"]["classes"] if one["label"] in targets and _is_suspicious(one)
+    ]
+
+
 def _planted(row: Row) -> str:
     """Return what kind of trigger was planted."""
     settings = row["attack_settings"]
-    words = " ".join(settings.get("triggers", ())).split()
-    if words:
+    if words := " ".join(settings.get("triggers", ())).split():
         return "word" if len(words) == 1 else "sentence"
     return next(kind for kind in ("syntactic", "style") if settings.get(kind))
+
+
+def _trigger_words(row: Row) -> set[str]:
+    """Return the words of the trigger that was planted; none for syntax and style."""
+    return _words(" ".join(row["attack_settings"].get("triggers", ())))
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
 
 
 def _rates(rows: Sequence[Row]) -> list[list[str]]:
