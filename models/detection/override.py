@@ -197,15 +197,18 @@ class OverrideTest:
         """Test a text in several views, side by side; return the score in each.
 
         A pass is shared by two views at first: it has a carrier for either. Where the text loses
-        its class there, as most clean texts do, the test has ended.
+        its class there, as most clean texts do, the test has ended. A view in which the text is
+        extreme shares none, since an extreme text is not given up after one pass.
 
         Args:
             ids: the text.
             verdicts: what the first stage says of it, in each of these views.
         """
         kept = [1.0] * len(verdicts)
-        for one in range(0, len(verdicts) - 1, 2):
-            kept[one : one + 2] = yield from self._look(ids, verdicts[one : one + 2])
+        quiet = [n for n, verdict in enumerate(verdicts) if not verdict.extreme]
+        for one, other in zip(quiet[::2], quiet[1::2], strict=False):  # the last may be alone
+            pair = verdicts[one], verdicts[other]
+            kept[one], kept[other] = yield from self._look(ids, pair)
         going_on = [n for n, score in enumerate(kept) if not score < LOST]  # with a NaN as well
         tests = [self.score(ids, verdicts[n]) for n in going_on]
         for n, score in zip(going_on, (yield from side_by_side(tests)), strict=True):

@@ -204,6 +204,18 @@ def test_two_labels_share_a_pass_and_a_text_that_loses_both_has_no_other(labels:
         assert {first // 1000 - 1, second // 1000 - 1} == {2 * label + 1 for label in asked}
 
 
+def test_a_label_that_is_extremely_off_shares_no_pass() -> None:
+    test, text = labels_test(3), np.array([5, 6])
+    off, row = [usual_verdict(2 * label) for label in range(3)], row_of(0.1, 0.1, 0.1)
+    off[1] = replace(off[1], score=9.0)
+    assert off[1].extreme
+    _, turns = run(test.scores(text, off), row)
+    shared, *others = [one for turn in turns for one in turn]
+    assert {shared[0] // 1000 - 1, shared[-1] // 1000 - 1} == {1, 5}
+    _, alone = run(test.score(text, off[1]), row)
+    assert [one.tolist() for one in others] == [one.tolist() for turn in alone for one in turn]
+
+
 def test_a_label_that_stays_off_is_tested_as_if_it_were_alone() -> None:
     test, text = labels_test(3), np.array([5, 6])
     off, row = [usual_verdict(2 * label) for label in range(3)], row_of(0.1, 0.9, 0.1)
