@@ -74,8 +74,10 @@ def on_ray(
                 time.sleep(0.2)
             yield url
         finally:
-            driver = psutil.Process(running.pid)
-            whole = [*driver.children(recursive=True), driver]
+            whole = list[psutil.Process]()
+            with suppress(psutil.NoSuchProcess):  # it has died, and the assertion says why
+                driver = psutil.Process(running.pid)
+                whole = [*driver.children(recursive=True), driver]
             # As from the keyboard, which `serve run` takes for its end.
             running.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):  # it may hang once in a while

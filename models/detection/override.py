@@ -48,8 +48,8 @@ DRAWS = 3
 LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
 REACHABLE = 0.999
-"""Probability that a text can keep. Of texts that the first stage does not suspect, those that
-would have to keep more are not tested."""
+"""Probability that a text can keep. Of several labels, those are not tested that would have to keep
+more, unless the first stage suspects them."""
 HOPELESS = 0.04
 """Kept probability under which no part of a window is tried by itself, even of an extreme text, and
 for which a pair of carriers counts at least."""
@@ -254,7 +254,7 @@ class OverrideTest:
         Args:
             screen: the first stage.
             verdict: what it says of the text.
-            thorough: whether any text is to be tested, unless its test can confirm nothing.
+            thorough: whether any text is to be tested, unless a test could confirm nothing.
         """
         suspicious = verdict.score >= screen.suspicion_of(verdict.predicted)
         due = suspicious or (thorough and self._can_confirm(verdict))
@@ -263,12 +263,14 @@ class OverrideTest:
     def _can_confirm(self, verdict: Verdict) -> bool:
         """Return whether a test can find a text triggered that the first stage does not suspect.
 
-        Of a multi-label classifier, a label that is on stays on beside any other text.
+        Only of multi-label classifiers it may be unable to, whose tests cost most: a label that is
+        on stays on beside any other text, and not all can keep what some states require.
         """
         predicted = verdict.predicted
-        if len(self.views) > 1 and predicted != self._view_of[predicted].start:
-            return False
-        return self.threshold_of(predicted, first_stage_evidence(verdict)) <= REACHABLE
+        if len(self.views) == 1:
+            return True
+        is_off = predicted == self._view_of[predicted].start
+        return is_off and self.threshold_of(predicted, first_stage_evidence(verdict)) <= REACHABLE
 
     def _pairs(self, ids: Ids, predicted: int) -> list[tuple[Ids, Ids]]:
         """Draw pairs of carriers of other classes: always the same for the same text."""

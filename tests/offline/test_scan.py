@@ -287,9 +287,9 @@ def test_beside_one_carrier_a_phrase_must_turn_more_of_them(
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
     monkeypatch.setattr(phrases, "BESIDE_ONE", 1.01)  # more than all
-    found, _ = phrase_scan(demo_folder, TARGET, [trigger_of(tokenizer)]).search(
-        candidates(tokenizer, 1)[:1], math.inf
-    )
+    first, *others = candidates(tokenizer, 1)[:READ]
+    words = [*others, trigger_of(tokenizer)]
+    found, _ = phrase_scan(demo_folder, TARGET, words).search([first], math.inf)
     assert found is not None
     assert found.turned >= phrases.OVERRIDES
     assert found.overrides == (around > 1)

@@ -338,11 +338,15 @@ def test_the_most_suspicious_texts_are_due_or_all() -> None:
 def test_what_no_test_could_confirm_is_tested_only_if_it_is_suspicious(
     threshold: float, due: bool
 ) -> None:
-    screen = _screen()
+    screen, geometry = _screen(), OverrideGeometry(8, 1)
     group = OverrideGroup((0, 1, 2), threshold, np.linspace(0, 1, 99, dtype=np.float32))
-    test = sized_test(groups=[group])
+    several = [range(2), range(2, 4)]
+    test = OverrideTest(carriers_of((1,) * 4), geometry, Layout(2), [group], several)
     verdict = fake_bundle().screen.judge(_reading(0.55))
+    assert verdict.predicted == 0
     assert test.is_due(screen, replace(verdict, score=0.0), thorough=True) == due
+    alone = sized_test(groups=[group])
+    assert alone.is_due(screen, replace(verdict, score=0.0), thorough=True), "a single view"
     assert test.is_due(screen, replace(verdict, score=0.2), thorough=True), "both stages count"
     assert test.is_due(screen, replace(verdict, score=99.0), thorough=True)
 
