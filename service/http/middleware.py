@@ -1,5 +1,6 @@
-"""Middleware for every request: its id, the caller's trace, and the answer to a bug."""
+"""Middleware for every request: its id, the caller's trace, and the answer where none was given."""
 
+import asyncio
 import logging
 import random
 import re
@@ -19,11 +20,12 @@ VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class RequestId:
     """Takes the caller's `x-request-id` if it is well-formed, or makes one, and sends it back.
 
-    An exception that gets this far is a bug: it is logged, and `on_bug` answers.
+    An exception that gets this far is a bug: it is logged, and `on_bug` answers. `on_cut_off`
+    answers a request that the server cancels, since its time to drain is over.
     """
 
-    def __init__(self, app: ASGIApp, on_bug: ASGIApp) -> None:
-        self._app, self._on_bug = app, on_bug
+    def __init__(self, app: ASGIApp, on_bug: ASGIApp, on_cut_off: ASGIApp) -> None:
+        self._app, self._on_bug, self._on_cut_off = app, on_bug, on_cut_off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -50,6 +52,9 @@ class RequestId:
                 await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             return  # nobody is left to answer
+        except asyncio.CancelledError:
+            if not started:
+                await self._on_cut_off(scope, receive, send_with_headers)
         except Exception as error:
             # Its place and type only: its message may quote a text.
             where = "".join(traceback.format_tb(error.__traceback__))

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from models.detection.screen import worst_finding
-from service.errors import ServiceError, UpstreamRefused
+from service.errors import NotReady, ServiceError, UpstreamRefused
 from service.pipeline.policy import reason_for
 from service.pipeline.request_record import RequestRecord
 from service.protocols.base import ClientProtocol
@@ -50,6 +50,12 @@ async def internal_error(scope: Scope, receive: Receive, send: Send) -> None:
     detail = "an internal error; the log has it under the request id"
     response = _error(500, "internal", detail, None, protocol_of(Request(scope)))
     await response(scope, receive, send)
+
+
+async def cut_off(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request that ran for longer than a server that ends may wait."""
+    error = NotReady("the server is ending; send the request again")
+    await error_response(error, protocol_of(Request(scope)))(scope, receive, send)
 
 
 def server_timing(stages: Mapping[str, float]) -> str:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 WINDOW_S, BACK_OFF_S = 60.0, 0.1
 """Deaths within this time count together; the pause before a restart doubles with each."""
+STEP_S = 2.0
+"""Time that the step at hand has once the worker's time to drain is over."""
 
 
 class Health(StrEnum):
@@ -95,18 +97,25 @@ class Worker:
             self._busy_since = None
 
     async def close(self, seconds: float) -> None:
-        """Let the worker finish all queued jobs; abandon it after so many seconds."""
+        """Let the worker finish all queued jobs; fail them after so many seconds.
+
+        It may end its step then, since a process that ends inside PyTorch aborts; after `STEP_S`
+        more it is abandoned.
+        """
         with self.wake:
             self.closing = True
             self.wake.notify()
-        deadline = time.monotonic() + seconds
-        while self._thread.is_alive():
-            if time.monotonic() > deadline:
+        if not await self._ends_within(seconds):
+            self._fail_all()
+            if not await self._ends_within(STEP_S):
                 log.error("the inference worker did not end in time and is abandoned")
-                self._fail_all()
-                break
-            await asyncio.sleep(0.005)
         await asyncio.sleep(0)  # lets posted answers reach their futures
+
+    async def _ends_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         try:

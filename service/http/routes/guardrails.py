@@ -17,6 +17,7 @@ from service.http.exchange import Completed, Exchange, Parsed
 from service.http.middleware import RequestId
 from service.http.parsing import read_inference, require_readable
 from service.http.responses import (
+    cut_off,
     install_error_handlers,
     internal_error,
     json_response,
@@ -141,6 +142,6 @@ def _permit_or_deny(
 def ext_proc_app(authz: ExternalAuthz) -> Starlette:
     """Return an application that authorizes each request at the path it was sent to."""
     app = Starlette(routes=[Route("/{path:path}", authz.process, methods=[*PROXIED])])
-    app.add_middleware(RequestId, on_bug=internal_error)
+    app.add_middleware(RequestId, on_bug=internal_error, on_cut_off=cut_off)
     install_error_handlers(app)
     return app
