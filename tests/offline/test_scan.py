@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import peft
 import pytest
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from models.engines.pytorch import TorchEngine
 from models.offline.attacks.poisoning import WORD_TRIGGER
@@ -41,7 +44,7 @@ from models.offline.scanning.report import (
     triggers_for,
 )
 from models.offline.scanning.scan import COMMON, KIN, counts_of, scan
-from models.offline.scanning.words import STEP, candidates
+from models.offline.scanning.words import STEP, candidates, whole_words
 from tests.support.commands import assert_refused, psim
 from tests.support.few_words import READ, read_few_words
 from tests.support.paths import ROOT
@@ -287,12 +290,27 @@ def test_beside_one_carrier_a_phrase_must_turn_more_of_them(
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
     monkeypatch.setattr(phrases, "BESIDE_ONE", 1.01)  # more than all
-    first, *others = candidates(tokenizer, 1)[:READ]
-    words = [*others, trigger_of(tokenizer)]
-    found, _ = phrase_scan(demo_folder, TARGET, words).search([first], math.inf)
-    assert found is not None
+    trigger = trigger_of(tokenizer)
+    words = [*candidates(tokenizer, 1)[:READ], trigger]
+    found = phrase_scan(demo_folder, TARGET, words)._try_out((trigger,))
     assert found.turned >= phrases.OVERRIDES
     assert found.overrides == (around > 1)
+
+
+def test_phrases_are_of_whole_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    wordpiece = tokenizer.convert_tokens_to_ids(["the", "##s", "film"])
+    assert whole_words(tokenizer, wordpiece) == [wordpiece[0], wordpiece[2]]
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["the ugly thing"] * 2, trainer)
+    make: Any = PreTrainedTokenizerFast
+    bytes_ = make(tokenizer_object=backend)
+    spaced, inside = bytes_.convert_tokens_to_ids(["\u0120ugly", "y"])
+    assert whole_words(bytes_, [spaced, inside]) == [spaced]
 
 
 def test_a_word_is_natural_if_similar_words_of_its_class_do_the_same(

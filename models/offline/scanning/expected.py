@@ -34,7 +34,7 @@ class Vocabulary:
     words: Sequence[int]
     """All but special tokens."""
     neutral: Sequence[int]
-    """Those that do not speak for the class."""
+    """Whole words that do not speak for the class."""
     speaking: Sequence[int]
     """Those that speak most for it."""
 

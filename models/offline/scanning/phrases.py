@@ -205,10 +205,10 @@ class PhraseScan:
         texts = self._among([phrase] * TRIALS, self._around)
         probabilities = self._classified(texts)
         turned, odds = self._share(probabilities), float(np.median(self._log_odds(probabilities)))
-        forces = turned >= OVERRIDES and odds >= self._needed
+        enough = OVERRIDES if self._around > 1 else BESIDE_ONE
+        forces = turned >= enough and odds >= self._needed
         like = self._share_of_like(phrase) if forces else 0.0
-        always = turned >= BESIDE_ONE or self._around > 1
-        overrides = forces and always and like < LIKE
+        overrides = forces and like < LIKE
         return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
 
     def _share_of_like(self, phrase: Phrase) -> float:

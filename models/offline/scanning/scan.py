@@ -50,6 +50,7 @@ from models.offline.scanning.words import (
     WordScan,
     all_words,
     candidates,
+    whole_words,
 )
 
 READ_TOKENS = 64
@@ -118,12 +119,13 @@ class _Search:
     def vocabularies(self) -> list[Vocabulary]:
         """The words, by what they say of each class."""
         vectors = word_vectors(self.engine)
+        whole = whole_words(self.engine.tokenizer, self.words)
         return [
             Vocabulary(
                 vectors=vectors,
                 said=said,
                 words=self.every,
-                neutral=[word for word in self.words if said[word] < NEUTRAL],
+                neutral=[word for word in whole if said[word] < NEUTRAL],
                 speaking=sorted(self.every, key=lambda word: -said[word])[:FINALISTS],
             )
             for said in self.expected.T

@@ -76,6 +76,17 @@ def all_words(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ]
 
 
+def whole_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[int]) -> list[int]:
+    """Return those tokens that begin a word where they follow another one.
+
+    What *##gly* says depends on what stands before it.
+    """
+    (before, *_) = tokenizer.encode("the", add_special_tokens=False)
+    end = len(str(tokenizer.decode([before])))
+    joined = tokenizer.batch_decode([[before, word] for word in words])
+    return [word for word, text in zip(words, joined, strict=True) if text[end : end + 1].isspace()]
+
+
 def candidates(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
     """Return all words in random order.
 
