@@ -82,10 +82,11 @@ class Guard:
     Args:
         bundle: the screen and the classifier; its engine belongs to the guard from now on.
         policy: decides which texts are classified.
-        thorough: whether every text goes through the override test, not only suspicious ones.
+        thorough: whether all texts are tested, not only suspicious ones. None tests all of a
+            multi-label classifier's.
     """
 
-    def __init__(self, bundle: Bundle, policy: Policy, *, thorough: bool = False) -> None:
+    def __init__(self, bundle: Bundle, policy: Policy, *, thorough: bool | None = None) -> None:
         self._bundle, self._policy, self._thorough = bundle, policy, thorough
         self._lock = threading.Lock()
 
@@ -171,7 +172,7 @@ def load(
     key: StrPath | None = None,
     engine: EngineName | None = None,
     dtype: DtypeName | None = None,
-    thorough: bool = False,
+    thorough: bool | None = None,
     mode: ModeName = "enforce",
     unfamiliar: UnfamiliarName = "flag",
 ) -> Guard:
@@ -182,7 +183,8 @@ def load(
         key: file of the public key that the bundle must be signed with; None skips the check.
         engine: `torch` or `openvino`; None leaves it to the bundle.
         dtype: `float32` or `bfloat16`; None leaves it to the bundle.
-        thorough: whether every text goes through the override test, not only suspicious ones.
+        thorough: whether all texts are tested, not only suspicious ones. None tests all of a
+            multi-label classifier's.
         mode: what happens to a triggered text. `enforce` rejects it: it is not classified. `flag`
             classifies and marks it. `shadow` allows it.
         unfamiliar: what `enforce` does with an unfamiliar text: `flag`, `reject` or `allow` it.

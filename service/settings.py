@@ -242,18 +242,23 @@ class InferenceSettings(QueueSettings, WorkerSettings):
 class OverrideSettings(Section):
     """The override test, the second stage of the screen."""
 
-    screen: Literal["suspicious", "thorough"] = "suspicious"
-    """Which texts are tested: those that the first stage suspects, or all of them."""
+    screen: Literal["suspicious", "thorough"] | None = None
+    """Which texts are tested: those that the first stage suspects, or all of them. None takes all
+    of a multi-label classifier's, and the suspicious ones of any other."""
     override_tokens_s: float | None = Field(None, ge=0)
     """Tokens per second that tests may cost; beyond that, the first stage decides alone. None takes
     `OVERRIDE_TOKENS_S`, or as many times that as more texts are tested."""
 
     @property
-    def override_budget(self) -> float:
-        """Tokens per second that tests may cost."""
+    def thorough(self) -> bool | None:
+        """Whether all texts are tested, see `Bundle.override_test`."""
+        return None if self.screen is None else self.screen == "thorough"
+
+    def override_budget(self, *, thorough: bool) -> float:
+        """Return the tokens per second that tests of suspicious texts, or of all, may cost."""
         if self.override_tokens_s is not None:
             return self.override_tokens_s
-        return OVERRIDE_TOKENS_S / (1 if self.screen == "suspicious" else SUSPICION)
+        return OVERRIDE_TOKENS_S / (SUSPICION if thorough else 1)
 
 
 class ScreeningSettings(InferenceSettings, OverrideSettings):

@@ -21,7 +21,7 @@ def judge_readings(
     readings: Iterable[FloatArray],
     read: Reader,
     *,
-    thorough: bool = False,
+    thorough: bool | None = None,
 ) -> list[Verdict | ScreenError]:
     """Return the verdict of both stages on each text, or the error that prevents it.
 
@@ -30,7 +30,7 @@ def judge_readings(
         encodings: the texts.
         readings: of each text, (V, C).
         read: gives the readings of what the override test puts together.
-        thorough: whether every text goes through the override test, not only suspicious ones.
+        thorough: whether all texts are tested, see `Bundle.override_test`.
     """
     truncated = [encoding.truncated for encoding in encodings]
     judged = bundle.screen.verdicts_of_batch(np.stack([*readings]), truncated) if truncated else []
@@ -38,7 +38,7 @@ def judge_readings(
         ScreenError(NOT_FINITE) if own is None else own for own in judged
     ]
     if (test := bundle.override_test(thorough=thorough)) is not None:
-        _confirm(bundle, test, encodings, by_view, read, thorough=thorough)
+        _confirm(bundle, test, encodings, by_view, read)
     return [own if isinstance(own, ScreenError) else worst_verdict(own) for own in by_view]
 
 
@@ -48,15 +48,12 @@ def _confirm(
     encodings: Sequence[Encoding],
     by_view: Sequence[list[Verdict] | ScreenError],
     read: Reader,
-    *,
-    thorough: bool,
 ) -> None:
     """Replace each verdict for which the override test is due by that of both stages."""
     due = [
         (own, views, bundle.engine.content(encoding))
         for own, encoding in zip(by_view, encodings, strict=True)
-        if not isinstance(own, ScreenError)
-        and (views := _views_due(bundle, test, own, thorough=thorough))
+        if not isinstance(own, ScreenError) and (views := test.views_due(bundle.screen, own))
     ]
     running = [test.scores(ids, [own[view] for view in views]) for own, views, ids in due]
     outcomes = run_override_tests(bundle.engine, running, read)
@@ -64,16 +61,6 @@ def _confirm(
         for view, score in zip(views, scores, strict=True):
             if math.isfinite(score):  # else the first stage decides alone
                 own[view] = test.judge(own[view], score)
-
-
-def _views_due(
-    bundle: Bundle, test: OverrideTest, verdicts: Sequence[Verdict], *, thorough: bool
-) -> list[int]:
-    return [
-        view
-        for view, verdict in enumerate(verdicts)
-        if test.is_due(bundle.screen, verdict, thorough=thorough)
-    ]
 
 
 def run_override_tests(engine: Engine, running: Sequence[Test[T]], read: Reader) -> list[T]:

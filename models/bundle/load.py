@@ -10,6 +10,7 @@ import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,14 @@ class Bundle:
     carriers: Sequence[str] = ()
     """Clean texts of which the victim is sure; they are the owner's own."""
 
-    def override_test(self, *, thorough: bool) -> OverrideTest | None:
-        """Return the second stage, for suspicious texts or for all; None if there is none."""
+    def override_test(self, thorough: bool | None) -> OverrideTest | None:
+        """Return the second stage; None if there is none.
+
+        Args:
+            thorough: whether it tests all texts, or only suspicious ones. None leaves it to the
+                classifier: of a multi-label one, most triggers pass unless all texts are tested.
+        """
+        thorough = self.manifest.multi_label if thorough is None else thorough
         return self.thorough if thorough else self.override
 
 
@@ -276,10 +283,8 @@ def _override_tests(
     if record.window + 2 * record.carrier > readable:
         raise BundleError(f"the override test needs more than the {readable} tokens that are read")
     geometry = OverrideGeometry(record.window, record.carrier)
-    suspicious, thorough = (
-        OverrideTest(tokens, geometry, manifest.layout, own, manifest.views) for own in groups
-    )
-    return suspicious, thorough
+    make = partial(OverrideTest, tokens, geometry, manifest.layout, views=manifest.views)
+    return make(groups=groups[0]), make(groups=groups[1], thorough=True)
 
 
 def _agree(

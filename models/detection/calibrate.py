@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.conformal import ThresholdGroup, conformal_threshold, min_calibration_size
-from models.detection.override import KEEPS, LOST, OverrideGroup, evidence, odds_above
+from models.detection.override import KEEPS, OverrideGroup, evidence, lost_below, odds_above
 from models.detection.screen import (
     FloatArray,
     Layout,
@@ -174,9 +174,7 @@ def calibrate_override(
         _check_enough(sum(counts), frr_budget, len(views))
         for local in _pool(counts, min_calibration_size(share)):
             pool = _numbered(local, view)
-            groups += _by_class(
-                pool, outcomes, share, HARMLESS_BUDGET / len(views), thorough=thorough
-            )
+            groups += _by_class(pool, outcomes, share, views, thorough=thorough)
     return groups
 
 
@@ -184,7 +182,7 @@ def _by_class(
     pool: tuple[int, ...],
     outcomes: OverrideOutcomes,
     share: float,
-    spared: float,
+    views: Views,
     *,
     thorough: bool,
 ) -> list[OverrideGroup]:
@@ -194,10 +192,11 @@ def _by_class(
     threshold out of reach: a label that is on stays on beside any other text. Harmless texts are
     made, and so there are enough of them for each class.
     """
+    spared, lost = HARMLESS_BUDGET / len(views), lost_below(views)
     clean, harmless = (
         {c: rows[rows[:, 0] == c, 1:] for c in pool} for rows in (outcomes.clean, outcomes.harmless)
     )
-    keeps = {c: _keeps(harmless[c][:, 1]) for c in pool}
+    keeps = {c: _keeps(harmless[c][:, 1], lost) for c in pool}
     alone = {c: _alone(harmless[c], keeps[c], spared) if thorough else 1.0 for c in pool}
 
     def evidence_of(rows: FloatArray, c: int) -> FloatArray:
@@ -228,9 +227,9 @@ def _alone(harmless: FloatArray, keeps: float, spared: float) -> float:
     return max(1.0, highest[0] / max(highest[1], CLEARLY))
 
 
-def _keeps(kept: FloatArray) -> float:
+def _keeps(kept: FloatArray, lost: float) -> float:
     """Return the probability from which a text keeps its class, by those of harmless texts."""
-    return min(max(_least_above(kept, KEPT_BUDGET, KEEPS), LOST), KEEPS)
+    return min(max(_least_above(kept, KEPT_BUDGET, KEEPS), lost), KEEPS)
 
 
 def _least_above(scores: FloatArray, budget: float, default: float) -> float:

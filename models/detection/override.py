@@ -47,6 +47,9 @@ DRAWS = 3
 """Pairs of carriers; a triggered text keeps its class beside most."""
 LOST = 0.15
 """Kept probability under which a test ends early: more pairs hardly change the outcome."""
+LOST_OF_SEVERAL = 0.3
+"""The same where labels are several, each with tests of its own. Honest texts keep a label off
+more often than they keep a class, and their tests would cost twice as much."""
 REACHABLE = 0.999
 """Probability that a text can keep. Of several labels, those are not tested that would have to keep
 more, unless the first stage suspects them."""
@@ -123,6 +126,7 @@ class OverrideTest:
         groups: calibrated thresholds, see `models.detection.calibrate`.
         views: classes that exclude each other; one view of all classes by default. Carriers of
             other classes are those of the same view.
+        thorough: whether all texts are tested, not only suspicious ones.
     """
 
     def __init__(
@@ -132,6 +136,8 @@ class OverrideTest:
         layout: Layout,
         groups: Sequence[OverrideGroup] = (),
         views: Views = (),
+        *,
+        thorough: bool = False,
     ) -> None:
         self.carriers = [[ids[: geometry.carrier] for ids in of_class] for of_class in carriers]
         self.geometry = geometry
@@ -142,6 +148,8 @@ class OverrideTest:
         self.views = views or [range(len(carriers))]
         self.tested = views_with_carriers(self.views, [len(own) for own in carriers])
         """Views that have carriers."""
+        self.thorough = thorough
+        self._lost = lost_below(self.tested)
         self._view_of = {index: view for view in self.views for index in view}
 
     def uncalibrated(self) -> "OverrideTest":
@@ -175,19 +183,19 @@ class OverrideTest:
         tried = self._windows(ids)
         odds = yield from self._odds(tried, first, predicted)
         best = tried[int(odds.argmax())]
-        least = HOPELESS if verdict.extreme else LOST
+        least = HOPELESS if verdict.extreme else self._lost
         if _kept(odds.max()) >= least and len(best) > PART_TOKENS:
             parts = _overlapping(best, PART_TOKENS)
             odds = np.concatenate([odds, (yield from self._odds(parts, first, predicted))])
             tried = [*tried, *parts]
         rounds = [odds]
-        if verdict.extreme and _kept(odds.max()) < LOST:
+        if verdict.extreme and _kept(odds.max()) < self._lost:
             rounds.append((yield from self._odds(tried, others.pop(0), predicted, leads=True)))
         counted = [np.maximum(one, logit(HOPELESS)) for one in rounds]
         chosen = int(np.mean(counted, 0).argmax())  # a NaN, if there is one
         total = [one[chosen] for one in counted]
         for pair in others:
-            if _kept(np.mean(total)) < LOST:
+            if _kept(np.mean(total)) < self._lost:
                 break
             more = yield from self._odds([tried[chosen]], pair, predicted, leads=True)
             total.append(np.maximum(more[0], logit(HOPELESS)))
@@ -209,7 +217,8 @@ class OverrideTest:
         for one, other in zip(quiet[::2], quiet[1::2], strict=False):  # the last may be alone
             pair = verdicts[one], verdicts[other]
             kept[one], kept[other] = yield from self._look(ids, pair)
-        going_on = [n for n, score in enumerate(kept) if not score < LOST]  # with a NaN as well
+        # A NaN is not under any bound.
+        going_on = [n for n, score in enumerate(kept) if not score < self._lost]
         tests = [self.score(ids, verdicts[n]) for n in going_on]
         for n, score in zip(going_on, (yield from side_by_side(tests)), strict=True):
             kept[n] = score
@@ -248,16 +257,21 @@ class OverrideTest:
         needed = self.threshold_of(verdict.predicted, first_stage)
         return with_override(verdict, score, needed, p_value)
 
-    def is_due(self, screen: Screen, verdict: Verdict, *, thorough: bool) -> bool:
-        """Return whether to test a text: one of the most suspicious few percent, or any.
+    def views_due(self, screen: Screen, verdicts: Sequence[Verdict]) -> list[int]:
+        """Return the numbers of the views in which to test a text, given its verdict in each."""
+        return [view for view, verdict in enumerate(verdicts) if self.is_due(screen, verdict)]
+
+    def is_due(self, screen: Screen, verdict: Verdict) -> bool:
+        """Return whether to test a text in a view.
+
+        That is one of the most suspicious few percent, or any, unless a test could confirm nothing.
 
         Args:
             screen: the first stage.
             verdict: what it says of the text.
-            thorough: whether any text is to be tested, unless a test could confirm nothing.
         """
         suspicious = verdict.score >= screen.suspicion_of(verdict.predicted)
-        due = suspicious or (thorough and self._can_confirm(verdict))
+        due = suspicious or (self.thorough and self._can_confirm(verdict))
         return due and self.can_test(verdict.predicted)
 
     def _can_confirm(self, verdict: Verdict) -> bool:
@@ -306,6 +320,11 @@ class OverrideTest:
         view = self._view_of[predicted]
         own = readings[None, : self._read, view.start : view.stop]
         return float(log_odds_of(own, predicted - view.start).mean())
+
+
+def lost_below(views: Views) -> float:
+    """Return the kept probability under which a test of these views ends early."""
+    return LOST if len(views) == 1 else LOST_OF_SEVERAL
 
 
 def side_by_side(tests: Sequence[Test[T]]) -> Test[list[T]]:

@@ -369,7 +369,8 @@ class Gateway:
     @property
     def override_test(self) -> str | None:
         """Which texts go through the override test, `suspicious` or `thorough`; None if none do."""
-        return self._settings.screen if self.bundle.override else None
+        test = self.bundle.override_test(self._settings.thorough)
+        return None if test is None else "thorough" if test.thorough else "suspicious"
 
     @property
     def upstream_protocol(self) -> str | None:

@@ -57,9 +57,9 @@ class TwoStageScreener:
         self, batcher: Batcher, bundle: Bundle, settings: OverrideSettings, metrics: ModelMetrics
     ) -> None:
         self._batcher, self._bundle, self._metrics = batcher, bundle, metrics
-        self._thorough = settings.screen == "thorough"
-        self._test = bundle.override_test(thorough=self._thorough)
-        self._budget = TokenBudget(settings.override_budget)
+        self._test = bundle.override_test(settings.thorough)
+        thorough = self._test is not None and self._test.thorough
+        self._budget = TokenBudget(settings.override_budget(thorough=thorough))
 
     @property
     def health(self) -> Health:
@@ -127,19 +127,13 @@ class TwoStageScreener:
         test = self._test
         if test is None:
             return answers
-        due = [self._views_due(test, answer.value) for answer in answers]
+        screen = self._bundle.screen
+        due = [test.views_due(screen, answer.value.by_view) for answer in answers]
         if not any(due):
             return answers
         return await asyncio.gather(
             *(self._confirm_one(test, *one) for one in zip(answers, due, strict=True))
         )
-
-    def _views_due(self, test: OverrideTest, screened: Screened) -> list[int]:
-        return [
-            view
-            for view, verdict in enumerate(screened.by_view)
-            if test.is_due(self._bundle.screen, verdict, thorough=self._thorough)
-        ]
 
     async def _confirm_one(
         self, test: OverrideTest, answer: Timed[Screened], due: Sequence[int]

@@ -63,9 +63,12 @@ def two_stage_bundle(engine: FakeEngine | None = None, digest: str = "d" * 64) -
     bundle = fake_bundle(engine or OverridableEngine(), digest=digest)
     carriers = [[], [bundle.engine.token_ids(CARRIER)]]
     groups = [OverrideGroup((0, 1), 0.5, np.linspace(0, 0.4, 99, dtype=np.float32))]
-    test = OverrideTest(carriers, OverrideGeometry(8, 1), Layout(2), groups)
+    test, thorough = (
+        OverrideTest(carriers, OverrideGeometry(8, 1), Layout(2), groups, thorough=which)
+        for which in (False, True)
+    )
     screen = Screen(bundle.screen.groups, bundle.screen.normalizer)
-    return replace(bundle, screen=screen, override=test, thorough=test)
+    return replace(bundle, screen=screen, override=test, thorough=thorough)
 
 
 @asynccontextmanager
@@ -173,12 +176,22 @@ def test_the_budget_is_saved_up_for_a_while_and_no_longer(monkeypatch: pytest.Mo
 
 
 def test_the_budget_grows_with_the_share_of_texts_that_are_tested() -> None:
-    usual, thorough = (
-        OverrideSettings(screen=screen).override_budget for screen in ("suspicious", "thorough")
-    )
+    usual, thorough = (OverrideSettings().override_budget(thorough=t) for t in (False, True))
     assert thorough == pytest.approx(usual / SUSPICION)
-    assert OverrideSettings(screen="thorough", override_tokens_s=7).override_budget == 7
-    assert OverrideSettings(override_tokens_s=0).override_budget == 0
+    assert OverrideSettings(override_tokens_s=7).override_budget(thorough=True) == 7
+    assert OverrideSettings(override_tokens_s=0).override_budget(thorough=False) == 0
+
+
+@pytest.mark.parametrize("screen", [None, "suspicious", "thorough"])
+async def test_all_texts_of_a_multi_label_classifier_are_tested_unless_told_otherwise(
+    screen: str | None,
+) -> None:
+    bundle = two_stage_bundle()
+    several = replace(bundle, manifest=bundle.manifest.model_copy(update={"multi_label": True}))
+    for own, usual in ((bundle, "suspicious"), (several, "thorough")):
+        found = own.override_test(OverrideSettings(screen=screen).thorough)
+        assert found is not None
+        assert found.thorough == ((screen or usual) == "thorough")
 
 
 async def test_a_queue_that_is_full_during_a_test_refuses_no_request() -> None:

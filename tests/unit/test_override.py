@@ -303,8 +303,9 @@ def test_a_class_without_carriers_of_others_is_not_tested() -> None:
     assert [only_first.can_test(c) for c in range(3)] == [False, True, True]
     assert [sized_test(counts=(0, 0, 0)).can_test(c) for c in range(3)] == [False] * 3
     verdict = replace(fake_bundle().screen.judge(_reading(0.999)), predicted=0)
-    assert not only_first.is_due(_screen(), verdict, thorough=True)
-    assert only_first.is_due(_screen(), replace(verdict, predicted=1), thorough=True)
+    only_first.thorough = True
+    assert not only_first.is_due(_screen(), verdict)
+    assert only_first.is_due(_screen(), replace(verdict, predicted=1))
 
 
 def _reading(top: float) -> FloatArray:
@@ -326,10 +327,11 @@ def test_the_most_suspicious_texts_are_due_or_all() -> None:
     least = screen.suspicion_of(0)
     assert 9 < least < 9.9, "five in a hundred are suspicious, one of them extreme"
     below = replace(verdict, score=float(np.nextafter(np.float32(least), np.float32(0))))
-    assert not test.is_due(screen, below, thorough=False)
-    assert test.is_due(screen, replace(verdict, score=least), thorough=False)
-    assert test.is_due(screen, replace(verdict, score=99.0), thorough=False)
-    assert test.is_due(screen, replace(verdict, score=0.0), thorough=True)
+    assert not test.is_due(screen, below)
+    assert test.is_due(screen, replace(verdict, score=least))
+    assert test.is_due(screen, replace(verdict, score=99.0))
+    test.thorough = True
+    assert test.is_due(screen, replace(verdict, score=0.0))
 
 
 @pytest.mark.parametrize(
@@ -341,14 +343,15 @@ def test_what_no_test_could_confirm_is_tested_only_if_it_is_suspicious(
     screen, geometry = _screen(), OverrideGeometry(8, 1)
     group = OverrideGroup((0, 1, 2), threshold, np.linspace(0, 1, 99, dtype=np.float32))
     several = [range(2), range(2, 4)]
-    test = OverrideTest(carriers_of((1,) * 4), geometry, Layout(2), [group], several)
+    test = OverrideTest(carriers_of((1,) * 4), geometry, Layout(2), [group], several, thorough=True)
     verdict = fake_bundle().screen.judge(_reading(0.55))
     assert verdict.predicted == 0
-    assert test.is_due(screen, replace(verdict, score=0.0), thorough=True) == due
+    assert test.is_due(screen, replace(verdict, score=0.0)) == due
     alone = sized_test(groups=[group])
-    assert alone.is_due(screen, replace(verdict, score=0.0), thorough=True), "a single view"
-    assert test.is_due(screen, replace(verdict, score=0.2), thorough=True), "both stages count"
-    assert test.is_due(screen, replace(verdict, score=99.0), thorough=True)
+    alone.thorough = True
+    assert alone.is_due(screen, replace(verdict, score=0.0)), "a single view"
+    assert test.is_due(screen, replace(verdict, score=0.2)), "both stages count"
+    assert test.is_due(screen, replace(verdict, score=99.0))
 
 
 @pytest.mark.parametrize(

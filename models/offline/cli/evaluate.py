@@ -25,7 +25,7 @@ def evaluate_command(
     engine: Engine = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
-    thorough: Thorough = False,
+    thorough: Thorough = None,
 ) -> None:
     """Measure accuracy, attack success and detection, without and with the defence."""
     from models.bundle.load import load_bundle

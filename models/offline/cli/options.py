@@ -26,8 +26,12 @@ Engine = Annotated[
     EngineName | None, typer.Option(help="What to compute by; the bundle's choice by default.")
 ]
 Thorough = Annotated[
-    bool,
-    typer.Option("--thorough", help="Run the override test on every text, not on suspicious ones."),
+    bool | None,
+    typer.Option(
+        "--thorough/--suspicious",
+        help="Run the override test on every text, or on suspicious ones. By default on every text "
+        "of a multi-label classifier, and on suspicious ones of any other.",
+    ),
 ]
 
 

@@ -53,7 +53,7 @@ def screen_command(
     text_column: TextColumn = "text",
     dtype: Dtype = None,
     engine: EngineOrRay = None,
-    thorough: Thorough = False,
+    thorough: Thorough = None,
 ) -> None:
     """Screen a file or a stream, one verdict per row, in order, on stdout; or many large files."""
     if engine == "ray":
@@ -88,7 +88,7 @@ def screen_rows(
     dtype: DtypeName | None,
     engine: EngineName | None,
     *,
-    thorough: bool,
+    thorough: bool | None,
 ) -> int:
     """Screen a file, or stdin, to stdout; return how many rows could not be screened."""
     from tqdm import tqdm

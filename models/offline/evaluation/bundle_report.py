@@ -141,10 +141,7 @@ def warnings_of(manifest: Manifest) -> list[str]:
     if manifest.override is None:
         warnings.append("there is no override test: whatever is extreme counts as triggered")
     elif manifest.multi_label:
-        warnings.append(
-            "most triggers that turn a label off are found only if every text is tested "
-            "(PSIM_SCREEN=thorough), and those that turn one on are not found"
-        )
+        warnings.append("triggers that turn a label on are not found, only those that turn one off")
     for known in manifest.known_triggers:
         if known.rejected < known.fired:
             warnings.append(

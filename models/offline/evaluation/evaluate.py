@@ -52,7 +52,7 @@ def evaluate(
     poisoned: Sequence[Sample],
     target_label: str,
     *,
-    thorough: bool = False,
+    thorough: bool | None = None,
 ) -> Evaluation:
     """Measure an attack on clean and poisoned texts, with PSIM and the victim of `bundle`.
 
@@ -61,7 +61,7 @@ def evaluate(
         clean, poisoned: labelled texts.
         target_label: what the attacker wants. For a multi-label victim, `LABEL=on` or `LABEL=off`;
             then the accuracy is that of this label, and texts are rejected for any.
-        thorough: whether every text goes through the override test, not only suspicious ones.
+        thorough: whether all texts are tested, see `Bundle.override_test`.
 
     Raises:
         DataError: the target or the label of a clean text is unknown to the bundle, which knows
@@ -115,7 +115,7 @@ class ScreenedTexts:
 
     @staticmethod
     def run(
-        bundle: Bundle, texts: Sequence[str], view: range, *, thorough: bool = False
+        bundle: Bundle, texts: Sequence[str], view: range, *, thorough: bool | None = None
     ) -> "ScreenedTexts":
         """Run texts through both stages and the victim, whose predictions are those in a view.
 

@@ -229,7 +229,7 @@ def _run_view(
     able = [n for n, verdict in enumerate(verdicts) if test.can_test(verdict.predicted)]
     known = [(verdicts[n].predicted, first_stage_evidence(verdicts[n]), 0) for n in able]
     outcomes = np.array(known, np.float32).reshape(-1, 3)
-    due = np.array([test.is_due(screen, verdicts[n], thorough=False) for n in able], np.bool_)
+    due = np.array([test.is_due(screen, verdicts[n]) for n in able], np.bool_)
     sampled = _first_of_each(outcomes[:, 0], len(able) if sample is None else sample)
     tested = np.flatnonzero(sampled | due)
     asked = [(engine.content(encodings[able[row]]), verdicts[able[row]]) for row in tested]

@@ -38,14 +38,14 @@ def predict(engine: Engine, texts: Sequence[Encoding], *, classifier: bool = Fal
 
 
 def judge_texts(
-    bundle: Bundle, encodings: Sequence[Encoding], *, thorough: bool = False
+    bundle: Bundle, encodings: Sequence[Encoding], *, thorough: bool | None = None
 ) -> list[Verdict | ScreenError]:
     """Return the verdict of both stages on each text, or the error that prevents it.
 
     Args:
         bundle: what judges.
         encodings: the texts.
-        thorough: whether every text goes through the override test, not only suspicious ones.
+        thorough: whether all texts are tested, see `Bundle.override_test`.
     """
     return judge_readings(
         bundle,
@@ -57,7 +57,7 @@ def judge_texts(
 
 
 def require_verdicts(
-    bundle: Bundle, encodings: Sequence[Encoding], *, thorough: bool = False
+    bundle: Bundle, encodings: Sequence[Encoding], *, thorough: bool | None = None
 ) -> list[Verdict]:
     """Return the verdict of both stages on each text, as `judge_texts` does.
 

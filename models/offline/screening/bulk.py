@@ -134,7 +134,7 @@ def screen_files(
     workers: int | None = None,
     dtype: DtypeName | None = None,
     engine: EngineName | None = None,
-    thorough: bool = False,
+    thorough: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> Totals:
     """Screen files into a folder of Parquet parts; parts of an earlier run are kept.
@@ -172,7 +172,7 @@ def _resolve_options(
     dtype: DtypeName | None,
     text_column: str,
     part_rows: int,
-    thorough: bool,
+    thorough: bool | None,
 ) -> BulkOptions:
     """Check the bundle's files and return the options of the run, without defaults left open."""
     manifest, digest = read_manifest(bundle)
@@ -185,7 +185,7 @@ def _resolve_options(
         dtype=dtype,
         text_column=text_column,
         part_rows=part_rows,
-        thorough=thorough,
+        thorough=manifest.multi_label if thorough is None else thorough,
     )
 
 

@@ -22,7 +22,7 @@ def screen_file(
     text_column: str,
     *,
     unit: str = "line",
-    thorough: bool = False,
+    thorough: bool | None = None,
 ) -> int:
     """Write one JSON verdict per input row, in order; return the number of unusable rows.
 
@@ -92,7 +92,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def screen_texts(
-    bundle: Bundle, texts: Sequence[str | DataError], *, thorough: bool = False
+    bundle: Bundle, texts: Sequence[str | DataError], *, thorough: bool | None = None
 ) -> Iterator[Verdict | PsimError]:
     """Yield the verdict on each text, or the error that prevents it.
 
