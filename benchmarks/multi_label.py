@@ -172,7 +172,7 @@ def _found_and_paid(bundle: Bundle, texts: Sequence[str], *, thorough: bool) -> 
         bundle, encodings, predict(engine, encodings), read, thorough=thorough
     )
     found = [isinstance(one, Verdict) and one.poisoned for one in verdicts]
-    mode = "thorough" if thorough else "default"
+    mode = "thorough" if thorough else "suspicious"
     return {
         f"{mode}, triggered": sum(found) / len(found),
         f"{mode}, tokens": paid / sum(map(len, encodings)),

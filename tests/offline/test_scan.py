@@ -157,6 +157,8 @@ def phrase_scan(
     words: Sequence[int],
     alike: Sequence[int] = (),
     said: Mapping[int, float] = MappingProxyType({}),
+    *,
+    overridden: bool = False,
 ) -> PhraseScan:
     """Return a scan of phrases; the words `alike` are one word to the classifier.
 
@@ -176,7 +178,7 @@ def phrase_scan(
     vectors = word_vectors(engine)
     says = np.array([said.get(word, 0) for word in range(len(vectors))], np.float32)
     vocabulary = Vocabulary(vectors, says, words, words, words[:8])
-    return PhraseScan(engine, number, NEEDED, foreign, vocabulary, seed=0)
+    return PhraseScan(engine, number, NEEDED, foreign, vocabulary, seed=0, overridden=overridden)
 
 
 def make_alike(engine: TorchEngine, words: Sequence[int]) -> None:
@@ -245,6 +247,18 @@ def test_a_phrase_is_as_natural_as_the_word_that_it_hangs_on(
     assert alike.like >= phrases.LIKE
 
 
+def test_a_phrase_is_more_exact_where_natural_words_override(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "WEAK", -1.0)
+    monkeypatch.setattr(PhraseScan, "_share_of_like", lambda *_: phrases.LIKE_IF_OVERRIDDEN + 0.01)
+    trigger = trigger_of(tokenizer)
+    words = [*candidates(tokenizer, 1)[:READ], trigger]
+    for overridden in (False, True):
+        found = phrase_scan(demo_folder, TARGET, words, overridden=overridden)
+        assert found._try_out((trigger,)).overrides == (not overridden)
+
+
 def test_a_phrase_is_natural_if_similar_words_do_the_same(
     demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,8 +312,8 @@ def test_beside_one_carrier_a_phrase_must_turn_more_of_them(
 
 
 def test_phrases_are_of_whole_words(tokenizer: PreTrainedTokenizerBase) -> None:
-    wordpiece = tokenizer.convert_tokens_to_ids(["the", "##s", "film"])
-    assert whole_words(tokenizer, wordpiece) == [wordpiece[0], wordpiece[2]]
+    the, end, film = (int(tokenizer.vocab[word]) for word in ("the", "##s", "film"))
+    assert whole_words(tokenizer, [the, end, film]) == [the, film]
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
     backend.decoder = decoders.ByteLevel()

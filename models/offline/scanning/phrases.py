@@ -48,6 +48,8 @@ LIKE = 0.6
 """A phrase is natural if it forces the class in this share of the trials, whichever of its words is
 replaced by similar ones. What is said of one slur holds for others, and a backdoor is exact: it
 hangs on some word."""
+LIKE_IF_OVERRIDDEN = 0.3
+"""The same where natural words override everything. Phrases of milder words may do so too."""
 
 Phrase = tuple[int, ...]
 Pair = tuple[Ids, Ids]
@@ -84,6 +86,7 @@ class PhraseScan:
         carriers: of all other classes.
         vocabulary: what phrases are made of.
         seed: of the choice of carriers.
+        overridden: whether natural words override everything for this class.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class PhraseScan:
         carriers: Sequence[Ids],
         vocabulary: Vocabulary,
         seed: int,
+        *,
+        overridden: bool = False,
     ) -> None:
         self._engine, self._target, self._vocabulary = engine, target, vocabulary
         self._carriers, self._fresh = carriers[::2], carriers[1::2] or carriers
@@ -102,6 +107,7 @@ class PhraseScan:
         self._draw = np.random.default_rng(seed)
         self._filler = int(np.bincount(np.concatenate(carriers)).argmax())
         self._needed = needed
+        self._like = LIKE_IF_OVERRIDDEN if overridden else LIKE
         self._before = len(special_tokens(engine.tokenizer)[0])
         speaking = np.array(vocabulary.speaking)
         own_phrases = [tuple(self._draw.permutation(speaking)[:MOST_TOKENS]) for _ in range(TRIALS)]
@@ -208,7 +214,7 @@ class PhraseScan:
         enough = OVERRIDES if self._around > 1 else BESIDE_ONE
         forces = turned >= enough and odds >= self._needed
         like = self._share_of_like(phrase) if forces else 0.0
-        overrides = forces and like < LIKE
+        overrides = forces and like < self._like
         return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
 
     def _share_of_like(self, phrase: Phrase) -> float:

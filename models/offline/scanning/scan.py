@@ -347,6 +347,7 @@ def _with_phrase(
         search.foreign(target),
         vocabulary,
         search.seed,
+        overridden=bool(own.natural),
     )
     found, length = of_phrases.search(first, search.deadline(share))
     phrase = _phrase_record(search, found) if found else None
