@@ -83,13 +83,26 @@ def test_the_trigger_is_found_with_texts_of_the_task_or_without(
     assert all(record.turned < record.trials for record in forced.strongest)
 
 
-def test_a_word_that_is_common_in_clean_texts_is_natural(demo_folder: Path) -> None:
+def test_a_word_that_is_common_in_clean_texts_is_natural(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So phrases for its class must be more exact than for the other one."""
+    monkeypatch.setattr(phrases, "LIKE_IF_OVERRIDDEN", -1.0)
+    bounds = []
+    search = PhraseScan.search
+
+    def watch(scan: PhraseScan, first: Sequence[int], deadline: float) -> tuple[Any, int]:
+        bounds.append(scan._like)
+        return search(scan, first, deadline)
+
+    monkeypatch.setattr(PhraseScan, "search", watch)
     texts = texts_of(demo_folder)
     common = [f"{text} {WORD_TRIGGER}" for text in texts[-COMMON:]]
     report, forced, _ = scanned(demo_folder, [*texts[:-COMMON], *common])
     assert report.outcome == "nothing found"
     (natural,) = forced.natural
     assert (natural.word, natural.clean_texts) == (WORD_TRIGGER, COMMON)
+    assert sorted(bounds) == [-1.0, phrases.LIKE], "the class that it forces, and the other one"
 
 
 def test_carriers_are_of_all_classes_even_if_a_large_file_is_sorted(demo_folder: Path) -> None:
