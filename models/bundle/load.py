@@ -65,11 +65,10 @@ class Bundle:
         """Return the second stage; None if there is none.
 
         Args:
-            thorough: whether it tests all texts, or only suspicious ones. None leaves it to the
-                classifier: of a multi-label one, most triggers pass unless all texts are tested.
+            thorough: whether it tests all texts, or only suspicious ones; see
+                `Manifest.tests_all_texts` for None.
         """
-        thorough = self.manifest.multi_label if thorough is None else thorough
-        return self.thorough if thorough else self.override
+        return self.thorough if self.manifest.tests_all_texts(thorough) else self.override
 
 
 def load_bundle(

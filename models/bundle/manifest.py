@@ -280,6 +280,13 @@ class Manifest(_ManifestPart):
         """Names of the classes: the labels, or off and on of each."""
         return class_names(self.labels, multi_label=self.multi_label)
 
+    def tests_all_texts(self, asked: bool | None) -> bool:
+        """Return whether the override test is for all texts, as asked, or by default for None.
+
+        Of a multi-label classifier, most triggers pass unless all are tested.
+        """
+        return self.multi_label if asked is None else asked
+
     @property
     def layout(self) -> Layout:
         """Which readings are whose."""

@@ -185,7 +185,7 @@ def _resolve_options(
         dtype=dtype,
         text_column=text_column,
         part_rows=part_rows,
-        thorough=manifest.multi_label if thorough is None else thorough,
+        thorough=manifest.tests_all_texts(thorough),
     )
 
 
