@@ -29,8 +29,7 @@ from service.classifiers.local import LocalClassifier
 from service.classifiers.upstream import UpstreamClassifier
 from service.http.direct import DirectRoutes
 from service.http.exchange import Exchange
-from service.http.middleware import RequestId
-from service.http.responses import cut_off, install_error_handlers, internal_error
+from service.http.responses import add_request_ids, install_error_handlers
 from service.http.routes.admin import AdminRoutes
 from service.http.routes.classify import ClassifyRoutes
 from service.http.routes.conversations import ConversationRoutes
@@ -392,7 +391,7 @@ def _application(
     app.add_middleware(DirectRoutes, routes=routes, permit=access.permit if access else None)
     if access:
         app.add_middleware(TakeKey, access=access)
-    app.add_middleware(RequestId, on_bug=internal_error, on_cut_off=cut_off)
+    add_request_ids(app)
     install_error_handlers(app)
     for router in routers:
         app.include_router(router)

@@ -16,8 +16,7 @@ from service.console.audit_reader import Audit
 from service.console.exception_pages import GetKeys, exception_routes
 from service.console.pages import GetStatuses, routes
 from service.console.rendering import message
-from service.http.middleware import RequestId
-from service.http.responses import cut_off, internal_error
+from service.http.responses import add_request_ids
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -42,7 +41,7 @@ def console_app(
     app = FastAPI(title="PSIM console", openapi_url=None, redirect_slashes=False)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     app.add_middleware(SameOrigin)
-    app.add_middleware(RequestId, on_bug=internal_error, on_cut_off=cut_off)
+    add_request_ids(app)
     app.mount("/console/static", StaticFiles(directory=Path(__file__).parent / "static"))
     app.add_api_route("/", lambda: RedirectResponse("/console"), response_model=None)
     app.include_router(routes(audit, statuses, check))

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from models.detection.screen import worst_finding
 from service.errors import NotReady, ServiceError, UpstreamRefused
+from service.http.middleware import RequestId
 from service.pipeline.policy import reason_for
 from service.pipeline.request_record import RequestRecord
 from service.protocols.base import ClientProtocol
@@ -45,14 +46,14 @@ def json_response(
     return Response(body, status, headers, media)
 
 
-async def internal_error(scope: Scope, receive: Receive, send: Send) -> None:
+async def _internal_error(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request on which the service has a bug."""
     detail = "an internal error; the log has it under the request id"
     response = _error(500, "internal", detail, None, protocol_of(Request(scope)))
     await response(scope, receive, send)
 
 
-async def cut_off(scope: Scope, receive: Receive, send: Send) -> None:
+async def _cut_off(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request that ran for longer than a server that ends may wait."""
     error = NotReady("the server is ending; send the request again")
     await error_response(error, protocol_of(Request(scope)))(scope, receive, send)
@@ -115,6 +116,11 @@ def protocol_of(request: Request) -> ClientProtocol:
     # Ray Serve's prefix comes before the path.
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     return protocol_of_unknown(path)
+
+
+def add_request_ids(app: Starlette) -> None:
+    """Give every request an id, and an answer if there is none. Add it last, as the outermost."""
+    app.add_middleware(RequestId, on_bug=_internal_error, on_cut_off=_cut_off)
 
 
 def install_error_handlers(app: Starlette) -> None:

@@ -105,8 +105,8 @@ class Screener(Protocol):
         """State of the inference worker."""
 
     @property
-    def has_override(self) -> bool:
-        """Whether there is an override test, which `keep` needs."""
+    def override_test(self) -> str | None:
+        """See `TwoStageScreener.override_test`; without a test, there is no `keep`."""
 
     async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
         """Screen texts, as `Batcher.screen` does."""

@@ -369,8 +369,7 @@ class Gateway:
     @property
     def override_test(self) -> str | None:
         """Which texts go through the override test, `suspicious` or `thorough`; None if none do."""
-        test = self.bundle.override_test(self._settings.thorough)
-        return None if test is None else "thorough" if test.thorough else "suspicious"
+        return self._screener.override_test
 
     @property
     def upstream_protocol(self) -> str | None:

@@ -100,7 +100,7 @@ class TriggerSearch:
             return await self._screen(texts, charge, turns)
 
         passage = None
-        if self._screener.has_override:
+        if self._screener.override_test:
             passage = await _run(find_passage(text, verdict), keep)
         return await _run(explain(text, verdict, passage), screen)
 

@@ -72,9 +72,9 @@ class TwoStageScreener:
         return self._batcher.window_length
 
     @property
-    def has_override(self) -> bool:
-        """Whether there is an override test, which `keep` needs."""
-        return self._test is not None
+    def override_test(self) -> str | None:
+        """Which texts are tested, `suspicious` or `thorough`; None without a test."""
+        return None if self._test is None else "thorough" if self._test.thorough else "suspicious"
 
     async def token_ids(self, text: str) -> Timed[IntArray]:
         """See `Batcher.token_ids`."""

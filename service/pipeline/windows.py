@@ -57,9 +57,9 @@ class WindowedScreener:
         return self._screener.health
 
     @property
-    def has_override(self) -> bool:
-        """See `TwoStageScreener.has_override`."""
-        return self._screener.has_override
+    def override_test(self) -> str | None:
+        """See `TwoStageScreener.override_test`."""
+        return self._screener.override_test
 
     async def screen(self, texts: Sequence[str], charge: Charge) -> list[Timed[Screened]]:
         """Screen texts; `charge` is called for each batch of windows.

@@ -22,6 +22,7 @@ from service.app import create_process_app
 from service.audit.writer import CLOSE_S
 from service.http.responses import json_response
 from service.http.server import serving
+from service.inference.worker import STEP_S
 from service.ray.scaling import CHARACTERS, CORES
 from service.settings import Settings, is_loopback, load_settings
 
@@ -125,8 +126,8 @@ app = serve.deployment(
     # More than PSIM_QUEUE_INPUTS admits has to reach the batcher, which answers 429 to the rest.
     # Serve's default is five.
     max_ongoing_requests=2 * DEFAULTS["queue_inputs"],
-    # PSIM_DRAIN_S for requests, again for the worker, then the audit, and a margin.
-    graceful_shutdown_timeout_s=2 * DEFAULTS["drain_s"] + CLOSE_S + 5,
+    # PSIM_DRAIN_S for requests, again for the worker and its last step; the audit; a margin.
+    graceful_shutdown_timeout_s=2 * DEFAULTS["drain_s"] + STEP_S + CLOSE_S + 5,
     health_check_period_s=10,
     health_check_timeout_s=5,
 )(serve.ingress()(Replica)).bind()

@@ -14,12 +14,10 @@ from starlette.routing import Route, compile_path
 
 from service.errors import NotInspected
 from service.http.exchange import Completed, Exchange, Parsed
-from service.http.middleware import RequestId
 from service.http.parsing import read_inference, require_readable
 from service.http.responses import (
-    cut_off,
+    add_request_ids,
     install_error_handlers,
-    internal_error,
     json_response,
     rejected_reason,
     verdict_headers,
@@ -142,6 +140,6 @@ def _permit_or_deny(
 def ext_proc_app(authz: ExternalAuthz) -> Starlette:
     """Return an application that authorizes each request at the path it was sent to."""
     app = Starlette(routes=[Route("/{path:path}", authz.process, methods=[*PROXIED])])
-    app.add_middleware(RequestId, on_bug=internal_error, on_cut_off=cut_off)
+    add_request_ids(app)
     install_error_handlers(app)
     return app
