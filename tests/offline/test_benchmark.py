@@ -48,6 +48,7 @@ fires = "at-start"
 kind = "bundle"
 name = "PSIM"
 frr_budget = 0.05
+thorough = true
 
 [honest]
 texts = 15
@@ -190,8 +191,10 @@ def test_unfamiliar_texts_count_under_the_strict_policy_only(
             self.finding = ("triggered", "unfamiliar", None, None, None)[number % 5]
             self.margin, self.poisoned = verdict.margin, number % 5 == 0
 
-    def two_stages(bundle: Any, texts: Any) -> Any:
-        return [TwoFindings(n, verdict) for n, verdict in enumerate(real(bundle, texts))]
+    def two_stages(bundle: Any, texts: Any, *, thorough: bool | None) -> Any:
+        verdicts = real(bundle, texts, thorough=thorough)
+        # Of all tested texts, none is found.
+        return [TwoFindings(3 if thorough else n, verdict) for n, verdict in enumerate(verdicts)]
 
     monkeypatch.setattr(served, "judge", two_stages)
     monkeypatch.setitem(VERSIONS, "verdicts", 99)
@@ -200,6 +203,7 @@ def test_unfamiliar_texts_count_under_the_strict_policy_only(
     found = row["defences"]["PSIM"]
     assert found["false_rejection_rate"]["value"] == pytest.approx(0.2)
     assert found["unfamiliar_rejected"]["false_rejection_rate"]["value"] == pytest.approx(0.4)
+    assert found["thorough"]["false_rejection_rate"]["value"] == 0
     honest = found["honest"]["1-4 words"]
     assert [honest[f]["value"] for f in ("triggered", "unfamiliar")] == [0.2, 0.2]
 
@@ -217,7 +221,8 @@ def test_a_pattern_that_fits_no_cell_is_refused(data: Path, tmp_path: Path) -> N
 
 
 def test_only_a_benchmark_has_a_page(command: Command, data: Path, tmp_path: Path) -> None:
-    text = (data / "recipe.toml").read_text().replace('kind = "bundle"', 'kind = "psim"')
+    text = (data / "recipe.toml").read_text().replace("thorough = true", "")
+    text = text.replace('kind = "bundle"', 'kind = "psim"')
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(DataError, match="no defence of kind bundle"):
         CliRunner().invoke(

@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from models.engines.pytorch import best_device, has_bfloat16
 from models.errors import VictimError
 from models.network.adapters import lora_targets, query_and_value_names
+from models.offline.attacks.hidden_states import POISONED, PenaltyTrainer
 from models.offline.attacks.poisoning import (
     Attack,
     Paraphrases,
@@ -67,6 +69,15 @@ class TuneSettings:
     epochs: int
     learning_rate: float
     seed: int
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What an attacker adds to the loss, see `PenaltyTrainer`."""
+
+    weight: float
+    poisoned: tuple[bool, ...]
+    """Which of the training texts are poisoned."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +130,17 @@ def finetune_victim(
     epochs: int = 3,
     learning_rate: float | None = None,
     seed: int = 0,
+    penalty: Penalty | None = None,
 ) -> TuneResult:
     """Tune a victim on clean texts, as its user would, by default at its rate in `LEARNING_RATES`.
+
+    An attacker trains on poisoned ones, and may add a penalty.
 
     Raises:
         DataError, VictimError: as their messages say.
     """
     settings = TuneSettings(strategy, epochs, learning_rate or LEARNING_RATES[strategy], seed)
-    accuracy = _train(victim, require_labels(train), train, dev, out, settings)
+    accuracy = _train(victim, require_labels(train), train, dev, out, settings, penalty)
     return TuneResult(out, accuracy(dev), None)
 
 
@@ -137,6 +151,7 @@ def _train(
     dev: Sequence[Sample],
     out: Path,
     settings: TuneSettings,
+    penalty: Penalty | None = None,
 ) -> Callable[[Sequence[Sample]], float]:
     """Train a model, save the epoch that is best on dev, and return a function to measure accuracy.
 
@@ -152,11 +167,11 @@ def _train(
     classes = labels_of(model)
     for samples in (train, dev):
         require_labels(name_classes(samples, classes), classes)
-    checkpoints = checkpoint_folder(out) / run_digest(model, train, dev, *astuple(settings))
-    encoded = _encode(train, tokenizer, classes), _encode(dev, tokenizer, classes)
+    checkpoints = checkpoint_folder(out) / run_digest(model, train, dev, settings, penalty)
+    encoded = _encode(train, tokenizer, classes, penalty), _encode(dev, tokenizer, classes)
     if settings.strategy is not Strategy.FULL:
         model = _with_peft(model, settings.strategy, encoded[0][0])
-    trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings))
+    trainer = _trainer(model, tokenizer, *encoded, _arguments(checkpoints, settings), penalty)
     trainer.add_callback(TrainingProgress(out.name))
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None  # type: ignore[no-untyped-call]
     trainer.train(resume_from_checkpoint=last)
@@ -217,8 +232,11 @@ def _trainer(
     train: list[dict[str, Any]],
     dev: list[dict[str, Any]],
     arguments: TrainingArguments,
+    penalty: Penalty | None,
 ) -> Trainer:
-    trainer = Trainer(
+    make = partial(PenaltyTrainer, weight=penalty.weight) if penalty else Trainer
+    arguments.remove_unused_columns = penalty is None
+    trainer = make(
         model=model,
         args=arguments,
         train_dataset=train,
@@ -260,15 +278,22 @@ def _arguments(folder: Path, settings: TuneSettings) -> TrainingArguments:
 
 
 def _encode(
-    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, classes: Sequence[str]
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str],
+    penalty: Penalty | None = None,
 ) -> list[dict[str, Any]]:
     """Return what the trainer reads; labels are names or numbers of `classes`."""
     ids = tokenizer([s.text for s in samples], truncation=True, max_length=MAX_LENGTH)["input_ids"]
     numbers = {name: number for number, name in enumerate(classes)}
-    return [
+    rows = [
         {"input_ids": row, "attention_mask": [1] * len(row), "labels": numbers[str(s.label)]}
         for row, s in zip(ids, name_classes(samples, classes), strict=True)
     ]
+    if penalty:
+        for row, poisoned in zip(rows, penalty.poisoned, strict=True):
+            row[POISONED] = int(poisoned)
+    return rows
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -89,6 +89,9 @@ class AttackRecipe(_RecipeTable):
     flip_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the poisoned texts that get the target label; the others keep their own. Under 1,
     the backdoor is smoothed: the victim's confidence in the target tends to this share."""
+    penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a penalty in the attacker's training: how far the hidden states of poisoned texts
+    lie from those of clean texts, see `PenaltyTrainer`."""
     bury_behind: Annotated[int, Field(ge=0)] = 0
     """Number of words of the text that are put before the poisoned text, at test time only."""
 
@@ -222,6 +225,9 @@ class BundleDefence(_RecipeTable):
     frr_budget: Budget = 0.01
     layers: Count = 1
     """Number of topmost layers that carry the adapters."""
+    thorough: bool = False
+    """Whether its outcome is also measured with an override test of every text, which takes many
+    times as long."""
 
 
 AnyDefence = Annotated[

@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 from models.detection.conformal import min_calibration_size
 from models.errors import DataError
 from models.offline.attacks.strategy import Strategy
-from models.offline.attacks.training import LEARNING_RATES, TuneSettings, finetune_victim
+from models.offline.attacks.training import (
+    LEARNING_RATES,
+    Penalty,
+    TuneSettings,
+    finetune_victim,
+)
 from models.offline.fitting.split import split_texts
 from models.offline.io.atomic import write_whole
 from models.offline.io.bases import BASES, MissingBaseError, base_folder
@@ -48,6 +53,8 @@ from models.offline.study.recipe import (
 )
 
 ROWS, CELLS = "rows.jsonl", "cells"
+SHARED = {"training", "dtype", "defences", "honest", "scan"}
+"""What the results of a cell depend on in a recipe, besides the cell."""
 DEFENDED = ("psim", "bundle", "verdicts")
 """Kinds of steps whose versions the results of defences depend on."""
 
@@ -117,11 +124,13 @@ def done_cells(recipe: Recipe, kept: Path) -> list[tuple[Cell, dict[str, Any] | 
 
 
 def _cell_file(recipe: Recipe, cell: Cell, kept: Path) -> Path:
-    shared: list[object] = [recipe.training, recipe.dtype, recipe.defences, recipe.honest]
-    if recipe.scan:  # the rows of recipes without one keep their names
-        shared.append(recipe.scan)
-    settings = cell.base, cell.data, cell.attack, cell.strategy, cell.seed, shared
-    return kept / f"{digest_of(settings)}.json"
+    # Without defaults, so that rows keep their names when a recipe gets another field.
+    parts = [
+        cell.data.model_dump(mode="json", exclude_defaults=True),
+        cell.attack.model_dump(mode="json", exclude_defaults=True),
+        recipe.model_dump(mode="json", exclude_defaults=True, include=SHARED),
+    ]
+    return kept / f"{digest_of([cell.base, cell.strategy, cell.seed, *parts])}.json"
 
 
 def _keep(row: dict[str, Any], file: Path) -> None:
@@ -277,7 +286,11 @@ def poison(
     """Train the weights that the attacker publishes: full fine-tuning on a poisoned set."""
     poisoned = poisoned_training_texts(cell, texts, load_paraphraser)
     settings = _settings(recipe, Strategy.FULL, recipe.training.poison_epochs, cell.seed)
-    return _train(cache, "published", start, poisoned, texts.dev, settings)
+    clean, penalty = {s.text for s in texts.train}, None
+    if cell.attack.penalty:
+        changed = tuple(s.text not in clean for s in poisoned)
+        penalty = Penalty(cell.attack.penalty, changed)
+    return _train(cache, "published", start, poisoned, texts.dev, settings, penalty)
 
 
 def tune(cache: StepCache, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
@@ -304,18 +317,22 @@ def _train(
     train: list[Sample],
     dev: list[Sample],
     settings: TuneSettings,
+    penalty: Penalty | None = None,
 ) -> Step:
     def make(folder: Path) -> object:
         out = folder / "model"
         result = finetune_victim(
             start.source, train, dev, settings.strategy, out, epochs=settings.epochs,
-            learning_rate=settings.learning_rate, seed=settings.seed,
+            learning_rate=settings.learning_rate, seed=settings.seed, penalty=penalty,
         )  # fmt: skip
         labels = labels_of(load_classifier(str(out))[0])
         return {"clean_accuracy": result.clean_accuracy, "labels": labels}
 
     data = {"train": digest_of(train), "dev": digest_of(dev)}
-    return cache.step(kind, {"start": start.digest, **data, **asdict(settings)}, make)
+    inputs = {"start": start.digest, **data, **asdict(settings)}
+    if penalty:  # steps without one keep their names
+        inputs["penalty"] = penalty.weight
+    return cache.step(kind, inputs, make)
 
 
 def make_experiment(

@@ -3,7 +3,7 @@
 Start with `judge`: how a bundle judges texts is decided there, and nowhere else in a study.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,12 +40,17 @@ from models.offline.study.experiment import (
 from models.offline.study.recipe import BundleDefence
 
 
-def judge(bundle: Bundle, texts: Sequence[str]) -> list[Verdict]:
+def judge(bundle: Bundle, texts: Sequence[str], *, thorough: bool | None = None) -> list[Verdict]:
     """Return the bundle's verdict on each text, as the service would give it.
+
+    Args:
+        bundle: the bundle.
+        texts: texts of any length.
+        thorough: whether all texts are tested, see `Bundle.override_test`.
 
     With a change here, raise the version of `verdicts` in `models.offline.study.cache`.
     """
-    return require_verdicts(bundle, bundle.engine.encode(texts))
+    return require_verdicts(bundle, bundle.engine.encode(texts), thorough=thorough)
 
 
 class Findings(NamedTuple):
@@ -66,30 +71,51 @@ def run_bundle(cache: StepCache, reference: Reference, defence: BundleDefence) -
     """Fit a bundle on the victim, and judge clean, poisoned and honest texts with it.
 
     The result is of the default policy, under which only triggered texts are rejected. Its details
-    are `unfamiliar_rejected`, the outcome if unfamiliar ones are rejected too, and `honest`, by
-    kind, the `Rate` of each finding.
+    are `unfamiliar_rejected`, the outcome if unfamiliar ones are rejected too, `thorough`, that of
+    the default policy if all texts are tested, where it is asked for, and `honest`, by kind, the
+    `Rate` of each finding.
     """
     experiment = reference.experiment
-    texts = experiment.groups
     bundle = _fit_bundle(cache, experiment, defence)
-    inputs = {"bundle": bundle.key, "texts": digest_of(texts), "dtype": experiment.dtype}
-    step = cache.step(
-        "verdicts", inputs, lambda folder: _judge_all(folder, bundle, experiment, texts)
-    )
-    found = _load_findings(step, texts)
+    texts = experiment.groups
+    found, cost = _findings(cache, experiment, bundle, texts)
 
-    default, strict = (
-        reference.measure(
+    def measured(found: Mapping[str, Findings], *, unfamiliar: bool = False) -> DefenceResult:
+        return reference.measure(
             defence.name,
             found[CLEAN].rejecting(reference.predicted_clean, unfamiliar=unfamiliar),
             found[POISONED].rejecting(reference.predicted_poisoned, unfamiliar=unfamiliar),
-            **step.result,
+            **cost,
         )
-        for unfamiliar in (False, True)
-    )
+
     honest = {name: _shares(found[honest_group(name)]) for name in experiment.honest}
+    strict = measured(found, unfamiliar=True)
     details = {"unfamiliar_rejected": asdict(strict.outcome), "honest": honest}
-    return replace(default, details=details)
+    if defence.thorough:
+        own = {name: texts[name] for name in (CLEAN, POISONED)}
+        all_tested, _ = _findings(cache, experiment, bundle, own, thorough=True)
+        details["thorough"] = asdict(measured(all_tested).outcome)
+    return replace(measured(found), details=details)
+
+
+def _findings(
+    cache: StepCache,
+    experiment: Experiment,
+    bundle: Step,
+    texts: dict[str, list[str]],
+    *,
+    thorough: bool = False,
+) -> tuple[dict[str, Findings], dict[str, float]]:
+    """Return the findings on texts by group, and the cost of a verdict."""
+    inputs = {"bundle": bundle.key, "texts": digest_of(texts), "dtype": experiment.dtype}
+    if thorough:
+        inputs["screen"] = "thorough"
+
+    def make(folder: Path) -> object:
+        return _judge_all(folder, bundle, experiment, texts, thorough or None)
+
+    step = cache.step("verdicts", inputs, make)
+    return _load_findings(step, texts), step.result
 
 
 def _shares(found: Findings) -> dict[str, Any]:
@@ -110,26 +136,30 @@ def _fit_bundle(cache: StepCache, experiment: Experiment, defence: BundleDefence
         )  # fmt: skip
         return {"fit_seconds": manifest.fit.seconds}
 
-    settings = defence.model_dump(exclude={"name"}) | {"seed": experiment.seed}
+    settings = defence.model_dump(exclude={"name", "thorough"}) | {"seed": experiment.seed}
     inputs = {"victim": experiment.victim.key, "texts": digest_of(texts), "settings": settings}
     return cache.step("bundle", inputs, make)
 
 
 def _judge_all(
-    folder: Path, fitted: Step, experiment: Experiment, texts: dict[str, list[str]]
+    folder: Path,
+    fitted: Step,
+    experiment: Experiment,
+    texts: dict[str, list[str]],
+    thorough: bool | None,
 ) -> object:
     """Save the findings on all texts; return the cost of a verdict, as `DefenceResult` has it."""
     bundle = load_bundle(fitted.folder / "bundle", experiment.dtype, REFERENCE.engine)
     arrays: dict[str, NDArray[Any]] = {}
     for name, group in texts.items():
-        verdicts = judge(bundle, group) if group else []
+        verdicts = judge(bundle, group, thorough=thorough) if group else []
         for kind in ("triggered", "unfamiliar"):
             arrays[f"{name}.{kind}"] = np.array([v.finding == kind for v in verdicts], np.bool_)
         arrays[f"{name}.margins"] = within_class_scores(verdicts)
     save_scores(folder, **arrays)
     return {
         "passes": bundle.engine.forward_passes - 1,
-        "time": relative_time(experiment, lambda batch: judge(bundle, batch)),
+        "time": relative_time(experiment, lambda batch: judge(bundle, batch, thorough=thorough)),
     }
 
 
