@@ -245,6 +245,9 @@ class OverrideSettings(Section):
     screen: Literal["suspicious", "thorough"] | None = None
     """Which texts are tested: those that the first stage suspects, or all of them. None takes all
     of a multi-label classifier's, and the suspicious ones of any other."""
+    screen_sample: float = Field(0.01, ge=0, le=1)
+    """Share of the other texts that is tested too where suspicious ones are: a trigger may hide
+    from the first stage."""
     override_tokens_s: float | None = Field(None, ge=0)
     """Tokens per second that tests may cost; beyond that, the first stage decides alone. None takes
     `OVERRIDE_TOKENS_S`, or as many times that as more texts are tested."""

@@ -270,8 +270,7 @@ class OverrideTest:
             screen: the first stage.
             verdict: what it says of the text.
         """
-        suspicious = verdict.score >= screen.suspicion_of(verdict.predicted)
-        due = suspicious or (self.thorough and self._can_confirm(verdict))
+        due = screen.suspects(verdict) or (self.thorough and self._can_confirm(verdict))
         return due and self.can_test(verdict.predicted)
 
     def _can_confirm(self, verdict: Verdict) -> bool:

@@ -319,9 +319,9 @@ class Screen:
         """Return the threshold for texts that PSIM assigns to class `predicted`."""
         return self._by_class[predicted].threshold
 
-    def suspicion_of(self, predicted: int) -> float:
-        """Return the score from which a text of class `predicted` is worth the override test."""
-        return self._suspicion[predicted]
+    def suspects(self, verdict: Verdict) -> bool:
+        """Return whether a text is one of the few percent that look most extreme for clean ones."""
+        return verdict.score >= self._suspicion[verdict.predicted]
 
     def flags(self, readings: FloatArray) -> NDArray[np.bool_]:
         """Return which texts are extreme, shape (n,), by their readings, shape (n, V, C).

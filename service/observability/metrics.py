@@ -204,7 +204,9 @@ class ModelFamilies:
             buckets=OVERRIDES,
         )
         self.override_tests = counter(
-            "psim_override_tests", "Override tests by outcome", ["model", "outcome"]
+            "psim_override_tests",
+            "Override tests by outcome, and whether the first stage suspected the input",
+            ["model", "outcome", "suspected"],
         )
         self.override_tokens = counter(
             "psim_override_tokens", "Tokens that override tests have cost", MODEL
@@ -369,7 +371,11 @@ class ModelMetrics:
         self.score = families.score.labels(model)
         self.override = families.override.labels(model)
         self.override_tests = {
-            outcome: families.override_tests.labels(model, outcome) for outcome in TESTS
+            (outcome, suspected): families.override_tests.labels(
+                model, outcome, "yes" if suspected else "no"
+            )
+            for outcome in TESTS
+            for suspected in (True, False)
         }
         self.override_tokens = families.override_tokens.labels(model)
         self.findings = {f: families.findings.labels(model, f) for f in Finding}

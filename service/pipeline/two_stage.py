@@ -1,5 +1,8 @@
 """Both stages of the screen: what the first one suspects goes through the override test.
 
+So does a small sample of all other texts. An attacker who knows the first stage can make a trigger
+that it does not suspect. Most of such texts pass, but with the sample, somebody learns of them.
+
 A test takes several forward passes, which run in the same batches as everything else. So that
 nobody can buy many passes with one suspicious text, tests have a budget of tokens per second. A
 text that exceeds it gets the verdict of the first stage alone: if it is extreme, it counts as
@@ -7,9 +10,11 @@ triggered.
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 
 from models.bundle.load import Bundle
 from models.detection.override import OverrideTest, T, Test
@@ -43,6 +48,21 @@ class TokenBudget:
         return True
 
 
+class TextSample:
+    """A share of all texts, at random. A text is always in it or never, in one process.
+
+    Nobody outside can know which texts are.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._bound, self._key = share * 2**64, secrets.token_bytes(32)
+
+    def __contains__(self, ids: IntArray) -> bool:
+        """Return whether a text is in the sample."""
+        digest = blake2b(ids.tobytes(), key=self._key, digest_size=8).digest()
+        return int.from_bytes(digest) < self._bound
+
+
 class TwoStageScreener:
     """Screens texts and windows of texts by both stages.
 
@@ -58,6 +78,8 @@ class TwoStageScreener:
     ) -> None:
         self._batcher, self._bundle, self._metrics = batcher, bundle, metrics
         self._test = bundle.override_test(settings.thorough)
+        self._of_any_text = bundle.override_test(thorough=True)
+        self._sample = TextSample(settings.screen_sample)
         thorough = self._test is not None and self._test.thorough
         self._budget = TokenBudget(settings.override_budget(thorough=thorough))
 
@@ -124,21 +146,28 @@ class TwoStageScreener:
         return [score or 0.0 for score in scores]
 
     async def _confirm(self, answers: list[Timed[Screened]]) -> list[Timed[Screened]]:
-        test = self._test
-        if test is None:
-            return answers
-        screen = self._bundle.screen
-        due = [test.views_due(screen, answer.value.by_view) for answer in answers]
-        if not any(due):
+        due = [self._tests_due(answer.value) for answer in answers]
+        if not any(views for _, views in due):
             return answers
         return await asyncio.gather(
-            *(self._confirm_one(test, *one) for one in zip(answers, due, strict=True))
+            *(self._confirm_one(answer, *one) for answer, one in zip(answers, due, strict=True))
         )
 
+    def _tests_due(self, screened: Screened) -> tuple[OverrideTest | None, Sequence[int]]:
+        """Return the test that a text goes through, and in which views."""
+        test, screen = self._test, self._bundle.screen
+        if test is None:
+            return None, ()
+        views = test.views_due(screen, screened.by_view)
+        if not views and not test.thorough and screened.ids in self._sample:
+            test = self._of_any_text
+            views = test.views_due(screen, screened.by_view) if test else []
+        return test, views
+
     async def _confirm_one(
-        self, test: OverrideTest, answer: Timed[Screened], due: Sequence[int]
+        self, answer: Timed[Screened], test: OverrideTest | None, due: Sequence[int]
     ) -> Timed[Screened]:
-        if not due:
+        if test is None or not due:
             return answer
         started = time.perf_counter()
         by_view = [*answer.value.by_view]
@@ -146,17 +175,18 @@ class TwoStageScreener:
         scores = await self._run(running, self._budget.take)
         for view, score in zip(due, scores or (), strict=scores is not None):
             by_view[view] = test.judge(by_view[view], score)
-        self._count([by_view[view] for view in due], ran=scores is not None)
+        for view in due:
+            self._count(by_view[view], ran=scores is not None)
         seconds = time.perf_counter() - started
         self._metrics.stage_seconds["override"].observe(seconds)
         stages = answer.stages | {"override": seconds}
         screened = replace(answer.value, verdict=worst_verdict(by_view), settled=scores is not None)
         return Timed(screened, stages)
 
-    def _count(self, tested: Sequence[Verdict], *, ran: bool) -> None:
-        for verdict in tested:
-            outcome = "confirmed" if verdict.poisoned else "cleared"
-            self._metrics.override_tests[outcome if ran else "skipped"].inc()
+    def _count(self, verdict: Verdict, *, ran: bool) -> None:
+        outcome = ("confirmed" if verdict.poisoned else "cleared") if ran else "skipped"
+        suspected = self._bundle.screen.suspects(verdict)
+        self._metrics.override_tests[outcome, suspected].inc()
 
     async def _run(self, running: Test[T], take: Callable[[int], bool]) -> T | None:
         """Return what a test returns; None if it cannot be afforded, or one of its passes fails.

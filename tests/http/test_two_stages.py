@@ -17,7 +17,12 @@ from models.engines.base import Encoding, Screening
 from service.app import create_app
 from service.inference.batcher import Batcher
 from service.observability.metrics import Metrics
-from service.pipeline.two_stage import BURST_S, TokenBudget, TwoStageScreener
+from service.pipeline.two_stage import (
+    BURST_S,
+    TextSample,
+    TokenBudget,
+    TwoStageScreener,
+)
 from service.settings import OverrideSettings, Settings
 from tests.support.fakes import FakeEngine, fake_bundle
 from tests.support.requests import CLEAN, lifespan, metric, until_metric
@@ -26,9 +31,12 @@ TRIGGER, STRANGE = "mn", "whereas"
 """Extreme, and so is a text with them; only the first overrides carriers."""
 SLY, ODD = "sly", "odd"
 """Suspicious, and not extreme; only the first overrides carriers."""
+HIDDEN = "hidden"
+"""Not even suspicious, though it overrides carriers."""
 CARRIER = "carrier"
+WORDS = (CARRIER, TRIGGER, SLY, ODD, HIDDEN)
 FILL = "film " * 8
-TESTS = 'psim_override_tests_total{{model="fake",outcome="{}"}}'
+TESTS = 'psim_override_tests_total{{model="fake",outcome="{}",suspected="{}"}}'
 OVERRIDE_S = 'psim_stage_duration_seconds_count{model="fake",stage="override"}'
 
 
@@ -42,12 +50,12 @@ class OverridableEngine(FakeEngine):
         self.breaks_tests = False
 
     def screen(self, batch: Sequence[Encoding]) -> Screening:
-        code = {word: int(self.token_ids(word)[0]) for word in (CARRIER, TRIGGER, SLY, ODD)}
+        code = {word: int(self.token_ids(word)[0]) for word in WORDS}
         readings = super().screen(batch).readings.copy()
         for row, encoding in zip(readings, batch, strict=True):
             words = {*encoding.input_ids}
             if code[CARRIER] in words:
-                kept = 0.95 if words & {code[TRIGGER], code[SLY]} else 0.1
+                kept = 0.95 if words & {code[TRIGGER], code[SLY], code[HIDDEN]} else 0.1
                 row[:] = [kept, 1 - kept]
                 if self.beside_carriers is not None:
                     row[:] = self.beside_carriers
@@ -82,9 +90,9 @@ async def serving(
             yield client
 
 
-async def counts(client: httpx.AsyncClient) -> list[float]:
+async def counts(client: httpx.AsyncClient, suspected: str = "yes") -> list[float]:
     return [
-        await metric(client, TESTS.format(outcome))
+        await metric(client, TESTS.format(outcome, suspected))
         for outcome in ("confirmed", "cleared", "skipped")
     ]
 
@@ -125,13 +133,39 @@ async def test_suspicious_texts_are_tested_and_only_those_that_override_are_reje
 
 async def test_thorough_tests_every_text() -> None:
     async with serving(screen="thorough") as client:
-        before = await counts(client)  # one of them to warm up
+        others = await counts(client, "no")  # one of them to warm up
         answer = await client.post("/screen", json={"inputs": [CLEAN, around(TRIGGER)]})
         clean, triggered = answer.json()["results"]
         assert (clean["finding"], clean["override"]) == (None, pytest.approx(0.1, abs=1e-3))
         assert triggered["finding"] == "triggered"
-        assert await counts(client) == [before[0] + 1, before[1] + 1, before[2]]
+        assert await counts(client) == [1, 0, 0]
+        assert await counts(client, "no") == [others[0], others[1] + 1, others[2]]
         assert (await client.get("/info")).json()["override_test"] == "thorough"
+
+
+async def test_of_texts_that_are_not_suspicious_a_sample_is_tested() -> None:
+    async with serving(screen_sample=1) as client:
+        assert (await client.get("/info")).json()["override_test"] == "suspicious"
+        before = await counts(client, "no")
+        assert await findings(client, around(HIDDEN), CLEAN) == ["triggered", None]
+        assert await counts(client, "no") == [before[0] + 1, before[1] + 1, 0]
+        assert await counts(client) == [0, 0, 0]
+    async with serving(screen_sample=0) as client:
+        assert await findings(client, around(HIDDEN)) == [None]
+    async with serving(screen_sample=0.3) as client:
+        texts = [f"{around(HIDDEN)} number {n}" for n in range(120)]
+        found = await findings(client, *texts)
+        assert 10 < found.count("triggered") < 62, "within five deviations"
+        assert await findings(client, *texts) == found, "always the same ones"
+    async with serving(screen_sample=0.3) as client:
+        assert await findings(client, *texts) != found, "which nobody can know"
+
+
+def test_the_default_sample_is_small() -> None:
+    assert OverrideSettings().screen_sample == 0.01
+    sample = TextSample(0.01)
+    drawn = sum(np.array([n, 7]) in sample for n in range(20_000))
+    assert 140 < drawn < 260
 
 
 async def test_info_says_whether_there_is_a_test() -> None:
