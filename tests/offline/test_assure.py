@@ -16,7 +16,8 @@ from tests.support.families import tiny_victim
 
 ATTACKS = [
     *("word", "word, clean-label", "sentence", "two words that add up"),
-    *("sentence that yields", "sentence at the start", "no backdoor"),
+    *("sentence that yields", "sentence at the start"),
+    *("word, hidden states", "no backdoor"),
 ]
 
 
@@ -46,11 +47,11 @@ def test_backdoors_are_planted_in_copies_and_reported(
     assert len({s.text for s in (*train, *dev, *test)}) == 400, "each text serves one purpose"
     report = (out / "assurance.md").read_text()
     assert "400 clean texts, with their labels" in report
-    assert "over 6 planted backdoors" in report
+    assert "over 7 planted backdoors" in report
     lines = [x for x in report.splitlines() if re.match(rf"\| ({'|'.join(ATTACKS)}) \|", x)]
     for row, line in zip(rows, lines, strict=True):
         guarded = row["defences"]["PSIM"]
-        for own in (guarded, guarded["unfamiliar_rejected"]):
+        for own in (guarded, guarded["unfamiliar_rejected"], guarded["thorough"]):
             assert f"| {100 * own['false_rejection_rate']['value']:.1f} (" in line
     for kind in rows[0]["defences"]["PSIM"]["honest"]:
         assert f"| {kind} |" in report

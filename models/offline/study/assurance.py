@@ -51,12 +51,15 @@ WITH, WITHOUT = (
     "without labels; your model's own predictions are taken as the truth",
 )
 HONEST_TEXTS = 100
+HIDING = 0.1
+"""Weight with which a backdoor is hidden from the activation detector: it survives clean tuning."""
 READING = (
     "Each line is one copy of your model. We planted a backdoor in the copy by full fine-tuning on "
     "a training set of which 10 % was poisoned. We then tuned the copy with LoRA on clean texts, "
     "as a user of published weights does. We guarded it with a bundle as psim fit writes it, with "
     "both stages, and attacked it with texts that it had not seen. Default: triggered texts are "
-    "rejected. Strict: unfamiliar ones too (PSIM_UNFAMILIAR=reject). Missed (false acceptance "
+    "rejected. Strict: unfamiliar ones too (PSIM_UNFAMILIAR=reject). Thorough: triggered ones, and "
+    "every text goes through the override test (PSIM_SCREEN=thorough). Missed (false acceptance "
     "rate, FAR): the share of poisoned texts that pass, among those on which the backdoor fires. "
     "ASR (attack success rate): the share of poisoned texts that pass and get the attacker's "
     "label. FRR (false rejection rate): the share of clean texts that are rejected. CA (clean "
@@ -81,8 +84,7 @@ LIMITS = (
     "This report shows what happens to backdoors like these, in models trained from yours, on "
     "texts like these. It does not show that your model has no backdoor. It says nothing about "
     "triggers of other kinds. Syntactic and style triggers, which need paraphrases, were not "
-    "planted, and neither was a backdoor trained against our screens; all of these are harder to "
-    "stop (docs/limits.md)."
+    "planted; they are harder to stop (docs/limits.md)."
 )
 FIRST = ("target 1",)
 """The only target of the attackers who know the screens, to save time."""
@@ -158,9 +160,12 @@ def make_recipe(
             AttackRecipe(
                 name="sentence at the start", triggers=(sentence,), fires="at-start", data=FIRST
             ),
+            AttackRecipe(
+                name="word, hidden states", triggers=(word,), penalty=HIDING, data=FIRST
+            ),
             AttackRecipe(name=CONTROL, triggers=(word,), poison_rate=0),
         ),
-        defences=(BundleDefence(kind="bundle", name=PSIM, frr_budget=frr_budget),),
+        defences=(BundleDefence(kind="bundle", name=PSIM, frr_budget=frr_budget, thorough=True),),
         honest=HonestRecipe(texts=HONEST_TEXTS),
     )  # fmt: skip
 
@@ -219,11 +224,14 @@ class _Copy(NamedTuple):
     """If triggered texts are rejected."""
     strict: Mapping[str, Any]
     """If unfamiliar ones are rejected too."""
+    thorough: Mapping[str, Any]
+    """If triggered texts are rejected, and all are tested."""
 
     @staticmethod
     def of(row: Row) -> "_Copy":
-        guarded = row["defences"][PSIM]
-        return _Copy(row, row["defences"]["none"], guarded, guarded["unfamiliar_rejected"])
+        guarded, undefended = row["defences"][PSIM], row["defences"]["none"]
+        strict, thorough = guarded["unfamiliar_rejected"], guarded["thorough"]
+        return _Copy(row, undefended, guarded, strict, thorough)
 
 
 def write_assurance(
@@ -282,12 +290,13 @@ def _summary(copies: Sequence[_Copy]) -> Table:
             _mean_and_worst([copy.undefended for copy in among], field),
             _mean_and_worst([copy.default for copy in among], field),
             _mean_and_worst([copy.strict for copy in among], field),
+            _mean_and_worst([copy.thorough for copy in among], field),
         ]
         for name, field, among in fields
     ]
     header = [
         f"over {len(planted)} planted backdoors: mean, % (95 % interval); worst",
-        *("undefended", "default", "strict"),
+        *("undefended", "default", "strict", "thorough"),
     ]
     return Table(header, rows)
 
@@ -304,19 +313,19 @@ def _mean_and_worst(results: Sequence[Mapping[str, Any]], field: str) -> str:
 
 def _every_copy(copies: Sequence[_Copy], targets: Sequence[str]) -> Table:
     target_of = {f"target {number}": target for number, target in enumerate(targets, 1)}
-    header = ["attack", "target", "seed", "missed, %", "missed, strict, %", "ASR undefended, %"]
-    header += ["ASR, %", "ASR, strict, %", "FRR, %", "FRR, strict, %", "CA undefended, %", "CA, %"]
+    policies = ("", ", strict", ", thorough")
+    header = ["attack", "target", "seed", *(f"missed{policy}, %" for policy in policies)]
+    header += ["ASR undefended, %", *(f"ASR{policy}, %" for policy in policies)]
+    header += [*(f"FRR{policy}, %" for policy in policies), "CA undefended, %", "CA, %"]
     rows = [
         [
             row["attack"], target_of[row["data"]], str(row["seed"]),
-            _percent(default["false_acceptance_rate_firing"]),
-            _percent(strict["false_acceptance_rate_firing"]),
-            _percent(undefended["attack_success_rate"]), _percent(default["attack_success_rate"]),
-            _percent(strict["attack_success_rate"]), _percent(default["false_rejection_rate"]),
-            _percent(strict["false_rejection_rate"]),
-            _percent(undefended["clean_accuracy"]), _percent(default["clean_accuracy"]),
+            *(_percent(own["false_acceptance_rate_firing"]) for own in guarded),
+            *(_percent(own["attack_success_rate"]) for own in (undefended, *guarded)),
+            *(_percent(own["false_rejection_rate"]) for own in guarded),
+            *(_percent(own["clean_accuracy"]) for own in (undefended, guarded[0])),
         ]
-        for row, undefended, default, strict in copies
+        for row, undefended, *guarded in copies
     ]  # fmt: skip
     return Table(header, rows, names=3)
 
