@@ -191,7 +191,7 @@ def test_unfamiliar_texts_count_under_the_strict_policy_only(
             self.finding = ("triggered", "unfamiliar", None, None, None)[number % 5]
             self.margin, self.poisoned = verdict.margin, number % 5 == 0
 
-    def two_stages(bundle: Any, texts: Any, *, thorough: bool | None) -> Any:
+    def two_stages(bundle: Any, texts: Any, *, thorough: bool | None = None) -> Any:
         verdicts = real(bundle, texts, thorough=thorough)
         # Of all tested texts, none is found.
         return [TwoFindings(3 if thorough else n, verdict) for n, verdict in enumerate(verdicts)]

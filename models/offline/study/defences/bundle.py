@@ -106,13 +106,18 @@ def _findings(
     *,
     thorough: bool = False,
 ) -> tuple[dict[str, Findings], dict[str, float]]:
-    """Return the findings on texts by group, and the cost of a verdict."""
+    """Return the findings on texts by group, and the cost of a verdict as `DefenceResult` has it.
+
+    The cost is not measured if all texts are tested.
+    """
     inputs = {"bundle": bundle.key, "texts": digest_of(texts), "dtype": experiment.dtype}
     if thorough:
         inputs["screen"] = "thorough"
 
     def make(folder: Path) -> object:
-        return _judge_all(folder, bundle, experiment, texts, thorough or None)
+        loaded = load_bundle(bundle.folder / "bundle", experiment.dtype, REFERENCE.engine)
+        _save_findings(folder, loaded, texts, thorough=thorough or None)
+        return {} if thorough else _cost(loaded, experiment)
 
     step = cache.step("verdicts", inputs, make)
     return _load_findings(step, texts), step.result
@@ -141,15 +146,9 @@ def _fit_bundle(cache: StepCache, experiment: Experiment, defence: BundleDefence
     return cache.step("bundle", inputs, make)
 
 
-def _judge_all(
-    folder: Path,
-    fitted: Step,
-    experiment: Experiment,
-    texts: dict[str, list[str]],
-    thorough: bool | None,
-) -> object:
-    """Save the findings on all texts; return the cost of a verdict, as `DefenceResult` has it."""
-    bundle = load_bundle(fitted.folder / "bundle", experiment.dtype, REFERENCE.engine)
+def _save_findings(
+    folder: Path, bundle: Bundle, texts: dict[str, list[str]], *, thorough: bool | None
+) -> None:
     arrays: dict[str, NDArray[Any]] = {}
     for name, group in texts.items():
         verdicts = judge(bundle, group, thorough=thorough) if group else []
@@ -157,9 +156,12 @@ def _judge_all(
             arrays[f"{name}.{kind}"] = np.array([v.finding == kind for v in verdicts], np.bool_)
         arrays[f"{name}.margins"] = within_class_scores(verdicts)
     save_scores(folder, **arrays)
+
+
+def _cost(bundle: Bundle, experiment: Experiment) -> dict[str, float]:
     return {
         "passes": bundle.engine.forward_passes - 1,
-        "time": relative_time(experiment, lambda batch: judge(bundle, batch, thorough=thorough)),
+        "time": relative_time(experiment, lambda batch: judge(bundle, batch)),
     }
 
 
