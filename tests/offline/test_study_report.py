@@ -271,6 +271,19 @@ def test_every_plot_is_there_and_no_other(whole: Path) -> None:
     assert named == ["plots/attack.png", "plots/psim-1-sst-2.png", "plots/psim-2-cr.png"]
 
 
+def test_without_its_scores_a_cell_is_in_the_tables_and_not_in_the_plots(tmp_path: Path) -> None:
+    """As from rows in a repository, whose steps are lost with the machine."""
+    rows = study(tmp_path, seeds=(0,))
+    lost = {row["defences"]["PSIM"]["scores"] for row in rows if row["data"] == "cr"}
+    for file in lost:
+        (tmp_path / "steps" / file).unlink()
+    text = report(rows, tmp_path)
+    assert sorted(file.name for file in (tmp_path / "plots").glob("psim-*.png")) == [
+        "psim-1-sst-2.png"
+    ]
+    assert len([line for line in text.splitlines() if line.startswith("| cr |")]) > 1
+
+
 def test_one_cell_is_a_study(tmp_path: Path) -> None:
     row = cell("cr", "word", "full", 7)
     write_scores(row, tmp_path)

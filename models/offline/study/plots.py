@@ -81,6 +81,12 @@ def _psim_name(row: Row) -> str | None:
     return next((name for name, found in row["defences"].items() if found.get("scores")), None)
 
 
+def has_scores(row: Row, steps: Path) -> bool:
+    """Return whether the scores of a cell's texts are there; a row is kept without them."""
+    psim = row["defences"].get(_psim_name(row) or "")
+    return psim is not None and all((steps / f).exists() for f in (row["bare"], psim["scores"]))
+
+
 def psim_figure(cells: Sequence[Row], steps: Path) -> Figure:
     """Plot scores, ROC curve and trade-off of the first PSIM variant, with one row per cell.
 

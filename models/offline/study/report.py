@@ -23,7 +23,7 @@ from models.offline.study.html import (
     save_picture,
     write_page,
 )
-from models.offline.study.plots import Row, attack_figure, psim_figure, shown_cells
+from models.offline.study.plots import Row, attack_figure, has_scores, psim_figure, shown_cells
 
 VICTIM = ["data", "attack", "strategy"]
 CELL = [*VICTIM, "seed"]
@@ -230,7 +230,8 @@ def _rejected_share(rates: Row | None) -> float | None:
 
 
 def _separation_section(rows: Sequence[Row], out: Path, steps: Path) -> Iterator[Block]:
-    for number, (data, cells) in enumerate(shown_cells(rows).items(), 1):
+    there = [row for row in rows if has_scores(row, steps)]
+    for number, (data, cells) in enumerate(shown_cells(there).items(), 1):
         if number == 1:
             yield Heading(2, "How PSIM separates clean and poisoned texts")
             yield Paragraph(
