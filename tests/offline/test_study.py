@@ -217,6 +217,29 @@ def test_what_a_change_touches_is_done_again(
     assert tuned == [Strategy.LORA]  # the poisoned weights are still good
 
 
+def test_a_penalty_is_for_the_poisoned_texts_of_the_attacker_s_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    penalties = []
+
+    def spy(*args: Any, penalty: Any, **keywords: Any) -> Any:
+        penalties.append(penalty)
+        return finetune_victim(*args, penalty=penalty, **keywords)
+
+    monkeypatch.setattr(study, "finetune_victim", spy)
+    text = (
+        RECIPE.format(budget=0.05).split("[[defences]]")[0] + '[[defences]]\nkind = "paraphrase"\n'
+    )
+    (row,) = run(recipe(tmp_path, text), data, tmp_path)
+    (hidden,) = run(
+        recipe(tmp_path, text.replace('["mn"]', '["mn"]\npenalty = 0.1')), data, tmp_path
+    )
+    attacker, user = penalties[2:]
+    assert (attacker.weight, sum(attacker.poisoned), user) == (0.1, 24, None)
+    assert penalties[:2] == [None, None]
+    assert hidden["published"] != row["published"] or hidden["bare"] != row["bare"]
+
+
 def only_cell(data: Path, text: str) -> tuple[cells.Cell, cells.Texts]:
     (cell,) = cells.cells(recipe(data, text))
     return cell, cells.Texts.load(cell.data, data)
