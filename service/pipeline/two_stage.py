@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 
 from models.bundle.load import Bundle
@@ -28,6 +29,8 @@ from service.settings import OverrideSettings
 
 BURST_S = 10
 """Seconds of the budget that can be saved up."""
+FOR_SUSPICIOUS = 0.5
+"""Share of what is saved up that texts of the sample leave to suspicious ones."""
 
 
 class TokenBudget:
@@ -37,12 +40,17 @@ class TokenBudget:
         self._rate, self._left = per_second, per_second * BURST_S
         self._since = time.monotonic()
 
-    def take(self, tokens: int) -> bool:
-        """Take tokens out of the bucket; return False, and take none, if there are too few."""
-        now = time.monotonic()
-        self._left = min(self._left + (now - self._since) * self._rate, self._rate * BURST_S)
+    def take(self, tokens: int, leaving: float = 0.0) -> bool:
+        """Take tokens out of the bucket; return False, and take none, if there are too few.
+
+        Args:
+            tokens: how many.
+            leaving: share of a full bucket that must be left.
+        """
+        now, full = time.monotonic(), self._rate * BURST_S
+        self._left = min(self._left + (now - self._since) * self._rate, full)
         self._since = now
-        if tokens > self._left:
+        if tokens > self._left - leaving * full:
             return False
         self._left -= tokens
         return True
@@ -172,7 +180,11 @@ class TwoStageScreener:
         started = time.perf_counter()
         by_view = [*answer.value.by_view]
         running = test.scores(answer.value.ids, [by_view[view] for view in due])
-        scores = await self._run(running, self._budget.take)
+        is_drawn = test is not self._test
+        leaving = FOR_SUSPICIOUS if is_drawn else 0.0
+        scores = await self._run(running, partial(self._budget.take, leaving=leaving))
+        if is_drawn and scores is None:
+            return answer
         for view, score in zip(due, scores or (), strict=scores is not None):
             by_view[view] = test.judge(by_view[view], score)
         for view in due:

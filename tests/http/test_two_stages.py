@@ -1,5 +1,6 @@
 """The override test in the service: what is tested, what that costs, and what if it cannot be."""
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -159,6 +160,18 @@ async def test_of_texts_that_are_not_suspicious_a_sample_is_tested() -> None:
         assert await findings(client, *texts) == found, "always the same ones"
     async with serving(screen_sample=0.3) as client:
         assert await findings(client, *texts) != found, "which nobody can know"
+
+
+async def test_the_sample_leaves_half_of_the_budget_to_suspicious_texts() -> None:
+    long = [f"{FILL} number {n}" for n in range(40)]
+    async with serving(screen_sample=1, override_tokens_s=40) as client:
+        before, started = await metric(client, "psim_override_tokens_total"), time.monotonic()
+        await findings(client, *long)
+        cost = await metric(client, "psim_override_tokens_total") - before
+        came_meanwhile = 40 * (time.monotonic() - started)
+        assert 150 < cost <= 200 + came_meanwhile, "half of 400 tokens"
+        assert await findings(client, around(STRANGE)) == ["unfamiliar"], "it is still tested"
+        assert (await counts(client, "no"))[2] == 0, "a text need not be tested for being drawn"
 
 
 def test_the_default_sample_is_small() -> None:
