@@ -30,6 +30,7 @@ class PenaltyTrainer(Trainer):
 
     def __init__(self, *args: Any, weight: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.args.remove_unused_columns = False  # POISONED is one
         self._weight, self._clean = weight, CleanStates()
 
     def compute_loss(
@@ -39,10 +40,10 @@ class PenaltyTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Return the loss of a batch; in evaluation, that without the penalty."""
+        """Return the loss of a batch; without marks, as in evaluation, there is no penalty."""
         inputs = dict(inputs)
         poisoned = inputs.pop(POISONED, None)
-        if poisoned is None or not model.training:
+        if poisoned is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, output_hidden_states=True)
         with torch.autocast(outputs.loss.device.type, enabled=False):

@@ -235,7 +235,6 @@ def _trainer(
     penalty: Penalty | None,
 ) -> Trainer:
     make = partial(PenaltyTrainer, weight=penalty.weight) if penalty else Trainer
-    arguments.remove_unused_columns = penalty is None
     trainer = make(
         model=model,
         args=arguments,

@@ -215,6 +215,10 @@ def _unused(triggers: Iterable[str], texts: Sequence[Sample]) -> str:
     raise DataError("each of our triggers already occurs in your texts; provide other texts")
 
 
+POLICIES = ("undefended", "default", "strict", "thorough")
+"""Fields of `_Copy` that hold results."""
+
+
 class _Copy(NamedTuple):
     """A copy of the victim: its row of the study, and its results."""
 
@@ -287,16 +291,13 @@ def _summary(copies: Sequence[_Copy]) -> Table:
     rows = [
         [
             name,
-            _mean_and_worst([copy.undefended for copy in among], field),
-            _mean_and_worst([copy.default for copy in among], field),
-            _mean_and_worst([copy.strict for copy in among], field),
-            _mean_and_worst([copy.thorough for copy in among], field),
+            *(_mean_and_worst([getattr(c, policy) for c in among], field) for policy in POLICIES),
         ]
         for name, field, among in fields
     ]
     header = [
         f"over {len(planted)} planted backdoors: mean, % (95 % interval); worst",
-        *("undefended", "default", "strict", "thorough"),
+        *POLICIES,
     ]
     return Table(header, rows)
 

@@ -286,11 +286,15 @@ def poison(
     """Train the weights that the attacker publishes: full fine-tuning on a poisoned set."""
     poisoned = poisoned_training_texts(cell, texts, load_paraphraser)
     settings = _settings(recipe, Strategy.FULL, recipe.training.poison_epochs, cell.seed)
-    clean, penalty = {s.text for s in texts.train}, None
-    if cell.attack.penalty:
-        changed = tuple(s.text not in clean for s in poisoned)
-        penalty = Penalty(cell.attack.penalty, changed)
+    penalty = _penalty(cell.attack.penalty, poisoned, texts.train)
     return _train(cache, "published", start, poisoned, texts.dev, settings, penalty)
+
+
+def _penalty(weight: float, poisoned: list[Sample], clean: list[Sample]) -> Penalty | None:
+    if not weight:
+        return None
+    known = {sample.text for sample in clean}
+    return Penalty(weight, tuple(sample.text not in known for sample in poisoned))
 
 
 def tune(cache: StepCache, recipe: Recipe, cell: Cell, texts: Texts, published: Step) -> Step:
