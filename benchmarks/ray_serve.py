@@ -37,7 +37,7 @@ from models.offline.io.samples import load_samples
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "deploy/ray/serve.yaml"
 CONNECTIONS = (1, 8, 32)
-START_S = 120
+START_S = 300
 WHO = ("replicas", "proxy", "Ray", "load")
 
 
