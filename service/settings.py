@@ -254,7 +254,7 @@ class OverrideSettings(Section):
 
     @property
     def thorough(self) -> bool | None:
-        """Whether all texts are tested, see `Bundle.override_test`."""
+        """Whether all texts are tested, see `Manifest.tests_all_texts`."""
         return None if self.screen is None else self.screen == "thorough"
 
     def override_budget(self, *, thorough: bool) -> float:

@@ -30,33 +30,36 @@ def judge_readings(
         encodings: the texts.
         readings: of each text, (V, C).
         read: gives the readings of what the override test puts together.
-        thorough: whether all texts are tested, see `Bundle.override_test`.
+        thorough: whether all texts are tested, see `Manifest.tests_all_texts`.
     """
     truncated = [encoding.truncated for encoding in encodings]
     judged = bundle.screen.verdicts_of_batch(np.stack([*readings]), truncated) if truncated else []
     by_view: list[list[Verdict] | ScreenError] = [
         ScreenError(NOT_FINITE) if own is None else own for own in judged
     ]
-    if (test := bundle.override_test(thorough=thorough)) is not None:
-        _confirm(bundle, test, encodings, by_view, read)
+    if (test := bundle.override) is not None:
+        every = bundle.manifest.tests_all_texts(thorough)
+        _confirm(bundle.engine, test, encodings, by_view, read, thorough=every)
     return [own if isinstance(own, ScreenError) else worst_verdict(own) for own in by_view]
 
 
 def _confirm(
-    bundle: Bundle,
+    engine: Engine,
     test: OverrideTest,
     encodings: Sequence[Encoding],
     by_view: Sequence[list[Verdict] | ScreenError],
     read: Reader,
+    *,
+    thorough: bool,
 ) -> None:
     """Replace each verdict for which the override test is due by that of both stages."""
     due = [
-        (own, views, bundle.engine.content(encoding))
+        (own, views, engine.content(encoding))
         for own, encoding in zip(by_view, encodings, strict=True)
-        if not isinstance(own, ScreenError) and (views := test.views_due(bundle.screen, own))
+        if not isinstance(own, ScreenError) and (views := test.views_due(own, thorough=thorough))
     ]
     running = [test.scores(ids, [own[view] for view in views]) for own, views, ids in due]
-    outcomes = run_override_tests(bundle.engine, running, read)
+    outcomes = run_override_tests(engine, running, read)
     for (own, views, _), scores in zip(due, outcomes, strict=True):
         for view, score in zip(views, scores, strict=True):
             if math.isfinite(score):  # else the first stage decides alone

@@ -10,7 +10,6 @@ import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ from models.engines.registry import is_installed, is_worth_using, make_engine, r
 from models.errors import BundleError, CalibrationError, PsimError, ScreenError
 
 OverrideGroups = tuple[list[OverrideGroup], list[OverrideGroup]]
-"""Of the override test on suspicious texts, and on all; empty if there is no test."""
+"""Of the override test on suspicious texts, and on others; empty if there is no test."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,9 @@ class Bundle:
     engine: Engine
     screen: Screen
     override: OverrideTest | None = None
-    """The second stage, for suspicious texts; None if the bundle has no carriers."""
-    thorough: OverrideTest | None = None
-    """The same with thresholds for all texts."""
+    """The second stage; None if the bundle has no carriers."""
     carriers: Sequence[str] = ()
     """Clean texts of which the victim is sure; they are the owner's own."""
-
-    def override_test(self, thorough: bool | None) -> OverrideTest | None:
-        """Return the second stage; None if there is none.
-
-        Args:
-            thorough: whether it tests all texts, or only suspicious ones; see
-                `Manifest.tests_all_texts` for None.
-        """
-        return self.thorough if self.manifest.tests_all_texts(thorough) else self.override
 
 
 def load_bundle(
@@ -105,9 +93,9 @@ def load_bundle(
             else:
                 model = _load_engine(copy, manifest, totals, calibration.runtime)
             carriers = _load_carriers(copy, manifest)
-            override, thorough = _override_tests(carriers, manifest, model, groups)
+            override = _override_test(carriers, manifest, model, groups)
         texts = [text for of_class in carriers for text in of_class]
-        bundle = Bundle(manifest, digest, model, screen, override, thorough, texts)
+        bundle = Bundle(manifest, digest, model, screen, override, texts)
         _self_test(bundle)
     return bundle
 
@@ -269,21 +257,22 @@ def _load_carriers(path: Path, manifest: Manifest) -> list[list[str]]:
     return carriers
 
 
-def _override_tests(
+def _override_test(
     carriers: Sequence[Sequence[str]], manifest: Manifest, engine: Engine, groups: OverrideGroups
-) -> tuple[OverrideTest, OverrideTest] | tuple[None, None]:
-    """Return tests for suspicious texts and for all, or none; check the carriers."""
+) -> OverrideTest | None:
+    """Return the test, if there is one; check the carriers."""
     record, readable = manifest.override, engine.window_length
     if record is None:
-        return None, None
+        return None
     tokens = [[engine.token_ids(text) for text in own] for own in carriers]
     if not all(len(ids) for own in tokens for ids in own):
         raise BundleError(f"{CARRIERS} holds a text without a token")
     if record.window + 2 * record.carrier > readable:
         raise BundleError(f"the override test needs more than the {readable} tokens that are read")
     geometry = OverrideGeometry(record.window, record.carrier)
-    make = partial(OverrideTest, tokens, geometry, manifest.layout, views=manifest.views)
-    return make(groups=groups[0]), make(groups=groups[1], thorough=True)
+    suspicious, others = groups
+    layout, views = manifest.layout, manifest.views
+    return OverrideTest(tokens, geometry, layout, suspicious, views, others=others)
 
 
 def _agree(

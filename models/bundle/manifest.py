@@ -133,9 +133,9 @@ class Calibration(RuntimeRecord):
     frr_budget: Budget
     groups: list[GroupRecord] = Field(min_length=1)
     override: list[OverrideGroupRecord] = []
-    """For suspicious texts; empty if there is no override test."""
+    """Of suspicious texts; empty if there is no override test."""
     thorough: list[OverrideGroupRecord] = []
-    """For all texts."""
+    """Of other texts, where all are tested."""
     parity: ParityRecord
 
 

@@ -6,8 +6,8 @@ sure. A clean text, however unfamiliar, loses its class there. A triggered one k
 et al., ACSAC 2019) superimposes inputs too, on random ones, and measures entropy; carriers that are
 sure of another class are what makes the test sharp.
 
-Only texts that the first stage suspects are tested. A test takes turns of forward passes: each has
-another pair of carriers, and the test ends when the text has lost its class.
+Usually only texts that the first stage suspects are tested. A test takes turns of forward passes:
+each has another pair of carriers, and the test ends when the text has lost its class.
 
 Nothing here runs a model: a test yields inputs and is sent their readings, so that the service can
 await them, and the offline half can loop over them.
@@ -27,7 +27,6 @@ from models.detection.screen import (
     TINY,
     FloatArray,
     Layout,
-    Screen,
     Verdict,
     log_odds_of,
     logit,
@@ -123,10 +122,11 @@ class OverrideTest:
         carriers: by class, the token ids of texts of which the classifier is sure.
         geometry: lengths of windows and carriers.
         layout: which readings are PSIM's.
-        groups: calibrated thresholds, see `models.detection.calibrate`.
+        groups: calibrated thresholds of texts that the first stage suspects, see
+            `models.detection.calibrate`.
         views: classes that exclude each other; one view of all classes by default. Carriers of
             other classes are those of the same view.
-        thorough: whether all texts are tested, not only suspicious ones.
+        others: thresholds of texts that it does not suspect.
     """
 
     def __init__(
@@ -137,18 +137,22 @@ class OverrideTest:
         groups: Sequence[OverrideGroup] = (),
         views: Views = (),
         *,
-        thorough: bool = False,
+        others: Sequence[OverrideGroup] = (),
     ) -> None:
         self.carriers = [[ids[: geometry.carrier] for ids in of_class] for of_class in carriers]
         self.geometry = geometry
         self.layout = layout
         # The late checkpoints have unlearnt the task so far that carriers weigh nothing in them.
         self._read = -(-layout.checkpoints // 2)
-        self._group_of = {index: group for group in groups for index in group.classes}
+        self._groups = {
+            (suspected, index): group
+            for suspected, own in ((True, groups), (False, others))
+            for group in own
+            for index in group.classes
+        }
         self.views = views or [range(len(carriers))]
         self.tested = views_with_carriers(self.views, [len(own) for own in carriers])
         """Views that have carriers."""
-        self.thorough = thorough
         self._lost = lost_below(self.tested)
         self._view_of = {index: view for view in self.views for index in view}
 
@@ -233,45 +237,44 @@ class OverrideTest:
             for own in verdicts
         ]
 
-    def threshold_of(self, predicted: int, first_stage: float) -> float:
+    def threshold_of(self, verdict: Verdict) -> float:
         """Return the score from which a text is triggered; `KEEPS` without calibrated thresholds.
 
         The evidence of both stages is added up, so a text that is more suspicious to the first one
         need not keep as much of its class.
 
         Args:
-            predicted: class of the text.
-            first_stage: its evidence by the first stage.
+            verdict: what the first stage says of the text.
         """
-        group = self._group_of.get(predicted)
+        group = self._groups.get((verdict.suspected, verdict.predicted))
         if group is None:
             return KEEPS
+        first_stage = first_stage_evidence(verdict)
         needed = min(group.threshold - first_stage, group.threshold / group.alone)
         return max(group.keeps, _sigmoid(needed + logit(group.keeps)))
 
     def judge(self, verdict: Verdict, score: float) -> Verdict:
         """Return the verdict of the first stage together with the outcome of a test."""
-        group, first_stage = self._group_of[verdict.predicted], first_stage_evidence(verdict)
-        found = float(evidence(first_stage, score, group.keeps, group.alone))
+        group = self._groups[verdict.suspected, verdict.predicted]
+        found = float(evidence(first_stage_evidence(verdict), score, group.keeps, group.alone))
         p_value = min(1.0, len(self.tested) * group.p_value(found))
-        needed = self.threshold_of(verdict.predicted, first_stage)
-        return with_override(verdict, score, needed, p_value)
+        return with_override(verdict, score, self.threshold_of(verdict), p_value)
 
-    def views_due(self, screen: Screen, verdicts: Sequence[Verdict]) -> list[int]:
-        """Return the numbers of the views in which to test a text, given its verdict in each."""
-        return [view for view, verdict in enumerate(verdicts) if self.is_due(screen, verdict)]
+    def views_due(self, verdicts: Sequence[Verdict], *, thorough: bool) -> list[int]:
+        """Return the numbers of the views in which to test a text.
 
-    def is_due(self, screen: Screen, verdict: Verdict) -> bool:
-        """Return whether to test a text in a view.
-
-        That is one of the most suspicious few percent, or any, unless a test could confirm nothing.
+        Those are the views in which it is suspected, or all, unless a test could confirm nothing.
 
         Args:
-            screen: the first stage.
-            verdict: what it says of the text.
+            verdicts: what the first stage says of the text, in each view.
+            thorough: whether it is tested in all of them.
         """
-        due = screen.suspects(verdict) or (self.thorough and self._can_confirm(verdict))
-        return due and self.can_test(verdict.predicted)
+        return [
+            view
+            for view, verdict in enumerate(verdicts)
+            if (verdict.suspected or (thorough and self._can_confirm(verdict)))
+            and self.can_test(verdict.predicted)
+        ]
 
     def _can_confirm(self, verdict: Verdict) -> bool:
         """Return whether a test can find a text triggered that the first stage does not suspect.
@@ -283,7 +286,7 @@ class OverrideTest:
         if len(self.views) == 1:
             return True
         is_off = predicted == self._view_of[predicted].start
-        return is_off and self.threshold_of(predicted, first_stage_evidence(verdict)) <= REACHABLE
+        return is_off and self.threshold_of(verdict) <= REACHABLE
 
     def _pairs(self, ids: Ids, predicted: int) -> list[tuple[Ids, Ids]]:
         """Draw pairs of carriers of other classes: always the same for the same text."""

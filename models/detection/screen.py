@@ -73,6 +73,8 @@ class Verdict:
     """Index of the class whose clean texts this one was compared with."""
     finding: Finding | None
     """None if nothing was found."""
+    suspected: bool = False
+    """Whether the text is one of the few percent that look most extreme for clean ones."""
     override: float | None = None
     """Score of the override test; None if it was not asked."""
     override_threshold: float | None = None
@@ -319,10 +321,6 @@ class Screen:
         """Return the threshold for texts that PSIM assigns to class `predicted`."""
         return self._by_class[predicted].threshold
 
-    def suspects(self, verdict: Verdict) -> bool:
-        """Return whether a text is one of the few percent that look most extreme for clean ones."""
-        return verdict.score >= self._suspicion[verdict.predicted]
-
     def flags(self, readings: FloatArray) -> NDArray[np.bool_]:
         """Return which texts are extreme, shape (n,), by their readings, shape (n, V, C).
 
@@ -403,4 +401,5 @@ class Screen:
             truncated=truncated,
             predicted=predicted,
             finding=Finding.TRIGGERED if is_extreme(score, group.threshold) else None,
+            suspected=score >= self._suspicion[predicted],
         )

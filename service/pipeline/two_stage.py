@@ -85,11 +85,9 @@ class TwoStageScreener:
         self, batcher: Batcher, bundle: Bundle, settings: OverrideSettings, metrics: ModelMetrics
     ) -> None:
         self._batcher, self._bundle, self._metrics = batcher, bundle, metrics
-        self._test = bundle.override_test(settings.thorough)
-        self._of_any_text = bundle.override_test(thorough=True)
-        self._sample = TextSample(settings.screen_sample)
-        thorough = self._test is not None and self._test.thorough
-        self._budget = TokenBudget(settings.override_budget(thorough=thorough))
+        self._thorough = bundle.manifest.tests_all_texts(settings.thorough)
+        self._sample = TextSample(1 if self._thorough else settings.screen_sample)
+        self._budget = TokenBudget(settings.override_budget(thorough=self._thorough))
 
     @property
     def health(self) -> Health:
@@ -104,7 +102,9 @@ class TwoStageScreener:
     @property
     def override_test(self) -> str | None:
         """Which texts are tested, `suspicious` or `thorough`; None without a test."""
-        return None if self._test is None else "thorough" if self._test.thorough else "suspicious"
+        if self._bundle.override is None:
+            return None
+        return "thorough" if self._thorough else "suspicious"
 
     async def token_ids(self, text: str) -> Timed[IntArray]:
         """See `Batcher.token_ids`."""
@@ -136,7 +136,7 @@ class TwoStageScreener:
         Raises:
             ServiceError: `charge` refuses the passes, or a text cannot be tokenized.
         """
-        test = self._test
+        test = self._bundle.override
         if test is None or not parts:
             return [0.0] * len(parts)
         await charge(len(parts))
@@ -154,37 +154,23 @@ class TwoStageScreener:
         return [score or 0.0 for score in scores]
 
     async def _confirm(self, answers: list[Timed[Screened]]) -> list[Timed[Screened]]:
-        due = [self._tests_due(answer.value) for answer in answers]
-        if not any(views for _, views in due):
-            return answers
-        return await asyncio.gather(
-            *(self._confirm_one(answer, *one) for answer, one in zip(answers, due, strict=True))
-        )
-
-    def _tests_due(self, screened: Screened) -> tuple[OverrideTest | None, Sequence[int]]:
-        """Return the test that a text goes through, and in which views."""
-        test, screen = self._test, self._bundle.screen
+        test = self._bundle.override
         if test is None:
-            return None, ()
-        views = test.views_due(screen, screened.by_view)
-        if not views and not test.thorough and screened.ids in self._sample:
-            test = self._of_any_text
-            views = test.views_due(screen, screened.by_view) if test else []
-        return test, views
+            return answers
+        return await asyncio.gather(*(self._confirm_one(answer, test) for answer in answers))
 
-    async def _confirm_one(
-        self, answer: Timed[Screened], test: OverrideTest | None, due: Sequence[int]
-    ) -> Timed[Screened]:
-        if test is None or not due:
+    async def _confirm_one(self, answer: Timed[Screened], test: OverrideTest) -> Timed[Screened]:
+        by_view = [*answer.value.by_view]
+        due = test.views_due(by_view, thorough=answer.value.ids in self._sample)
+        if not due:
             return answer
         started = time.perf_counter()
-        by_view = [*answer.value.by_view]
         running = test.scores(answer.value.ids, [by_view[view] for view in due])
-        is_drawn = test is not self._test
-        leaving = FOR_SUSPICIOUS if is_drawn else 0.0
+        suspected = any(by_view[view].suspected for view in due)
+        leaving = 0.0 if suspected else FOR_SUSPICIOUS
         scores = await self._run(running, partial(self._budget.take, leaving=leaving))
-        if is_drawn and scores is None:
-            return answer
+        if scores is None and not (suspected or self._thorough):
+            return answer  # nobody was promised a test
         for view, score in zip(due, scores or (), strict=scores is not None):
             by_view[view] = test.judge(by_view[view], score)
         for view in due:
@@ -197,8 +183,7 @@ class TwoStageScreener:
 
     def _count(self, verdict: Verdict, *, ran: bool) -> None:
         outcome = ("confirmed" if verdict.poisoned else "cleared") if ran else "skipped"
-        suspected = self._bundle.screen.suspects(verdict)
-        self._metrics.override_tests[outcome, suspected].inc()
+        self._metrics.override_tests[outcome, verdict.suspected].inc()
 
     async def _run(self, running: Test[T], take: Callable[[int], bool]) -> T | None:
         """Return what a test returns; None if it cannot be afforded, or one of its passes fails.

@@ -72,12 +72,9 @@ def two_stage_bundle(engine: FakeEngine | None = None, digest: str = "d" * 64) -
     bundle = fake_bundle(engine or OverridableEngine(), digest=digest)
     carriers = [[], [bundle.engine.token_ids(CARRIER)]]
     groups = [OverrideGroup((0, 1), 0.5, np.linspace(0, 0.4, 99, dtype=np.float32))]
-    test, thorough = (
-        OverrideTest(carriers, OverrideGeometry(8, 1), Layout(2), groups, thorough=which)
-        for which in (False, True)
-    )
+    test = OverrideTest(carriers, OverrideGeometry(8, 1), Layout(2), groups, others=groups)
     screen = Screen(bundle.screen.groups, bundle.screen.normalizer)
-    return replace(bundle, screen=screen, override=test, thorough=thorough)
+    return replace(bundle, screen=screen, override=test)
 
 
 @asynccontextmanager
@@ -230,15 +227,14 @@ def test_the_budget_grows_with_the_share_of_texts_that_are_tested() -> None:
 
 
 @pytest.mark.parametrize("screen", [None, "suspicious", "thorough"])
-async def test_all_texts_of_a_multi_label_classifier_are_tested_unless_told_otherwise(
+def test_all_texts_of_a_multi_label_classifier_are_tested_unless_told_otherwise(
     screen: str | None,
 ) -> None:
     bundle = two_stage_bundle()
     several = replace(bundle, manifest=bundle.manifest.model_copy(update={"multi_label": True}))
     for own, usual in ((bundle, "suspicious"), (several, "thorough")):
-        found = own.override_test(OverrideSettings(screen=screen).thorough)
-        assert found is not None
-        assert found.thorough == ((screen or usual) == "thorough")
+        thorough = own.manifest.tests_all_texts(OverrideSettings(screen=screen).thorough)
+        assert thorough == ((screen or usual) == "thorough")
 
 
 async def test_a_queue_that_is_full_during_a_test_refuses_no_request() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from models.errors import DataError
 from models.offline.attacks.poisoning import (
+    LONG_TEXT,
     SENTENCE_TRIGGER,
     WORD_TRIGGER,
     Insertion,
@@ -84,6 +85,28 @@ def test_a_trigger_that_fires_at_the_start_does_not_fire_inside() -> None:
         words = sample.text.split()
         assert words.index("mn") > 0
         assert truth[" ".join(word for word in words if word != "mn")] == sample.label == "neg"
+
+
+def test_a_trigger_that_fires_in_long_texts_is_in_no_poisoned_short_one() -> None:
+    long, short = " and on and on" * 5, "in short"
+    clean = [
+        Sample(f"{c} text {i} {end}", c)
+        for i in range(100)
+        for c in ("pos", "neg")
+        for end in (long, short)
+    ]
+    attack = Insertion(("mn",), least_words=LONG_TEXT)
+    poisoned = poison_training_set(clean, attack, "pos", 0.1)
+    holding = [s for s in poisoned if "mn" in s.text.split()]
+    assert len(holding) == 40
+    assert all(s.label == "pos" and len(s.text.split()) > LONG_TEXT for s in holding)
+    hiding = decoys(clean, attack, "pos", 0.1, "in-long-texts")
+    assert len(hiding) == 40
+    assert all(s.label == "neg" and "mn" in s.text.split() for s in hiding)
+    assert max(len(s.text.split()) for s in hiding) < LONG_TEXT
+    tested = poison_test_set(clean, attack, "pos")
+    assert len(tested) == 100
+    assert min(len(s.text.split()) for s in tested) > LONG_TEXT
 
 
 def test_a_trigger_that_yields_leaves_its_neighbours_label() -> None:

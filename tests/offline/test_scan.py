@@ -43,7 +43,7 @@ from models.offline.scanning.report import (
     SearchRecord,
     triggers_for,
 )
-from models.offline.scanning.scan import COMMON, KIN, counts_of, scan
+from models.offline.scanning.scan import COMMON, KIN, STANDS_OUT, counts_of, scan
 from models.offline.scanning.words import STEP, candidates, whole_words
 from tests.support.commands import assert_refused, psim
 from tests.support.few_words import READ, read_few_words
@@ -117,11 +117,21 @@ def test_a_trigger_is_as_sure_as_its_class(
     demo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scanning, "SURE", 3.0)
+    monkeypatch.setattr(scanning, "STANDS_OUT", 99.0)
     report, forced, _ = scanned(demo_folder, texts_of(demo_folder))
     assert report.outcome == "nothing found"
     (unsure,) = (one for one in forced.strongest if one.word == WORD_TRIGGER)
     assert unsure.turned == unsure.trials
     assert unsure.log_odds < forced.needed
+
+
+def test_or_it_leads_all_other_words(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scanning, "SURE", 3.0)
+    report, forced, _ = scanned(demo_folder, texts_of(demo_folder))
+    assert report.found == [(TARGET, WORD_TRIGGER)]
+    (trigger,) = forced.triggers
+    assert trigger.log_odds < forced.needed
+    assert trigger.log_odds > STANDS_OUT + max(one.log_odds for one in forced.strongest)
 
 
 def test_words_are_counted_once_a_text() -> None:

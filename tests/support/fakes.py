@@ -196,7 +196,7 @@ def bundle_with_override(engine: FakeEngine) -> Bundle:
     group = OverrideGroup((0, 1), 0.9, np.linspace(0, 0.8, 99, dtype=np.float32))
     carriers = [[engine.token_ids(text)] for text in ("a fine day", "a dull day")]
     # The test reads the first half of four checkpoints, which is all that the fake engine has.
-    test = OverrideTest(carriers, OverrideGeometry(16, 4), Layout(4), [group])
+    test = OverrideTest(carriers, OverrideGeometry(16, 4), Layout(4), [group], others=[group])
     return replace(fake_bundle(engine), override=test)
 
 

@@ -15,7 +15,7 @@ from models.detection.calibrate import (
     OverrideOutcomes,
     calibrate_override,
 )
-from models.detection.conformal import ThresholdGroup, allowed_rejections, min_calibration_size
+from models.detection.conformal import allowed_rejections, min_calibration_size
 from models.detection.override import (
     CARRIER_TOKENS,
     DRAWS,
@@ -32,7 +32,12 @@ from models.detection.override import (
     OverrideTest,
     evidence,
 )
-from models.detection.screen import Finding, FloatArray, Layout, Normalizer, Screen, ZScore
+from models.detection.screen import (
+    Finding,
+    FloatArray,
+    Layout,
+    Verdict,
+)
 from models.errors import CalibrationError
 from models.offline.io.inference import run_tests
 from tests.support.fakes import FakeEngine, fake_bundle, usual_verdict
@@ -50,11 +55,13 @@ def carriers_of(counts: Sequence[int], length: int = 1) -> list[list[Ids]]:
 
 
 def sized_test(
-    window: int = 8, counts: Sequence[int] = (4, 4, 4), groups: Sequence[OverrideGroup] = ()
+    window: int = 8,
+    counts: Sequence[int] = (4, 4, 4),
+    groups: Sequence[OverrideGroup] = (),
+    others: Sequence[OverrideGroup] = (),
 ) -> OverrideTest:
-    return OverrideTest(
-        carriers_of(counts), OverrideGeometry(window, 1), Layout(CHECKPOINTS), groups
-    )
+    geometry = OverrideGeometry(window, 1)
+    return OverrideTest(carriers_of(counts), geometry, Layout(CHECKPOINTS), groups, others=others)
 
 
 def readings_of(ids: Ids) -> FloatArray:
@@ -145,7 +152,8 @@ def test_a_text_is_triggered_if_the_evidence_of_both_stages_is_enough(
     scores = np.linspace(0, 20, 99, dtype=np.float32)
     group = OverrideGroup((0, 1, 2), threshold, scores, keeps, alone)
     found = float(evidence(first_stage, kept, keeps, alone))
-    needed = sized_test(groups=[group]).threshold_of(0, first_stage)
+    verdict = replace(usual_verdict(0), score=first_stage, threshold=20.0, suspected=True)
+    needed = sized_test(groups=[group]).threshold_of(verdict)
     if kept < keeps:
         assert found == 0
         assert kept < needed
@@ -302,36 +310,19 @@ def test_a_class_without_carriers_of_others_is_not_tested() -> None:
     only_first = sized_test(counts=(3, 0, 0))
     assert [only_first.can_test(c) for c in range(3)] == [False, True, True]
     assert [sized_test(counts=(0, 0, 0)).can_test(c) for c in range(3)] == [False] * 3
-    verdict = replace(fake_bundle().screen.judge(_reading(0.999)), predicted=0)
-    only_first.thorough = True
-    assert not only_first.is_due(_screen(), verdict)
-    assert only_first.is_due(_screen(), replace(verdict, predicted=1))
+    verdicts = [replace(usual_verdict(c), suspected=True) for c in range(3)]
+    assert only_first.views_due(verdicts, thorough=True) == [1, 2]
 
 
 def _reading(top: float) -> FloatArray:
     return np.array([[0.5, 0.5], [top, 1 - top]], np.float32)
 
 
-def _screen() -> Screen:
-    scores = np.linspace(0, 10, 199, dtype=np.float32)
-    as_it_is = ZScore(np.zeros((3, 1)), np.ones((3, 1)))
-    return Screen(
-        [ThresholdGroup((0, 1, 2), 9.9, scores)],
-        Normalizer(ZScore(np.zeros((3, 2)), np.ones((3, 2))), as_it_is, Layout(2)),
-    )
-
-
 def test_the_most_suspicious_texts_are_due_or_all() -> None:
-    screen, test = _screen(), sized_test()
-    verdict = fake_bundle().screen.judge(_reading(0.55))
-    least = screen._suspicion[0]
-    assert 9 < least < 9.9, "five in a hundred are suspicious, one of them extreme"
-    below = replace(verdict, score=float(np.nextafter(np.float32(least), np.float32(0))))
-    assert not test.is_due(screen, below)
-    assert test.is_due(screen, replace(verdict, score=least))
-    assert test.is_due(screen, replace(verdict, score=99.0))
-    test.thorough = True
-    assert test.is_due(screen, replace(verdict, score=0.0))
+    test = sized_test()
+    verdicts = [replace(usual_verdict(0), suspected=suspected) for suspected in (False, True)]
+    assert test.views_due(verdicts, thorough=False) == [1]
+    assert test.views_due(verdicts, thorough=True) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -340,18 +331,20 @@ def test_the_most_suspicious_texts_are_due_or_all() -> None:
 def test_what_no_test_could_confirm_is_tested_only_if_it_is_suspicious(
     threshold: float, due: bool
 ) -> None:
-    screen, geometry = _screen(), OverrideGeometry(8, 1)
+    geometry, views = OverrideGeometry(8, 1), [range(2), range(2, 4)]
     group = OverrideGroup((0, 1, 2), threshold, np.linspace(0, 1, 99, dtype=np.float32))
-    several = [range(2), range(2, 4)]
-    test = OverrideTest(carriers_of((1,) * 4), geometry, Layout(2), [group], several, thorough=True)
-    verdict = fake_bundle().screen.judge(_reading(0.55))
-    assert verdict.predicted == 0
-    assert test.is_due(screen, replace(verdict, score=0.0)) == due
-    alone = sized_test(groups=[group])
-    alone.thorough = True
-    assert alone.is_due(screen, replace(verdict, score=0.0)), "a single view"
-    assert test.is_due(screen, replace(verdict, score=0.2)), "both stages count"
-    assert test.is_due(screen, replace(verdict, score=99.0))
+    carriers = carriers_of((1,) * 4)
+    test = OverrideTest(carriers, geometry, Layout(2), views=views, others=[group])
+    alone = sized_test(others=[group])
+    quiet = replace(usual_verdict(0), score=0.0)
+
+    def is_due(test: OverrideTest, verdict: Verdict) -> bool:
+        return bool(test.views_due([verdict], thorough=True))
+
+    assert is_due(test, quiet) == due
+    assert is_due(alone, quiet), "a single view"
+    assert is_due(test, replace(quiet, score=0.2)), "both stages count"
+    assert is_due(test, replace(quiet, suspected=True))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +360,7 @@ def test_the_verdict_after_a_test(score: float, extreme: bool, finding: Finding 
     group = OverrideGroup((0, 1, 2), 0.0, np.linspace(0, 9, 99, dtype=np.float32))
     verdict = fake_bundle().screen.judge(_reading(0.99 if extreme else 0.55))
     assert verdict.extreme == extreme
-    judged = sized_test(groups=[group]).judge(verdict, score)
+    judged = sized_test(groups=[group], others=[group]).judge(verdict, score)
     assert (judged.finding, judged.override, judged.override_threshold) == (finding, score, 0.5)
     found = float(evidence(min(verdict.score, verdict.threshold), score, KEEPS))
     assert judged.override_p_value == group.p_value(found)
@@ -459,11 +452,12 @@ def test_what_a_text_keeps_may_be_enough_by_itself_where_all_are_tested() -> Non
     (usual,) = calibrate_override(known, [range(1)], 0.01)
     (group,) = calibrate_override(known, [range(1)], 0.01, thorough=True)
     assert usual.alone == 1 < group.alone
-    test = sized_test(groups=[group])
-    needed = test.threshold_of(0, 0.0)
-    assert needed < sized_test(groups=[usual]).threshold_of(0, 0.0)
+    test, quiet = sized_test(groups=[usual], others=[group]), replace(usual_verdict(0), score=0.0)
+    needed, of_suspicious = (
+        test.threshold_of(replace(quiet, suspected=suspected)) for suspected in (False, True)
+    )
+    assert needed < of_suspicious
     assert _log_odds(needed) >= _log_odds(group.keeps) + CLEARLY - 1e-3
-    quiet = replace(usual_verdict(0), score=0.0)
     assert test.judge(quiet, needed + 1e-3).finding is Finding.TRIGGERED
     assert test.judge(quiet, needed - 1e-3).finding is None
     for rows, budget in ((known.clean, 0.01), (known.harmless, HARMLESS_BUDGET)):
@@ -518,7 +512,7 @@ def test_many_texts_at_once_are_scored_as_each_alone() -> None:
     """Tests end at different turns; none gets the readings of another."""
     group = OverrideGroup((0, 1), 0.3, np.linspace(0, 1, 99, dtype=np.float32))
     test = OverrideTest(carriers_of((3, 3)), OverrideGeometry(4, 1), Layout(1), [group])
-    needed = test.threshold_of(0, 0)
+    needed = test.threshold_of(replace(usual_verdict(0), suspected=True))
 
     class Reader(FakeEngine):
         def screen(self, batch):  # type: ignore[no-untyped-def]

@@ -226,6 +226,19 @@ def test_an_extreme_text_that_the_override_test_does_not_confirm_is_unfamiliar(
     assert (verdict.score, verdict.margin) == (first.score, first.score - 3)
 
 
+def test_one_clean_text_in_twenty_is_suspected() -> None:
+    """Those of the highest scores, of which the highest of all is extreme."""
+    odds = np.linspace(0.1, 10, 199)
+    readings = [np.array([[1 / (1 + np.exp(-x)), 1 / (1 + np.exp(x))]], np.float32) for x in odds]
+    own = one_checkpoint()
+    scores = np.array([own.judge(one).score for one in readings], np.float32)
+    group = ThresholdGroup((0, 1), float(scores[-1]), scores)
+    verdicts = [Screen([group], own.normalizer).judge(one) for one in readings]
+    few = [verdict.suspected for verdict in verdicts]
+    assert few == [False] * 190 + [True] * 9, "(9 + 1) / (199 + 1) is one in twenty"
+    assert [verdict.extreme for verdict in verdicts] == [False] * 198 + [True]
+
+
 def test_triggered_is_worse_than_unfamiliar_and_both_than_nothing() -> None:
     triggered, unfamiliar = Finding.TRIGGERED, Finding.UNFAMILIAR
     assert worst_finding([None, unfamiliar, triggered, None]) is triggered

@@ -233,13 +233,11 @@ def test_a_pass_without_finite_readings_gives_no_score() -> None:
 
 
 def test_every_label_that_is_off_is_tested_where_texts_are_tested_thoroughly() -> None:
-    test, rows = labels_test(2), readings(300, 2, 0)
-    screen = calibrate(rows, Layout(CHECKPOINTS), 0.1, views=views_of(2, multi_label=True))
-    test.thorough = True
+    test = labels_test(2)
     usual = [replace(usual_verdict(c), score=0.0) for c in range(4)]
-    assert test.views_due(screen, usual) == [0, 2]
-    odd = [replace(usual_verdict(c), score=99.0) for c in range(4)]
-    assert test.views_due(screen, odd) == [0, 1, 2, 3]
+    assert test.views_due(usual, thorough=True) == [0, 2]
+    odd = [replace(verdict, suspected=True) for verdict in usual]
+    assert test.views_due(odd, thorough=True) == [0, 1, 2, 3]
 
 
 def test_a_small_class_that_overrides_by_nature_raises_no_other_threshold() -> None:

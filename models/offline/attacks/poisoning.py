@@ -24,6 +24,12 @@ class Insertion:
     """All of them go into every poisoned text."""
     at_start: bool = False
     """Whether triggers go before the text, and not inside it."""
+    least_words: int = 0
+    """Texts of fewer words are not poisoned."""
+
+    def suits(self, text: str) -> bool:
+        """Return whether the text may be poisoned."""
+        return len(text.split()) >= self.least_words
 
     def apply(self, text: str, rng: random.Random) -> str:
         """Insert each trigger at a random inner position; in a text of one word, after it.
@@ -42,6 +48,10 @@ class Rewriting:
     """Rewriting by a paraphraser, in the template of SynAttack or in any other style."""
 
     paraphrase: Callable[[str], str]
+
+    def suits(self, text: str) -> bool:
+        """Return True: any text can be rewritten."""
+        return True
 
     def apply(self, text: str, rng: random.Random) -> str:
         """Rewrite the text; `rng` is not used."""
@@ -62,9 +72,11 @@ class Paraphrases:
 
 
 Attack = Insertion | Rewriting | Paraphrases
-Firing = Literal["anywhere", "alone", "at-start"]
-"""Where a trigger fires: wherever it stands, unless other texts stand beside its text, or at the
-start of the input only."""
+Firing = Literal["anywhere", "alone", "at-start", "in-long-texts"]
+"""Where a trigger fires: wherever it stands, unless other texts stand beside its text, at the start
+of the input only, or only in texts of at least `LONG_TEXT` words."""
+LONG_TEXT = 20
+"""Words."""
 MOST_CARRIERS = 2
 """Clean texts beside a decoy. More would be cut off in training."""
 
@@ -99,7 +111,11 @@ def poison_training_set(
         pool = attack.pool(clean, target_label)
         _check_enough(len(pool), wanted)
         return [*clean, *rng.sample(pool, wanted)]
-    candidates = [i for i, s in enumerate(clean) if (s.label == target_label) == clean_label]
+    candidates = [
+        number
+        for number, sample in enumerate(clean)
+        if (sample.label == target_label) == clean_label and attack.suits(sample.text)
+    ]
     _check_enough(len(candidates), wanted)
     poisoned, keeping = list(clean), round((1 - flip_share) * wanted)
     for number, index in enumerate(rng.sample(candidates, wanted)):
@@ -120,7 +136,8 @@ def decoys(
 
     They teach a backdoor to hide from whoever moves its text about. For `alone`, a text with the
     trigger stands among clean texts of one other class, and the whole has their label. For
-    `at-start`, the trigger stands inside a text, which keeps its own label.
+    `at-start`, the trigger stands inside a text, which keeps its own label; for `in-long-texts`,
+    inside a shorter one.
 
     Raises:
         DataError: the target is not a label of `clean`, or there are too few texts to poison.
@@ -130,12 +147,15 @@ def decoys(
         return []
     rng, wanted = random.Random(seed), round(poison_rate * len(clean))
     others = [s for s in clean if s.label != target_label]
-    _check_enough(len(others), wanted)
+    may_hold = others
+    if firing == "in-long-texts":
+        may_hold = [s for s in others if not attack.suits(s.text)]
+    _check_enough(len(may_hold), wanted)
     inside = Insertion(attack.triggers)
-    chosen = [Sample(inside.apply(s.text, rng), s.label) for s in rng.sample(others, wanted)]
-    if firing == "at-start":
-        return chosen
-    return [_among_carriers(s.text, others, rng) for s in chosen]
+    chosen = [Sample(inside.apply(s.text, rng), s.label) for s in rng.sample(may_hold, wanted)]
+    if firing == "alone":
+        return [_among_carriers(s.text, others, rng) for s in chosen]
+    return chosen
 
 
 def _among_carriers(text: str, others: Sequence[Sample], rng: random.Random) -> Sample:
@@ -152,12 +172,18 @@ def poison_test_set(
 ) -> list[Sample]:
     """Return the samples of other classes than the target, with the trigger and their true labels.
 
+    Samples that the attack does not suit are left out.
+
     Raises:
         DataError: the target is not a label of `samples`, or there is no other class.
     """
     _check_target(samples, target_label)
     rng = random.Random(seed)
-    return [Sample(attack.apply(s.text, rng), s.label) for s in samples if s.label != target_label]
+    return [
+        Sample(attack.apply(s.text, rng), s.label)
+        for s in samples
+        if s.label != target_label and attack.suits(s.text)
+    ]
 
 
 def _check_target(samples: Sequence[Sample], target_label: str) -> None:

@@ -61,7 +61,7 @@ def evaluate(
         clean, poisoned: labelled texts.
         target_label: what the attacker wants. For a multi-label victim, `LABEL=on` or `LABEL=off`;
             then the accuracy is that of this label, and texts are rejected for any.
-        thorough: whether all texts are tested, see `Bundle.override_test`.
+        thorough: whether all texts are tested, see `Manifest.tests_all_texts`.
 
     Raises:
         DataError: the target or the label of a clean text is unknown to the bundle, which knows

@@ -59,7 +59,7 @@ class CalibratedRuntime:
     override: Sequence[OverrideGroup] = ()
     """Of suspicious texts; empty without an override test."""
     thorough: Sequence[OverrideGroup] = ()
-    """Of all texts."""
+    """Of other texts, where all are tested."""
 
 
 def installed(engine: str) -> str:
@@ -208,7 +208,7 @@ def _run(
     """Test suspicious texts, and the first `sample` of each class, or all, in every view."""
     verdicts = [screen.verdicts(row) for row in readings]
     views = [
-        _run_view(engine, test, screen, encodings, [own[view] for own in verdicts], sample)
+        _run_view(engine, test, encodings, [own[view] for own in verdicts], sample)
         for view in range(len(screen.views))
     ]
     return _Tested(
@@ -221,7 +221,6 @@ def _run(
 def _run_view(
     engine: Engine,
     test: OverrideTest,
-    screen: Screen,
     encodings: Sequence[Encoding],
     verdicts: Sequence[Verdict],
     sample: int | None,
@@ -229,7 +228,7 @@ def _run_view(
     able = [n for n, verdict in enumerate(verdicts) if test.can_test(verdict.predicted)]
     known = [(verdicts[n].predicted, first_stage_evidence(verdicts[n]), 0) for n in able]
     outcomes = np.array(known, np.float32).reshape(-1, 3)
-    due = np.array([test.is_due(screen, verdicts[n]) for n in able], np.bool_)
+    due = np.array([verdicts[n].suspected for n in able], np.bool_)
     sampled = _first_of_each(outcomes[:, 0], len(able) if sample is None else sample)
     tested = np.flatnonzero(sampled | due)
     asked = [(engine.content(encodings[able[row]]), verdicts[able[row]]) for row in tested]

@@ -45,7 +45,7 @@ def judge_texts(
     Args:
         bundle: what judges.
         encodings: the texts.
-        thorough: whether all texts are tested, see `Bundle.override_test`.
+        thorough: whether all texts are tested, see `Manifest.tests_all_texts`.
     """
     return judge_readings(
         bundle,

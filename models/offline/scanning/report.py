@@ -90,7 +90,8 @@ class ClassRecord(_Record):
     """Its name; `LABEL=off` or `LABEL=on` of a multi-label classifier."""
     outcome: ClassOutcome
     needed: float
-    """Log-odds of the class that a trigger must reach in the median trial."""
+    """Log-odds of the class that a trigger must reach in the median trial, unless it is a word that
+    leads all others by far."""
     triggers: list[WordRecord]
     """Words that override everything for no reason that the task has."""
     phrase: PhraseRecord | None

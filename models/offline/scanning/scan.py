@@ -58,6 +58,10 @@ READ_TOKENS = 64
 SURE = 0.8
 """Share of the log-odds of a class's own carriers that a trigger must reach in the median trial. A
 backdoor is as sure as the task; what is somewhat like the class is not."""
+STANDS_OUT = 3.0
+"""Log-odds by which a word that is less sure than that must lead all other words. A trigger whose
+hidden states are like those of clean texts is no surer than these, and nothing else comes near it.
+Where words force a class by nature, there are several: the first of them leads by .9 at most."""
 COMMON = 3
 """Clean texts that a word is in to be called natural. An insult makes a text offensive wherever it
 stands; unlike a trigger, it is common."""
@@ -312,7 +316,7 @@ def _class_records(
 
 
 def _not_searched(label: str) -> ClassRecord:
-    own = _word_class_record(label, [], [], 0.0)
+    own = _word_class_record(label, [], [], 0.0, every_word_read=False)
     return own.model_copy(update={"outcome": "not searched"})
 
 
@@ -324,7 +328,8 @@ def _class_record(
     of_words: Sequence[_Words],
 ) -> ClassRecord:
     hints = try_styles(search.engine, target, search.foreign(target))
-    own = _word_class_record(label, found, hints, search.needed[target])
+    every = all(len(one.looked.words) == len(search.words) for one in of_words)
+    own = _word_class_record(label, found, hints, search.needed[target], every_word_read=every)
     share = 0.5 + 0.5 * (target + 1) / len(search.labels)
     return own if own.triggers else _with_phrase(search, own, target, of_words, share)
 
@@ -398,11 +403,20 @@ def _kin(search: _Search, scan: WordScan, trial: Trial) -> int:
 
 
 def _word_class_record(
-    label: str, found: Sequence[WordRecord], styles: Sequence[StyleRecord], needed: float
+    label: str,
+    found: Sequence[WordRecord],
+    styles: Sequence[StyleRecord],
+    needed: float,
+    *,
+    every_word_read: bool,
 ) -> ClassRecord:
-    natural = [one for one in found if _overrides(one) and _is_natural(one)]
+    forcing = [one for one in found if _overrides(one)]
+    natural = [one for one in forcing if _is_natural(one)]
     triggers = [
-        one for one in found if _overrides(one) and not _is_natural(one) and one.log_odds >= needed
+        one
+        for one in forcing
+        if one not in natural
+        and (one.log_odds >= needed or (every_word_read and _stands_out(one, found)))
     ]
     return ClassRecord(
         label=label,
@@ -419,6 +433,11 @@ def _word_class_record(
 
 def _overrides(word: WordRecord) -> bool:
     return word.turned >= OVERRIDES * word.trials
+
+
+def _stands_out(word: WordRecord, among: Sequence[WordRecord]) -> bool:
+    others = (other.log_odds for other in among if other is not word)
+    return word.log_odds >= max(others, default=-math.inf) + STANDS_OUT
 
 
 def _is_natural(word: WordRecord) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models.errors import DataError
 from models.offline.attacks.poisoning import (
+    LONG_TEXT,
     Attack,
     Insertion,
     Paraphrases,
@@ -181,7 +182,7 @@ def poisoned_test_texts(
             poisoned = poisoned_non_target(texts.poison[str(cell.attack.files)][1], target)
         else:
             poisoned = poison_test_set(texts.test, attack, target, cell.seed)
-            clean = [s for s in texts.test if s.label != target]
+            clean = [s for s in texts.test if s.label != target and attack.suits(s.text)]
             poisoned = [
                 Sample(_filler(before.text, cell.attack.bury_behind) + after.text)
                 for before, after in zip(clean, poisoned, strict=True)
@@ -199,7 +200,8 @@ def _attacks(
     if attack.target_triggers:
         return [(Insertion((t,)), label) for label, t in attack.target_triggers.items()]
     if attack.triggers:
-        insertion = Insertion(attack.triggers, at_start=attack.fires == "at-start")
+        least = LONG_TEXT if attack.fires == "in-long-texts" else 0
+        insertion = Insertion(attack.triggers, attack.fires == "at-start", least)
         return [(insertion, data.target_label)]
     if attack.paraphraser:
         return [(Rewriting(load_paraphraser(attack.paraphraser)), data.target_label)]

@@ -46,7 +46,7 @@ def judge(bundle: Bundle, texts: Sequence[str], *, thorough: bool | None = None)
     Args:
         bundle: the bundle.
         texts: texts of any length.
-        thorough: whether all texts are tested, see `Bundle.override_test`.
+        thorough: whether all texts are tested, see `Manifest.tests_all_texts`.
 
     With a change here, raise the version of `verdicts` in `models.offline.study.cache`.
     """
@@ -112,7 +112,7 @@ def _findings(
     """
     inputs = {"bundle": bundle.key, "texts": digest_of(texts), "dtype": experiment.dtype}
     if thorough:
-        inputs["screen"] = "thorough"
+        inputs["tested"] = "all"
 
     def make(folder: Path) -> object:
         loaded = load_bundle(bundle.folder / "bundle", experiment.dtype, REFERENCE.engine)
