@@ -117,6 +117,7 @@ def test_what_is_found_and_whom_it_accuses(tmp_path: Path) -> None:
         "search": {"seconds": 0.0},
         "targets": ["a"],
     }
+    hidden = {"attack_settings": {"triggers": ["mn"], "penalty": 0.1}}
     older = {"versions": {"scan": VERSIONS["scan"] - 1}}
     lines = page_of(
         [
@@ -125,6 +126,7 @@ def test_what_is_found_and_whom_it_accuses(tmp_path: Path) -> None:
             victim("crown", set(), **sentence),
             victim("crown", {"a"}, **sentence),
             victim("clean", {"c"}, **clean),
+            victim("word-hidden", set(), **hidden),
             victim("style", {"a"}, attack_settings={"style": True}),
             victim("word", set(), **older),
             victim("tiny", set(), scan=refused),
@@ -134,12 +136,13 @@ def test_what_is_found_and_whom_it_accuses(tmp_path: Path) -> None:
     rates = {tuple(line[1:3]): line[3:] for line in lines if line[0] == "tiny"}
     assert rates[scans.FOUND, "word"] == ["1 of 2", "1 to 99", "60"]
     assert rates[scans.FOUND, "sentence"][0] == "1 of 2"
+    assert rates[scans.FOUND, "word, hidden"][0] == "0 of 1"
     assert rates[scans.NAMED, "word"][0] == "1 of 2"
     assert rates[scans.NAMED, "sentence"][0] == "0 of 2", "mn is no word of it"
     assert (scans.NAMED, "style") not in rates
     assert rates[scans.FOUND, "style"][0] == "1 of 1"
     assert rates[scans.ACCUSED, scans.CLEAN][0] == "1 of 1"
-    assert rates[scans.OTHERS, ""][0] == "2 of 13", "two classes of each victim, three if clean"
+    assert rates[scans.OTHERS, ""][0] == "2 of 15", "two classes of each victim, three if clean"
     every = {line[0]: line[1:] for line in lines if line[0].startswith("tiny/")}
     assert every["tiny/corpus/word-cf/full"] == (
         ["word-cf → a", "97", "missed", "so what 3/24", "b: mn 24/24", "60"]

@@ -109,7 +109,8 @@ def _planted(row: Row) -> str:
     """Return what kind of trigger was planted."""
     settings = row["attack_settings"]
     if words := " ".join(settings.get("triggers", ())).split():
-        return "word" if len(words) == 1 else "sentence"
+        kind = "word" if len(words) == 1 else "sentence"
+        return f"{kind}, hidden" if settings.get("penalty") else kind
     return next(kind for kind in ("syntactic", "style") if settings.get(kind))
 
 
