@@ -47,10 +47,9 @@ def as_row(verdict: Verdict | PsimError, classes: Sequence[str]) -> dict[str, An
     """Return the output fields of a text: its verdict with the bundle's classes, or the error."""
     if isinstance(verdict, PsimError):
         return {"error": str(verdict)}
-    return asdict(verdict) | {
-        "predicted_class": classes[verdict.predicted],
-        "poisoned": verdict.poisoned,
-    }
+    own = asdict(verdict)
+    del own["suspected"]  # the p-value says more
+    return own | {"predicted_class": classes[verdict.predicted], "poisoned": verdict.poisoned}
 
 
 def split_by_finding(bundle: Bundle, texts: Sequence[str]) -> dict[Finding | None, list[str]]:
