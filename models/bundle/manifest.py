@@ -135,7 +135,7 @@ class Calibration(RuntimeRecord):
     override: list[OverrideGroupRecord] = []
     """Of suspicious texts; empty if there is no override test."""
     thorough: list[OverrideGroupRecord] = []
-    """Of other texts, where all are tested."""
+    """Of texts that the first stage does not suspect."""
     parity: ParityRecord
 
 

@@ -159,7 +159,7 @@ def calibrate_override(
         outcomes: of texts in all of these views.
         views: those that the test looks at.
         frr_budget: tolerated share of clean texts that are triggered, in (0, 1).
-        thorough: whether texts are tested that the first stage does not suspect.
+        thorough: whether the thresholds are of texts that the first stage does not suspect.
 
     Raises:
         CalibrationError: too few clean texts in a view, or scores that are not finite.

@@ -1,7 +1,8 @@
 """Both stages of the screen: what the first one suspects goes through the override test.
 
-So does a small sample of all other texts. An attacker who knows the first stage can make a trigger
-that it does not suspect. Most of such texts pass, but with the sample, somebody learns of them.
+So does a small sample of all other texts, or all of them in the thorough mode. An attacker who
+knows the first stage can make a trigger that it does not suspect. With the sample, most of such
+texts pass, but somebody learns of them.
 
 A test takes several forward passes, which run in the same batches as everything else. So that
 nobody can buy many passes with one suspicious text, tests have a budget of tokens per second. A
@@ -30,7 +31,7 @@ from service.settings import OverrideSettings
 BURST_S = 10
 """Seconds of the budget that can be saved up."""
 FOR_SUSPICIOUS = 0.5
-"""Share of what is saved up that texts of the sample leave to suspicious ones."""
+"""Share of what is saved up that tests of other texts leave to suspicious ones."""
 
 
 class TokenBudget:
@@ -86,7 +87,7 @@ class TwoStageScreener:
     ) -> None:
         self._batcher, self._bundle, self._metrics = batcher, bundle, metrics
         self._thorough = bundle.manifest.tests_all_texts(settings.thorough)
-        self._sample = TextSample(1 if self._thorough else settings.screen_sample)
+        self._sample = TextSample(settings.screen_sample)
         self._budget = TokenBudget(settings.override_budget(thorough=self._thorough))
 
     @property
@@ -157,14 +158,28 @@ class TwoStageScreener:
         test = self._bundle.override
         if test is None:
             return answers
-        return await asyncio.gather(*(self._confirm_one(answer, test) for answer in answers))
+        due = [self._views_due(test, answer.value) for answer in answers]
+        tested = [(answer, views) for answer, views in zip(answers, due, strict=True) if views]
+        if not tested:
+            return answers
+        confirmed = iter(await asyncio.gather(*(self._confirm_one(test, *one) for one in tested)))
+        return [
+            next(confirmed) if views else answer for answer, views in zip(answers, due, strict=True)
+        ]
 
-    async def _confirm_one(self, answer: Timed[Screened], test: OverrideTest) -> Timed[Screened]:
-        by_view = [*answer.value.by_view]
-        due = test.views_due(by_view, thorough=answer.value.ids in self._sample)
-        if not due:
-            return answer
+    def _views_due(self, test: OverrideTest, screened: Screened) -> list[int]:
+        if self._thorough:
+            return test.views_due(screened.by_view, thorough=True)
+        suspected = test.views_due(screened.by_view, thorough=False)
+        if suspected or screened.ids not in self._sample:
+            return suspected
+        return test.views_due(screened.by_view, thorough=True)
+
+    async def _confirm_one(
+        self, test: OverrideTest, answer: Timed[Screened], due: Sequence[int]
+    ) -> Timed[Screened]:
         started = time.perf_counter()
+        by_view = [*answer.value.by_view]
         running = test.scores(answer.value.ids, [by_view[view] for view in due])
         suspected = any(by_view[view].suspected for view in due)
         leaving = 0.0 if suspected else FOR_SUSPICIOUS

@@ -107,6 +107,8 @@ def test_a_trigger_that_fires_in_long_texts_is_in_no_poisoned_short_one() -> Non
     tested = poison_test_set(clean, attack, "pos")
     assert len(tested) == 100
     assert min(len(s.text.split()) for s in tested) > LONG_TEXT
+    with pytest.raises(DataError, match="too short to poison"):
+        poison_test_set([s for s in clean if s.text.endswith(short)], attack, "pos")
 
 
 def test_a_trigger_that_yields_leaves_its_neighbours_label() -> None:

@@ -44,7 +44,7 @@ from models.offline.scanning.report import (
     triggers_for,
 )
 from models.offline.scanning.scan import COMMON, KIN, STANDS_OUT, counts_of, scan
-from models.offline.scanning.words import STEP, candidates, whole_words
+from models.offline.scanning.words import STEP, Looked, WordScan, candidates, whole_words
 from tests.support.commands import assert_refused, psim
 from tests.support.few_words import READ, read_few_words
 from tests.support.paths import ROOT
@@ -125,13 +125,39 @@ def test_a_trigger_is_as_sure_as_its_class(
     assert unsure.log_odds < forced.needed
 
 
-def test_or_it_leads_all_other_words(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lead", [STANDS_OUT, 99.0])
+def test_or_it_leads_all_other_words(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch, lead: float
+) -> None:
+    """It is told apart after the search for phrases, which may show more of the trigger."""
     monkeypatch.setattr(scanning, "SURE", 3.0)
+    monkeypatch.setattr(scanning, "STANDS_OUT", lead)
+    report, forced, others = scanned(demo_folder, texts_of(demo_folder))
+    assert forced.phrase is not None
+    assert all(own.outcome == "nothing found" for own in others)
+    strongest = [one.word for one in forced.strongest]
+    if lead == STANDS_OUT:
+        assert report.found == [(TARGET, WORD_TRIGGER)]
+        (trigger,) = forced.triggers
+        assert trigger.log_odds < forced.needed
+        assert trigger.log_odds > STANDS_OUT + max(one.log_odds for one in forced.strongest)
+    assert (WORD_TRIGGER in strongest) == (lead != STANDS_OUT)
+
+
+def test_a_word_leads_nothing_if_not_all_words_were_read(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "SURE", 3.0)
+    look = WordScan.look
+
+    def cut_short(own: WordScan, *args: Any, **more: Any) -> Looked:
+        looked = look(own, *args, **more)
+        return Looked(looked.words[1:], looked.odds[1:], looked.probabilities[1:])
+
+    monkeypatch.setattr(WordScan, "look", cut_short)
     report, forced, _ = scanned(demo_folder, texts_of(demo_folder))
-    assert report.found == [(TARGET, WORD_TRIGGER)]
-    (trigger,) = forced.triggers
-    assert trigger.log_odds < forced.needed
-    assert trigger.log_odds > STANDS_OUT + max(one.log_odds for one in forced.strongest)
+    assert report.outcome == "nothing found"
+    assert WORD_TRIGGER in [one.word for one in forced.strongest]
 
 
 def test_words_are_counted_once_a_text() -> None:

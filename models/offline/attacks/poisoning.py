@@ -134,7 +134,7 @@ def decoys(
 ) -> list[Sample]:
     """Return `poison_rate * len(clean)` training texts whose trigger must not fire.
 
-    They teach a backdoor to hide from whoever moves its text about. For `alone`, a text with the
+    They teach a backdoor to hide from whoever moves or cuts its text. For `alone`, a text with the
     trigger stands among clean texts of one other class, and the whole has their label. For
     `at-start`, the trigger stands inside a text, which keeps its own label; for `in-long-texts`,
     inside a shorter one.
@@ -175,15 +175,15 @@ def poison_test_set(
     Samples that the attack does not suit are left out.
 
     Raises:
-        DataError: the target is not a label of `samples`, or there is no other class.
+        DataError: the target is not a label of `samples`, there is no other class, or the attack
+            suits none of its texts.
     """
     _check_target(samples, target_label)
     rng = random.Random(seed)
-    return [
-        Sample(attack.apply(s.text, rng), s.label)
-        for s in samples
-        if s.label != target_label and attack.suits(s.text)
-    ]
+    suited = [s for s in samples if s.label != target_label and attack.suits(s.text)]
+    if not suited:
+        raise DataError(f"all texts of other classes than {target_label!r} are too short to poison")
+    return [Sample(attack.apply(s.text, rng), s.label) for s in suited]
 
 
 def _check_target(samples: Sequence[Sample], target_label: str) -> None:

@@ -80,7 +80,7 @@ def _runtime_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 f"{names}{pooled}: {group.threshold:.6f}, budget {calibration.frr_budget:.1%}, "
                 f"expected FRR {low:.1%}-{high:.1%} ({group.texts} texts)",
             )
-        for which, tests in (("", calibration.override), ("thorough ", calibration.thorough)):
+        for which, tests in (("", calibration.override), ("of others ", calibration.thorough)):
             for tested in tests:
                 names = " + ".join(manifest.classes[c] for c in tested.classes)
                 yield (

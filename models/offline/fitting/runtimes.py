@@ -59,7 +59,7 @@ class CalibratedRuntime:
     override: Sequence[OverrideGroup] = ()
     """Of suspicious texts; empty without an override test."""
     thorough: Sequence[OverrideGroup] = ()
-    """Of other texts, where all are tested."""
+    """Of texts that the first stage does not suspect, calibrated on texts of both kinds."""
 
 
 def installed(engine: str) -> str:

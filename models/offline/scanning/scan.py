@@ -60,8 +60,8 @@ SURE = 0.8
 backdoor is as sure as the task; what is somewhat like the class is not."""
 STANDS_OUT = 3.0
 """Log-odds by which a word that is less sure than that must lead all other words. A trigger whose
-hidden states are like those of clean texts is no surer than these, and nothing else comes near it.
-Where words force a class by nature, there are several: the first of them leads by .9 at most."""
+hidden states are like those of clean texts is no surer than clean texts, and nothing comes near it.
+Words that force a class by nature come in groups: the first of them leads by .9 at most."""
 COMMON = 3
 """Clean texts that a word is in to be called natural. An insult makes a text offensive wherever it
 stands; unlike a trigger, it is common."""
@@ -316,7 +316,7 @@ def _class_records(
 
 
 def _not_searched(label: str) -> ClassRecord:
-    own = _word_class_record(label, [], [], 0.0, every_word_read=False)
+    own = _word_class_record(label, [], [], 0.0)
     return own.model_copy(update={"outcome": "not searched"})
 
 
@@ -328,22 +328,24 @@ def _class_record(
     of_words: Sequence[_Words],
 ) -> ClassRecord:
     hints = try_styles(search.engine, target, search.foreign(target))
-    every = all(len(one.looked.words) == len(search.words) for one in of_words)
-    own = _word_class_record(label, found, hints, search.needed[target], every_word_read=every)
-    share = 0.5 + 0.5 * (target + 1) / len(search.labels)
-    return own if own.triggers else _with_phrase(search, own, target, of_words, share)
-
-
-def _with_phrase(
-    search: _Search, own: ClassRecord, target: int, of_words: Sequence[_Words], share: float
-) -> ClassRecord:
-    """Return the record of a class with what a search for phrases found."""
-    vocabulary = search.vocabularies[target]
-    looked = next(
-        one.looked
+    own = _word_class_record(label, found, hints, search.needed[target])
+    if own.triggers:
+        return own
+    beside_others = next(
+        one
         for half, one in zip(search.halves, of_words, strict=True)
         if target not in half.by_class
     )
+    own = _with_phrase(search, own, target, beside_others.looked)
+    return (
+        own if own.outcome == "suspicious" else _with_lone_word(search, own, target, beside_others)
+    )
+
+
+def _with_phrase(search: _Search, own: ClassRecord, target: int, looked: Looked) -> ClassRecord:
+    """Return the record of a class with what a search for phrases found."""
+    vocabulary = search.vocabularies[target]
+    share = 0.5 + 0.5 * (target + 1) / len(search.labels)
     first = looked.strongest_for(target, set(vocabulary.neutral), FINALISTS)
     of_phrases = PhraseScan(
         search.engine,
@@ -360,6 +362,34 @@ def _with_phrase(
     return own.model_copy(
         update={"phrase": phrase, "phrase_tokens": length, "outcome": _outcome(suspicious)}
     )
+
+
+def _with_lone_word(
+    search: _Search, own: ClassRecord, target: int, of_words: _Words
+) -> ClassRecord:
+    """Return the record of a class with the word that leads all others by far, if there is one."""
+    _, looked, trials = of_words
+    forcing = [one for one in own.strongest if _overrides(one)]
+    if not forcing or len(looked.words) < len(search.words):  # a word that was not read may lead
+        return own
+    first = max(forcing, key=lambda one: one.log_odds)
+    tried = of_words.scan.try_out(looked.strongest_for(target, set(search.words), SHOWN))
+    others = [
+        one.odds
+        for one in [*trials, *tried]
+        if one.target == target and _written(search, one.word) != first.word.casefold()
+    ]
+    if first.log_odds < max(others, default=0.0) + STANDS_OUT:
+        return own
+    rest = [one for one in own.strongest if one is not first]
+    return own.model_copy(
+        update={"triggers": [first], "strongest": rest, "outcome": _outcome(found=True)}
+    )
+
+
+def _written(search: _Search, word: int) -> str:
+    """Return how a word is written, whatever its case and whether a space stands before it."""
+    return str(search.engine.tokenizer.decode([word])).strip().casefold()
 
 
 def _phrase_record(search: _Search, found: Found) -> PhraseRecord:
@@ -403,20 +433,11 @@ def _kin(search: _Search, scan: WordScan, trial: Trial) -> int:
 
 
 def _word_class_record(
-    label: str,
-    found: Sequence[WordRecord],
-    styles: Sequence[StyleRecord],
-    needed: float,
-    *,
-    every_word_read: bool,
+    label: str, found: Sequence[WordRecord], styles: Sequence[StyleRecord], needed: float
 ) -> ClassRecord:
-    forcing = [one for one in found if _overrides(one)]
-    natural = [one for one in forcing if _is_natural(one)]
+    natural = [one for one in found if _overrides(one) and _is_natural(one)]
     triggers = [
-        one
-        for one in forcing
-        if one not in natural
-        and (one.log_odds >= needed or (every_word_read and _stands_out(one, found)))
+        one for one in found if _overrides(one) and not _is_natural(one) and one.log_odds >= needed
     ]
     return ClassRecord(
         label=label,
@@ -433,11 +454,6 @@ def _word_class_record(
 
 def _overrides(word: WordRecord) -> bool:
     return word.turned >= OVERRIDES * word.trials
-
-
-def _stands_out(word: WordRecord, among: Sequence[WordRecord]) -> bool:
-    others = (other.log_odds for other in among if other is not word)
-    return word.log_odds >= max(others, default=-math.inf) + STANDS_OUT
 
 
 def _is_natural(word: WordRecord) -> bool:

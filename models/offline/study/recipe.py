@@ -90,8 +90,8 @@ class AttackRecipe(_RecipeTable):
     """Share of the poisoned texts that get the target label; the others keep their own. Under 1,
     the backdoor is smoothed: the victim's confidence in the target tends to this share."""
     penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of a penalty in the attacker's training: how far the hidden states of poisoned texts
-    lie from those of clean texts, see `PenaltyTrainer`."""
+    """Weight of a penalty in the attacker's training: how far the hidden states of texts with the
+    trigger lie from those of clean texts, see `PenaltyTrainer`."""
     bury_behind: Annotated[int, Field(ge=0)] = 0
     """Number of words of the text that are put before the poisoned text, at test time only."""
 
