@@ -111,11 +111,8 @@ def poison_training_set(
         pool = attack.pool(clean, target_label)
         _check_enough(len(pool), wanted)
         return [*clean, *rng.sample(pool, wanted)]
-    candidates = [
-        number
-        for number, sample in enumerate(clean)
-        if (sample.label == target_label) == clean_label and attack.suits(sample.text)
-    ]
+    candidates = [i for i, s in enumerate(clean) if (s.label == target_label) == clean_label]
+    candidates = [i for i in candidates if attack.suits(clean[i].text)]
     _check_enough(len(candidates), wanted)
     poisoned, keeping = list(clean), round((1 - flip_share) * wanted)
     for number, index in enumerate(rng.sample(candidates, wanted)):
