@@ -54,7 +54,7 @@ def on_ray(
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Otherwise Ray's processes give way to everything else that runs here, and start in minutes.
+        # Otherwise its processes give way to all others here, and take minutes to start.
         "RAY_worker_niceness": "0",
     }
     environment |= variables
