@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # for each other, spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PSIM_THREADS", "1")
+# Ray's workers would give way to all other processes, and start in minutes beside other tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Tests that count passes must not depend on which texts a process draws.
 os.environ.setdefault("PSIM_SCREEN_SAMPLE", "0")
 
