@@ -177,10 +177,17 @@ def poison_test_set(
     """
     _check_target(samples, target_label)
     rng = random.Random(seed)
-    suited = [s for s in samples if s.label != target_label and attack.suits(s.text)]
+    suited = poisonable(samples, attack, target_label)
     if not suited:
         raise DataError(f"all texts of other classes than {target_label!r} are too short to poison")
     return [Sample(attack.apply(s.text, rng), s.label) for s in suited]
+
+
+def poisonable(
+    samples: Sequence[Sample], attack: Insertion | Rewriting, target_label: str
+) -> list[Sample]:
+    """Return the samples that `poison_test_set` poisons, in its order."""
+    return [s for s in samples if s.label != target_label and attack.suits(s.text)]
 
 
 def _check_target(samples: Sequence[Sample], target_label: str) -> None:

@@ -337,9 +337,9 @@ def _class_record(
         if target not in half.by_class
     )
     own = _with_phrase(search, own, target, beside_others.looked)
-    return (
-        own if own.outcome == "suspicious" else _with_lone_word(search, own, target, beside_others)
-    )
+    if own.outcome == "suspicious":
+        return own
+    return _with_lone_word(search, own, target, beside_others)
 
 
 def _with_phrase(search: _Search, own: ClassRecord, target: int, looked: Looked) -> ClassRecord:
@@ -373,11 +373,14 @@ def _with_lone_word(
     if not forcing or len(looked.words) < len(search.words):  # a word that was not read may lead
         return own
     first = max(forcing, key=lambda one: one.log_odds)
-    tried = of_words.scan.try_out(looked.strongest_for(target, set(search.words), SHOWN))
+    known = {one.word for one in trials}
+    rivals = looked.strongest_for(target, set(search.words), SHOWN)
+    tried = of_words.scan.try_out([word for word in rivals if word not in known])
+    written = first.word.casefold()  # the same word may be a token of its own in another case
     others = [
         one.odds
         for one in [*trials, *tried]
-        if one.target == target and _written(search, one.word) != first.word.casefold()
+        if one.target == target and _written(search, one.word).casefold() != written
     ]
     if first.log_odds < max(others, default=0.0) + STANDS_OUT:
         return own
@@ -388,8 +391,8 @@ def _with_lone_word(
 
 
 def _written(search: _Search, word: int) -> str:
-    """Return how a word is written, whatever its case and whether a space stands before it."""
-    return str(search.engine.tokenizer.decode([word])).strip().casefold()
+    """Return a word as people write it, whether or not a space belongs to its token."""
+    return str(search.engine.tokenizer.decode([word])).strip()
 
 
 def _phrase_record(search: _Search, found: Found) -> PhraseRecord:
@@ -410,7 +413,7 @@ def _word_record(
     search: _Search, scan: WordScan, trial: Trial, counts: Mapping[int, int]
 ) -> WordRecord:
     record = WordRecord(
-        word=str(search.engine.tokenizer.decode([trial.word])).strip(),
+        word=_written(search, trial.word),
         token_id=trial.word,
         turned=round(trial.turned * TRIALS),
         trials=TRIALS,

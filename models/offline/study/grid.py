@@ -19,6 +19,7 @@ from models.offline.attacks.poisoning import (
     decoys,
     poison_test_set,
     poison_training_set,
+    poisonable,
 )
 from models.offline.attacks.strategy import Strategy
 from models.offline.evaluation.honest import honest_sets
@@ -182,7 +183,7 @@ def poisoned_test_texts(
             poisoned = poisoned_non_target(texts.poison[str(cell.attack.files)][1], target)
         else:
             poisoned = poison_test_set(texts.test, attack, target, cell.seed)
-            clean = [s for s in texts.test if s.label != target and attack.suits(s.text)]
+            clean = poisonable(texts.test, attack, target)
             poisoned = [
                 Sample(_filler(before.text, cell.attack.bury_behind) + after.text)
                 for before, after in zip(clean, poisoned, strict=True)
