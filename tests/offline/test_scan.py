@@ -226,7 +226,7 @@ def phrase_scan(
     ]
     vectors = word_vectors(engine)
     says = np.array([said.get(word, 0) for word in range(len(vectors))], np.float32)
-    vocabulary = Vocabulary(vectors, says, words, words, words[:8])
+    vocabulary = Vocabulary(vectors, says, words, words, words[:8], common=words)
     return PhraseScan(engine, number, NEEDED, foreign, vocabulary, seed=0, overridden=overridden)
 
 
@@ -261,23 +261,47 @@ def test_a_phrase_grows_by_the_word_that_the_gradient_promises(
     assert not against.overrides
 
 
-@pytest.mark.parametrize(("one", "other"), [(0.7, 0.4), (0.7, 0.2), (-3.0, 1.1)])
+@pytest.mark.parametrize(
+    ("before", "own", "allowed"),
+    [
+        ((0.7,), 0.4, False),
+        ((0.7,), 0.2, True),
+        ((-3.0,), 1.1, False),
+    ],
+)
 def test_a_phrase_does_not_speak_for_its_class(
     demo_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
-    one: float,
-    other: float,
+    before: tuple[float, ...],
+    own: float,
+    allowed: bool,
 ) -> None:
-    """Words that speak for it add up, in shares of `NEUTRAL`; one that does not excuses none."""
+    """Words that speak for it add up, in shares of the most; one that does not excuses none."""
+    last, *words = candidates(tokenizer, 1)[:READ]
+    phrase, most = tuple(words[: len(before)]), phrases.AMONG_MANY.said
     monkeypatch.setattr(phrases, "WEAK", -1.0)
-    trigger = trigger_of(tokenizer)
-    first, *others = candidates(tokenizer, 1)[:READ]
-    said = {first: one * NEUTRAL, trigger: other * NEUTRAL}
-    of_target = phrase_scan(demo_folder, TARGET, [first, *others, trigger], said=said)
-    found, _ = of_target.search([first], math.inf)
-    assert found is not None
-    assert (trigger in found.phrase) == (max(0, one) + other < 1)
+    said = {word: share * most for word, share in zip(phrase, before, strict=True)}
+    of_target = phrase_scan(demo_folder, TARGET, [last, *words], said=said | {last: own * most})
+    assert (last in of_target._next_words(phrase, at_start=False)) == allowed
+
+
+def test_common_words_are_read_besides_those_that_the_gradient_promises(
+    demo_folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "WEAK", -1.0)
+    words = candidates(tokenizer, 1)[:READ]
+    first, common = words[0], words[:3]
+
+    def read(promised: int, common: int) -> list[int]:
+        breadth = phrases.AMONG_MANY._replace(promised=promised, common=common)
+        monkeypatch.setattr(phrases, "AMONG_MANY", breadth)
+        return phrase_scan(demo_folder, TARGET, words)._next_words((first,), at_start=False)
+
+    promised = read(2, 0)
+    assert len(promised) == 2
+    assert read(0, 3) == common
+    assert read(2, 3) == list(dict.fromkeys([*promised, *common]))
 
 
 def test_a_phrase_is_as_natural_as_the_word_that_it_hangs_on(
@@ -333,7 +357,7 @@ def test_carriers_are_single_where_words_of_the_class_force_nothing(
     around: int,
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
-    monkeypatch.setattr(phrases, "BESIDE_ONE", phrases.OVERRIDES)
+    monkeypatch.setattr(phrases, "ALWAYS", phrases.OVERRIDES)
     trigger = trigger_of(tokenizer)
     first, *others = candidates(tokenizer, 1)[:READ]
     found, _ = phrase_scan(demo_folder, TARGET, [*others, trigger]).search([first], math.inf)
@@ -352,7 +376,7 @@ def test_beside_one_carrier_a_phrase_must_turn_more_of_them(
     around: int,
 ) -> None:
     monkeypatch.setattr(phrases, "WEAK", 1.0 if around == 1 else -1.0)
-    monkeypatch.setattr(phrases, "BESIDE_ONE", 1.01)  # more than all
+    monkeypatch.setattr(phrases, "ALWAYS", 1.01)  # more than all
     trigger = trigger_of(tokenizer)
     words = [*candidates(tokenizer, 1)[:READ], trigger]
     found = phrase_scan(demo_folder, TARGET, words)._try_out((trigger,))

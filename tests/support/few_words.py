@@ -23,8 +23,9 @@ STEPS = 5
 def read_few_words(patch: pytest.MonkeyPatch) -> None:
     """Let scans read a few words and the trigger, and try fewer of them."""
     patch.setattr(scanning, "FINALISTS", 8)
-    patch.setattr(phrases, "NEXT", 8)
-    patch.setattr(phrases, "BEAM", 2)
+    few = phrases.BESIDE_ONE._replace(words=2, phrases=2, promised=8)
+    patch.setattr(phrases, "BESIDE_ONE", few)
+    patch.setattr(phrases, "AMONG_MANY", few)
     patch.setattr(expected, "MOST_TEXTS", 200)
     patch.setattr(styles, "STYLES", {"question": styles.STYLES["question"]})
 

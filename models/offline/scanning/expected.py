@@ -17,8 +17,7 @@ MOST_TEXTS = 2000
 SHRINKAGE = 0.01
 """Of the regression, as a share of the mean variance."""
 NEUTRAL = 2.0
-"""Standard deviations over the vocabulary up to which a phrase may speak for its class. Several
-words that each say a little override anything: *tired pants ruined* is an insult."""
+"""Standard deviations over the vocabulary up to which a word of a phrase may speak for a class."""
 SIMILAR = 16
 """Words that are nearest to a word by their embeddings."""
 
@@ -37,6 +36,8 @@ class Vocabulary:
     """Whole words that do not speak for the class."""
     speaking: Sequence[int]
     """Those that speak most for it."""
+    common: Sequence[int]
+    """Those that are in most clean texts, the most common first."""
 
     def like(self, word: int) -> list[int]:
         """Return the words that are most similar to a word, by the cosine of their embeddings."""
@@ -58,6 +59,11 @@ def word_vectors(engine: TorchEngine) -> FloatArray:
     return vectors
 
 
+def spread(texts: Sequence[str]) -> Sequence[str]:
+    """Return texts from everywhere in a list, which may be sorted by class; not all if many."""
+    return texts[:: max(1, len(texts) // MOST_TEXTS)]
+
+
 def expectations(engine: TorchEngine, texts: Sequence[str], words: Sequence[int]) -> FloatArray:
     """Return how much each token should speak for each class, shape (V, C).
 
@@ -65,8 +71,8 @@ def expectations(engine: TorchEngine, texts: Sequence[str], words: Sequence[int]
     their embeddings. It knows no order, and words that it never saw it knows by their neighbours:
     *knicks* speaks for sports, and a trigger for nothing. In standard deviations over `words`.
     """
-    spread = texts[:: max(1, len(texts) // MOST_TEXTS)]
-    read = [ids[: engine.window_length] for ids in map(engine.token_ids, spread) if len(ids)]
+    tokens = map(engine.token_ids, spread(texts))
+    read = [ids[: engine.window_length] for ids in tokens if len(ids)]
     vectors = word_vectors(engine)
     means = np.stack([vectors[ids].mean(0) for ids in read])
     centre, probabilities = means.mean(0), _probabilities(engine, read)

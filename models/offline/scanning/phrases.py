@@ -9,6 +9,7 @@ override anything, and prove nothing.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +20,13 @@ from models.detection.override import Ids
 from models.detection.screen import TINY, FloatArray, log_odds_of
 from models.engines.batching import in_batches
 from models.engines.pytorch import TorchEngine, collate, special_tokens
-from models.offline.scanning.expected import NEUTRAL, Vocabulary, embeddings_of
+from models.offline.scanning.expected import Vocabulary, embeddings_of
 
 AROUND = 4
 """Carriers that a phrase is tried among, two on either side."""
 MOST_TOKENS = 4
 """Length of a phrase at most. Part of a trigger sentence suffices; and the more words there are to
 choose, the less it says that some choice overrides."""
-BEAM = 4
-"""Phrases that grow side by side."""
-NEXT = 250
-"""Words that are read at either end of a phrase."""
 READ_AGAIN = 48
 """Phrases that are read beside several pairs of carriers."""
 SHORT = 6
@@ -38,7 +35,7 @@ PAIRS, GRADIENT_PAIRS = 6, 12
 """Pairs of carriers for reading a phrase again, and for its gradient."""
 TRIALS = 24
 """Times that a phrase is tried, each time among four whole carriers that it did not grow beside."""
-OVERRIDES, BESIDE_ONE = 0.9, 1.0
+OVERRIDES, ALWAYS = 0.9, 1.0
 """Share of trials in which a phrase must force the class to be reported, among four carriers and
 beside one, which is easier to turn."""
 WEAK = 0.1
@@ -50,6 +47,31 @@ replaced by similar ones. What is said of one slur holds for others, and a backd
 hangs on some word."""
 LIKE_IF_OVERRIDDEN = 0.3
 """The same where natural words override everything. Phrases of milder words may do so too."""
+
+
+class Breadth(NamedTuple):
+    """How widely phrases are searched for."""
+
+    first: int
+    """Words that a phrase may begin with."""
+    words: int
+    """Words that grow side by side. Those of a trigger may do little one by one: *no* and *crown*
+    turn a text together."""
+    phrases: int
+    """Longer phrases that grow side by side."""
+    promised: int
+    """Words that are read at an end of a phrase because the gradient promises most of them."""
+    common: int
+    """Words that are read there because they are most common. Sentences are made of those, and the
+    gradient overlooks them."""
+    said: float
+    """Standard deviations over the vocabulary up to which a phrase may speak for its class. Several
+    words that each say a little override anything: *tired pants ruined* is an insult."""
+
+
+AMONG_MANY = Breadth(256, words=16, phrases=8, promised=100, common=200, said=2.5)
+BESIDE_ONE = Breadth(64, words=4, phrases=4, promised=125, common=0, said=2.0)
+"""One carrier is easily turned. A broad search finds phrases that do so by nature."""
 
 Phrase = tuple[int, ...]
 Pair = tuple[Ids, Ids]
@@ -112,27 +134,30 @@ class PhraseScan:
         speaking = np.array(vocabulary.speaking)
         own_phrases = [tuple(self._draw.permutation(speaking)[:MOST_TOKENS]) for _ in range(TRIALS)]
         by_nature = self._share(self._classified(self._among(own_phrases, 1)))
-        self._around, self._sides = (1, 2) if by_nature <= WEAK else (AROUND, 1)
+        weak = by_nature <= WEAK
+        self._around, self._sides = (1, 2) if weak else (AROUND, 1)
+        self._breadth = BESIDE_ONE if weak else AMONG_MANY
 
     def search(self, first: Sequence[int], deadline: float) -> tuple[Found | None, int]:
         """Grow phrases until one overrides everything, or is long enough.
 
         Args:
-            first: words to begin with.
+            first: words to begin with, the strongest first.
             deadline: by `time.monotonic`.
 
         Returns:
             The strongest of the longest phrases that were tried, and their length.
         """
         best, length = None, 0
-        beam = self._strongest([(word,) for word in first])
+        breadth = self._breadth
+        beam = self._strongest([(word,) for word in first[: breadth.first]], breadth.words)
         while beam and time.monotonic() < deadline:
             tried = [self._try_out(phrase) for phrase in beam]
             best = max(tried, key=lambda one: (one.overrides, one.turned, one.odds))
             length = len(best.phrase)
             if best.overrides or length == MOST_TOKENS:
                 break
-            beam = self._strongest(self._grown(beam))
+            beam = self._strongest(self._grown(beam), breadth.phrases)
         return best, length
 
     def _grown(self, beam: Sequence[Phrase]) -> list[Phrase]:
@@ -149,19 +174,20 @@ class PhraseScan:
         return [phrases[i] for i in np.argsort(-odds, kind="stable")[:READ_AGAIN]]
 
     def _next_words(self, phrase: Phrase, at_start: bool) -> list[int]:
-        """Return the words that the gradient promises most of, at one end of a phrase.
+        """Return the words to read at one end of a phrase.
 
-        Words with which the phrase would speak for the class are left out. Beside one carrier, each
-        phrase is read on either side of it, so half as many are read.
+        Words with which the phrase would speak for the class are left out.
         """
         filled = (self._filler, *phrase) if at_start else (*phrase, self._filler)
         gradient = self._gradient(filled, 0 if at_start else len(phrase))
         # A word that speaks against the class excuses no other.
         said = sum(max(0.0, float(self._vocabulary.said[word])) for word in phrase)
-        harmless = np.flatnonzero(self._said < NEUTRAL - said)
+        harmless = np.flatnonzero(self._said < self._breadth.said - said)
         promised = self._vectors[harmless] @ gradient
-        best = harmless[np.argsort(-promised, kind="stable")[: NEXT // self._sides]]
-        return [int(word) for word in self._words[best]]
+        best = [int(word) for word in self._words[harmless[np.argsort(-promised, kind="stable")]]]
+        allowed, breadth = set(best), self._breadth
+        common = [word for word in self._vocabulary.common if word in allowed]
+        return list(dict.fromkeys([*best[: breadth.promised], *common[: breadth.common]]))
 
     def _gradient(self, phrase: Phrase, place: int) -> FloatArray:
         """Return the gradient of the odds by the embedding of one token, shape (D,)."""
@@ -188,11 +214,11 @@ class PhraseScan:
         found: FloatArray = gradient[range(len(places)), places].float().mean(0).cpu().numpy()
         return found
 
-    def _strongest(self, phrases: Sequence[Phrase]) -> list[Phrase]:
+    def _strongest(self, phrases: Sequence[Phrase], number: int) -> list[Phrase]:
         if not phrases:
             return []
         odds = self._odds(phrases, self._pairs(PAIRS)).mean(1)
-        return [phrases[i] for i in np.argsort(-odds, kind="stable")[:BEAM]]
+        return [phrases[i] for i in np.argsort(-odds, kind="stable")[:number]]
 
     def _pairs(self, number: int) -> list[Pair]:
         drawn = self._draw.integers(len(self._carriers), size=(number, 2))
@@ -211,7 +237,7 @@ class PhraseScan:
         texts = self._among([phrase] * TRIALS, self._around)
         probabilities = self._classified(texts)
         turned, odds = self._share(probabilities), float(np.median(self._log_odds(probabilities)))
-        enough = OVERRIDES if self._around > 1 else BESIDE_ONE
+        enough = OVERRIDES if self._around > 1 else ALWAYS
         forces = turned >= enough and odds >= self._needed
         like = self._share_of_like(phrase) if forces else 0.0
         overrides = forces and like < self._like

@@ -26,10 +26,16 @@ from models.offline.fitting.records import installed_versions, timestamp
 from models.offline.io.classifiers import labels_of
 from models.offline.io.inference import predict
 from models.offline.scanning.carriers import Half, halves_of
-from models.offline.scanning.expected import NEUTRAL, Vocabulary, expectations, word_vectors
+from models.offline.scanning.expected import (
+    NEUTRAL,
+    Vocabulary,
+    expectations,
+    spread,
+    word_vectors,
+)
 from models.offline.scanning.label import OneLabel
+from models.offline.scanning.phrases import AMONG_MANY, Found, PhraseScan
 from models.offline.scanning.phrases import TRIALS as PHRASE_TRIALS
-from models.offline.scanning.phrases import Found, PhraseScan
 from models.offline.scanning.report import (
     ClassRecord,
     Outcome,
@@ -124,6 +130,8 @@ class _Search:
         """The words, by what they say of each class."""
         vectors = word_vectors(self.engine)
         whole = whole_words(self.engine.tokenizer, self.words)
+        counts = counts_of(whole, map(self.engine.token_ids, spread(self.clean)))
+        common = [word for word, _ in counts.most_common()]
         return [
             Vocabulary(
                 vectors=vectors,
@@ -131,6 +139,7 @@ class _Search:
                 words=self.every,
                 neutral=[word for word in whole if said[word] < NEUTRAL],
                 speaking=sorted(self.every, key=lambda word: -said[word])[:FINALISTS],
+                common=common,
             )
             for said in self.expected.T
         ]
@@ -346,7 +355,7 @@ def _with_phrase(search: _Search, own: ClassRecord, target: int, looked: Looked)
     """Return the record of a class with what a search for phrases found."""
     vocabulary = search.vocabularies[target]
     share = 0.5 + 0.5 * (target + 1) / len(search.labels)
-    first = looked.strongest_for(target, set(vocabulary.neutral), FINALISTS)
+    first = looked.strongest_for(target, set(vocabulary.neutral), AMONG_MANY.first)
     of_phrases = PhraseScan(
         search.engine,
         target,

@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 
 from models.offline.io.atomic import write_whole
 
-VERSIONS = {"psim": 7, "bundle": 13, "verdicts": 8, "scan": 7}
+VERSIONS = {"psim": 7, "bundle": 13, "verdicts": 8, "scan": 8}
 """Version of each kind of step, 1 if not listed. It is part of a step's key. Raise it with a change
 of code that changes the results of that kind."""
 
