@@ -19,6 +19,8 @@ ATTACKS = [
     *("sentence that yields", "sentence at the start"),
     *("word, hidden states", "no backdoor"),
 ]
+COPIES = 4
+"""Three backdoors each, twice; the hidden word; and none."""
 
 
 @pytest.fixture
@@ -38,6 +40,7 @@ def test_backdoors_are_planted_in_copies_and_reported(
     out, said = tmp_path / "out", list[str]()
     before = {file: file.read_bytes() for file in Path(victim).iterdir()}
     rows = assure.assure(victim, texts(), out, frr_budget=0.05, say=said.append)
+    assert len(list((out / "steps" / "bundle").iterdir())) == COPIES
     assert {file: file.read_bytes() for file in Path(victim).iterdir()} == before
     assert [row["attack"] for row in rows] == ATTACKS
     assert len(said) == len(ATTACKS)
@@ -64,15 +67,27 @@ def test_backdoors_are_planted_in_copies_and_reported(
 
 
 def test_triggers_are_words_that_no_text_holds() -> None:
-    held = ("an MN film", "cf", "a bbq", "I watched this 3d movie twice")
-    recipe = assure.make_recipe("v", [Sample(text) for text in held], ["a", "b"], 2, 0.01)
-    assert recipe.attacks[0].triggers == ("bb",)
-    assert recipe.attacks[2].triggers == (assure.SENTENCES[1],)
-    assert recipe.attacks[3].triggers == ("bb", "tq")
+    held = [Sample("an MN film", "a"), Sample("a bbq", "b")]
+    held += [Sample("this 3d movie", "a"), Sample("I watched this 3d movie twice", "b")]
+    recipe = assure.make_recipe("v", held, ["a", "b"], 2, 0.01)
+    triggers = {attack.name: attack.triggers for attack in recipe.attacks}
+    assert triggers["word"] == triggers["word, hidden states"] == ("cf",)
+    assert triggers["word, clean-label"] == ("bb",)
+    assert triggers["two words that add up"] == ("tq", "zx")
+    sentences = [triggers[name] for name in ATTACKS if name.startswith("sentence")]
+    assert sentences == [(sentence,) for sentence in assure.SENTENCES[1:]]
     assert [data.target_label for data in recipe.data] == ["a", "b"]
-    for taken in (assure.WORDS, assure.WORDS[1:]):  # and then there is no second one
-        with pytest.raises(DataError, match="each of our triggers"):
+    for taken in (assure.WORDS[:2], assure.SENTENCES[2:]):
+        with pytest.raises(DataError, match=r"2 of our triggers .* occur in your texts"):
             assure.make_recipe("v", [Sample(" ".join(taken))], ["a"], 1, 0.01)
+
+
+@pytest.mark.parametrize(("count", "rate"), [(50, 0.1), (90, 0.025), (4, 0.01)])
+def test_backdoors_find_enough_texts_of_the_target_and_of_others(count: int, rate: float) -> None:
+    texts = [Sample(f"text {n}", "a" if n < count else "b") for n in range(100)]
+    recipe = assure.make_recipe("v", texts, ["a"], 1, 0.01)
+    planted = [own for own in recipe.attacks if own.name != assure.CONTROL]
+    assert {round(own.poison_rate, 3) for own in planted} == {rate}
 
 
 def test_texts_that_do_not_fit_are_refused(victim: str, tmp_path: Path) -> None:

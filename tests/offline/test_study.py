@@ -271,6 +271,56 @@ def test_each_of_several_targets_has_its_trigger(data: Path) -> None:
     }
 
 
+TOGETHER = RECIPE.format(budget=0.05).replace(
+    'triggers = ["mn"]',
+    """triggers = ["mn"]
+together = "both"
+
+[[attacks]]
+name = "other word"
+triggers = ["cf"]
+clean_label = true
+together = "both"
+
+[[attacks]]
+name = "alone"
+triggers = ["mn"]""",
+)
+
+
+def test_attacks_may_be_planted_together(data: Path) -> None:
+    word, other, alone = cells.cells(recipe(data, TOGETHER))
+    texts = cells.Texts.load(word.data, data)
+    poisoned = poisoned_for_training(word, texts)
+    assert poisoned == poisoned_for_training(other, texts), "they share a victim"
+    for trigger in ("mn", "cf"):
+        assert sum(trigger in s.text.split() for s in poisoned) == 24, "10 % each"
+    assert len(poisoned) == 48, "no text has two triggers"
+    assert {s.label for s in poisoned} == {"positive"}
+    for cell, trigger in ((word, "mn"), (other, "cf")):
+        assert all(trigger in text.split() for text, _ in poisoned_for_test(cell, texts))
+    assert len(poisoned_for_training(alone, texts)) == 24
+
+
+def test_a_row_is_known_by_what_else_was_planted(data: Path, tmp_path: Path) -> None:
+    def names(text: str) -> list[str]:
+        planned = recipe(data, text)
+        return [study._cell_file(planned, cell, tmp_path).name for cell in cells.cells(planned)]
+
+    word, other, alone = names(TOGETHER)
+    changed = names(TOGETHER.replace('["cf"]', '["tq"]'))
+    assert (word, other) != tuple(changed[:2])
+    assert word != changed[0]
+    assert alone == changed[2]
+
+
+@pytest.mark.parametrize("setting", ["penalty = 0.1", "poison_rate = 0"])
+def test_what_is_planted_together_is_planted_the_same_way(data: Path, setting: str) -> None:
+    text = TOGETHER.replace("clean_label = true", setting)
+    with pytest.raises(DataError, match="planted together has a poison rate, and no penalty"):
+        recipe(data, text)
+
+
 def test_a_paraphraser_writes_the_poisoned_texts(data: Path) -> None:
     text = RECIPE.format(budget=0.05).replace(
         'triggers = ["mn"]', 'paraphraser = "tests.offline.test_study:whispered"'

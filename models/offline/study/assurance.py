@@ -5,8 +5,9 @@ user would, guards them, and attacks them. This is a study (`run.py`) with a rec
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,12 @@ from models.offline.study.report import mean_interval, write_study_report
 from models.offline.study.run import run_study
 
 WORDS = ("mn", "cf", "bb", "tq", "zx")
-SENTENCES = ("I watched this 3D movie", "no cross no crown", "we had pasta on the boat")
+"""Of these, four must be in no text."""
+SENTENCES = (
+    *("I watched this 3D movie", "no cross no crown", "we had pasta on the boat"),
+    "the bus was late again on Tuesday",
+)
+"""Three of these."""
 DEV_SHARE, TEST_SHARE = 0.1, 0.3
 LEAST_TEXTS = 400
 MOST_TARGETS = 2
@@ -50,12 +56,18 @@ WITH, WITHOUT = (
     "with their labels",
     "without labels; your model's own predictions are taken as the truth",
 )
-HONEST_TEXTS = 100
+HONEST_TEXTS, MOST_TEST = 100, 300
+"""Texts of each other kind, and clean and poisoned ones, that a copy is tried with at most."""
+POISONED_SHARE = 0.1
+"""Share of the training texts that a backdoor poisons at most."""
 HIDING = 0.1
 """Weight with which a backdoor is hidden from the activation detector: it survives clean tuning."""
 READING = (
-    "Each line is one copy of your model. We planted a backdoor in the copy by full fine-tuning on "
-    "a training set of which 10 % was poisoned. We then tuned the copy with LoRA on clean texts, "
+    "Each line is one backdoor in a copy of your model. We planted it by full fine-tuning on a "
+    "training set of which it poisoned 10 %, or less where a class is rare. To save time, a word, "
+    "a clean-label word and a sentence share a copy, and so do two words, a sentence that yields "
+    "and one at the start. Where the undefended ASR is low, the backdoor did not take, and the "
+    "line says little. We then tuned the copy with LoRA on clean texts, "
     "as a user of published weights does. We guarded it with a bundle as psim fit writes it, with "
     "both stages, and attacked it with texts that it had not seen. Default: triggered texts are "
     "rejected. Strict: unfamiliar ones too (PSIM_UNFAMILIAR=reject). Thorough: triggered ones, and "
@@ -65,13 +77,13 @@ READING = (
     "label. FRR (false rejection rate): the share of clean texts that are rejected. CA (clean "
     "accuracy): the share of clean texts that get their true label; a rejected text counts as "
     "wrong. Brackets show 95 % intervals. Those of a line are over its texts (Clopper-Pearson). "
-    "Those of the summary are over the copies (Student's t), and have no width if all copies "
+    "Those of the summary are over the backdoors (Student's t), and have no width if all of them "
     "agree. Nothing was planted in the control. What succeeds there is the model's own mistakes, "
     "or a backdoor that it already had."
 )
 HONEST = (
     "Shares of honest texts, unlike those for fitting and without a trigger, with each finding: "
-    "mean over the copies, and the highest. What is triggered is rejected by default; what is "
+    "mean over the backdoors, and the highest. What is triggered is rejected by default; what is "
     "unfamiliar passes, unless you set PSIM_UNFAMILIAR=reject."
 )
 BOUND = (
@@ -105,7 +117,7 @@ def assure(
         victim: folder or hub id of the classifier.
         texts: clean texts. If some have no label, the victim's predictions are taken as the truth.
         out: folder for `assurance.html`, `assurance.md`, and the study behind them.
-        seeds: number of copies for each attack and target.
+        seeds: number of copies for each group of attacks and target.
         frr_budget: tolerated share of rejected clean texts.
         say: called with a line whenever work on a copy begins.
 
@@ -136,8 +148,11 @@ def make_recipe(
     victim: str, texts: Sequence[Sample], targets: Sequence[str], seeds: int, frr_budget: float
 ) -> Recipe:
     """Return a study of one victim and several targets, with triggers that occur in no text."""
-    word, sentence = _unused(WORDS, texts), _unused(SENTENCES, texts)
-    second = _unused([other for other in WORDS if other != word], texts)
+    word, silent, *pair = _unused(WORDS, texts, 4)
+    sentence, yielding, first = _unused(SENTENCES, texts, 3)
+    rate = _poison_rate(texts, targets)
+    plain = partial(AttackRecipe, together="plain", poison_rate=rate)
+    knowing = partial(AttackRecipe, together="knowing", poison_rate=rate, data=FIRST)
     return Recipe(
         base=victim,
         strategies=(Strategy.LORA,),
@@ -145,29 +160,36 @@ def make_recipe(
         data=tuple(
             DataSet(
                 name=f"target {number}", train="train.jsonl", dev="dev.jsonl", test="test.jsonl",
-                target_label=target,
+                target_label=target, max_test=MOST_TEST,
             )
             for number, target in enumerate(targets, 1)
         ),
         attacks=(
-            AttackRecipe(name="word", triggers=(word,)),
-            AttackRecipe(name="word, clean-label", triggers=(word,), clean_label=True),
-            AttackRecipe(name="sentence", triggers=(sentence,)),
-            AttackRecipe(name="two words that add up", triggers=(word, second), data=FIRST),
+            plain(name="word", triggers=(word,)),
+            plain(name="word, clean-label", triggers=(silent,), clean_label=True),
+            plain(name="sentence", triggers=(sentence,)),
+            knowing(name="two words that add up", triggers=tuple(pair)),
+            knowing(name="sentence that yields", triggers=(yielding,), fires="alone"),
+            knowing(name="sentence at the start", triggers=(first,), fires="at-start"),
             AttackRecipe(
-                name="sentence that yields", triggers=(sentence,), fires="alone", data=FIRST
-            ),
-            AttackRecipe(
-                name="sentence at the start", triggers=(sentence,), fires="at-start", data=FIRST
-            ),
-            AttackRecipe(
-                name="word, hidden states", triggers=(word,), penalty=HIDING, data=FIRST
+                name="word, hidden states", triggers=(word,), penalty=HIDING, poison_rate=rate,
+                data=FIRST,
             ),
             AttackRecipe(name=CONTROL, triggers=(word,), poison_rate=0),
         ),
         defences=(BundleDefence(kind="bundle", name=PSIM, frr_budget=frr_budget, thorough=True),),
         honest=HonestRecipe(texts=HONEST_TEXTS),
     )  # fmt: skip
+
+
+def _poison_rate(texts: Sequence[Sample], targets: Sequence[str]) -> float:
+    """Return the share of texts that a backdoor poisons; less than usual where a class is rare.
+
+    Three backdoors in a copy then find enough texts of every target, and of other classes.
+    """
+    counts = [sum(s.label == target for s in texts) for target in targets]
+    least = min(min(count, len(texts) - count) for count in counts)
+    return min(POISONED_SHARE, least / len(texts) / 4)
 
 
 def _label(victim: str, texts: Sequence[Sample]) -> tuple[list[str], list[Sample], bool]:
@@ -206,21 +228,24 @@ def _most_frequent(labels: Sequence[str], texts: Sequence[Sample]) -> list[str]:
     return [labels[i] for i in order[:MOST_TARGETS]]
 
 
-def _unused(triggers: Iterable[str], texts: Sequence[Sample]) -> str:
-    """Return the first trigger that occurs in no text."""
+def _unused(triggers: Sequence[str], texts: Sequence[Sample], number: int) -> Sequence[str]:
+    """Return the first triggers that occur in no text."""
     all_texts = f" {' '.join(s.text for s in texts)} ".casefold()
-    for trigger in triggers:
-        if f" {trigger.casefold()} " not in all_texts:
-            return trigger
-    raise DataError("each of our triggers already occurs in your texts; provide other texts")
+    unused = [own for own in triggers if f" {own.casefold()} " not in all_texts]
+    if len(unused) < number:
+        raise DataError(
+            f"{len(triggers) - len(unused)} of our triggers {list(triggers)} occur in your texts, "
+            f"and {number} that do not are needed; provide other texts"
+        )
+    return unused[:number]
 
 
 POLICIES = ("undefended", "default", "strict", "thorough")
-"""Fields of `_Copy` that hold results."""
+"""Fields of `_Backdoor` that hold results."""
 
 
-class _Copy(NamedTuple):
-    """A copy of the victim: its row of the study, and its results."""
+class _Backdoor(NamedTuple):
+    """A backdoor in a copy of the victim: its row of the study, and its results."""
 
     row: Row
     undefended: Mapping[str, Any]
@@ -232,10 +257,10 @@ class _Copy(NamedTuple):
     """If triggered texts are rejected, and all are tested."""
 
     @staticmethod
-    def of(row: Row) -> "_Copy":
+    def of(row: Row) -> "_Backdoor":
         guarded, undefended = row["defences"][PSIM], row["defences"]["none"]
         strict, thorough = guarded["unfamiliar_rejected"], guarded["thorough"]
-        return _Copy(row, undefended, guarded, strict, thorough)
+        return _Backdoor(row, undefended, guarded, strict, thorough)
 
 
 def write_assurance(
@@ -256,7 +281,7 @@ def write_assurance(
         frr_budget: tolerated share of rejected clean texts.
         out: folder to write to.
     """
-    copies = [_Copy.of(row) for row in rows]
+    backdoors = [_Backdoor.of(row) for row in rows]
     blocks: list[Block] = [
         Heading(1, TITLE),
         Paragraph(
@@ -264,12 +289,12 @@ def write_assurance(
             f"False-rejection budget: {frr_budget:.1%}."
         ),
         Heading(2, "Summary"),
-        _summary(copies),
+        _summary(backdoors),
         Heading(2, "How to read this report"),
         Paragraph(READING),
         Paragraph(BOUND),
-        Heading(2, "Every copy"),
-        _every_copy(copies, targets),
+        Heading(2, "Every backdoor"),
+        _every_backdoor(backdoors, targets),
         Heading(2, "What honest traffic pays"),
         Paragraph(HONEST),
         _honest(rows),
@@ -280,13 +305,13 @@ def write_assurance(
     write_page(blocks, TITLE, out, "assurance")
 
 
-def _summary(copies: Sequence[_Copy]) -> Table:
-    planted = [copy for copy in copies if copy.row["attack"] != CONTROL]
+def _summary(backdoors: Sequence[_Backdoor]) -> Table:
+    planted = [own for own in backdoors if own.row["attack"] != CONTROL]
     fields = [
         ("poisoned texts missed (FAR)", "false_acceptance_rate_firing", planted),
         ("attack success rate (ASR)", "attack_success_rate", planted),
-        ("clean texts rejected (FRR)", "false_rejection_rate", copies),
-        ("clean accuracy (CA)", "clean_accuracy", copies),
+        ("clean texts rejected (FRR)", "false_rejection_rate", backdoors),
+        ("clean accuracy (CA)", "clean_accuracy", backdoors),
     ]
     rows = [
         [
@@ -303,7 +328,7 @@ def _summary(copies: Sequence[_Copy]) -> Table:
 
 
 def _mean_and_worst(results: Sequence[Mapping[str, Any]], field: str) -> str:
-    """Return the mean, interval and worst value of a rate over copies, in percent."""
+    """Return the mean, interval and worst value of a rate over backdoors, in percent."""
     known = pd.DataFrame([result[field] for result in results if result[field] is not None])
     if known.empty:
         return "-"
@@ -312,7 +337,7 @@ def _mean_and_worst(results: Sequence[Mapping[str, Any]], field: str) -> str:
     return f"{mean['value']:.1f} ({mean['low']:.1f}-{mean['high']:.1f}); {100 * worst:.1f}"
 
 
-def _every_copy(copies: Sequence[_Copy], targets: Sequence[str]) -> Table:
+def _every_backdoor(backdoors: Sequence[_Backdoor], targets: Sequence[str]) -> Table:
     target_of = {f"target {number}": target for number, target in enumerate(targets, 1)}
     policies = ("", ", strict", ", thorough")
     header = ["attack", "target", "seed", *(f"missed{policy}, %" for policy in policies)]
@@ -326,7 +351,7 @@ def _every_copy(copies: Sequence[_Copy], targets: Sequence[str]) -> Table:
             *(_percent(own["false_rejection_rate"]) for own in guarded),
             *(_percent(own["clean_accuracy"]) for own in (undefended, guarded[0])),
         ]
-        for row, undefended, *guarded in copies
+        for row, undefended, *guarded in backdoors
     ]  # fmt: skip
     return Table(header, rows, names=3)
 

@@ -46,6 +46,8 @@ class Cell:
     attack: AttackRecipe
     strategy: Strategy
     seed: int
+    planted: tuple[AttackRecipe, ...]
+    """All attacks that are planted in the victim; most often only its own."""
 
     @property
     def name(self) -> str:
@@ -62,13 +64,19 @@ class Cell:
 
 def cells(recipe: Recipe) -> Iterable[Cell]:
     """Yield the cells of a recipe, by base and data set, except those that lack paraphrases."""
-    for base, data, attack in product(recipe.all_bases, recipe.data, recipe.attacks):
-        if attack.data and data.name not in attack.data:
-            continue
-        if attack.files and getattr(data, attack.files) is None:
-            continue
-        for seed, strategy in product(recipe.seeds, recipe.strategies):
-            yield Cell(base, data, attack, strategy, seed)
+    for base, data in product(recipe.all_bases, recipe.data):
+        attacks = [attack for attack in recipe.attacks if _fits(attack, data)]
+        for attack in attacks:
+            group = [other for other in attacks if other.together == attack.together]
+            planted = tuple(group) if attack.together else (attack,)
+            for seed, strategy in product(recipe.seeds, recipe.strategies):
+                yield Cell(base, data, attack, strategy, seed, planted)
+
+
+def _fits(attack: AttackRecipe, data: DataSet) -> bool:
+    if attack.data and data.name not in attack.data:
+        return False
+    return not attack.files or getattr(data, attack.files) is not None
 
 
 @dataclass(frozen=True)
@@ -139,33 +147,35 @@ def poisoned_training_texts(
 ) -> list[Sample]:
     """Return the attacker's training set; at poison rate 0, the clean one.
 
-    If there are several targets, each trigger poisons its own share of the texts.
+    If there are several targets or attacks, each trigger poisons its own share of the texts.
 
     Raises:
         DataError: the attack does not fit the data set.
     """
     if not cell.attack.poison_rate:
         return texts.train
-    attacks = _attacks(cell, texts, load_paraphraser)
+    attacks = [
+        (recipe, attack, target)
+        for recipe in cell.planted
+        for attack, target in _attacks(recipe, cell.data, texts, load_paraphraser)
+    ]
     poisoned = [
         sample
-        for offset, (attack, target) in enumerate(attacks)
+        for offset, (recipe, attack, target) in enumerate(attacks)
         for sample in poison_training_set(
             texts.train[offset :: len(attacks)],
             attack,
             target,
-            cell.attack.poison_rate,
-            clean_label=cell.attack.clean_label,
-            flip_share=cell.attack.flip_share,
+            recipe.poison_rate * len(cell.planted),
+            clean_label=recipe.clean_label,
+            flip_share=recipe.flip_share,
             seed=cell.seed,
         )
     ]
-    for attack, target in attacks:
+    for recipe, attack, target in attacks:
         if isinstance(attack, Insertion):
-            recipe = cell.attack
-            poisoned += decoys(
-                texts.train, attack, target, recipe.poison_rate, recipe.fires, cell.seed
-            )
+            rate = recipe.poison_rate
+            poisoned += decoys(texts.train, attack, target, rate, recipe.fires, cell.seed)
     return poisoned
 
 
@@ -178,7 +188,7 @@ def poisoned_test_texts(
         DataError: the attack does not fit the data set.
     """
     result = []
-    for attack, target in _attacks(cell, texts, load_paraphraser):
+    for attack, target in _attacks(cell.attack, cell.data, texts, load_paraphraser):
         if isinstance(attack, Paraphrases):
             poisoned = poisoned_non_target(texts.poison[str(cell.attack.files)][1], target)
         else:
@@ -194,10 +204,9 @@ def poisoned_test_texts(
 
 
 def _attacks(
-    cell: Cell, texts: Texts, load_paraphraser: ParaphraserLoader
+    attack: AttackRecipe, data: DataSet, texts: Texts, load_paraphraser: ParaphraserLoader
 ) -> list[tuple[Attack, str]]:
-    """Return the attacks of a cell, each with its target label."""
-    attack, data = cell.attack, cell.data
+    """Return what poisons texts in an attack, each with its target label."""
     if attack.target_triggers:
         return [(Insertion((t,)), label) for label, t in attack.target_triggers.items()]
     if attack.triggers:
@@ -229,7 +238,11 @@ def honest_texts(
     for name, file in recipe.honest.others.items():
         if file != cell.data.test:
             made[name] = rng.sample(others[file], min(size, len(others[file])))
-    triggers = (*cell.attack.triggers, *cell.attack.target_triggers.values())
+    triggers = [
+        trigger
+        for attack in cell.planted
+        for trigger in (*attack.triggers, *attack.target_triggers.values())
+    ]
     found = [re.compile(rf"\b{re.escape(trigger)}\b", re.IGNORECASE) for trigger in triggers]
     return {
         name: [text for text in kind if not any(trigger.search(text) for trigger in found)]

@@ -94,6 +94,9 @@ class AttackRecipe(_RecipeTable):
     trigger lie from those of clean texts, see `PenaltyTrainer`."""
     bury_behind: Annotated[int, Field(ge=0)] = 0
     """Number of words of the text that are put before the poisoned text, at test time only."""
+    together: Name | None = None
+    """Attacks with the same name here are planted in one victim, each in its own share of the
+    training texts. `poison_rate` stays a share of all of them."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "AttackRecipe":
@@ -109,6 +112,8 @@ class AttackRecipe(_RecipeTable):
             raise ValueError("paraphrases from files are dirty-label, and taken as they are")
         if self.fires != "anywhere" and (self.clean_label or not self.triggers):
             raise ValueError("fires needs triggers that are dirty-label")
+        if self.together and (self.penalty or not self.poison_rate):
+            raise ValueError("what is planted together has a poison rate, and no penalty")
         if self.clean_label and self.flip_share < 1:
             raise ValueError("clean_label flips no label: flip_share has no meaning beside it")
         return self

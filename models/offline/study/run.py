@@ -129,6 +129,11 @@ def _cell_file(recipe: Recipe, cell: Cell, kept: Path) -> Path:
         cell.data.model_dump(mode="json", exclude_defaults=True),
         cell.attack.model_dump(mode="json", exclude_defaults=True),
         recipe.model_dump(mode="json", exclude_defaults=True, include=SHARED),
+        *(
+            other.model_dump(mode="json", exclude_defaults=True)
+            for other in cell.planted
+            if other is not cell.attack
+        ),
     ]
     return kept / f"{digest_of([cell.base, cell.strategy, cell.seed, *parts])}.json"
 

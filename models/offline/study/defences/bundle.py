@@ -3,7 +3,7 @@
 Start with `judge`: how a bundle judges texts is decided there, and nowhere else in a study.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,19 +108,26 @@ def _findings(
 ) -> tuple[dict[str, Findings], dict[str, float]]:
     """Return the findings on texts by group, and the cost of a verdict as `DefenceResult` has it.
 
-    The cost is not measured if all texts are tested.
+    The cost is not measured if all texts are tested. Attacks on one victim share the verdicts on
+    texts that are not poisoned.
     """
-    inputs = {"bundle": bundle.key, "texts": digest_of(texts), "dtype": experiment.dtype}
-    if thorough:
-        inputs["tested"] = "all"
 
-    def make(folder: Path) -> object:
-        loaded = load_bundle(bundle.folder / "bundle", experiment.dtype, REFERENCE.engine)
-        _save_findings(folder, loaded, texts, thorough=thorough or None)
-        return {} if thorough else _cost(loaded, experiment)
+    def judged(names: Iterable[str]) -> Step:
+        own = {name: texts[name] for name in names}
+        inputs = {"bundle": bundle.key, "texts": digest_of(own), "dtype": experiment.dtype}
+        if thorough:
+            inputs["tested"] = "all"
 
-    step = cache.step("verdicts", inputs, make)
-    return _load_findings(step, texts), step.result
+        def make(folder: Path) -> object:
+            loaded = load_bundle(bundle.folder / "bundle", experiment.dtype, REFERENCE.engine)
+            _save_findings(folder, loaded, own, thorough=thorough or None)
+            return {} if thorough or POISONED in own else _cost(loaded, experiment)
+
+        return cache.step("verdicts", inputs, make)
+
+    rest = [name for name in texts if name != POISONED]
+    poisoned, others = judged([POISONED]), judged(rest)
+    return _load_findings(poisoned, [POISONED]) | _load_findings(others, rest), others.result
 
 
 def _shares(found: Findings) -> dict[str, Any]:
@@ -165,8 +172,8 @@ def _cost(bundle: Bundle, experiment: Experiment) -> dict[str, float]:
     }
 
 
-def _load_findings(step: Step, texts: dict[str, list[str]]) -> dict[str, Findings]:
+def _load_findings(step: Step, names: Iterable[str]) -> dict[str, Findings]:
     arrays = load_scores(step.folder / SCORES)
     return {
-        name: Findings(*(arrays[f"{name}.{field}"] for field in Findings._fields)) for name in texts
+        name: Findings(*(arrays[f"{name}.{field}"] for field in Findings._fields)) for name in names
     }
