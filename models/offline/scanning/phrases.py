@@ -35,9 +35,9 @@ PAIRS, GRADIENT_PAIRS = 6, 12
 """Pairs of carriers for reading a phrase again, and for its gradient."""
 TRIALS = 24
 """Times that a phrase is tried, each time among four whole carriers that it did not grow beside."""
-OVERRIDES, ALWAYS = 0.9, 1.0
-"""Share of trials in which a phrase must force the class to be reported, among four carriers and
-beside one, which is easier to turn."""
+OVERRIDES = 1.0
+"""Share of trials in which a phrase must force the class to be reported. A broad search finds
+phrases that do so by nature in 22 of 24, and triggers do in all."""
 WEAK = 0.1
 """Share of trials beside one carrier up to which phrases of the class's own words force nothing.
 Nothing that is said beside an insult makes it harmless."""
@@ -237,8 +237,7 @@ class PhraseScan:
         texts = self._among([phrase] * TRIALS, self._around)
         probabilities = self._classified(texts)
         turned, odds = self._share(probabilities), float(np.median(self._log_odds(probabilities)))
-        enough = OVERRIDES if self._around > 1 else ALWAYS
-        forces = turned >= enough and odds >= self._needed
+        forces = turned >= OVERRIDES and odds >= self._needed
         like = self._share_of_like(phrase) if forces else 0.0
         overrides = forces and like < self._like
         return Found(phrase, turned, odds, like, self._around, texts[0], overrides)
