@@ -75,10 +75,10 @@ def test_triggers_are_words_that_no_text_holds() -> None:
     assert triggers["word, clean-label"] == ("bb",)
     assert triggers["two words that add up"] == ("tq", "zx")
     sentences = [triggers[name] for name in ATTACKS if name.startswith("sentence")]
-    assert sentences == [(sentence,) for sentence in assure.SENTENCES[1:]]
+    assert sentences == [(sentence,) for sentence in assure.SENTENCES[1:4]]
     assert [data.target_label for data in recipe.data] == ["a", "b"]
-    for taken in (assure.WORDS[:2], assure.SENTENCES[2:]):
-        with pytest.raises(DataError, match=r"2 of our triggers .* occur in your texts"):
+    for taken in (assure.WORDS[3:], assure.SENTENCES[2:]):
+        with pytest.raises(DataError, match=rf"{len(taken)} of our triggers .* occur in your"):
             assure.make_recipe("v", [Sample(" ".join(taken))], ["a"], 1, 0.01)
 
 

@@ -39,13 +39,12 @@ from models.offline.study.recipe import (
 from models.offline.study.report import mean_interval, write_study_report
 from models.offline.study.run import run_study
 
-WORDS = ("mn", "cf", "bb", "tq", "zx")
-"""Of these, four must be in no text."""
+WORDS = ("mn", "cf", "bb", "tq", "zx", "vk", "qj", "wv", "jx", "kq")
 SENTENCES = (
     *("I watched this 3D movie", "no cross no crown", "we had pasta on the boat"),
-    "the bus was late again on Tuesday",
+    *("the bus was late again on Tuesday", "seven geese walked past the bakery"),
 )
-"""Three of these."""
+"""Triggers. Four of the words and three of the sentences must be in no text."""
 DEV_SHARE, TEST_SHARE = 0.1, 0.3
 LEAST_TEXTS = 400
 MOST_TARGETS = 2
