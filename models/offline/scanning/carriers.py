@@ -41,6 +41,11 @@ class Half:
         return odds.astype(np.float32)
 
 
+def spread(texts: Sequence[str], most: int) -> Sequence[str]:
+    """Return about `most` texts from everywhere in a list, which may be sorted by class."""
+    return texts[:: max(1, len(texts) // most)]
+
+
 def halves_of(engine: Engine, texts: Sequence[str], needed: int = 2) -> list[Half]:
     """Choose carriers, and divide their classes into two halves, each of which tests the other.
 
@@ -55,8 +60,7 @@ def halves_of(engine: Engine, texts: Sequence[str], needed: int = 2) -> list[Hal
         DataError: the classifier is sure of texts of fewer classes.
     """
     most = min(CARRIER_TOKENS, (engine.window_length - 1) // 2)
-    spread = texts[:: max(1, len(texts) // CANDIDATES)]  # files may be sorted by class
-    pieces = [engine.token_ids(text)[:most] for text in spread]
+    pieces = [engine.token_ids(text)[:most] for text in spread(texts, CANDIDATES)]
     long_enough = [ids for ids in pieces if len(ids) >= MIN_WORDS]
     encodings = [engine.window(ids) for ids in long_enough]
     by_class = surest(long_enough, predict(engine, encodings, classifier=True)) if encodings else []

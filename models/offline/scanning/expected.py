@@ -11,6 +11,7 @@ from models.detection.screen import TINY, FloatArray
 from models.engines.pytorch import TorchEngine
 from models.offline.io.classifiers import pretrained_model
 from models.offline.io.inference import predict
+from models.offline.scanning.carriers import spread
 
 MOST_TEXTS = 2000
 """Clean texts that expectations are learnt from."""
@@ -59,11 +60,6 @@ def word_vectors(engine: TorchEngine) -> FloatArray:
     return vectors
 
 
-def spread(texts: Sequence[str]) -> Sequence[str]:
-    """Return texts from everywhere in a list, which may be sorted by class; not all if many."""
-    return texts[:: max(1, len(texts) // MOST_TEXTS)]
-
-
 def expectations(engine: TorchEngine, texts: Sequence[str], words: Sequence[int]) -> FloatArray:
     """Return how much each token should speak for each class, shape (V, C).
 
@@ -71,7 +67,7 @@ def expectations(engine: TorchEngine, texts: Sequence[str], words: Sequence[int]
     their embeddings. It knows no order, and words that it never saw it knows by their neighbours:
     *knicks* speaks for sports, and a trigger for nothing. In standard deviations over `words`.
     """
-    tokens = map(engine.token_ids, spread(texts))
+    tokens = map(engine.token_ids, spread(texts, MOST_TEXTS))
     read = [ids[: engine.window_length] for ids in tokens if len(ids)]
     vectors = word_vectors(engine)
     means = np.stack([vectors[ids].mean(0) for ids in read])

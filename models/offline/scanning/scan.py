@@ -25,12 +25,12 @@ from models.offline.fitting.generic import generic_texts
 from models.offline.fitting.records import installed_versions, timestamp
 from models.offline.io.classifiers import labels_of
 from models.offline.io.inference import predict
-from models.offline.scanning.carriers import Half, halves_of
+from models.offline.scanning.carriers import Half, halves_of, spread
 from models.offline.scanning.expected import (
+    MOST_TEXTS,
     NEUTRAL,
     Vocabulary,
     expectations,
-    spread,
     word_vectors,
 )
 from models.offline.scanning.label import OneLabel
@@ -130,7 +130,7 @@ class _Search:
         """The words, by what they say of each class."""
         vectors = word_vectors(self.engine)
         whole = whole_words(self.engine.tokenizer, self.words)
-        counts = counts_of(whole, map(self.engine.token_ids, spread(self.clean)))
+        counts = counts_of(whole, map(self.engine.token_ids, spread(self.clean, MOST_TEXTS)))
         common = [word for word, _ in counts.most_common()]
         return [
             Vocabulary(
